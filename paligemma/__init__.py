@@ -1,0 +1,1 @@
+"""PaliGemma 1 and 2 from scratch in PyTorch."""
