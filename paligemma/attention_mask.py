@@ -1,0 +1,103 @@
+"""Who may look at whom.
+
+PaliGemma is a prefix language model. Image and prompt (token type 0, the *prefix*) see each other completely; the
+answer (type 1, the *suffix*) is causal: it sees the whole prefix and the answer so far. The prefix never sees the
+answer: that would leak the labels in training.
+
+A row is a query (who looks), a column a key (who is looked at); `i` image, `p` prompt, `s` suffix:
+
+        i i p p s s s
+    i   1 1 1 1 0 0 0
+    i   1 1 1 1 0 0 0
+    p   1 1 1 1 0 0 0
+    p   1 1 1 1 0 0 0
+    s   1 1 1 1 1 0 0
+    s   1 1 1 1 1 1 0
+    s   1 1 1 1 1 1 1
+
+Two more rules lie on top:
+
+*Padding* is seen by nobody. (A padding position sees itself, so that its softmax has something to sum over; whatever
+it computes is looked at by nobody.) One pad `.` on the left:
+
+        . i p s s
+    .   1 0 0 0 0
+    i   0 1 1 0 0
+    p   0 1 1 0 0
+    s   0 1 1 1 0
+    s   0 1 1 1 1
+
+*Sliding window* (every other layer of Gemma 2): a token sees only the last `window` positions, itself included. The
+prefix block ignores the window, as in the reference: inside it everybody still sees everybody. The suffix does not: at
+896 pixels the first image tokens fall out of its window of 4096. With a window of 3:
+
+        i i p p s s s
+    i   1 1 1 1 0 0 0
+    i   1 1 1 1 0 0 0
+    p   1 1 1 1 0 0 0
+    p   1 1 1 1 0 0 0
+    s   0 0 1 1 1 0 0
+    s   0 0 0 1 1 1 0
+    s   0 0 0 0 1 1 1
+
+Masks are boolean, True where looking is allowed, and shaped [B, 1, S, T] to broadcast over the heads.
+
+Letters: B batch, S queries, T keys. The drawings above are read and asserted by the tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PREFIX, SUFFIX = 0, 1  # the two token types
+
+
+def prefix_lm_mask(token_type_ids: Tensor, valid: Tensor, window: int | None = None) -> Tensor:
+    """The mask of a whole row: prefix, and suffix if there is one.
+
+    token_type_ids: int64 [B, S], 0 prefix and padding, 1 suffix. valid: bool [B, S], False on padding.
+    Returns bool [B, 1, S, S]. The picture at the head of this file shows it.
+    """
+    position = positions(valid)
+    allowed = _causal(position, position, window)
+    in_prefix = (token_type_ids == PREFIX) & valid
+    allowed |= in_prefix[:, :, None] & in_prefix[:, None, :]
+    allowed &= valid[:, None, :]
+    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    allowed |= itself & ~valid[:, :, None]
+    return allowed[:, None]  # [B, 1, S, S]
+
+
+def cached_mask(query_positions: Tensor, key_positions: Tensor, key_valid: Tensor, window: int | None = None) -> Tensor:
+    """The mask of tokens that continue a cached row: they are suffix, so causal over everything stored.
+
+    query_positions: int64 [B, S]; key_positions: int64 [B, T]; key_valid: bool [B, T] (the cache's own bookkeeping;
+    the queries are its last S keys). Returns bool [B, 1, S, T].
+    """
+    allowed = _causal(query_positions, key_positions, window) & key_valid[:, None, :]
+    S, T = query_positions.shape[1], key_positions.shape[1]
+    itself = torch.eye(S, T, dtype=torch.bool, device=key_valid.device).roll(T - S, dims=1)
+    allowed |= itself & ~key_valid[:, T - S :, None]
+    return allowed[:, None]  # [B, 1, S, T]
+
+
+def positions(valid: Tensor) -> Tensor:
+    """Place of each token among the real tokens of its row, from 0; padding takes no place. bool -> int64 [B, S]."""
+    return (valid.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def token_types_from_labels(labels: Tensor) -> Tensor:
+    """Token types for a row that came with labels but without types: the suffix starts at the first label.
+
+    labels: int64 [B, S], -100 where nothing is learned. Returns int64 [B, S]. A row without any label is all prefix.
+    """
+    return (labels != -100).long().cummax(-1).values
+
+
+def _causal(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, S, T]
+    allowed = distance >= 0
+    if window is not None:
+        allowed &= distance < window
+    return allowed

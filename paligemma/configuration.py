@@ -1,0 +1,69 @@
+"""Reading the configuration dictionaries of published checkpoints: strict about what matters, deaf to what does not.
+
+`config.json` files carry three kinds of keys. Those that shape the model become dataclass fields
+(`SiglipVisionConfig`, `GemmaConfig`, `PaliGemmaConfig`, each in the file of its model). Those that never reach the
+arithmetic (`use_cache`, `initializer_range`, ...) are listed below and dropped. All others are errors: a key that we
+do not know may be one that changes the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+# Written by one release of transformers or another, and read by none of the arithmetic. `num_image_tokens`,
+# `num_positions` and `projection_dim` are decorative: the model follows image_size, patch_size and hidden_size.
+INERT_KEYS = frozenset(
+    """
+    _name_or_path architectures dtype torch_dtype transformers_version model_type use_cache initializer_range
+    initializer_factor attention_dropout dropout cache_implementation num_image_tokens num_positions projection_dim
+    projector_hidden_act vision_use_head use_bidirectional_attention pad_token_id bos_token_id eos_token_id
+    sep_token_id decoder_start_token_id prefix is_decoder is_encoder_decoder add_cross_attention
+    tie_encoder_decoder cross_attention_hidden_size chunk_size_feed_forward pruned_heads torchscript use_bfloat16
+    tf_legacy_loss return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
+    finetuning_task problem_type task_specific_params id2label label2id tokenizer_class max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
+    begin_suppress_tokens exponential_decay_length_penalty attn_implementation _attn_implementation
+    _attn_implementation_autoset image_seq_length
+    """.split()
+)
+
+# Keys that would change the arithmetic if they ever held another value than this one.
+FIXED_KEYS: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "tie_word_embeddings": (True, None),
+    "num_channels": (3, None),
+    "rope_scaling": (None,),
+    # "gelu" in a Gemma configuration has always been run as the tanh approximation.
+    "hidden_act": ("gelu_pytorch_tanh", "gelu", None),
+    "hidden_activation": ("gelu_pytorch_tanh", "gelu", None),
+}
+
+
+def take_fields(cls: type, given: dict[str, Any], where: str, required: tuple[str, ...]) -> dict[str, Any]:
+    """The keyword arguments for the dataclass `cls` out of one configuration dictionary.
+
+    `where` ("text_config") is named in errors. Raises ValueError for sizes that are missing or not positive whole
+    numbers, for fixed keys with another value, and for keys that nobody knows.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is {type(given).__name__}, expected an object with the sizes of the model")
+    fields = {field.name for field in dataclasses.fields(cls)}
+    missing = [key for key in required if given.get(key) is None]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}: without them the size of the model is unknown")
+    for key, allowed in FIXED_KEYS.items():
+        if key in given and key not in fields and given[key] not in allowed:
+            raise ValueError(f"{where}.{key} is {given[key]!r}; PaliGemma only has {allowed[0]!r}")
+    unknown = sorted(key for key in given if key not in fields and key not in INERT_KEYS and key not in FIXED_KEYS)
+    if unknown:
+        raise ValueError(
+            f"{where} has keys that this model does not know: {', '.join(unknown)}. "
+            "They may change the arithmetic, so they are not skipped; remove them if they do not"
+        )
+    for key in required:
+        if type(given[key]) is not int or given[key] <= 0:
+            raise ValueError(f"{where}.{key} is {given[key]!r}, expected a positive whole number")
+    return {key: value for key, value in given.items() if key in fields}

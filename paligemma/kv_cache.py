@@ -1,0 +1,80 @@
+"""Keys and values of every layer, kept so that a new token costs one token of work.
+
+The cache is allocated once, at the full length a row may reach, and written in place: growing it with `torch.cat`
+would copy everything for every token. All rows of a batch write into the same columns; what differs per row is which
+columns hold a real token (`valid`) and how many there are (`lengths`). So padding may stand on the left, on the right
+or in the middle, and rows of different length decode together:
+
+    columns   0 1 2 3 4 5        valid         lengths
+    row 0     i i p p s s        1 1 1 1 1 1   6
+    row 1     . i i p s .        0 1 1 1 1 0   4
+
+Its price per token is layers x 2 x kv heads x head size x bytes: 18 KB for PaliGemma 1, 104 KB for PaliGemma 2 3b.
+
+Letters: B batch, S new tokens, T columns, K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from paligemma.modeling_gemma import GemmaConfig
+
+
+class KVCache:
+    """A preallocated cache for `batch` rows of at most `max_length` tokens (padding included)."""
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # each [B, K, T, E]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.valid = torch.zeros(batch, max_length, dtype=torch.bool, device=device)
+        self.positions = torch.zeros(batch, max_length, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)  # real tokens per row
+        self.used = 0  # columns written
+        self.max_length = max_length
+
+    def extend(self, valid: Tensor) -> Tensor:
+        """Opens S new columns, before any layer writes into them.
+
+        valid: bool [B, S], False where a row has no token. Returns the place of each new token among the real tokens
+        of its row, from 0: int64 [B, S]. Raises ValueError when the columns do not fit.
+        """
+        S = valid.shape[1]
+        if self.used + S > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} tokens; {self.used} are used and {S} more do not fit")
+        place = (self.lengths[:, None] + valid.long().cumsum(-1) - 1).clamp(min=0)
+        columns = slice(self.used, self.used + S)
+        self.valid[:, columns] = valid
+        self.positions[:, columns] = place
+        self.lengths = self.lengths + valid.sum(-1)
+        self.used += S
+        return place
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one layer's new keys and values [B, K, S, E] into the columns that `extend` opened.
+
+        Returns views of everything stored so far for that layer, [B, K, T, E] each.
+        """
+        columns = slice(self.used - keys.shape[2], self.used)
+        self.keys[layer][:, :, columns] = keys
+        self.values[layer][:, :, columns] = values
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows, in that order (int64 [B']): beams that moved, rows that finished."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.valid, self.positions, self.lengths = self.valid[rows], self.positions[rows], self.lengths[rows]
