@@ -1,0 +1,314 @@
+"""A scene -> prompts and right answers, in the syntax of the official checkpoints.
+
+    rows(scene, rng)                     # one row of every task that the scene allows
+    sample_row(scene, "count", rng)      # one row of this task, or None
+
+`rng` decides what is asked about (which class, in which order); with `canonical=True` the wording does not vary: that form is for
+measuring. Nothing is asked that could be disputed: left or right only with a clear gap, the largest only with a clear margin.
+Answers are balanced where a guess would pay: yes and no, left and right, the counts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paligemma.tiny.world import CLASSES, LABELS, TINTABLE, Box, Scene, SceneObject
+
+EncodeMask = Callable[[Sequence[tuple[np.ndarray, Box]]], Sequence[Sequence[int]]]
+# [(mask bool [H, W], its box)] -> 16 codes for each
+
+# The first wording is the canonical one; the others are for training. {a} is "a dog", {many} "dogs", {one} "dog", {two} another.
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "what": ("what is this ?", "what is that ?", "what do you see ?", "what is shown here ?", "what is in the picture ?"),
+    "largest": ("what is the largest object ?", "what is the biggest object ?", "which object is the largest ?", "which object is the biggest ?"),
+    "color": ("what color is the {one} ?", "what is the color of the {one} ?", "which color does the {one} have ?", "what colour is the {one} ?"),
+    "background": ("what color is the background ?", "what is the color of the background ?", "which color does the background have ?", "what colour is the background ?"),
+    "exists": ("is there {a} ?", "do you see {a} ?", "is there {a} in the picture ?", "can you see {a} ?"),
+    "count": ("how many {many} are there ?", "how many {many} do you see ?", "how many {many} are in the picture ?", "what is the number of {many} ?"),
+    "count_all": ("how many objects are there ?", "how many objects do you see ?", "how many things are there ?", "how many objects are in the picture ?"),
+    "left_right": ("is the {one} to the left or right of the {two} ?", "is the {one} left or right of the {two} ?", "on which side of the {two} is the {one} ?"),
+    "left_of": ("what is to the left of the {one} ?", "what is left of the {one} ?", "which object is to the left of the {one} ?"),
+}  # fmt: skip
+TASKS = (
+    "caption", "what", "largest", "color", "background", "exists", "count", "count_all", "left_right", "left_of",
+    "detect_one", "detect_all", "detect_absent", "segment", "ocr",
+)  # fmt: skip
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+PLURALS = {
+    "sheep": "sheep", "fish": "fish", "corn": "corn", "strawberry": "strawberries", "butterfly": "butterflies",
+    "bus": "buses", "octopus": "octopuses", "snowman": "snowmen",
+}  # fmt: skip
+
+CLEAR_GAP = 0.12  # of the side, between the middles of two objects of which one is called left of the other
+CLEARLY_LARGER = 1.3  # times the visible pixels of the next (and not a smaller box)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt, its right answer, and what the answer is about."""
+
+    task: str  # one of TASKS
+    prefix: str
+    suffix: str
+    asked: tuple[str, ...] = ()  # labels that the prompt names, in its order
+    expected: tuple[SceneObject, ...] = ()  # objects that the answer names or lists, in its order
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------
+
+
+def plural(label: str) -> str:
+    return PLURALS.get(label, label + "s")
+
+
+def article(name: str) -> str:
+    """ "dog" -> "a dog", "orange car" -> "an orange car"."""
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def listed(parts: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def caption(scene: Scene) -> str:
+    """Objects from left to right by their left edge, equal ones (label and tint) together where the first of them is."""
+    groups: dict[tuple[str | None, str], int] = {}
+    for thing in scene.objects:
+        groups[thing.tint, thing.label] = groups.get((thing.tint, thing.label), 0) + 1
+    parts = []
+    for (tint, label), count in groups.items():
+        words = (f"{tint} " if tint else "") + (label if count == 1 else plural(label))
+        parts.append(article(words) if count == 1 else f"{NUMBERS[count]} {words}")
+    return f"{listed(parts)} on {article(scene.background)} background"
+
+
+# --- locations -----------------------------------------------------------------------------------------------------------
+
+
+def location(coordinate: float, size: int, bin_step: int = 8) -> int:
+    """The <loc> bin of a coordinate in pixels, in multiples of `bin_step`.
+
+    Readers place bin b at b / 1024 of the side (the default of `parse`), so the bin is round(1024 x coordinate / size), not
+    1023 x: decoding then returns the coordinate without a shift. The last bin is 1024 - bin_step (the side itself would be bin
+    1024, which doesn't exist), so bin_step=8 leaves exactly 128 bins: coarser than a pixel of a 128-pixel picture by nothing,
+    but an eighth of the words to learn. bin_step=1 uses all 1,024.
+    """
+    return min(max(round(coordinate / size * 1024 / bin_step), 0) * bin_step, 1024 - bin_step)
+
+
+def location_tokens(box: Box, size: int, bin_step: int = 8) -> str:
+    """Four tokens in the order y0, x0, y1, x1."""
+    x0, y0, x1, y1 = (location(edge, size, bin_step) for edge in box)
+    return f"<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}>"
+
+
+# --- what can be asked ---------------------------------------------------------------------------------------------------
+
+
+def _by_label(scene: Scene) -> dict[str, list[SceneObject]]:
+    """Label -> its objects from left to right; labels in the order of their first object."""
+    groups: dict[str, list[SceneObject]] = {}
+    for thing in scene.objects:
+        groups.setdefault(thing.label, []).append(thing)
+    return groups
+
+
+def _absent(scene: Scene, rng: np.random.Generator, pool: Sequence[str] = LABELS) -> str:
+    present = {thing.label for thing in scene.objects}
+    while (label := pool[rng.integers(len(pool))]) in present:
+        pass
+    return label
+
+
+def largest_object(scene: Scene) -> SceneObject | None:
+    """The largest object if it is clearly larger, in visible pixels and in its box, than everything of another name."""
+    ordered = sorted(scene.objects, key=lambda thing: thing.area, reverse=True)
+    first = ordered[0]
+    others = [thing for thing in ordered if thing.label != first.label]
+    clear = all(first.area >= CLEARLY_LARGER * o.area and _box_area(first.box) >= _box_area(o.box) for o in others)
+    return first if clear and len(scene.objects) > 1 else None
+
+
+def _box_area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def left_right_pairs(scene: Scene) -> list[tuple[SceneObject, SceneObject]]:
+    """(left, right): two objects, each the only one of its name, whose middles are a clear gap apart."""
+    single = [group[0] for group in _by_label(scene).values() if len(group) == 1]
+    gap = CLEAR_GAP * scene.size
+    return [(a, b) for a in single for b in single if b.center[0] - a.center[0] >= gap]
+
+
+def left_neighbor(scene: Scene, thing: SceneObject) -> SceneObject | None:
+    """The nearest object to the left of this one; None if there is none or one could argue.
+
+    One cannot argue if no object is only just left or right of it, and the nearest is nearest by its column and by its distance.
+    """
+    gap = CLEAR_GAP * scene.size
+    left = []
+    for other in scene.objects:
+        shift = thing.center[0] - other.center[0]
+        if other is thing:
+            continue
+        if shift >= gap:
+            left.append((shift, float(np.hypot(shift, thing.center[1] - other.center[1])), other))
+        elif shift > -gap:
+            return None
+    if not left:
+        return None
+    near = min(left, key=lambda entry: entry[1])
+    for shift, distance, other in left:
+        different = other.label != near[2].label
+        if different and (shift - near[0] < gap / 2 or distance < 1.15 * near[1]):
+            return None
+    return near[2]
+
+
+def _detections(things: Sequence[SceneObject], size: int, bin_step: int) -> str:
+    return " ; ".join(f"{location_tokens(thing.box, size, bin_step)} {thing.label}" for thing in things)
+
+
+def sample_row(
+    scene: Scene,
+    task: str,
+    rng: np.random.Generator,
+    *,
+    canonical: bool = False,
+    bin_step: int = 8,
+    encode_mask: EncodeMask | None = None,
+) -> Row | None:
+    """One prompt of this task with its answer; None if the scene does not allow it (no sign to read, nothing tinted, ...).
+
+    canonical:   the first wording of QUESTIONS, always with the space before "?"; otherwise any wording, half of them without.
+    bin_step:    see `location`.
+    encode_mask: needed by the task "segment" alone; gets [(mask, box)] in pixels of the scene, gives 16 codes for each.
+
+    Raises ValueError for an unknown task, and for "segment" without `encode_mask`.
+    """
+    groups = _by_label(scene)
+
+    def pick(pool):  # type: ignore[no-untyped-def]
+        return pool[rng.integers(len(pool))]
+
+    def ask(answer: str, asked: Sequence[str] = (), expected: Sequence[SceneObject] = (), **words: str) -> Row:
+        question = QUESTIONS[task][0] if canonical else pick(QUESTIONS[task])
+        if not canonical and rng.random() < 0.5:
+            question = question.replace(" ?", "?")
+        return Row(task, "answer en " + question.format(**words), answer, tuple(asked), tuple(expected))
+
+    if task == "caption":
+        return Row(task, "caption en", caption(scene), (), scene.objects)
+
+    if task == "what":
+        return ask(scene.objects[0].label, (), scene.objects) if len(scene.objects) == 1 else None
+
+    if task == "largest":
+        largest = largest_object(scene)
+        if largest and largest.label == "sign" and rng.random() < 0.7:  # or else "sign" would be a good guess
+            return None
+        return ask(largest.label, (), [largest]) if largest else None
+
+    if task == "color":
+        tinted = [group[0] for label, group in groups.items() if label in TINTABLE and len(group) == 1]
+        if not tinted:
+            return None
+        thing = pick(tinted)
+        return ask(str(thing.tint), [thing.label], [thing], one=thing.label)
+
+    if task == "background":
+        return ask(scene.background)
+
+    if task == "exists":
+        there = bool(rng.random() < 0.5)
+        label = pick(tuple(groups)) if there else _absent(scene, rng)
+        return ask("yes" if there else "no", [label], groups.get(label, ()), a=article(label))
+
+    if task == "count":
+        # First how many, then of what, the rare counts first: "one" would be the answer nearly always.
+        counts = sorted({0} | {len(group) for group in groups.values()})
+        bounds = np.cumsum([(1.0, 1.5)[count] if count < 2 else 4.0 for count in counts])
+        count = counts[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
+        label = (
+            pick([label for label, group in groups.items() if len(group) == count]) if count else _absent(scene, rng)
+        )
+        return ask(NUMBERS[count], [label], groups.get(label, ()), many=plural(label))
+
+    if task == "count_all":
+        return ask(NUMBERS[len(scene.objects)], (), scene.objects)
+
+    if task == "left_right":
+        pairs = left_right_pairs(scene)
+        if not pairs:
+            return None
+        left, right = pick(pairs)
+        if rng.random() < 0.5:
+            return ask("left", [left.label, right.label], [left, right], one=left.label, two=right.label)
+        return ask("right", [right.label, left.label], [right, left], one=right.label, two=left.label)
+
+    if task == "left_of":
+        single = [group[0] for group in groups.values() if len(group) == 1]
+        neighbors = [(thing, left_neighbor(scene, thing)) for thing in single]
+        neighbors = [(thing, near) for thing, near in neighbors if near is not None]
+        if not neighbors:
+            return None
+        thing, near = pick(neighbors)
+        return ask(near.label, [thing.label], [near], one=thing.label)
+
+    if task in ("detect_one", "detect_all", "detect_absent"):
+        if task == "detect_one":
+            asked = [pick(tuple(groups))]
+        elif task == "detect_absent":
+            asked = [_absent(scene, rng)]
+        else:
+            asked = [tuple(groups)[i] for i in rng.permutation(len(groups))][:5]
+            if not canonical:  # in training now and then some of them only, or one that is not there among them
+                if rng.random() < 0.3:
+                    asked = asked[: int(rng.integers(1, len(asked) + 1))]
+                if len(asked) < 5 and rng.random() < 0.2:
+                    asked.insert(int(rng.integers(len(asked) + 1)), _absent(scene, rng))
+        things = [thing for label in asked for thing in groups.get(label, ())]
+        suffix = _detections(things, scene.size, bin_step)
+        return Row(task, "detect " + " ; ".join(asked), suffix, tuple(asked), tuple(things))
+
+    if task == "segment":
+        if encode_mask is None:
+            raise ValueError(
+                "the answer to a segment prompt needs the mask codec: pass encode_mask, [(mask, box)] -> 16 codes each"
+            )
+        label = pick(tuple(groups))
+        codes = encode_mask([(thing.mask, thing.box) for thing in groups[label]])
+        parts = [
+            location_tokens(thing.box, scene.size, bin_step)
+            + "".join(f"<seg{int(code):03d}>" for code in row)
+            + f" {label}"
+            for thing, row in zip(groups[label], codes)
+        ]
+        return Row(task, f"segment {label}", " ; ".join(parts), (label,), tuple(groups[label]))
+
+    if task == "ocr":
+        sign = scene.sign
+        return Row(task, "ocr", sign.text, (), (sign,)) if sign else None
+
+    raise ValueError(f"unknown task {task!r}; there is: {', '.join(TASKS)}")
+
+
+def rows(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    tasks: Sequence[str] = TASKS,
+    canonical: bool = False,
+    bin_step: int = 8,
+    encode_mask: EncodeMask | None = None,
+) -> list[Row]:
+    """One row of each of `tasks` that the scene allows; see `sample_row`. Segment prompts are left out without `encode_mask`."""
+    made = [
+        sample_row(scene, task, rng, canonical=canonical, bin_step=bin_step, encode_mask=encode_mask)
+        for task in tasks
+        if task != "segment" or encode_mask is not None
+    ]
+    return [row for row in made if row is not None]
