@@ -1,0 +1,231 @@
+"""The command `paligemma`. stdout carries the answer alone; progress and notes go to stderr.
+
+Each command imports its room when it runs, so that `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="paligemma",
+    help="PaliGemma 1 and 2: captions, answers, boxes and masks for your pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+tiny_app = typer.Typer(help="The small world and the model that ships.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tiny_app, name="tiny")
+
+notes = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a folder, or a big_vision .npz.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Default: the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: by the size of the model.")]
+
+
+def version(show: bool) -> None:
+    if show:
+        from paligemma import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass  # `main` reads --debug itself: an error may come before or after this
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(help="'caption en', 'answer en what is this ?', 'detect dog ; cat', ...")],
+    images: Annotated[list[str], typer.Argument(help="Pictures; '-' reads one from stdin.", metavar="IMAGE...")],
+    model: Model = "tiny",
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default 128; 512 for detect and segment.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample, with this temperature. Default: greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that sum up to p.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search of this width.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Annotated[str | None, typer.Option(help="Quantise the weights at load.")] = None,
+    revision: Revision = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")] = None,
+    loc_scale: Annotated[int, typer.Option(help="What a location token counts to: 1024 or 1023.")] = 1024,
+    free: Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Draw boxes and masks over the picture; a folder for several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
+) -> None:
+    """Answer PROMPT about one or more pictures."""
+    if temperature is not None and temperature <= 0:
+        raise typer.BadParameter(f"--temperature is {temperature:g}, expected more than 0; leave it out for greedy")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise typer.BadParameter(f"--top-p is {top_p:g}, expected a number in (0, 1]")
+    if loc_scale not in (1023, 1024):
+        raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
+    samples = any(option is not None for option in (temperature, top_k, top_p))
+    if samples and beams > 1:
+        raise typer.BadParameter("--beams searches, --temperature, --top-k and --top-p sample: choose one")
+    if save is not None and len(images) > 1 and save.suffix:
+        raise typer.BadParameter(f"--save {save} names one file for {len(images)} pictures; name a folder")
+
+    task = prompt.strip().partition(" ")[0]
+    boxes = task in ("detect", "segment")
+    budget = max_new_tokens or (512 if boxes else 128)
+    sampling: dict[str, Any] = {"num_beams": beams}
+    if samples:
+        sampling = {"do_sample": True, "temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed}
+
+    from paligemma.inference import load
+    from paligemma.processing_paligemma import load_image
+
+    pictures = [load_image(sys.stdin.buffer.read() if name == "-" else name) for name in images]
+    if model == "tiny":
+        notes.print(
+            "note: this is the embedded model; it knows only its small world of pictograms. "
+            "For photographs use official weights: --model google/paligemma2-3b-mix-224",
+            style="dim",
+        )
+    with notes.status(f"loading {model}"):
+        pg = load(
+            model, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
+            loc_scale=loc_scale,
+        )  # fmt: skip
+
+    live = sys.stdout.isatty() and not as_json and save is None and not boxes and len(pictures) == 1 and beams == 1
+    if live:
+        for piece in pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling):
+            typer.echo(piece, nl=False)
+        typer.echo()
+        return
+
+    codec = pg.codec if task == "segment" else None
+    answers = pg.generate(
+        pictures, prompt, max_new_tokens=budget, constrained=not free and beams == 1, codec=codec, **sampling
+    )
+    for name, picture, answer in zip(images, pictures, answers):
+        if as_json:
+            typer.echo(json.dumps(answer_as_json(name, prompt, answer), ensure_ascii=False))
+        else:
+            typer.echo(describe(answer) if len(images) == 1 else f"{name}: {describe(answer)}")
+        if not answer.finished:
+            notes.print(f"note: {name}: stopped after {budget} tokens; --max-new-tokens allows more", style="dim")
+        if save is not None:
+            target = save if save.suffix else save / f"{Path(name).stem or 'stdin'}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pg.draw(picture, answer).save(target)
+            notes.print(f"drawn: {target}", style="dim")
+
+
+def describe(answer: Any) -> str:
+    """What a person wants to read: a sentence as it is, boxes as lines of label, box and score."""
+    items = [*answer.detections, *answer.segments]
+    if not items:
+        return answer.text
+    lines = []
+    for item in items:
+        x0, y0, x1, y1 = item.box
+        score = "" if item.score is None else f"  {item.score:.2f}"
+        lines.append(f"{item.label or '(no label)'}  [{x0:.0f} {y0:.0f} {x1:.0f} {y1:.0f}]{score}")
+    return "\n".join(lines)
+
+
+def answer_as_json(image: str, prompt: str, answer: Any) -> dict[str, Any]:
+    """The object that `--json` prints, one per picture. Masks are uncompressed COCO RLE."""
+    from paligemma.formats import to_dicts
+
+    return {
+        "image": image,
+        "prompt": prompt,
+        "text": answer.text,
+        "score": answer.score,
+        "finished": answer.finished,
+        "detections": to_dicts(answer.detections),
+        "segments": to_dicts(answer.segments),
+        "invalid": [{"span": list(span), "reason": reason} for span, reason in answer.invalid],
+    }
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument()] = "tiny", revision: Revision = None) -> None:
+    """What a checkpoint is and what it needs, without loading its weights."""
+    from paligemma.info import describe as describe_checkpoint
+    from paligemma.info import render
+
+    typer.echo(render(describe_checkpoint(model)))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A hub id, a folder or an .npz.")],
+    target: Annotated[Path, typer.Argument(help="A folder, or a file that ends in .npz.")],
+    dtype: Dtype = None,
+) -> None:
+    """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz."""
+    from paligemma.checkpoints import convert as convert_checkpoint
+    from paligemma.utils import resolve
+
+    convert_checkpoint(resolve(source), target, dtype=dtype)
+
+
+@app.command()
+def download(
+    model: Annotated[str, typer.Argument(help="A hub id, e.g. google/paligemma2-3b-mix-224.")], revision: Revision = None
+) -> None:
+    """Fetch a checkpoint into the hub's cache and print where it lies."""
+    from paligemma.utils import resolve
+
+    typer.echo(resolve(model, revision=revision))
+
+
+@tiny_app.command()
+def scenes(
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    count: Annotated[int, typer.Option(min=1)] = 20,
+    split: Annotated[str, typer.Option(help="train, test, heldout or twemoji.")] = "test",
+    size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 384,
+    seed: int = 0,
+) -> None:
+    """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
+    from paligemma.tiny.scenes import write_scenes
+
+    write_scenes(count, out, split=split, size=size, seed=seed)
+
+
+@tiny_app.command()
+def train(
+    minutes: Annotated[float, typer.Option(help="How long to train; run it again to go on.")] = 30,
+    out: Annotated[Path, typer.Option(help="State, log and checkpoint.")] = Path("runs/tiny"),
+) -> None:
+    """Train the embedded model from nothing, or go on where the last run stopped."""
+    from paligemma.tiny.train import train as train_tiny
+
+    train_tiny(minutes, out)
+
+
+def main() -> None:
+    """Runs the command line. Errors are a line on stderr; with --debug, a traceback."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        if debug:
+            raise
+        message = str(error) or type(error).__name__
+        notes.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(1)
