@@ -1,1 +1,1 @@
-"""The small world: scenes of pictograms with exact truth, and the recipe of the model that ships (see SMALL_WORLD in docs)."""
+"""The small world: scenes of pictograms with exact truth, and the recipe of the model that ships."""

@@ -1,10 +1,11 @@
 """Cuts the pictograms of the small world out of three emoji collections, once; the result is kept in `sprites/`.
 
-    python -m paligemma.tiny.extract_sprites --noto NotoColorEmoji.ttf --openmoji <folder of svg> --twemoji <folder of svg>
+    python -m paligemma.tiny.extract_sprites --noto NotoColorEmoji.ttf --openmoji <svg folder> --twemoji <svg folder>
 
-Where the three come from, in which version and under which licence: `ARTWORK.md`. The drawings in SVG need `rsvg-convert`
-(Debian: librsvg2-bin) here, but not at run time. Every sprite is cropped to its opaque pixels, its longest side 96 pixels, and
-all sprites of a style lie in one atlas, `sprites/<style>/atlas.png`, that `sprites/<style>/index.json` maps.
+Where the three come from, in which version and under which licence: `ARTWORK.md`. The drawings in SVG need
+`rsvg-convert` (Debian: librsvg2-bin) here, but not at run time. Every sprite is cropped to its opaque pixels, its
+longest side 96 pixels, and all sprites of a style lie in one atlas, `sprites/<style>/atlas.png`, that `index.json`
+beside it maps.
 """
 
 import argparse
@@ -20,7 +21,7 @@ SIDE = 96  # longest side of a sprite
 COLUMNS = 9
 FOLDER = Path(__file__).with_name("sprites")
 
-# Faces for the pets and farm animals whose bodies look alike when they are 20 pixels tall; the same drawing in all styles.
+# Faces for the pets and farm animals whose bodies look alike when they are 20 pixels tall.
 CODEPOINTS = {
     "dog": "1F436", "cat": "1F431", "horse": "1F40E", "cow": "1F42E", "pig": "1F437", "sheep": "1F411",
     "elephant": "1F418", "rabbit": "1F430", "bird": "1F426", "duck": "1F986", "owl": "1F989", "penguin": "1F427",

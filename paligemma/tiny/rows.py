@@ -3,33 +3,79 @@
     rows(scene, rng)                     # one row of every task that the scene allows
     sample_row(scene, "count", rng)      # one row of this task, or None
 
-`rng` decides what is asked about (which class, in which order); with `canonical=True` the wording does not vary: that form is for
-measuring. Nothing is asked that could be disputed: left or right only with a clear gap, the largest only with a clear margin.
-Answers are balanced where a guess would pay: yes and no, left and right, the counts.
+`rng` decides what is asked about (which class, in which order); with `canonical=True` the wording does not vary: that
+form is for measuring. Nothing is asked that could be disputed: left or right only with a clear gap, the largest only
+with a clear margin. Answers are balanced where a guess would pay: yes and no, left and right, the counts.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from paligemma.tiny.world import CLASSES, LABELS, TINTABLE, Box, Scene, SceneObject
+from paligemma.tiny.world import LABELS, TINTABLE, Box, Scene, SceneObject
 
+T = TypeVar("T")
 EncodeMask = Callable[[Sequence[tuple[np.ndarray, Box]]], Sequence[Sequence[int]]]
 # [(mask bool [H, W], its box)] -> 16 codes for each
 
-# The first wording is the canonical one; the others are for training. {a} is "a dog", {many} "dogs", {one} "dog", {two} another.
+# The first wording is the canonical one, the others are for training. {a}: "a dog", {many}: "dogs", {one}: "dog".
 QUESTIONS: dict[str, tuple[str, ...]] = {
-    "what": ("what is this ?", "what is that ?", "what do you see ?", "what is shown here ?", "what is in the picture ?"),
-    "largest": ("what is the largest object ?", "what is the biggest object ?", "which object is the largest ?", "which object is the biggest ?"),
-    "color": ("what color is the {one} ?", "what is the color of the {one} ?", "which color does the {one} have ?", "what colour is the {one} ?"),
-    "background": ("what color is the background ?", "what is the color of the background ?", "which color does the background have ?", "what colour is the background ?"),
-    "exists": ("is there {a} ?", "do you see {a} ?", "is there {a} in the picture ?", "can you see {a} ?"),
-    "count": ("how many {many} are there ?", "how many {many} do you see ?", "how many {many} are in the picture ?", "what is the number of {many} ?"),
-    "count_all": ("how many objects are there ?", "how many objects do you see ?", "how many things are there ?", "how many objects are in the picture ?"),
-    "left_right": ("is the {one} to the left or right of the {two} ?", "is the {one} left or right of the {two} ?", "on which side of the {two} is the {one} ?"),
-    "left_of": ("what is to the left of the {one} ?", "what is left of the {one} ?", "which object is to the left of the {one} ?"),
-}  # fmt: skip
+    "what": (
+        "what is this ?",
+        "what is that ?",
+        "what do you see ?",
+        "what is shown here ?",
+        "what is in the picture ?",
+    ),
+    "largest": (
+        "what is the largest object ?",
+        "what is the biggest object ?",
+        "which object is the largest ?",
+        "which object is the biggest ?",
+    ),
+    "color": (
+        "what color is the {one} ?",
+        "what is the color of the {one} ?",
+        "which color does the {one} have ?",
+        "what colour is the {one} ?",
+    ),
+    "background": (
+        "what color is the background ?",
+        "what is the color of the background ?",
+        "which color does the background have ?",
+        "what colour is the background ?",
+    ),
+    "exists": (
+        "is there {a} ?",
+        "do you see {a} ?",
+        "is there {a} in the picture ?",
+        "can you see {a} ?",
+    ),
+    "count": (
+        "how many {many} are there ?",
+        "how many {many} do you see ?",
+        "how many {many} are in the picture ?",
+        "what is the number of {many} ?",
+    ),
+    "count_all": (
+        "how many objects are there ?",
+        "how many objects do you see ?",
+        "how many things are there ?",
+        "how many objects are in the picture ?",
+    ),
+    "left_right": (
+        "is the {one} to the left or right of the {two} ?",
+        "is the {one} left or right of the {two} ?",
+        "on which side of the {two} is the {one} ?",
+    ),
+    "left_of": (
+        "what is to the left of the {one} ?",
+        "what is left of the {one} ?",
+        "which object is to the left of the {one} ?",
+    ),
+}
 TASKS = (
     "caption", "what", "largest", "color", "background", "exists", "count", "count_all", "left_right", "left_of",
     "detect_one", "detect_all", "detect_absent", "segment", "ocr",
@@ -56,7 +102,7 @@ class Row:
     expected: tuple[SceneObject, ...] = ()  # objects that the answer names or lists, in its order
 
 
-# --- words ---------------------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def plural(label: str) -> str:
@@ -74,7 +120,7 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """Objects from left to right by their left edge, equal ones (label and tint) together where the first of them is."""
+    """Objects from left to right by their left edge; equal ones (label and tint) where the first of them is."""
     groups: dict[tuple[str | None, str], int] = {}
     for thing in scene.objects:
         groups[thing.tint, thing.label] = groups.get((thing.tint, thing.label), 0) + 1
@@ -85,16 +131,16 @@ def caption(scene: Scene) -> str:
     return f"{listed(parts)} on {article(scene.background)} background"
 
 
-# --- locations -----------------------------------------------------------------------------------------------------------
+# --- locations ------------------------------------------------------------------------------------
 
 
 def location(coordinate: float, size: int, bin_step: int = 8) -> int:
     """The <loc> bin of a coordinate in pixels, in multiples of `bin_step`.
 
-    Readers place bin b at b / 1024 of the side (the default of `parse`), so the bin is round(1024 x coordinate / size), not
-    1023 x: decoding then returns the coordinate without a shift. The last bin is 1024 - bin_step (the side itself would be bin
-    1024, which doesn't exist), so bin_step=8 leaves exactly 128 bins: coarser than a pixel of a 128-pixel picture by nothing,
-    but an eighth of the words to learn. bin_step=1 uses all 1,024.
+    Readers place bin b at b / 1024 of the side (the default of `parse`), so the bin is round(1024 x coordinate / size),
+    not 1023 x: decoding then returns the coordinate without a shift. bin_step=8 leaves 128 bins, one per pixel of a
+    picture of 128 pixels: no precision that a model of that size could use is lost, and there is an eighth of the words
+    to learn. bin_step=1 uses all 1,024. The last bin is 1024 - bin_step: the far side itself, bin 1024, has no token.
     """
     return min(max(round(coordinate / size * 1024 / bin_step), 0) * bin_step, 1024 - bin_step)
 
@@ -105,7 +151,7 @@ def location_tokens(box: Box, size: int, bin_step: int = 8) -> str:
     return f"<loc{y0:04d}><loc{x0:04d}><loc{y1:04d}><loc{x1:04d}>"
 
 
-# --- what can be asked ---------------------------------------------------------------------------------------------------
+# --- what can be asked ----------------------------------------------------------------------------
 
 
 def _by_label(scene: Scene) -> dict[str, list[SceneObject]]:
@@ -116,9 +162,9 @@ def _by_label(scene: Scene) -> dict[str, list[SceneObject]]:
     return groups
 
 
-def _absent(scene: Scene, rng: np.random.Generator, pool: Sequence[str] = LABELS) -> str:
+def _absent(scene: Scene, rng: np.random.Generator) -> str:
     present = {thing.label for thing in scene.objects}
-    while (label := pool[rng.integers(len(pool))]) in present:
+    while (label := LABELS[rng.integers(len(LABELS))]) in present:
         pass
     return label
 
@@ -146,7 +192,7 @@ def left_right_pairs(scene: Scene) -> list[tuple[SceneObject, SceneObject]]:
 def left_neighbor(scene: Scene, thing: SceneObject) -> SceneObject | None:
     """The nearest object to the left of this one; None if there is none or one could argue.
 
-    One cannot argue if no object is only just left or right of it, and the nearest is nearest by its column and by its distance.
+    One cannot argue if no object is only just left or right of it, and the nearest is so by column and by distance.
     """
     gap = CLEAR_GAP * scene.size
     left = []
@@ -181,9 +227,9 @@ def sample_row(
     bin_step: int = 8,
     encode_mask: EncodeMask | None = None,
 ) -> Row | None:
-    """One prompt of this task with its answer; None if the scene does not allow it (no sign to read, nothing tinted, ...).
+    """One prompt of this task with its answer; None if the scene does not allow it (no sign to read, nothing tinted).
 
-    canonical:   the first wording of QUESTIONS, always with the space before "?"; otherwise any wording, half of them without.
+    canonical:   the first wording of QUESTIONS, with the space before "?"; otherwise any wording, half without.
     bin_step:    see `location`.
     encode_mask: needed by the task "segment" alone; gets [(mask, box)] in pixels of the scene, gives 16 codes for each.
 
@@ -191,8 +237,8 @@ def sample_row(
     """
     groups = _by_label(scene)
 
-    def pick(pool):  # type: ignore[no-untyped-def]
-        return pool[rng.integers(len(pool))]
+    def pick(pool: Sequence[T]) -> T:
+        return pool[int(rng.integers(len(pool)))]
 
     def ask(answer: str, asked: Sequence[str] = (), expected: Sequence[SceneObject] = (), **words: str) -> Row:
         question = QUESTIONS[task][0] if canonical else pick(QUESTIONS[task])
@@ -232,9 +278,10 @@ def sample_row(
         counts = sorted({0} | {len(group) for group in groups.values()})
         bounds = np.cumsum([(1.0, 1.5)[count] if count < 2 else 4.0 for count in counts])
         count = counts[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
-        label = (
-            pick([label for label, group in groups.items() if len(group) == count]) if count else _absent(scene, rng)
-        )
+        if count:
+            label = pick([label for label, group in groups.items() if len(group) == count])
+        else:
+            label = _absent(scene, rng)
         return ask(NUMBERS[count], [label], groups.get(label, ()), many=plural(label))
 
     if task == "count_all":
@@ -251,11 +298,10 @@ def sample_row(
 
     if task == "left_of":
         single = [group[0] for group in groups.values() if len(group) == 1]
-        neighbors = [(thing, left_neighbor(scene, thing)) for thing in single]
-        neighbors = [(thing, near) for thing, near in neighbors if near is not None]
+        neighbors = [(near, thing) for thing in single if (near := left_neighbor(scene, thing)) is not None]
         if not neighbors:
             return None
-        thing, near = pick(neighbors)
+        near, thing = pick(neighbors)
         return ask(near.label, [thing.label], [near], one=thing.label)
 
     if task in ("detect_one", "detect_all", "detect_absent"):
@@ -305,7 +351,7 @@ def rows(
     bin_step: int = 8,
     encode_mask: EncodeMask | None = None,
 ) -> list[Row]:
-    """One row of each of `tasks` that the scene allows; see `sample_row`. Segment prompts are left out without `encode_mask`."""
+    """One row of each of `tasks` that the scene allows, see `sample_row`; none of "segment" without `encode_mask`."""
     made = [
         sample_row(scene, task, rng, canonical=canonical, bin_step=bin_step, encode_mask=encode_mask)
         for task in tasks

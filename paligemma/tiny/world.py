@@ -4,14 +4,17 @@
     scene.image                             # uint8 [256, 256, 3]
     scene.objects[0].label, .tint, .box, .mask
 
-A scene is 1 to 5 pictograms and now and then a sign with short text. Pictograms are stamped one over the other; an object's box
-and mask are read off its *visible* pixels, so they are exact by construction. What a question could not decide (two objects
-that start at the same column, a hidden sign) is not drawn.
+A scene is 1 to 5 pictograms and now and then a sign with short text. Pictograms are stamped one over the other; an
+object's box and mask are read off its *visible* pixels, so they are exact by construction. What would make an answer
+disputable (two objects that begin at the same column, a half hidden text) is not drawn.
 
-Splits. "train" and "val" and "test" have the same distribution; a seed is mixed with the name of its split (`generator`), so the
-splits are disjoint streams whatever seeds are taken. 1/16 of the pairs of classes and 1/9 of the pairs of class and tint, chosen
-by a hash of their names, appear in "heldout" only, where every scene has at least one of them. "twemoji" is "test" drawn by
-an artist that no other split shows.
+Splits. "train", "val" and "test" have the same distribution; a seed is mixed with the name of its split (`generator`),
+so the splits are disjoint streams whatever seeds are taken. 1/16 of the pairs of classes and 1/9 of the pairs of class
+and tint, chosen by a hash of their names, appear in "heldout" only, where every scene has at least one of them.
+"twemoji" is like "test", drawn by an artist that no other split shows.
+
+Everything is drawn from NumPy's PCG64 and Pillow's resampling. Another processor may round a pixel's shade differently;
+what is in the scene, and where, stays the same.
 """
 
 import hashlib
@@ -20,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +32,12 @@ from PIL import Image, ImageDraw, ImageFont
 SPRITES = Path(__file__).with_name("sprites")
 
 CLASSES = (
-    "dog", "cat", "horse", "cow", "pig", "sheep", "elephant", "rabbit", "bird", "duck", "owl", "penguin", "fish", "whale",
-    "turtle", "snake", "frog", "bee", "butterfly", "snail", "octopus", "crab", "apple", "banana", "orange", "pear", "lemon",
-    "grape", "strawberry", "watermelon", "carrot", "corn", "bread", "cheese", "pizza", "hamburger", "cake", "donut", "car",
-    "bus", "truck", "bicycle", "airplane", "rocket", "boat", "train", "tractor", "house", "tree", "flower", "tulip", "cactus",
-    "mushroom", "star", "moon", "cloud", "heart", "ball", "balloon", "gift", "umbrella", "hat", "shirt", "book", "key",
-    "clock", "guitar", "bell", "cup", "chair", "crown", "snowman",
+    "dog", "cat", "horse", "cow", "pig", "sheep", "elephant", "rabbit", "bird", "duck", "owl", "penguin", "fish",
+    "whale", "turtle", "snake", "frog", "bee", "butterfly", "snail", "octopus", "crab", "apple", "banana", "orange",
+    "pear", "lemon", "grape", "strawberry", "watermelon", "carrot", "corn", "bread", "cheese", "pizza", "hamburger",
+    "cake", "donut", "car", "bus", "truck", "bicycle", "airplane", "rocket", "boat", "train", "tractor", "house",
+    "tree", "flower", "tulip", "cactus", "mushroom", "star", "moon", "cloud", "heart", "ball", "balloon", "gift",
+    "umbrella", "hat", "shirt", "book", "key", "clock", "guitar", "bell", "cup", "chair", "crown", "snowman",
 )  # fmt: skip
 LABELS = (*CLASSES, "sign")  # everything an object can be called
 
@@ -57,8 +60,8 @@ TINTABLE = (
 PALE = {("noto", "bus"), ("twemoji", "bus"), ("noto", "cup"), ("openmoji", "cup"), ("twemoji", "cup")}
 HUES = {("twemoji", "tulip"): 350, ("twemoji", "gift"): 40}  # degrees, where the leaves or the ribbon outweigh the body
 
-# Backgrounds: the middle of a colour, and how far its shades may go from there. No orange: next to brown, yellow and red it
-# could not be named with certainty.
+# Backgrounds: the middle of a colour, and how far its shades may go from there. No orange: next to brown, yellow and
+# red it could not be named with certainty.
 BACKGROUNDS = {
     "white": ((244, 244, 242), (10, 10, 10)),
     "gray": ((146, 146, 148), (24, 24, 24)),
@@ -133,7 +136,7 @@ class Scene:
         return next((thing for thing in self.objects if thing.label == "sign"), None)
 
 
-# --- what is held out ------------------------------------------------------------------------------------------------
+# --- what is held out -----------------------------------------------------------------------------
 
 
 def _bucket(*names: str) -> int:
@@ -143,7 +146,7 @@ def _bucket(*names: str) -> int:
 
 @cache
 def is_held_out_pair(a: str, b: str) -> bool:
-    """Whether the two classes never meet in training (1 pair of 16). A class may always meet itself; a sign meets anyone."""
+    """Whether the two classes never meet in training (1 pair of 16). A class may meet itself, and a sign anyone."""
     return a != b and "sign" not in (a, b) and _bucket("pair", *sorted((a, b))) % 16 == 1
 
 
@@ -169,7 +172,7 @@ def has_held_out(things: Sequence[tuple[str, str | None]]) -> bool:
     )
 
 
-# --- artwork -----------------------------------------------------------------------------------------------------------
+# --- artwork --------------------------------------------------------------------------------------
 
 
 @cache
@@ -194,7 +197,7 @@ def sprite(style: str, label: str, tint: str | None = None) -> Image.Image:
 
 
 def _tinted(image: Image.Image, color: tuple[int, int, int], pale: bool, main_hue: float | None) -> Image.Image:
-    """The drawing with its main hue (the dominant one if None), or its pale pixels, turned into `color`; shades are kept."""
+    """The drawing with its main hue (the dominant one if None), or its pale pixels, in `color`; the shades stay."""
     pixels = np.asarray(image).astype(np.float32)
     rgb, alpha = pixels[..., :3], pixels[..., 3]
     high, low = rgb.max(-1), rgb.min(-1)
@@ -211,12 +214,12 @@ def _tinted(image: Image.Image, color: tuple[int, int, int], pale: bool, main_hu
         distance = np.abs((hue - main_hue + 180) % 360 - 180)
         weight = np.clip((48 - distance) / 12, 0, 1) * np.clip((saturation - 0.12) / 0.12, 0, 1)
         weight *= np.clip((high - 30) / 30, 0, 1)
-    light = rgb @ np.float32([0.299, 0.587, 0.114])
+    light = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
     chosen = light[(weight > 0.5) & (alpha > 128)]
     usual = float(np.median(chosen)) if chosen.size else 128.0
     shade = np.clip(light / usual, 0.45, 1)[..., None]
     shine = np.clip((light - usual) / max(255 - usual, 40), 0, 0.75)[..., None]
-    target = np.float32(color)
+    target = np.array(color, np.float32)
     painted = target * shade + (255 - target) * shine
     rgb = rgb + weight[..., None] * (painted - rgb)
     result = np.concatenate([rgb, alpha[..., None]], -1)
@@ -240,7 +243,7 @@ def _rim(pixels: np.ndarray) -> np.ndarray:
     return pixels[rim][:, :3].mean(0)
 
 
-# --- stamps: an object drawn, ready to be put down somewhere ---------------------------------------------------------------
+# --- stamps: an object drawn, ready to be put down somewhere --------------------------------------
 
 
 @dataclass(frozen=True)
@@ -271,31 +274,32 @@ def _pictogram(rng: np.random.Generator, style: str, label: str, tint: str | Non
     return _stamp(image.rotate(angle, Image.Resampling.BILINEAR, expand=True))
 
 
-# --- signs ---------------------------------------------------------------------------------------------------------------
+# --- signs ----------------------------------------------------------------------------------------
 
 WORDS = tuple(
     """
-    able area army away baby back bag bake ball band bank bar bath beach bean bed beef best big bike bird bit blue boat body
-    book boot both box boy bread bus bush busy call camp cap card care cart case cash cat cave chef child city clay clean club
-    coal coat code coffee cold cook cool corn cow cream cup dairy dance dark day deal deep deli desk diet dish dog door down
-    dream dress drink drive dry duck east eat egg end enter even exit face fair fall farm fast feel field film find fire first
-    fish five fix flag flat floor flour fly food foot fork four free fresh fruit full fun game garden gas gate gift girl glad
-    glass gold golf good grand green group guest hair half hall hand happy hard hat heat help here high hill hold home honey
-    hope horse hot hotel hour house ice idea inn iron island jam jazz job join juice jump jungle just keep key kid kind king
-    kitchen kite lake lamp land large last late law leaf left lemon lift light lime line lion list live local lock long look
-    lost loud love lucky lunch mail main map market meal meat meet melon menu metal milk mill mint mix model money moon more
-    music nail name near new news next nice night nine noon north note nut oak oats oil okay old olive open orange order oven
-    over page paint palm paper park party pasta path peach pen pet phone piano pie pilot pin pizza place plan plant play plum
-    pond pool post potato press price pub pull pump push queen quick quiet quiz race radio rain read red rent rest rice ride
-    right ring river road rock roof room rose run safe sail salad sale salt sand sea seat seed sell seven ship shoe shop show
-    side silk sing size skate ski sky sleep slow small smile snack snow soap soda sold song soup south spa spice sport spring
-    square stage star start stay step stop store storm street sugar summer sun sweet swim table tall taxi tea team ten tent
-    test three ticket tiger time tire toast today tool top tour town toy track train tree trip try tulip turn twelve unit up
-    valley van video view visit walk wall warm wash watch water way web week west wheel white wide wild win wind window wine
-    winter wish wolf wood word work world yard year yes yoga young zebra zero zone
+    able area army away baby back bag bake ball band bank bar bath beach bean bed beef best big bike bird bit blue
+    boat body book boot both box boy bread bus bush busy call camp cap card care cart case cash cat cave chef child
+    city clay clean club coal coat code coffee cold cook cool corn cow cream cup dairy dance dark day deal deep deli
+    desk diet dish dog door down dream dress drink drive dry duck east eat egg end enter even exit face fair fall
+    farm fast feel field film find fire first fish five fix flag flat floor flour fly food foot fork four free fresh
+    fruit full fun game garden gas gate gift girl glad glass gold golf good grand green group guest hair half hall
+    hand happy hard hat heat help here high hill hold home honey hope horse hot hotel hour house ice idea inn iron
+    island jam jazz job join juice jump jungle just keep key kid kind king kite lake lamp land large last late law
+    leaf left lemon lift light lime line lion list live local lock long look lost loud love lucky lunch mail main
+    map market meal meat meet melon menu metal milk mill mint mix model money moon more music nail name near new
+    news next nice night nine noon north note nut oak oats oil okay old olive open orange order oven over page paint
+    palm paper park party pasta path peach pen pet phone piano pie pilot pin pizza place plan plant play plum pond
+    pool post potato press price pub pull pump push queen quick quiet quiz race radio rain read red rent rest rice
+    ride right ring river road rock roof room rose run safe sail salad sale salt sand sea seat seed sell seven ship
+    shoe shop show side silk sing size skate ski sky sleep slow small smile snack snow soap soda sold song soup
+    south spa spice sport spring square stage star start stay step stop store storm street sugar summer sun sweet
+    swim table tall taxi tea team ten tent test three ticket tiger time tire toast today tool top tour town toy
+    track train tree trip try tulip turn twelve unit up valley van video view visit walk wall warm wash watch water
+    way web week west wheel white wide wild win wind window wine winter wish wolf wood word work world yard year yes
+    yoga young zebra zero zone
     """.split()
 )
-WORDS = tuple(word for word in WORDS if len(word) <= 6)
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # all that signs say
 _SURE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # without I and O, which alone could be 1 and 0
 _BOARDS = (  # board, text and border
@@ -317,14 +321,14 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
         if not isinstance(font, ImageFont.FreeTypeFont):
             raise RuntimeError("this Pillow was built without FreeType, which drawing signs needs: pip install pillow")
         return font
-    return ImageFont.truetype(str(SPRITES / "fonts" / f"{name}.ttf"), size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(SPRITES / "fonts" / f"{name}.ttf", size, layout_engine=ImageFont.Layout.BASIC)
 
 
-_FONTS = ("aileron",)
+_FONTS = ("aileron", "DejaVuSans-Bold", "DejaVuSerif-Bold")
 
 
 def sign_text(rng: np.random.Generator, length: tuple[int, int] = (1, 6)) -> str:
-    """A word, a number, or letters at random, with `length[0]` to `length[1]` characters; no two texts look the same."""
+    """A word, a number or random letters, `length[0]` to `length[1]` characters; no two texts look the same."""
     shortest, longest = length
     count = int(rng.integers(shortest, longest + 1))
     kind = rng.random()
@@ -390,12 +394,12 @@ def _sign(rng: np.random.Generator, text: str, size: int, char_size: tuple[float
     return replace(stamp, char_boxes=tuple(moved(box) for box in boxes))
 
 
-# --- backgrounds -----------------------------------------------------------------------------------------------------------
+# --- backgrounds ----------------------------------------------------------------------------------
 
 
 def _background(rng: np.random.Generator, color: str, pattern: str, size: int) -> np.ndarray:
     """uint8 [size, size, 3]: the colour in shades from -1 to 1 that never leave its name."""
-    middle, reach = np.float32(BACKGROUNDS[color][0]), np.float32(BACKGROUNDS[color][1])
+    middle, reach = np.array(BACKGROUNDS[color], np.float32)
     base = middle + reach * np.float32(rng.uniform(-0.35, 0.35))
     if pattern == "plain":
         return np.broadcast_to(np.clip(base + 0.5, 0, 255).astype(np.uint8), (size, size, 3)).copy()
@@ -419,7 +423,7 @@ def _background(rng: np.random.Generator, color: str, pattern: str, size: int) -
     return table[np.clip(shade * 127.5 + 128, 0, 255).astype(np.uint8)]
 
 
-# --- scenes ----------------------------------------------------------------------------------------------------------------
+# --- scenes ---------------------------------------------------------------------------------------
 
 
 def generator(seed: int, split: str) -> np.random.Generator:
@@ -528,7 +532,7 @@ def render(
     size:         side of the picture in pixels.
     style:        "noto", "openmoji" or "twemoji" instead of what the split draws from.
     objects:      least and most pictograms.
-    object_size:  least and most length of a pictogram's longer side before it is turned, as a share of the picture's side.
+    object_size:  least and most length of a pictogram's longer side, before it is turned, as a share of the side.
     sign:         probability of a sign beside the pictograms; sign_only: of a sign and nothing else.
     text_length:  least and most characters on a sign.
     char_size:    font size (em) of a sign as a share of the side; long texts are shrunk until the board fits.
@@ -558,9 +562,9 @@ def render(
     # A background from which every object stands out, or the best there is.
     rims = [_rim_color(style, *thing) for thing in things]
     if with_sign:
-        rims.append(np.float32(_BOARDS[board][0]))
-    middles = np.float32([middle for middle, _ in BACKGROUNDS.values()])
-    contrast = np.linalg.norm(middles[:, None] - np.float32(rims)[None], axis=-1).min(1)
+        rims.append(np.array(_BOARDS[board][0], np.float32))
+    middles = np.array([middle for middle, _ in BACKGROUNDS.values()], np.float32)
+    contrast = np.linalg.norm(middles[:, None] - np.stack(rims)[None], axis=-1).min(1)
     clear = np.flatnonzero(contrast >= MIN_CONTRAST)
     background = tuple(BACKGROUNDS)[clear[rng.integers(len(clear))] if len(clear) else int(contrast.argmax())]
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
@@ -613,14 +617,14 @@ def _bounds(spot: _Placed) -> Box:
 def _apart(placed: list[_Placed], size: int) -> bool:
     """Whether all left edges still differ clearly, now that objects hide parts of one another."""
     edges = sorted(_bounds(spot)[0] for spot in placed)
-    return all(b - a >= MIN_EDGE_GAP * size for a, b in zip(edges, edges[1:]))
+    return all(b - a >= MIN_EDGE_GAP * size for a, b in pairwise(edges))
 
 
-# --- what every patch shows --------------------------------------------------------------------------------------------------
+# --- what every patch shows -----------------------------------------------------------------------
 
 
 def patch_targets(scene: Scene, grid: int = 8, cells: int = 8, least: float = 0.2) -> dict[str, np.ndarray]:
-    """What each of the `grid` x `grid` patches of the picture shows; what a vision model can be taught before it can talk.
+    """What each of the `grid` x `grid` patches shows: what a vision model can be taught before it can talk.
 
     A patch belongs to the object that covers most of it, if that covers at least the share `least`; otherwise to the
     background. Returned, with G = grid, c = cells:
@@ -629,10 +633,12 @@ def patch_targets(scene: Scene, grid: int = 8, cells: int = 8, least: float = 0.
     tint        int64   [G, G]        0 none, else 1 + index in TINTS
     background  int64   []            index in BACKGROUNDS
     index       int64   [G, G]        -1 background, else index in scene.objects
-    box         float32 [G, G, 4]     x0 y0 x1 y1 of its object from the patch's middle, in sides of the picture; 0 if none
+    box         float32 [G, G, 4]     x0 y0 x1 y1 of its object, seen from the patch's middle, in sides of the picture
     mask        bool    [G, G, c, c]  its object's mask inside the patch: cells that are at least half covered
     coverage    float32 [G, G]        share of the patch that its object covers
-    characters  int64   [G, G, 2]     characters whose middle lies in the patch, left to right: 1 + index in CHARACTERS, 0 none
+    characters  int64   [G, G, 2]     1 + index in CHARACTERS of those with their middle in the patch, from the left
+
+    Raises ValueError when the picture's side is not a multiple of grid x cells.
     """
     size = scene.size
     pixels = size // (grid * cells)  # per cell
