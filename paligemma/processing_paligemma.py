@@ -210,7 +210,7 @@ class Tokenizer:
         if problems:
             raise ValueError(_does_not_fit(problems))
 
-        ids = {token: backend.token_to_id(token) for token in OFFICIAL_IDS}
+        ids: dict[str, Any] = {token: backend.token_to_id(token) for token in OFFICIAL_IDS}
         self.bos_token_id, self.eos_token_id, self.pad_token_id = ids["<bos>"], ids["<eos>"], ids["<pad>"]
         self.image_token_id, self.newline_token_id = ids[IMAGE], ids["\n"]
         self.first_loc_id, self.first_seg_id = ids["<loc0000>"], ids["<seg000>"]
@@ -396,16 +396,22 @@ def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
         raise ValueError(f"{path} is not a sentencepiece model: {error}") from None
 
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    answer_tokens = {*LOCATIONS, *SEGMENTS, IMAGE}
     score: dict[str, float] = {}  # of what BPE may build
     whole: list[str] = []  # "user defined": matched in the text before BPE begins
     for i, piece in enumerate(pieces):
         if model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i):
             continue
         # The Python binding does not tell the type. User-defined pieces score +0.0, the first learned one -0.0.
-        if model.get_score(i) == 0 and math.copysign(1, model.get_score(i)) > 0:
+        user_defined = model.get_score(i) == 0 and math.copysign(1, model.get_score(i)) > 0
+        if user_defined or piece in answer_tokens:
             whole.append(piece)
         else:
             score[piece] = model.get_score(i)
+    if "\t" not in pieces and "<0x09>" in pieces:
+        # Gemma's model knows runs of tabs, but one tab only as a byte; pairs need it under its name.
+        pieces[pieces.index("<0x09>")] = "\t"
+        score["\t"] = 0.0
     pairs = [
         (piece[:cut], piece[cut:])
         for piece in score
@@ -425,7 +431,7 @@ def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     )
     backend.add_tokens([tokenizers.AddedToken(piece, normalized=True) for piece in whole])
 
-    probe = "answer en how  many dogs?\n\n\t12 Ünï 象 🦒 <loc0001> ; " + " ".join(pieces[-200:])
+    probe = "answer en how  many dogs?\n\n\t12 Ünï 象 🦒 <loc> ; " + " ".join(list(score)[-200:])
     if backend.encode(probe, add_special_tokens=False).ids != model.encode(probe):
         raise ValueError(f"{path} splits text in another way than Gemma's tokenizers do (BPE, no dummy space in front)")
 

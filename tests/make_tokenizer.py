@@ -3,6 +3,8 @@
     folder = build_tokenizer(tmp_path)                      # writes tmp_path/tokenizer.json
     tokenizer = paligemma.load_tokenizer(folder)
 
+`build_sentencepiece` writes the same kind of vocabulary as a `tokenizer.model`, the form big_vision uses.
+
 What makes a tokenizer "of Gemma's kind": byte fallback instead of an unknown token, one normalisation (" " -> U+2581),
 no dummy space in front, digits one by one, runs of newlines and of spaces as single tokens, and the ids in this order:
 
@@ -10,6 +12,7 @@ no dummy space in front, digits one by one, runs of newlines and of spaces as si
     ... <loc0000> x 1024   <seg000> x 128   <image>          (the last 1153, contiguous, <image> is the very last)
 """
 
+import io
 import json
 import string
 from collections.abc import Iterable
@@ -31,7 +34,7 @@ detect dog duck en es fish five flower four fr gift green hat heart horse how in
 of on one orange pear pig pink pizza purple question red right segment sheep shirt sign star the there three to train
 tree two what where which white yellow yes zero standing wearing between largest smallest object objects person people
 street house window umbrella elephant butterfly strawberry airplane
-""".split()  # noqa: SIM905
+""".split()
 
 
 def build_tokenizer(
@@ -80,4 +83,41 @@ def build_tokenizer(
     if image_token:
         tokenizer.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def build_sentencepiece(folder: str | Path, words: Iterable[str] = WORDS, locations: bool = True) -> Path:
+    """Train `folder/tokenizer.model` with sentencepiece (a second). With `locations` it is like PaliGemma's own, which
+    has `<loc>` and `<seg>` inside but not `<image>`; without like Gemma's. Returns the folder."""
+    import sentencepiece
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([form for word in words for form in (word, "the " + word)] + ["dog ; cat"]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=3000,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        required_chars="".join(c for c in CHARACTERS if c.isprintable() and c != "▁"),
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=["<mask>", *NEWLINE_RUNS, *SPACE_RUNS, *((LOCATIONS + SEGMENTS) if locations else [])],
+        minloglevel=2,
+        num_threads=1,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
