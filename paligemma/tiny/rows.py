@@ -84,7 +84,7 @@ TASKS = (
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 PLURALS = {
     "sheep": "sheep", "fish": "fish", "corn": "corn", "strawberry": "strawberries", "butterfly": "butterflies",
-    "bus": "buses", "octopus": "octopuses", "snowman": "snowmen",
+    "bus": "buses", "cactus": "cactuses", "octopus": "octopuses", "snowman": "snowmen",
 }  # fmt: skip
 
 CLEAR_GAP = 0.12  # of the side, between the middles of two objects of which one is called left of the other
