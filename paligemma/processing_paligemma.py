@@ -80,12 +80,12 @@ def load_image(source: Any) -> Image.Image:
         with path.open("rb") as file:
             return _open(file, str(path))
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open(io.BytesIO(source), "the picture")
+        return _open(io.BytesIO(source), "the data")
     if hasattr(source, "read"):
         data = source.read()  # whole, since a pipe cannot seek
         if not isinstance(data, bytes):
             raise TypeError("the file is open in text mode; open it with 'rb' (for stdin: sys.stdin.buffer)")
-        return _open(io.BytesIO(data), str(getattr(source, "name", "the picture")))
+        return _open(io.BytesIO(data), str(getattr(source, "name", "the data")))
     raise TypeError(
         f"expected a picture (a path, a PIL.Image, uint8 [H, W, 3], bytes or an open file), got {type(source).__name__}"
     )
@@ -100,6 +100,10 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         raise ValueError(
             f"{name} is too large: {error}. Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from None
+    except (MemoryError, Warning):
+        raise
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, EOFError, struct.error, ...
+        raise OSError(f"{name} is damaged or truncated: {error}") from None
     return _to_rgb(image, name)
 
 
@@ -128,7 +132,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image.load()  # so far only the header has been read
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, EOFError, struct.error, ...
+    except Exception as error:  # as above
         raise OSError(f"{name} is damaged or truncated: {error}") from None
     with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
         image = ImageOps.exif_transpose(image)
@@ -164,7 +168,7 @@ def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
     bicubic, then (x / 255 - 0.5) / 0.5. Bit-equal to transformers' PIL path. big_vision resizes bilinearly.
     """
     pixels = np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))  # [H, W, 3] uint8
-    return torch.from_numpy(_NORMALIZED[pixels.transpose(2, 0, 1)])  # [3, H, W]
+    return torch.from_numpy(_NORMALIZED[pixels].transpose(2, 0, 1).copy())  # [3, H, W]
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizer

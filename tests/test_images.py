@@ -1,0 +1,326 @@
+"""Every form of picture that people have becomes the same upright RGB, and the same numbers as in the reference."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paligemma.processing_paligemma import load_image, preprocess
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def random_rgb(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------ the numbers of a picture
+
+
+def reference_pixels(image, size: int) -> np.ndarray:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    return np.asarray(processor(images=[image])["pixel_values"][0])
+
+
+@pytest.mark.parametrize("size", [28, 224, 448])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 37), (224, 224), (331, 17), (640, 480), (1500, 1001)])
+def test_pixel_values_are_bit_equal_to_the_reference(shape, size):
+    image = random_rgb(*shape, seed=sum(shape))
+    ours = preprocess(image, size)
+    assert ours.dtype == torch.float32 and ours.shape == (3, size, size) and ours.is_contiguous()
+    assert np.array_equal(ours.numpy(), reference_pixels(image, size))
+
+
+def test_every_value_of_a_pixel_is_bit_equal_to_the_reference():
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    assert np.array_equal(preprocess(ramp, 16).numpy(), reference_pixels(ramp, 16))
+
+
+def test_black_is_minus_one_white_is_one_and_the_picture_is_squashed_not_cropped():
+    image = Image.new("RGB", (200, 10), "black")
+    image.paste("white", (100, 0, 200, 10))
+    values = preprocess(image, 32)
+    assert (values[:, :, :12] == -1).all() and (values[:, :, 20:] == 1).all()
+
+
+def test_channels_are_red_green_blue():
+    values = preprocess(Image.new("RGB", (8, 8), (255, 0, 128)), 4)
+    assert values[:, 0, 0].tolist() == [1.0, -1.0, pytest.approx(128 / 127.5 - 1, abs=1e-6)]
+
+
+# ---------------------------------------------------------------------------------------------- where it comes from
+
+
+def test_path_string_bytes_file_array_and_pil_object_are_the_same_picture(tmp_path):
+    image = random_rgb(13, 7)
+    path = tmp_path / "a picture.png"
+    image.save(path)
+    for source in (path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), np.asarray(image), image):
+        assert np.array_equal(pixels(load_image(source)), np.asarray(image))
+
+
+def test_a_pipe_that_cannot_seek_is_read():
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+        def seek(self, *args):
+            raise OSError("Illegal seek")
+
+    assert load_image(Pipe(encoded(Image.new("RGB", (3, 2), RED)))).size == (3, 2)
+
+
+def test_the_callers_picture_is_left_alone():
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    load_image(image).putpixel((0, 0), RED)
+    assert image.mode == "RGBA" and image.getpixel((0, 0)) == (0, 0, 0, 0)
+    rgb = Image.new("RGB", (4, 4))
+    load_image(rgb).putpixel((0, 0), RED)
+    assert rgb.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
+    assert pixels(load_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])))[0, 0].tolist() == [
+        *RED
+    ]
+
+
+@pytest.mark.parametrize(
+    "shape, values, expected",
+    [
+        ((2, 2), 7, (7, 7, 7)),  # grey
+        ((2, 2, 1), 7, (7, 7, 7)),
+        ((2, 2, 2), [10, 0], WHITE),  # grey, transparent
+        ((2, 2, 3), [1, 2, 3], (1, 2, 3)),
+        ((2, 2, 4), [1, 2, 3, 255], (1, 2, 3)),
+        ((2, 2, 4), [1, 2, 3, 0], WHITE),
+    ],
+)
+def test_arrays_with_one_to_four_channels(shape, values, expected):
+    array = np.broadcast_to(np.array(values, dtype=np.uint8), shape)
+    assert (pixels(load_image(array)) == expected).all()
+
+
+def test_an_array_that_is_a_view_keeps_its_order():
+    image = np.asarray(random_rgb(6, 5))
+    assert np.array_equal(pixels(load_image(image[::-1, ::2])), image[::-1, ::2])
+
+
+# --------------------------------------------------------------------------------------------------------- upright
+
+# What a viewer must do to a picture stored with this EXIF orientation.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied_to_files_and_to_pil_objects(orientation):
+    stored = random_rgb(5, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, exif=exif)
+    expected = UPRIGHT[orientation](np.asarray(stored))
+    assert np.array_equal(pixels(load_image(data)), expected)
+    opened = Image.open(io.BytesIO(data))
+    assert np.array_equal(pixels(load_image(opened)), expected)
+    assert np.array_equal(pixels(load_image(load_image(opened))), expected)  # once, not twice
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_ignored(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert load_image(encoded(random_rgb(5, 3), exif=exif)).size == (5, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_broken_exif_block_is_ignored():
+    data = encoded(random_rgb(5, 3), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xffgarbage")
+    assert load_image(data).size == (5, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ modes
+
+
+def half_transparent(mode: str) -> Image.Image:
+    image = random_rgb(8, 8).convert("RGBA")
+    image.putalpha(Image.fromarray(np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)))
+    return image.convert(mode)
+
+
+def palette_with_transparency() -> Image.Image:
+    image = random_rgb(8, 8).quantize(16)
+    image.info["transparency"] = 3
+    return image
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(pytest.param(half_transparent(mode), id=mode) for mode in ("RGBA", "LA", "RGBa")),
+        *(
+            pytest.param(random_rgb(8, 8).convert(mode), id=mode)
+            for mode in ("RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "RGBX")
+        ),
+        pytest.param(palette_with_transparency(), id="P with transparency"),
+    ],
+)
+def test_every_mode_becomes_the_rgb_of_the_reference(image):
+    from transformers.image_transforms import convert_to_rgb
+
+    if image.mode == "RGBa":  # the reference knows only the name "A" of an alpha channel
+        image, ours = image.convert("RGBA"), load_image(image)
+    else:
+        ours = load_image(image)
+    assert np.array_equal(pixels(ours), convert_to_rgb(image, return_numpy=True))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
+def test_what_is_transparent_is_white(mode):
+    assert (pixels(load_image(Image.new(mode, (3, 3)))) == 255).all()
+
+
+def test_half_transparent_red_is_pink():
+    assert pixels(load_image(Image.new("RGBA", (1, 1), (255, 0, 0, 128)))).tolist() == [[[255, 127, 127]]]
+
+
+def test_transparency_of_png_files_without_an_alpha_channel():
+    """A palette entry, a grey level or a colour can be declared transparent."""
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([*RED, *BLUE])
+    palette.putpixel((1, 0), 1)
+    assert pixels(load_image(encoded(palette, transparency=1))).tolist() == [[[*RED], [*WHITE]]]
+    assert pixels(load_image(encoded(palette, transparency=bytes([255, 0])))).tolist() == [[[*RED], [*WHITE]]]
+    assert pixels(load_image(encoded(Image.new("L", (1, 1), 9), transparency=9))).tolist() == [[[*WHITE]]]
+    assert pixels(load_image(encoded(Image.new("RGB", (1, 1), RED), transparency=RED))).tolist() == [[[*WHITE]]]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind):
+    levels = np.array([[0, 255, 257, 4000, 32768, 65535]], dtype=np.uint16)
+    loaded = pixels(load_image(encoded(Image.fromarray(levels), kind)))
+    assert loaded[0, :, 0].tolist() == [0, 1, 1, 16, 128, 255]
+    assert (loaded == loaded[:, :, :1]).all()
+
+
+def test_other_forms_of_sixteen_bits():
+    levels = np.array([[0, 32768, 65535]])
+    for image in (
+        Image.fromarray(levels.astype(np.int32)),  # mode I
+        Image.frombytes("I;16B", (3, 1), levels.astype(">u2").tobytes()),
+        io.BytesIO(b"P5 3 1 65535\n" + levels.astype(">u2").tobytes()),  # PGM
+    ):
+        assert pixels(load_image(image))[0, :, 0].tolist() == [0, 128, 255]
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def png_header_only(width: int, height: int) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def refused(source, error: type[Exception], *words: str) -> None:
+    with pytest.raises(error) as caught:
+        load_image(source)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_no_such_file(tmp_path):
+    refused(tmp_path / "cat.jpg", FileNotFoundError, "cat.jpg", "no such file")
+
+
+def test_a_folder(tmp_path):
+    refused(tmp_path, IsADirectoryError, str(tmp_path), "is a folder")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n", b"%PDF-1.7", bytes(1000)])
+def test_not_a_picture(tmp_path, content):
+    (tmp_path / "cat.jpg").write_bytes(content)
+    refused(tmp_path / "cat.jpg", ValueError, "cat.jpg", "not a picture")
+    refused(content, ValueError, "not a picture")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF"])
+def test_a_truncated_picture(tmp_path, kind):
+    data = encoded(random_rgb(64, 64), kind)
+    (tmp_path / "cat").write_bytes(data[: len(data) // 2])
+    with pytest.raises((OSError, ValueError), match=r"damaged or truncated|not a picture") as caught:
+        load_image(tmp_path / "cat")
+    assert "cat" in str(caught.value)
+
+
+def test_a_truncated_picture_behind_a_lazy_pil_object():
+    data = encoded(random_rgb(64, 64), "JPEG")
+    refused(Image.open(io.BytesIO(data[: len(data) // 2])), OSError, "damaged or truncated")
+
+
+def test_thirty_thousand_by_thirty_thousand(tmp_path):
+    """Refused from the header, before any memory is taken: a PNG of a hundred bytes can claim gigabytes."""
+    (tmp_path / "bomb.png").write_bytes(png_header_only(30_000, 30_000))
+    refused(tmp_path / "bomb.png", ValueError, "bomb.png", "too large", "900000000", "MAX_IMAGE_PIXELS")
+
+
+def test_no_pixels(tmp_path):
+    refused(Image.new("RGB", (0, 5)), ValueError, "no pixels", "0 x 5")
+    refused(np.zeros((0, 5, 3), np.uint8), ValueError, "no pixels", "0x5x3")
+    with pytest.raises((OSError, ValueError), match=r"not a picture|no pixels|damaged"):
+        load_image(png_header_only(0, 5))
+
+
+@pytest.mark.parametrize(
+    "array, words",
+    [
+        (np.zeros((4, 4, 3), np.float32), ["uint8", "float32"]),
+        (np.zeros((4, 4), bool), ["uint8", "bool"]),
+        (np.zeros((3, 224, 224), np.uint8), ["3x224x224", "channels come last", "transpose"]),
+        (np.zeros((4, 4, 5), np.uint8), ["4x4x5"]),
+        (np.zeros((1, 4, 4, 3), np.uint8), ["1x4x4x3"]),
+        (np.zeros(4, np.uint8), ["[H, W, 3]"]),
+    ],
+)
+def test_arrays_that_are_not_pictures(array, words):
+    refused(array, ValueError, *words)
+
+
+def test_things_that_are_not_pictures_at_all():
+    refused(42, TypeError, "int")
+    refused(torch.zeros(3, 4, 4), TypeError, "Tensor")
+    refused(io.StringIO("text"), TypeError, "text mode")
+
+
+def test_values_without_a_known_range():
+    refused(Image.new("F", (2, 2)), ValueError, "floating-point")
+    refused(Image.new("I", (2, 2), 70_000), ValueError, "beyond 16 bits", "70000")
+    refused(Image.new("I", (2, 2), -1), ValueError, "beyond 16 bits")
