@@ -1,0 +1,154 @@
+"""Writes scenes of the small world as a data set: pictures, prompts with answers, and annotations in COCO's format.
+
+    write_scenes(20, "folder")
+    folder/images/test_000000.png ...
+    folder/rows.jsonl    {"image": "images/test_000000.png", "task": "caption", "prefix": "caption en", "suffix": "..."}
+    folder/coco.json     bounding boxes and masks (uncompressed run lengths) of every object
+
+The pictures are made of other people's drawings: read ARTWORK.md before you pass them on.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from paligemma.tiny.rows import TASKS, EncodeMask, rows
+from paligemma.tiny.world import LABELS, Scene, generator, render
+
+ATTRIBUTION = (
+    "Pictograms by Google (Noto Color Emoji, OFL 1.1), OpenMoji (CC BY-SA 4.0) or Twemoji (CC BY 4.0): "
+    "each image says which. Pictures with OpenMoji's drawings may be shared under CC BY-SA 4.0 only."
+)
+
+
+def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
+    """A bool [H, W] mask as COCO's uncompressed RLE: runs of 0 and 1 in turn, 0 first, down the columns."""
+    pixels = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(pixels)) + 1
+    runs = np.diff(np.concatenate([[0], edges, [pixels.size]])).tolist()
+    return {"size": list(mask.shape), "counts": [0, *runs] if pixels[0] else runs}
+
+
+def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    """The objects of a scene as COCO instances; category ids are 1 + index in LABELS, boxes are x, y, width, height."""
+    annotations = []
+    for i, thing in enumerate(scene.objects):
+        x0, y0, x1, y1 = thing.box
+        annotation: dict[str, Any] = {
+            "id": first_id + i,
+            "image_id": image_id,
+            "category_id": 1 + LABELS.index(thing.label),
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "area": thing.area,
+            "iscrowd": 0,
+            "segmentation": run_lengths(thing.mask),
+        }
+        if thing.tint:
+            annotation["tint"] = thing.tint
+        if thing.text:
+            annotation["text"] = thing.text
+        annotations.append(annotation)
+    return annotations
+
+
+def write_scenes(
+    count: int,
+    folder: str | Path,
+    split: str = "test",
+    size: int = 384,
+    seed: int = 0,
+    *,
+    style: str | None = None,
+    tasks: Sequence[str] = TASKS,
+    canonical: bool = True,
+    encode_mask: EncodeMask | None = None,
+    progress: bool = True,
+    **difficulty: Any,
+) -> Path:
+    """The `count` scenes from `seed` on, each with one row of every task that it allows. Returns the folder.
+
+    Everything is written into a folder beside it first, which is then renamed: `folder` is whole or isn't there.
+
+    style, difficulty:    as for `render`. style="noto" gives pictures without share-alike.
+    tasks, canonical, encode_mask: as for `rows`. Segment prompts are left out without `encode_mask`.
+    progress:             a progress bar on stderr.
+
+    Raises FileExistsError if the folder is there already and not empty, and ValueError for a count below 1.
+    """
+    folder = Path(folder)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(
+            beside, range(seed, seed + count), split, size, style, tasks, canonical, encode_mask, progress, difficulty
+        )
+        beside.chmod(0o755)  # mkdtemp makes it private
+        if folder.exists():
+            folder.rmdir()
+        beside.rename(folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return folder
+
+
+def _write(
+    folder: Path,
+    seeds: range,
+    split: str,
+    size: int,
+    style: str | None,
+    tasks: Sequence[str],
+    canonical: bool,
+    encode_mask: EncodeMask | None,
+    progress: bool,
+    difficulty: dict[str, Any],
+) -> None:
+    (folder / "images").mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    bar = track(seeds, "drawing scenes", console=Console(stderr=True), disable=not progress, transient=True)
+    with open(folder / "rows.jsonl", "w", encoding="utf-8") as lines:
+        for seed in bar:
+            scene = render(seed, split, size, style, **difficulty)
+            name = f"images/{split}_{seed:06d}.png"
+            Image.fromarray(scene.image).save(folder / name)
+            rng = generator(seed, split).spawn(1)[
+                0
+            ]  # what is asked depends on the seed, but not on how the scene was drawn
+            for row in rows(scene, rng, tasks=tasks, canonical=canonical, encode_mask=encode_mask):
+                line = {"image": name, "task": row.task, "prefix": row.prefix, "suffix": row.suffix}
+                lines.write(json.dumps(line) + "\n")
+            image_id = len(images) + 1
+            images.append(
+                {
+                    "id": image_id,
+                    "file_name": name,
+                    "width": size,
+                    "height": size,
+                    "background": scene.background,
+                    "style": scene.style,
+                    "seed": seed,
+                }
+            )
+            annotations += coco_annotations(scene, image_id, len(annotations) + 1)
+    categories = [{"id": i, "name": label} for i, label in enumerate(LABELS, 1)]
+    data = {
+        "info": {"description": f"scenes of the small world, split {split}", "attribution": ATTRIBUTION},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
+    (folder / "coco.json").write_text(json.dumps(data), encoding="utf-8")
