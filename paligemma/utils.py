@@ -1,0 +1,170 @@
+"""From what people call a model to the model: "tiny", a hub id, a folder, or a file.
+
+    model, tokenizer = load_hf_model("google/paligemma2-3b-mix-224", device=None)
+
+`resolve` finds the files (and downloads them), `checkpoints.py` reads them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from paligemma.checkpoints import load_model, npz_parts, parse_dtype
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import Tokenizer, check_tokenizer, load_tokenizer
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+
+# What is downloaded of a repository. No pickles, no copies in other formats, no pictures.
+SETTINGS = ["*.json", "tokenizer.model"]
+WEIGHTS = ["*.safetensors", "mask_codec.npz"]
+
+
+def load_hf_model(
+    model_path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantize: str | None = None,
+    revision: str | None = None,
+    image_size: int | None = None,
+) -> tuple[PaliGemmaForConditionalGeneration, Tokenizer]:
+    """A model in evaluation mode (its parameters trainable), and the tokenizer that lies beside its weights.
+
+    model_path: "tiny" (the model that ships), a hub id, a folder, a `.safetensors` file or a big_vision `.npz`.
+    device: default CUDA, else MPS, else CPU. dtype: a torch.dtype or its name; default bfloat16 for the published
+    sizes, the checkpoint's own for small ones. revision: branch, tag or commit of a hub id. image_size: another
+    resolution than the checkpoint's, for which its table of positions is resampled.
+
+    Raises ValueError or OSError (FileNotFoundError, PermissionError for a gated repository, ...) in a line or two that
+    say what to do.
+    """
+    device, wanted = pick_device(device), parse_dtype(dtype)
+    if quantize is not None:
+        raise ValueError(f"quantize is {quantize!r}: there are no quantised weights yet, leave it out")
+    path = resolve(model_path, revision, wanted)
+    # The tokenizer first: it is small, and an error in it shows before gigabytes are read.
+    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    model = load_model(path, device, wanted, image_size)
+    check_tokenizer(tokenizer, model.config)
+    return model, tokenizer
+
+
+def pick_device(device: torch.device | str | None = None) -> torch.device:
+    """The device to run on: the given one, else CUDA, else MPS, else CPU. Raises ValueError if it is not there."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if device is None:
+        return torch.device(there[0])
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}, expected one of {', '.join(there)}") from None
+    if picked.type not in there:
+        raise ValueError(f"device {str(device)!r} is not there; this machine has {', '.join(there)}")
+    if picked.type == "cuda" and picked.index is not None and picked.index >= torch.cuda.device_count():
+        raise ValueError(f"device {str(device)!r} is not there; this machine has {torch.cuda.device_count()} of them")
+    return picked
+
+
+def resolve(
+    model_path: str | os.PathLike[str],
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    weights: bool = True,
+) -> Path:
+    """Where the files of a model lie: a folder or a file. A hub id is downloaded into the hub's cache first.
+
+    revision: of a hub id; a PaliGemma 1 of Google's is taken from the branch with half the bytes, unless `dtype` asks
+    for float32. weights: False downloads the settings alone. Raises FileNotFoundError for a path that does not exist
+    (which is never looked for on the hub), PermissionError for a gated repository, ValueError for an unknown id.
+    """
+    if model_path == "tiny":
+        path = TINY
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is missing: the package was installed without the model that ships")
+    else:
+        path = Path(model_path).expanduser()
+    if path.exists() or npz_parts(path):
+        if revision is not None:
+            raise ValueError(f"{path} is here, and has no revision {revision!r}: only a hub id has revisions")
+        return path
+
+    name = str(model_path)
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    if (
+        isinstance(model_path, os.PathLike)
+        or not is_id
+        or path.parent.is_dir()
+        or path.suffix in (".npz", ".safetensors")
+    ):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder"
+            + ("" if is_id or "/" in name else ", and no model of that name: expected 'tiny', a path, or 'owner/name'")
+        )
+    return _download(name, revision, parse_dtype(dtype), weights)
+
+
+def _download(name: str, revision: str | None, dtype: torch.dtype | None, weights: bool) -> Path:
+    """The snapshot of a hub repository in the hub's own cache, with its token and its progress bars."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    patterns = SETTINGS + (WEIGHTS if weights else [])
+    if weights and name.endswith("-jax"):
+        patterns += ["*.npz", "*.npz.part*"]
+
+    def snapshot(revision: str | None) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+    try:
+        if revision is None and (half := _half_the_bytes(name, dtype)) is not None:
+            try:
+                return snapshot(half)
+            except (errors.RevisionNotFoundError, errors.LocalEntryNotFoundError):
+                pass  # our choice, not the user's: the main branch will do
+        return snapshot(revision)
+    except errors.GatedRepoError:
+        raise PermissionError(
+            f"{name} is gated. Two steps open it: accept its licence at https://huggingface.co/{name}, then log in "
+            "with `hf auth login` (or set HF_TOKEN to a token of yours)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{name} has no revision {revision!r}: see https://huggingface.co/{name}/branches") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"{name} is neither a folder here nor a repository on the hub (or it is private: log in with "
+            "`hf auth login`, or set HF_TOKEN)"
+        ) from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{name!r} is neither a folder here nor a possible hub id: {error}") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError(
+                f"{name} is not (or not completely) in the hub's cache, and HF_HUB_OFFLINE forbids to download it: "
+                "unset it, or give the path of a folder"
+            ) from None
+        raise ConnectionError(
+            f"{name} is not in the hub's cache and the hub cannot be reached ({_first_line(error)}): check the "
+            "network, or give the path of a folder"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise ConnectionError(f"{name} could not be downloaded: {_first_line(error)}") from None
+
+
+def _half_the_bytes(name: str, dtype: torch.dtype | None) -> str | None:
+    """The branch of a PaliGemma 1 repository that holds its weights in 16 bits; main holds float32.
+    PaliGemma 2 has bfloat16 on main."""
+    if not name.startswith("google/paligemma-3b-") or dtype == torch.float32:
+        return None
+    return "float16" if dtype == torch.float16 else "bfloat16"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
