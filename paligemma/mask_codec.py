@@ -217,7 +217,7 @@ class MaskCodec(nn.Module):
         if len(dead) and len(outputs):
             picked = outputs[torch.randint(len(outputs), (len(dead),), device=outputs.device)]
             # a little noise, so that two codes moved to the same place can part
-            self._vq_vae._embedding[dead] = picked + 0.01 * outputs.std() * torch.randn_like(picked)
+            self._vq_vae._embedding[dead] = picked + 0.01 * outputs.std(0) * torch.randn_like(picked)
             self.usage[dead] = 1 / self.num_codes
         return len(dead)
 
