@@ -1,6 +1,7 @@
 """The command `paligemma`. stdout carries the answer alone; progress and notes go to stderr.
 
-Each command imports its room when it runs, so that `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong usage.
+Each command imports its room when it runs, so that `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong
+usage.
 """
 
 from __future__ import annotations
@@ -65,10 +66,14 @@ def run(
     dtype: Dtype = None,
     quantize: Annotated[str | None, typer.Option(help="Quantise the weights at load.")] = None,
     revision: Revision = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")
+    ] = None,
     loc_scale: Annotated[int, typer.Option(help="What a location token counts to: 1024 or 1023.")] = 1024,
     free: Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")] = False,
-    save: Annotated[Path | None, typer.Option(help="Draw boxes and masks over the picture; a folder for several.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Draw boxes and masks over the picture; a folder for several.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
     """Answer PROMPT about one or more pictures."""
@@ -185,7 +190,8 @@ def convert(
 
 @app.command()
 def download(
-    model: Annotated[str, typer.Argument(help="A hub id, e.g. google/paligemma2-3b-mix-224.")], revision: Revision = None
+    model: Annotated[str, typer.Argument(help="A hub id, e.g. google/paligemma2-3b-mix-224.")],
+    revision: Revision = None,
 ) -> None:
     """Fetch a checkpoint into the hub's cache and print where it lies."""
     from paligemma.utils import resolve
@@ -223,7 +229,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         app(standalone_mode=True)
-    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
         if debug:
             raise
         message = str(error) or type(error).__name__

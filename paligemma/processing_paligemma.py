@@ -502,9 +502,28 @@ class PaliGemmaProcessor:
         `load_image` raises.
         """
         prompts = [text] if isinstance(text, str) else list(text)
+        rows_of_images = _rows_of_images(images, len(prompts))
+        inputs = self.lay_out(prompts, [len(row) for row in rows_of_images], suffix, padding_side, max_length)
+        if images is not None:
+            pictures = [load_image(image) for images_of_row in rows_of_images for image in images_of_row]
+            inputs["pixel_values"] = torch.stack([preprocess(picture, self.image_size) for picture in pictures])
+        return inputs
+
+    def lay_out(
+        self,
+        prompts: Sequence[str],
+        images_per_row: Sequence[int],
+        suffix: str | Sequence[str] | None = None,
+        padding_side: str = "left",
+        max_length: int | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """The text half of a call: everything but `pixel_values`, for rows of so many images each.
+
+        For images that are already encoded, or not worth opening (counting tokens). The other arguments, the result
+        and the errors are those of a call.
+        """
         if not prompts:
             raise ValueError("there is no prompt: text is an empty list")
-        rows_of_images = _rows_of_images(images, len(prompts))
         suffixes = _suffixes(suffix, len(prompts))
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side is {padding_side!r}, expected 'left' or 'right'")
@@ -514,7 +533,7 @@ class PaliGemmaProcessor:
         for row, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise TypeError(f"the prompt of row {row} is {type(prompt).__name__}, expected a string")
-            prefix = self._prefix_ids(prompt, len(rows_of_images[row]), row)
+            prefix = self._prefix_ids(prompt, images_per_row[row], row)
             # "<eos>" goes through the tokenizer as text, as in transformers.
             rows.append(prefix + ([] if suffixes is None else self.tokenizer.encode(suffixes[row] + "<eos>")))
             prefix_lengths.append(len(prefix))
@@ -533,9 +552,6 @@ class PaliGemmaProcessor:
             token_type_ids[row, start + prefix_length : end] = 1
 
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        if images is not None:
-            pictures = [load_image(image) for images_of_row in rows_of_images for image in images_of_row]
-            inputs["pixel_values"] = torch.stack([preprocess(picture, self.image_size) for picture in pictures])
         if suffixes is not None:
             inputs["labels"] = input_ids.masked_fill(token_type_ids == 0, IGNORED)
         return inputs
@@ -627,7 +643,7 @@ def _cut(rows: list[list[int]], prefix_lengths: list[int], max_length: int) -> l
         warnings.warn(
             f"{len(cut)} of {len(rows)} suffixes were cut to max_length={max_length}, their <eos> included; "
             f"row {most} lost most, {cut[most]} tokens",
-            stacklevel=3,
+            stacklevel=4,
         )
     return [ids[:max_length] for ids in rows]
 

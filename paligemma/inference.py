@@ -1,0 +1,402 @@
+"""PaliGemma for people: load it once, then caption, ask, read, detect, segment.
+
+    pg = paligemma.load("tiny")
+    pg.caption(image).text                          "a red car and two dogs on a blue background"
+    pg.ask(image, "how many dogs are there?").text  "two"
+    pg.detect(image, ["dog", "car"])                [Detection(label="dog", box=(12.0, 40.5, 97.0, 118.5), ...), ...]
+
+Every method takes one image or a list of them, one prompt or a list of them; lists in, list out:
+
+    one image,  one prompt   -> one answer
+    one image,  N prompts    -> N answers; the image is encoded once
+    N images,   one prompt   -> N answers
+    N images,   N prompts    -> N answers, pair by pair
+    a tuple of images counts as one image: a row that sees all of them
+
+As a script it is the command of the founding document:
+
+    python -m paligemma.inference --model_path DIR --prompt "caption en" --image_file_path photo.jpg
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paligemma.draw import draw
+from paligemma.generation import Constraint, Generated, check_length, generate, stream
+from paligemma.grammar import ChoiceGrammar, Detection, DetectionGrammar, Segment, parse_tokens
+from paligemma.mask_codec import MaskCodec
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_image, preprocess
+from paligemma.utils import load_hf_model, resolve
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+
+TEXT_BUDGET = 128  # new tokens for a sentence
+BOX_BUDGET = 512  # for boxes (about 7 tokens each) and masks (about 23)
+CODEC_FILE = "mask_codec.npz"  # a checkpoint may bring its own; the official one is shared by all official checkpoints
+
+ImageInput = Any  # a path, a PIL image, uint8 [H, W, 3], or a tuple of these
+
+
+@dataclass
+class Answer:
+    """What the model wrote about one row.
+
+    token_ids: without the closing eos. token_logprobs: of the chosen tokens, under the distribution they were chosen
+    from (after a constraint, before temperature). score: exp of their mean, in [0, 1]; for an empty answer the
+    probability of saying nothing. finished: False when the budget ended it. detections, segments: what the text's
+    location tokens mean, in pixels of the (first) image. invalid: what could not be read, as (span, reason).
+    """
+
+    text: str
+    token_ids: list[int]
+    token_logprobs: list[float]
+    score: float
+    finished: bool
+    detections: list[Detection] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    invalid: list[tuple[tuple[int, int], str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def load(
+    model: str = "tiny",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantize: str | None = None,
+    revision: str | None = None,
+    image_size: int | None = None,
+    loc_scale: int = 1024,
+) -> PaliGemma:
+    """Opens a checkpoint.
+
+    model: "tiny" (ships with the package), a hub id such as "google/paligemma2-3b-mix-224", a folder, or a big_vision
+    `.npz`. device: default CUDA, else MPS, else CPU. dtype: default bfloat16 for official sizes, the checkpoint's own
+    for small ones. revision: of a hub id. image_size: resamples the position table for another resolution.
+    loc_scale: 1024 (default) or 1023, what a location token counts to.
+    Raises ValueError or OSError in a line that says what to do.
+    """
+    path = resolve(model, revision=revision, dtype=dtype)
+    network, tokenizer = load_hf_model(str(path), device, dtype=dtype, quantize=quantize, image_size=image_size)
+    vision = network.config.vision_config
+    processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
+    own_codec = (path if path.is_dir() else path.parent) / CODEC_FILE
+    codec = MaskCodec.load(own_codec) if own_codec.is_file() else None
+    return PaliGemma(network, processor, codec=codec, loc_scale=loc_scale)
+
+
+class PaliGemma:
+    """A model and its processor, behind the tasks that it was trained for."""
+
+    def __init__(
+        self,
+        model: PaliGemmaForConditionalGeneration,
+        processor: PaliGemmaProcessor,
+        codec: MaskCodec | None = None,
+        loc_scale: int = 1024,
+    ):
+        if loc_scale not in (1023, 1024):
+            raise ValueError(f"loc_scale is {loc_scale!r}, expected 1024 or 1023")
+        self.model = model.eval()
+        self.processor = processor
+        self.loc_scale = loc_scale
+        self._codec = codec
+
+    @property
+    def codec(self) -> MaskCodec:
+        """The mask codec: the checkpoint's own, else the official one, downloaded on first use."""
+        if self._codec is None:
+            self._codec = MaskCodec.load()
+        return self._codec
+
+    # ------------------------------------------------------------------------------------------ tasks
+
+    def caption(self, image: ImageInput | list[ImageInput], language: str = "en") -> Any:
+        """A sentence about the image: Answer, or a list of them for a list of images."""
+        return self.generate(image, f"caption {language}")
+
+    def ask(
+        self,
+        image: ImageInput | list[ImageInput],
+        question: str | list[str],
+        choices: Sequence[str] | None = None,
+        language: str = "en",
+    ) -> Any:
+        """The answer to a question. With `choices`, one of these strings and nothing else."""
+        prompts = [f"answer {language} {q}" for q in question] if isinstance(question, list) else None
+        constraint = ChoiceGrammar(self.processor.tokenizer, list(choices)) if choices is not None else None
+        return self.generate(image, prompts or f"answer {language} {question}", constraint=constraint)
+
+    def ocr(self, image: ImageInput | list[ImageInput]) -> Any:
+        """The text in the image."""
+        return self.generate(image, "ocr")
+
+    def detect(
+        self,
+        image: ImageInput | list[ImageInput],
+        labels: str | Sequence[str],
+        constrained: bool = True,
+        max_new_tokens: int = BOX_BUDGET,
+    ) -> Any:
+        """Boxes of everything that bears one of the labels: list of Detection, in pixels of the image.
+
+        constrained: decode under the grammar, so that the output always parses and names only what was asked for;
+        False gives the reference's free decoding. A list of images gives a list of lists.
+        """
+        prompt = "detect " + " ; ".join(_labels(labels))
+        answers = self.generate(image, prompt, max_new_tokens=max_new_tokens, constrained=constrained)
+        return [a.detections for a in answers] if isinstance(answers, list) else answers.detections
+
+    def segment(
+        self,
+        image: ImageInput | list[ImageInput],
+        labels: str | Sequence[str] | None = None,
+        prompt: str | None = None,
+        constrained: bool = True,
+        max_new_tokens: int = BOX_BUDGET,
+    ) -> Any:
+        """Masks of everything that bears one of the labels: list of Segment, masks bool [H, W] at full size.
+
+        prompt: instead of labels, the bare expression that some checkpoints want (RefCOCO: "the dog on the left").
+        """
+        if (labels is None) == (prompt is None):
+            raise ValueError("segment wants labels, or the bare prompt of a RefCOCO checkpoint, and not both")
+        codec = self.codec  # before any work: without it there are no masks
+        grammar: Constraint | None = None
+        if labels is not None:
+            text = "segment " + " ; ".join(_labels(labels))
+        else:
+            text = str(prompt)
+            if constrained:
+                grammar = DetectionGrammar(self.processor.tokenizer, labels=None, segments=True)
+        answers = self.generate(
+            image,
+            text,
+            max_new_tokens=max_new_tokens,
+            constraint=grammar,
+            constrained=constrained and grammar is None,
+            codec=codec,
+        )
+        return [a.segments for a in answers] if isinstance(answers, list) else answers.segments
+
+    def draw(self, image: ImageInput, items: Sequence[Detection | Segment] | Answer, **style: Any) -> Image.Image:
+        """The image with boxes, masks, labels and scores over it."""
+        if isinstance(items, Answer):
+            items = [*items.detections, *items.segments]
+        return draw(load_image(image), items, **style)
+
+    # ------------------------------------------------------------------------------------------ any prompt
+
+    def generate(
+        self,
+        image: ImageInput | list[ImageInput],
+        prompt: str | list[str],
+        max_new_tokens: int = TEXT_BUDGET,
+        *,
+        constraint: Constraint | None = None,
+        constrained: bool = False,
+        batch_size: int = 16,
+        codec: MaskCodec | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """The answer to any prompt: Answer, or a list of them if image or prompt is a list.
+
+        constraint: a hook on the logits for every row, see `generation.py`. constrained: derive it from the prompt,
+        if it is a `detect` or `segment` one. sampling: do_sample, temperature, top_k, top_p, num_beams,
+        length_penalty, seed, as in `paligemma.generate`.
+        """
+        images, prompts, is_list = _broadcast(image, prompt)
+        answers: list[Answer] = []
+        features: dict[int, Any] = {}  # by identity: an image is loaded and encoded once, however many prompts it has
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            if start:  # keep what is still needed
+                needed = {
+                    id(one) for image in images[rows] for one in (image if isinstance(image, tuple) else (image,))
+                }
+                features = {key: value for key, value in features.items() if key in needed}
+            answers += self._generate_batch(
+                images[rows], prompts[rows], features, max_new_tokens, constraint, constrained, codec, sampling
+            )
+        return answers if is_list else answers[0]
+
+    def stream(
+        self, image: ImageInput, prompt: str, max_new_tokens: int = TEXT_BUDGET, **sampling: Any
+    ) -> Iterator[str]:
+        """The answer to one prompt in pieces of text, as they come. The pieces joined are the answer's text."""
+        inputs, _ = self._inputs([image], [prompt], {}, max_new_tokens)
+        yield from stream(self.model, inputs, self.processor.tokenizer, max_new_tokens=max_new_tokens, **sampling)
+
+    # ------------------------------------------------------------------------------------------ inside
+
+    def _generate_batch(
+        self,
+        images: list[ImageInput],
+        prompts: list[str],
+        features: dict[int, Any],
+        max_new_tokens: int,
+        constraint: Constraint | None,
+        constrained: bool,
+        codec: MaskCodec | None,
+        sampling: dict[str, Any],
+    ) -> list[Answer]:
+        tokenizer = self.processor.tokenizer
+        inputs, sizes = self._inputs(images, prompts, features, max_new_tokens)
+        per_row = [constraint or (self._grammar(p) if constrained else None) for p in prompts]
+        rows = generate(
+            self.model,
+            inputs,
+            max_new_tokens=max_new_tokens,
+            constraint=per_row if any(per_row) else None,
+            watch=(tokenizer.first_loc_id, 1024),
+            num_tokens=len(tokenizer),
+            **sampling,
+        )
+        return [self._answer(row, size, codec) for row, size in zip(rows, sizes)]
+
+    def _answer(self, row: Generated, size: tuple[int, int], codec: MaskCodec | None) -> Answer:
+        tokenizer = self.processor.tokenizer
+        parsed = parse_tokens(
+            row.token_ids,
+            tokenizer,
+            image_size=size,
+            loc_scale=self.loc_scale,
+            codec=codec or self._codec,
+            token_logprobs=row.token_logprobs,
+            bins=row.bins,
+        )
+        return Answer(
+            text=tokenizer.decode(row.token_ids),
+            token_ids=row.token_ids,
+            token_logprobs=row.token_logprobs,
+            score=_score(row),
+            finished=row.finished,
+            detections=parsed.detections,
+            segments=parsed.segments,
+            invalid=parsed.invalid,
+        )
+
+    def _grammar(self, prompt: str) -> Constraint | None:
+        """The grammar that a `detect` or `segment` prompt asks its answer to follow."""
+        task, _, rest = prompt.strip().partition(" ")
+        if task not in ("detect", "segment"):
+            return None
+        labels = _labels([label.strip() for label in rest.split(";")])
+        return DetectionGrammar(self.processor.tokenizer, labels=labels, segments=task == "segment")
+
+    def _inputs(
+        self, images: list[ImageInput], prompts: list[str], features: dict[int, Any], max_new_tokens: int
+    ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        """Model inputs for some rows, and the (W, H) of each row's first image.
+
+        features: (image features [P, D], size) by the identity of the image; filled with what is new, so that an
+        image with many prompts is loaded, resized and encoded once.
+        """
+        rows = [image if isinstance(image, tuple) else (image,) for image in images]
+        if not all(rows):
+            raise ValueError("an empty tuple of images: a row needs at least one")
+        inputs: dict[str, Any] = self.processor.lay_out(prompts, [len(row) for row in rows])
+        check_length(self.model.config, inputs["attention_mask"], max_new_tokens)  # before the images are encoded
+        new = {id(image): image for row in rows for image in row if id(image) not in features}
+        if new:
+            pictures = [load_image(image) for image in new.values()]
+            side = self.processor.image_size
+            pixels = torch.stack([preprocess(picture, side) for picture in pictures])  # [n, 3, S, S]
+            with torch.inference_mode():
+                encoded = self.model.encode_image(pixels.to(self.model.device))  # [n, P, D]
+            features.update({key: (f, p.size) for key, f, p in zip(new, encoded, pictures)})
+        inputs["image_features"] = torch.stack([features[id(image)][0] for row in rows for image in row])
+        return inputs, [features[id(row[0])][1] for row in rows]
+
+
+def _labels(labels: str | Sequence[str]) -> list[str]:
+    labels = [labels] if isinstance(labels, str) else list(labels)
+    labels = [label.strip() for label in labels]
+    if not labels or not all(labels):
+        raise ValueError("name at least one thing to look for, and no empty ones")
+    for label in labels:
+        if ";" in label:
+            raise ValueError(f"the label {label!r} contains ';', which separates labels: pass a list instead")
+    return list(dict.fromkeys(labels))
+
+
+def _broadcast(image: Any, prompt: Any) -> tuple[list[ImageInput], list[str], bool]:
+    """Pairs images and prompts as the head of this file says."""
+    images = image if isinstance(image, list) else [image]
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    is_list = isinstance(image, list) or isinstance(prompt, list)
+    for text in prompts:
+        if not isinstance(text, str):
+            raise TypeError(f"a prompt is {type(text).__name__}, expected a string")
+    if isinstance(image, list) and isinstance(prompt, list) and len(images) != len(prompts):
+        raise ValueError(
+            f"{len(images)} images and {len(prompts)} prompts: give equal numbers, or one of either "
+            "(not a list) for all of the others"
+        )
+    rows = max(len(images), len(prompts)) if images and prompts else 0
+    images = images * rows if len(images) == 1 and not isinstance(image, list) else images
+    prompts = prompts * rows if len(prompts) == 1 and not isinstance(prompt, list) else prompts
+    if rows and len(images) != len(prompts):
+        raise ValueError(
+            f"{len(images)} images and {len(prompts)} prompts: give equal numbers, or a single one of either"
+        )
+    return images, prompts, is_list
+
+
+def _score(row: Generated) -> float:
+    """exp of the mean log-probability of what was chosen; for an empty answer, the probability of its eos."""
+    logprobs = row.token_logprobs or ([row.eos_logprob] if row.eos_logprob is not None else [])
+    return math.exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
+
+
+# ---------------------------------------------------------------------------------------------- the script
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`python -m paligemma.inference`: one image, one prompt, the answer on stdout as it comes."""
+
+    def true_or_false(text: str) -> bool:
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected True or False")
+        return text.lower() == "true"
+
+    parser = argparse.ArgumentParser(prog="python -m paligemma.inference", description=main.__doc__)
+    parser.add_argument("--model_path", default="tiny", help="'tiny', a hub id, a folder, or a big_vision .npz")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--image_file_path", required=True)
+    parser.add_argument("--max_tokens_to_generate", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument(
+        "--do_sample", type=true_or_false, default=False, help="False: greedy, the two above are unused"
+    )
+    parser.add_argument("--only_cpu", type=true_or_false, default=False)
+    options = parser.parse_args(arguments)
+    sampling: dict[str, Any] = {}
+    if options.do_sample:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    try:
+        pg = load(options.model_path, device="cpu" if options.only_cpu else None)
+        pieces = pg.stream(options.image_file_path, options.prompt, options.max_tokens_to_generate, **sampling)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
