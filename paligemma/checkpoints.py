@@ -518,17 +518,17 @@ def _config_from_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     image_size: int | None = None,
 ) -> PaliGemmaForConditionalGeneration:
-    """A checkpoint on disk -> the model, in evaluation mode, its parameters trainable.
+    """A checkpoint, opened or by its path -> the model, in evaluation mode, its parameters trainable.
 
     dtype: default bfloat16 for the published sizes, the checkpoint's own for all others. image_size: another
     resolution than the checkpoint's; its position table is resampled. Raises as `open_checkpoint` does.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     if image_size is not None:
         checkpoint = at_image_size(checkpoint, image_size)
     if (dtype := parse_dtype(dtype)) is None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from paligemma.checkpoints import load_model, npz_parts, parse_dtype
+from paligemma.checkpoints import load_model, open_checkpoint, parse_dtype
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.npz import npz_parts
 from paligemma.processing_paligemma import Tokenizer, check_tokenizer, load_tokenizer
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -46,11 +47,10 @@ def load_hf_model(
     if quantize is not None:
         raise ValueError(f"quantize is {quantize!r}: there are no quantised weights yet, leave it out")
     path = resolve(model_path, revision, wanted)
-    # The tokenizer first: it is small, and an error in it shows before gigabytes are read.
-    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
-    model = load_model(path, device, wanted, image_size)
-    check_tokenizer(tokenizer, model.config)
-    return model, tokenizer
+    checkpoint = open_checkpoint(path)  # headers only: what does not fit shows before gigabytes are read
+    tokenizer = load_tokenizer(checkpoint.folder)
+    check_tokenizer(tokenizer, checkpoint.config)
+    return load_model(checkpoint, device, wanted, image_size), tokenizer
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
@@ -106,7 +106,7 @@ def resolve(
     ):
         raise FileNotFoundError(
             f"{name}: no such file or folder"
-            + ("" if is_id or "/" in name else ", and no model of that name: expected 'tiny', a path, or 'owner/name'")
+            + (f". Did you mean google/{name} on the hub?" if name.startswith("paligemma") and "/" not in name else "")
         )
     return _download(name, revision, parse_dtype(dtype), weights)
 

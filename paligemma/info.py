@@ -1,0 +1,153 @@
+"""What a checkpoint is and what it needs, from its configuration and the headers of its files: no weights are read."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paligemma.checkpoints import (
+    EMBEDDING,
+    PUBLISHED,
+    Checkpoint,
+    default_dtype,
+    expected_shapes,
+    open_checkpoint,
+    published_config,
+    published_name,
+)
+from paligemma.modeling_gemma import PaliGemmaConfig
+from paligemma.utils import resolve
+
+TEXT_TOKENS = 256  # prompt and answer, in the estimate of memory
+
+
+def describe(model_path: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
+    """The facts about a model, as a dictionary that can be written as JSON. Sizes are in bytes.
+
+    model_path: what `load_hf_model` takes, also the name of a published model ("paligemma2-28b-pt-448"), whose
+    numbers follow from its size alone. Of any other hub id only the settings are downloaded.
+    Raises ValueError or OSError as `load_hf_model` does.
+    """
+    name = str(model_path).removeprefix("google/").removesuffix("-jax")
+    published = re.fullmatch(rf"({'|'.join(PUBLISHED)})-(?:.+-)?(224|448|896)", name)
+    if published and revision is None and not Path(model_path).exists():
+        return _describe(str(model_path), published_config(published[1], int(published[2])), None)
+
+    path = resolve(model_path, revision, weights=False)
+    try:
+        checkpoint = open_checkpoint(path)
+    except FileNotFoundError:
+        if not (path / "config.json").is_file():
+            raise
+        return _describe(str(model_path), PaliGemmaConfig.from_pretrained(path), None)
+    return _describe(str(model_path), checkpoint.config, checkpoint)
+
+
+def _describe(source: str, config: PaliGemmaConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    sizes = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
+    parts = {
+        "vision": sum(size for name, size in sizes.items() if name.startswith("vision_tower.")),
+        "projector": sum(size for name, size in sizes.items() if name.startswith("multi_modal_projector.")),
+        "embedding": sizes[EMBEDDING],
+    }
+    parts["decoder"] = sum(sizes.values()) - sum(parts.values())
+    published = published_name(config)
+    runs_in = torch.bfloat16 if checkpoint is None else default_dtype(checkpoint)
+    text, vision = config.text_config, config.vision_config
+    stored = None
+    if checkpoint is not None:
+        stored = sum(math.prod(shape) * dtype.itemsize for shape, dtype in checkpoint.tensors.values())
+    return {
+        "source": source,
+        # What was trained (pt, mix, ft) cannot be seen in the weights; a published folder has it in its name.
+        "variant": f"{published}-{vision.image_size}" if published else None,
+        "family": "PaliGemma 2" if text.model_type == "gemma2" else "PaliGemma 1",
+        "size": published.rpartition("-")[2] if published else None,
+        "image_size": vision.image_size,
+        "image_tokens": vision.num_patches,
+        "max_tokens": text.max_position_embeddings,
+        "format": None if checkpoint is None else checkpoint.format,
+        "files": [] if checkpoint is None else [str(file) for file in checkpoint.files],
+        "stored_dtype": None if checkpoint is None else _name(checkpoint.dtype),
+        "stored_bytes": stored,
+        "dtype": _name(runs_in),
+        "parameters": {**parts, "total": sum(sizes.values())},
+        "kv_bytes_per_token": kv_bytes_per_token(config, runs_in),
+        "memory": memory(config, sum(sizes.values()), runs_in),
+    }
+
+
+def kv_bytes_per_token(config: PaliGemmaConfig, dtype: torch.dtype) -> int:
+    """What one token costs in the cache: a key and a value in every layer."""
+    text = config.text_config
+    return text.num_hidden_layers * 2 * text.num_key_value_heads * text.head_dim * dtype.itemsize
+
+
+def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype) -> dict[str, int]:
+    """An estimate of what one image with a short prompt and answer takes to run, in bytes.
+
+    weights      parameters x bytes per number
+    cache        tokens x kv bytes per token; tokens = image tokens + 256 of text
+    activations  the larger of the two halves at its widest, with b bytes per number:
+                 eye    P x (2 F + 6 D) x b                   P patches, F and D of the vision tower
+                 mouth  tokens x (3 F + 6 D) x b              gate, up and their product; the stream and its norms
+                        + tokens^2 x 9                        the masks, and the distances they are made of
+                        + 12 x min(2^24, H x tokens^2)        soft-capped scores, worked through in chunks
+    """
+    text, vision = config.text_config, config.vision_config
+    tokens = vision.num_patches + TEXT_TOKENS
+    eye = vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * dtype.itemsize
+    mouth = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * dtype.itemsize + tokens**2 * 9
+    if text.attn_logit_softcapping is not None:
+        mouth += 12 * min(2**24, text.num_attention_heads * tokens**2)
+    result = {
+        "tokens": tokens,
+        "weights": parameters * dtype.itemsize,
+        "cache": tokens * kv_bytes_per_token(config, dtype),
+        "activations": max(eye, mouth),
+    }
+    return {**result, "total": result["weights"] + result["cache"] + result["activations"]}
+
+
+def render(facts: dict[str, Any]) -> str:
+    """What `describe` found, for people."""
+    parameters, need = facts["parameters"], facts["memory"]
+    name = facts["variant"] or "a size of its own"
+    stored = "not here: the numbers follow from the configuration"
+    if facts["format"]:
+        count = len(facts["files"])
+        stored = f"{_bytes(facts['stored_bytes'])} of {facts['stored_dtype']} in {count} {facts['format']} file"
+        stored += "s" if count > 1 else ""
+    share = {part: f"{parameters[part]:>15,}" for part in parameters}
+    lines = [
+        ("model", f"{facts['source']}: {facts['family']}, {name}"),
+        ("weights", stored),
+        ("image", f"{facts['image_size']} x {facts['image_size']} pixels = {facts['image_tokens']:,} tokens"),
+        ("tokens", f"{facts['max_tokens']:,} at most, image included"),
+        ("parameters", f"{share['vision']}  vision tower"),
+        ("", f"{share['projector']}  projector"),
+        ("", f"{share['embedding']}  embedding (and output layer)"),
+        ("", f"{share['decoder']}  decoder"),
+        ("", f"{share['total']}  in all"),
+        ("cache", f"{facts['kv_bytes_per_token']:,} bytes per token in {facts['dtype']}"),
+        ("memory", f"{_bytes(need['total'])} in {facts['dtype']}, estimated for one image and {TEXT_TOKENS} text tokens"),
+        ("", f"{_bytes(need['weights'])} weights, {_bytes(need['cache'])} cache, {_bytes(need['activations'])} the rest"),
+    ]  # fmt: skip
+    return "\n".join(f"{label:<12}{text}".rstrip() for label, text in lines)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(count: int) -> str:
+    """Decimal units, as disks and downloads are counted."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}" if count < 10 * size else f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
