@@ -17,6 +17,8 @@ from torch import Tensor
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, alternating_layers
 from paligemma.modeling_siglip import SiglipVisionConfig
 
+torch.set_num_threads(1)  # these models are so small that threads would only wait for each other
+
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -83,7 +85,9 @@ def make_theirs(ours: PaliGemmaForConditionalGeneration) -> transformers.PaliGem
     """transformers' model with the weights of ours."""
     config = transformers.PaliGemmaConfig.from_dict(ours.config.to_dict())
     config._attn_implementation = "eager"
-    theirs = transformers.PaliGemmaForConditionalGeneration(config).to(ours.dtype).eval()
+    theirs = transformers.PaliGemmaForConditionalGeneration(config).eval()
+    for parameter in theirs.parameters():  # not theirs.to(dtype): that would round the rotary frequencies as well
+        parameter.data = parameter.data.to(ours.dtype)
     theirs.load_state_dict({their_name(name): tensor for name, tensor in ours.state_dict().items()}, strict=False)
     theirs.tie_weights()
     # strict=False because the tied head is a key of its own there; that nothing else is left over is seen here.
