@@ -75,6 +75,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keeps the given rows, in that order (int64 [B']): beams that moved, rows that finished."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        for stored in (self.keys, self.values):
+            for layer, tensor in enumerate(stored):
+                stored[layer] = tensor[rows]  # one layer at a time, so that there is never a second cache
         self.valid, self.positions, self.lengths = self.valid[rows], self.positions[rows], self.lengths[rows]

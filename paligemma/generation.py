@@ -1,0 +1,604 @@
+"""Writing the answer, token by token.
+
+    prompt --prefill--> logits of the first token, cache     one pass over image and prompt, both directions
+    token  --decode---> logits of the next token             one pass over one token per row, reads the cache
+    ...                                                      until eos, or until the budget is spent
+
+In reading order: the options, the two passes through the model, which tokens are allowed, choosing one of them, and
+then the loops around these: `generate`, beam search, `stream`.
+
+What to know before reading:
+- Rows of a batch have prompts of different length and end at different times. Padding is moved to the left first, so
+  that the last column is every row's last token; a row that ended leaves the batch.
+- The same image can serve many prompts: encode it once and pass `image_features`. That is all that rows can share. The
+  keys and values of the image can't be shared: the prefix looks both ways, so they depend on the prompt behind it.
+- Two masks lie on the logits. Ids that were never trained are never produced; and a *constraint*, one function per row,
+  may allow a few ids only. What is reported about a token is its probability among the allowed ones.
+
+Letters: B rows of the batch, N rows (or beams) still running, S prompt length, P image patches, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+from unicodedata import category
+
+import torch
+from torch import Tensor
+
+from paligemma.attention_mask import SUFFIX
+from paligemma.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from paligemma.processing_paligemma import Tokenizer
+
+# Constraint(generated, remaining) -> int64 [n], the sorted ids that may come next (never empty), or None for any.
+# generated: what the row has produced so far. remaining: tokens left in the budget; eos counts as one. A pure function
+# of the two, since beams fork and rows leave.
+Constraint = Callable[[Sequence[int], int], "Tensor | None"]
+
+NO_BIN = (math.nan, math.nan)  # of a token outside the watched range
+
+# ---------------------------------------------------------------------------------------------- options and result
+
+
+@dataclass
+class Generated:
+    """The answer of one row.
+
+    token_ids: without eos. token_logprobs: of each token, among the tokens that were allowed in its place (after
+    suppression and constraint, before temperature, top-k and top-p). finished: ended with eos; False when the budget
+    ended it. eos_logprob: of the eos, where there is one. bins: with `watch` one (mean, spread) per token, else empty.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+    eos_logprob: float | None = None
+    bins: list[tuple[float, float]] = field(default_factory=list)
+
+    def copy(self) -> Generated:
+        return Generated([*self.token_ids], [*self.token_logprobs], self.finished, self.eos_logprob, [*self.bins])
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to write an answer: what `generate` takes beside model and inputs, explained there. Checks single values."""
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    seed: int | Sequence[int] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    constraint: Constraint | Sequence[Constraint | None] | None = None
+    watch: tuple[int, int] | None = None
+    eos_token_id: int | None = None
+    num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "top_k", "num_tokens"):
+            value = getattr(self, name)
+            if value is None and name in ("top_k", "num_tokens"):
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        if not 0 < self.temperature < math.inf:
+            hint = "; leave it out for greedy" if self.temperature == 0 else ""
+            raise ValueError(f"temperature is {self.temperature!r}, expected a number above 0{hint}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}, expected a number above 0 and at most 1 (1 keeps every token)")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty is {self.length_penalty!r}, expected a finite number (0 for none)")
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(
+                "sampling with beams is not offered: use do_sample=True or num_beams > 1, not both "
+                "(several samples: repeat the row with a seed each)"
+            )
+
+
+def check_length(config: PaliGemmaConfig, attention_mask: Tensor, max_new_tokens: int) -> None:
+    """ValueError if the longest prompt and the answer together have more tokens than the model has positions.
+
+    attention_mask: [B, S]. `generate` calls it before any work; call it before encoding images by hand.
+    """
+    longest, limit = int(attention_mask.sum(-1).max()), config.text_config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt has {longest} tokens (image included) and the answer may have {max_new_tokens}: "
+            f"{longest + max_new_tokens} together, and the model has {limit} positions. "
+            + (f"Set max_new_tokens to at most {limit - longest}." if longest < limit else "Shorten the prompt.")
+        )
+
+
+# ---------------------------------------------------------------------------------------------- through the model
+
+
+def prepare(
+    model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], image_features: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The processor's dict -> what `prefill` takes: complete, padded on the left only, on the model's device.
+
+    Moving the padding changes nothing in the answer (positions count real tokens only, padding is seen by nobody) and
+    puts every row's last token, the one that predicts, into the last column. Raises ValueError on inputs that do not
+    fit together.
+    """
+    input_ids = inputs["input_ids"]
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        raise ValueError("inputs['input_ids'] is not a tensor [rows, tokens]: pass what the processor returns")
+    mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
+    mask = torch.ones_like(input_ids) if mask is None else mask.long()
+    types = torch.zeros_like(input_ids) if types is None else types
+    for name, tensor in (("attention_mask", mask), ("token_type_ids", types)):
+        if tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, input_ids {list(input_ids.shape)}")
+    lengths = mask.sum(-1)
+    if lengths.numel() and not lengths.all():
+        raise ValueError(f"row {int(lengths.argmin())} of the inputs is all padding: there is nothing to continue")
+
+    order = mask.argsort(dim=-1, stable=True)  # padding first, then the tokens in their order
+    longest = int(lengths.max()) if lengths.numel() else 0
+    order = order[:, order.shape[1] - longest :]  # columns that are padding in every row would only cost time
+    columns = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
+    prompt = {name: tensor.gather(1, order) for name, tensor in columns.items()}
+
+    if image_features is None:
+        image_features = inputs.get("image_features")
+        if image_features is not None and inputs.get("pixel_values") is not None:
+            raise ValueError("inputs has pixel_values and image_features: leave out one of them")
+    if image_features is not None:
+        prompt["image_features"] = image_features
+    elif inputs.get("pixel_values") is not None:
+        prompt["pixel_values"] = inputs["pixel_values"]
+    return {name: tensor.to(model.device) for name, tensor in prompt.items()}
+
+
+def prefill(
+    model: PaliGemmaForConditionalGeneration, prompt: dict[str, Tensor], max_new_tokens: int
+) -> tuple[Tensor, KVCache]:
+    """Reads image and prompt: the logits of each row's first token [B, V], and the cache of what was read.
+
+    prompt: from `prepare`. If it holds pixel_values the image is encoded on the way, with image_features it already is.
+    """
+    B, S = prompt["input_ids"].shape
+    # The last token is never read, so it needs no column.
+    cache = KVCache(model.config.text_config, B, S + max_new_tokens - 1, model.dtype, model.device)
+    # Of the last column only: the head is a quarter of a million wide, at 896 pixels 4 GB over all columns.
+    logits = model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1]
+    if not logits.isfinite().all():
+        raise FloatingPointError(
+            f"the model's logits are not finite numbers in {model.dtype}"
+            + (": its activations overflow float16, use bfloat16" if model.dtype == torch.float16 else "")
+        )
+    return logits, cache
+
+
+def decode_one_token(model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Reads one more token per row, int64 [N], into the cache: the logits of the token after it, [N, V]."""
+    return model(tokens[:, None], cache=cache, logits_to_keep=1).logits[:, -1]
+
+
+# ---------------------------------------------------------------------------------------------- what is allowed
+
+
+def never_produced(config: PaliGemmaConfig, num_tokens: int | None, suppress_tokens: Sequence[int] | None) -> Tensor:
+    """bool [V], True for the ids that no answer may hold.
+
+    num_tokens: `len(tokenizer)`; the embedding has rows beyond it that were never trained. Without it everything from
+    <image> on counts as untrained, which is so wherever <image> is the last token: in every published checkpoint.
+    """
+    V, image = config.text_config.vocab_size, config.image_token_index
+    never = torch.zeros(V, dtype=torch.bool)
+    never[image if num_tokens is None else num_tokens :] = True
+    never[image : image + 1] = True  # a slice: the id may lie beyond the embedding
+    for token in suppress_tokens or ():
+        if not 0 <= token < V:
+            raise ValueError(f"suppress_tokens has {token}, expected ids from 0 to {V - 1}")
+        never[token] = True
+    if never.all():
+        raise ValueError("every token of the vocabulary is suppressed: nothing could be produced")
+    return never
+
+
+def allowed_logits(
+    logits: Tensor,
+    never: Tensor,
+    constraints: Sequence[Constraint | None],
+    generated: Sequence[Sequence[int]],
+    remaining: int,
+) -> Tensor:
+    """The logits in float32 with -inf wherever a token is not allowed: [N, V] -> [N, V], a copy.
+
+    never: bool [V]. constraints, generated: one per row of `logits`.
+    Raises ValueError when a constraint leaves nothing that may be produced.
+    """
+    scores = logits.float().masked_fill(never, -math.inf)
+    constrained = False
+    for row, constraint in enumerate(constraints):
+        ids = constraint(generated[row], remaining) if constraint else None
+        if ids is None:
+            continue
+        constrained = True
+        if ids.numel() and (int(ids[0]) < 0 or int(ids[-1]) >= len(never)):  # a negative one would count from the end
+            raise ValueError(f"a constraint allows ids {int(ids[0])} to {int(ids[-1])}, the model has {len(never)}")
+        ids = ids.to(scores.device)
+        kept = scores[row, ids]
+        scores[row] = -math.inf
+        scores[row, ids] = kept
+    if constrained and -math.inf in (best := scores.amax(-1).tolist()):
+        stuck = list(generated[best.index(-math.inf)])
+        raise ValueError(
+            f"a constraint allows nothing that may be produced after {stuck}, with {remaining} left in the budget: "
+            "it must always leave a token, at the end eos"
+        )
+    return scores
+
+
+def _constraints(given: Constraint | Sequence[Constraint | None] | None, rows: int) -> list[Constraint | None]:
+    if given is None or callable(given):
+        return [given] * rows
+    if len(given) != rows:
+        raise ValueError(f"{len(given)} constraints for {rows} rows: pass one for all, or one (or None) per row")
+    return list(given)
+
+
+# ---------------------------------------------------------------------------------------------- choosing a token
+
+
+def warp(scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Scores [N, V] -> scores to sample from, -inf where a token is out. In this order, as in transformers:
+
+    temperature: below 1 the likely tokens gain, above 1 they lose.
+    top_k: keeps the k likeliest tokens.
+    top_p: keeps the likeliest tokens that together reach the probability p; at least one.
+
+    What ties with the last token kept is kept too: in bfloat16 many do, and no sort order should decide.
+    """
+    # Relative to the best: a tiny temperature must not push the best score itself to infinity.
+    scores = (scores - scores.amax(-1, keepdim=True)) / max(temperature, 1e-6)
+    if top_k is not None and top_k < scores.shape[-1]:
+        last = scores.topk(top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < last, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered = scores.sort(dim=-1, descending=True).values
+        probs = ordered.softmax(-1)
+        likelier = probs.cumsum(-1) - probs  # what stands before a token: 0 for the first, which always stays
+        last = ordered.masked_fill(likelier >= top_p, math.inf).amin(-1, keepdim=True)
+        scores = scores.masked_fill(scores < last, -math.inf)
+    return scores
+
+
+def choose(scores: Tensor, options: Options, generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of each row: scores [N, V] -> int64 [N]. Greedy without `do_sample`."""
+    if not options.do_sample:
+        return scores.argmax(-1)
+    probs = warp(scores, options.temperature, options.top_k, options.top_p).softmax(-1)
+    # Row by row, each from its own stream of random numbers: its neighbours in the batch can't change its answer.
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])
+
+
+def _generators(options: Options, rows: int, device: torch.device) -> list[torch.Generator]:
+    if not options.do_sample:
+        return []
+    if options.seed is None:
+        seeds = torch.randint(2**62, (rows,)).tolist()  # from the global state: torch.manual_seed still reigns
+    elif isinstance(options.seed, int):
+        seeds = [options.seed] * rows
+    elif len(options.seed) == rows:
+        seeds = list(options.seed)
+    else:
+        raise ValueError(f"{len(options.seed)} seeds for {rows} rows: pass one for all, or one per row")
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def _watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[float, float]]:
+    """Mean and spread of each row's distribution over the watched ids alone, counted from the first of them."""
+    if watch is None:
+        return [NO_BIN] * len(scores)
+    first, count = watch
+    probs = scores[:, first : first + count].softmax(-1)  # [N, count]; nan where none of them is allowed
+    bins = torch.arange(count, dtype=probs.dtype, device=probs.device)
+    mean = (probs * bins).sum(-1, keepdim=True)
+    spread = (probs * (bins - mean).square()).sum(-1).sqrt()
+    return list(zip(mean[:, 0].tolist(), spread.tolist()))
+
+
+def _add(answer: Generated, token: int, logprob: float, bin: tuple[float, float], task: _Task) -> None:
+    """Writes down a chosen token; `bin` is what the row's watched range looked like."""
+    if token == task.eos:
+        answer.finished, answer.eos_logprob = True, logprob
+        return
+    answer.token_ids.append(token)
+    answer.token_logprobs.append(logprob)
+    if (watch := task.options.watch) is not None:
+        answer.bins.append(bin if 0 <= token - watch[0] < watch[1] else NO_BIN)
+
+
+# ---------------------------------------------------------------------------------------------- generate
+
+
+@torch.inference_mode()
+def generate(
+    model: PaliGemmaForConditionalGeneration,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int = 128,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    seed: int | Sequence[int] | None = None,
+    suppress_tokens: Sequence[int] | None = None,
+    constraint: Constraint | Sequence[Constraint | None] | None = None,
+    watch: tuple[int, int] | None = None,
+    eos_token_id: int | None = None,
+    num_tokens: int | None = None,
+    image_features: Tensor | None = None,
+) -> list[Generated]:
+    """The answer to every row of a batch.
+
+    inputs: what the processor returns, padded on either side. Instead of pixel_values it may hold image_features, from
+        `model.encode_image`: [n, P, D], the images of all rows one after the other; N prompts about one image pass
+        `features.expand(N, -1, -1)`, which costs no memory. Other keys (labels) are not looked at. Tokens of type 1 are
+        the beginning of the answer, which is then continued; the continuation alone is returned.
+    max_new_tokens: the budget of a row, its eos included.
+    do_sample: False takes the likeliest token each time, and temperature, top_k, top_p and seed have no effect.
+    temperature, top_k, top_p: see `warp`.
+    num_beams: 2 or more keeps that many answers in the running and returns the best one (see `_beam_search`).
+    length_penalty: of beams; an answer's score is its log-probability / length ** length_penalty. Above 0 it favours
+        longer answers.
+    seed: of the random numbers, the same for every row, whatever its neighbours are: equal rows give equal answers.
+        A list gives each row its own. None draws from torch's global state.
+    suppress_tokens: ids that are never produced, beside <image> and what lies beyond the tokenizer.
+    constraint: a function of what a row has generated and of the tokens left in its budget, that returns the sorted ids
+        allowed next, int64 [n], or None for any; one for all rows, or a list with one (or None) per row.
+    watch: (first id, count). For each token in this range `Generated.bins` gets the mean and the spread (standard
+        deviation) of the distribution among the allowed tokens of the range, counted from its first id; (nan, nan) for
+        other tokens. Over the 1,024 location tokens: where a box's edge is, and how sure the model was.
+    eos_token_id: default: the configuration's.
+    num_tokens: `len(tokenizer)`. Pass it where <image> may not be the last token, see `never_produced`.
+    image_features: as in `inputs`; takes the place of its pixel_values.
+
+    Returns one `Generated` per row. In float32 a row's answer is the same alone and in any batch.
+    Raises ValueError on options out of range, on rows whose prompt and budget exceed the model's positions (before any
+    work), on rows that already end in eos, and where a constraint allows nothing.
+    """
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        seed=seed,
+        suppress_tokens=suppress_tokens,
+        constraint=constraint,
+        watch=watch,
+        eos_token_id=eos_token_id,
+        num_tokens=num_tokens,
+    )
+    task = _Task(model, inputs, options, image_features)
+    if not task.rows:
+        return []
+    if num_beams > 1:
+        return _beam_search(task)
+    return list(_steps(task))[-1]
+
+
+class _Task:
+    """One call of `generate` or `stream`, checked: everything that is the same for every token."""
+
+    def __init__(
+        self,
+        model: PaliGemmaForConditionalGeneration,
+        inputs: Mapping[str, Any],
+        options: Options,
+        image_features: Tensor | None,
+    ):
+        config = model.config
+        self.model, self.options = model, options
+        self.eos = config.eos_token_id if options.eos_token_id is None else options.eos_token_id
+        self.prompt = prepare(model, inputs, image_features)
+        self.rows = self.prompt["input_ids"].shape[0]
+        self.never = never_produced(config, options.num_tokens, options.suppress_tokens).to(model.device)
+        self.constraints = _constraints(options.constraint, self.rows)
+        self.generators = _generators(options, self.rows, model.device)
+        if options.watch is not None:
+            first, count = options.watch
+            if not 0 <= first < first + count <= len(self.never):
+                raise ValueError(f"watch is {options.watch}, expected (first id, count) within {len(self.never)} ids")
+        if self.rows:
+            check_length(config, self.prompt["attention_mask"], options.max_new_tokens)
+            # Rows made for training. Answering after their answer is never what was meant.
+            ended = (self.prompt["input_ids"][:, -1] == self.eos) & (self.prompt["token_type_ids"][:, -1] == SUFFIX)
+            if ended.any():
+                row = int(ended.long().argmax())
+                raise ValueError(f"row {row} already ends in eos: leave the suffix out of the processor's call")
+
+
+def _steps(task: _Task) -> Iterator[list[Generated]]:
+    """Yields the answers after every token: always the same B objects, which grow until the loop ends."""
+    model, options = task.model, task.options
+    answers = [Generated() for _ in range(task.rows)]
+    running = list(range(task.rows))  # the rows behind the N rows of logits and cache
+    logits, cache = prefill(model, task.prompt, options.max_new_tokens)
+    for remaining in range(options.max_new_tokens, 0, -1):
+        scores = allowed_logits(
+            logits,
+            task.never,
+            [task.constraints[row] for row in running],
+            [answers[row].token_ids for row in running],
+            remaining,
+        )
+        tokens = choose(scores, options, [task.generators[row] for row in running] if options.do_sample else [])
+        logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
+        bins = _watched_bins(scores, options.watch)
+        for n, (row, token, logprob) in enumerate(zip(running, tokens.tolist(), logprobs.tolist())):
+            _add(answers[row], token, logprob, bins[n], task)
+        yield answers
+
+        kept = [n for n, row in enumerate(running) if not answers[row].finished]
+        if not kept or remaining == 1:
+            return
+        if len(kept) < len(running):
+            running = [running[n] for n in kept]
+            rows = torch.tensor(kept, device=tokens.device)
+            tokens = tokens[rows]
+            cache.select(rows)
+        logits = decode_one_token(model, tokens, cache)
+
+
+# ---------------------------------------------------------------------------------------------- beams
+
+
+@dataclass
+class _Beam:
+    """An unfinished answer. total: its log-probability. parent: where its beginning stands in the cache."""
+
+    row: int
+    answer: Generated
+    total: float = 0.0
+    parent: int = 0
+
+
+def _beam_search(task: _Task) -> list[Generated]:
+    """Keeps the `num_beams` likeliest beginnings of each row and returns the best answer found.
+
+    The rules are those of transformers (`_beam_search` with early_stopping=False), so that the sequences are equal:
+    - every beam is extended by every token, and the 2 * num_beams likeliest extensions are looked at: even if all of
+      the best ones end, enough are left to go on with;
+    - an extension that ends (eos, or the last token of the budget) counts if it is among the num_beams likeliest;
+    - it is scored log-probability / length ** length_penalty, where eos counts in both, and the best num_beams stay;
+    - a row is done when it has num_beams answers and its best beam, scored as if it ended now, beats none of them.
+
+    Probabilities here are those over the whole vocabulary, not among the allowed tokens: they add up to the model's own
+    probability of the answer, also under a constraint. What `Generated` reports is among the allowed ones, as always.
+    """
+    model, options, width = task.model, task.options, task.options.num_beams
+    answers: list[list[tuple[float, Generated]]] = [[] for _ in range(task.rows)]  # per row (score, answer), best first
+    beams = [_Beam(row, Generated()) for row in range(task.rows)]  # one per row at first, grouped by row
+    logits, cache = prefill(model, task.prompt, options.max_new_tokens)
+    for length in range(1, options.max_new_tokens + 1):
+        remaining = options.max_new_tokens + 1 - length
+        scores = allowed_logits(
+            logits,
+            task.never,
+            [task.constraints[beam.row] for beam in beams],
+            [beam.answer.token_ids for beam in beams],
+            remaining,
+        )
+        values, ids = (t.tolist() for t in scores.topk(min(2 * width, scores.shape[-1])))  # each N lists of 2 * width
+        whole, allowed = logits.float().logsumexp(-1).tolist(), scores.logsumexp(-1).tolist()
+        bins = _watched_bins(scores, options.watch)
+
+        survivors: list[_Beam] = []
+        tokens: list[int] = []
+        for row, group in groupby(range(len(beams)), key=lambda n: beams[n].row):
+            candidates = [
+                (beams[n].total + value - whole[n], n, token, value - allowed[n])
+                for n in group
+                for value, token in zip(values[n], ids[n])
+                if value > -math.inf
+            ]
+            candidates.sort(key=lambda candidate: -candidate[0])
+            going: list[tuple[_Beam, int]] = []
+            for rank, (total, n, token, logprob) in enumerate(candidates[: 2 * width]):
+                ends = token == task.eos or remaining == 1
+                if rank >= width if ends else len(going) == width:
+                    continue
+                answer = beams[n].answer.copy()
+                _add(answer, token, logprob, bins[n], task)
+                if ends:
+                    answers[row].append((total / length**options.length_penalty, answer))
+                else:
+                    going.append((_Beam(row, answer, total, parent=n), token))
+            answers[row] = sorted(answers[row], key=lambda scored: -scored[0])[:width]
+            if going and (len(answers[row]) < width or _can_improve(going[0][0], length, answers[row], options)):
+                survivors += [beam for beam, _ in going]
+                tokens += [token for _, token in going]
+
+        if not survivors:
+            break
+        parents = [beam.parent for beam in survivors]
+        if parents != list(range(len(beams))):
+            cache.select(torch.tensor(parents, device=logits.device))
+        beams = survivors
+        logits = decode_one_token(model, torch.tensor(tokens, device=logits.device), cache)
+    return [best[0][1] for best in answers]
+
+
+def _can_improve(beam: _Beam, length: int, answers: list[tuple[float, Generated]], options: Options) -> bool:
+    return beam.total / length**options.length_penalty > answers[-1][0]
+
+
+# ---------------------------------------------------------------------------------------------- stream
+
+
+def stream(
+    model: PaliGemmaForConditionalGeneration,
+    inputs: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    max_new_tokens: int = 128,
+    image_features: Tensor | None = None,
+    **options: Any,
+) -> Generator[str, None, Generated]:
+    """The answer to a single row in pieces of text, as they come.
+
+    A piece never ends inside a character: neither between the bytes of one that the vocabulary spells in bytes, nor
+    before a combining mark or in the middle of a joined emoji. The last character is therefore held back until the next
+    one begins. The pieces joined are `tokenizer.decode` of the whole answer.
+
+    options: as in `generate`, without beams (a beam can still lose what it would have shown); num_tokens is known.
+    The generator returns the `Generated`: `answer = yield from stream(...)`. Raises what `generate` does, at the call.
+    """
+    settings = Options(max_new_tokens=max_new_tokens, **{"num_tokens": len(tokenizer), **options})
+    if settings.num_beams > 1:
+        raise ValueError("streaming with beams is not offered: which beam wins is known at the end; use generate")
+    task = _Task(model, inputs, settings, image_features)
+    if task.rows != 1:
+        raise ValueError(f"inputs has {task.rows} rows, and a stream is of one: use generate")
+    return _pieces(task, tokenizer)
+
+
+@torch.inference_mode()  # as a decorator it is left at every yield; a `with` block would leak into the caller
+def _pieces(task: _Task, tokenizer: Tokenizer) -> Generator[str, None, Generated]:
+    answer, shown = Generated(), 0
+    for (answer,) in _steps(task):
+        text = tokenizer.decode_stable(answer.token_ids)
+        whole = _start_of_last_character(text)
+        if whole > shown:
+            yield text[shown:whole]
+            shown = whole
+    text = tokenizer.decode(answer.token_ids)
+    if len(text) > shown:
+        yield text[shown:]
+    return answer
+
+
+def _start_of_last_character(text: str) -> int:
+    """Where the last character, as people see it, begins: what comes next may still become a part of it."""
+    start = max(len(text) - 1, 0)
+    while start > 0 and (_joins(text[start]) or text[start - 1] == "\u200d"):
+        start -= 1
+    return start
+
+
+def _joins(code_point: str) -> bool:
+    """Whether it continues the character before it: marks, zero-width joiner, skin tones, flags, Hangul vowels."""
+    return (
+        category(code_point).startswith("M")
+        or code_point == "\u200d"
+        or "\U0001f3fb" <= code_point <= "\U0001f3ff"
+        or "\U0001f1e6" <= code_point <= "\U0001f1ff"  # a flag is two of these, so a run of them is held together
+        or "\u1160" <= code_point <= "\u11ff"
+    )
