@@ -135,9 +135,12 @@ def render(facts: dict[str, Any]) -> str:
         ("", f"{share['decoder']}  decoder"),
         ("", f"{share['total']}  in all"),
         ("cache", f"{facts['kv_bytes_per_token']:,} bytes per token in {facts['dtype']}"),
-        ("memory", f"{_bytes(need['total'])} in {facts['dtype']}, estimated for one image and {TEXT_TOKENS} text tokens"),
-        ("", f"{_bytes(need['weights'])} weights, {_bytes(need['cache'])} cache, {_bytes(need['activations'])} the rest"),
-    ]  # fmt: skip
+        (
+            "memory",
+            f"{_bytes(need['total'])} in {facts['dtype']} for one image and {TEXT_TOKENS} text tokens, estimated",
+        ),
+        ("", ", ".join(f"{_bytes(need[part])} {part}" for part in ("weights", "cache", "activations"))),
+    ]
     return "\n".join(f"{label:<12}{text}".rstrip() for label, text in lines)
 
 
