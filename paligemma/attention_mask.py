@@ -63,9 +63,8 @@ def prefix_lm_mask(token_type_ids: Tensor, valid: Tensor, window: int | None = N
     allowed = _causal(position, position, window)
     in_prefix = (token_type_ids == PREFIX) & valid
     allowed |= in_prefix[:, :, None] & in_prefix[:, None, :]
-    allowed &= valid[:, None, :]
-    itself = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    allowed |= itself & ~valid[:, :, None]
+    allowed &= valid[:, :, None] & valid[:, None, :]
+    allowed |= torch.diag_embed(~valid)  # padding sees itself
     return allowed[:, None]  # [B, 1, S, S]
 
 
@@ -75,10 +74,11 @@ def cached_mask(query_positions: Tensor, key_positions: Tensor, key_valid: Tenso
     query_positions: int64 [B, S]; key_positions: int64 [B, T]; key_valid: bool [B, T] (the cache's own bookkeeping;
     the queries are its last S keys). Returns bool [B, 1, S, T].
     """
-    allowed = _causal(query_positions, key_positions, window) & key_valid[:, None, :]
-    S, T = query_positions.shape[1], key_positions.shape[1]
-    itself = torch.eye(S, T, dtype=torch.bool, device=key_valid.device).roll(T - S, dims=1)
-    allowed |= itself & ~key_valid[:, T - S :, None]
+    S = query_positions.shape[1]
+    valid = key_valid[:, -S:]
+    allowed = _causal(query_positions, key_positions, window)
+    allowed &= valid[:, :, None] & key_valid[:, None, :]
+    allowed[:, :, -S:] |= torch.diag_embed(~valid)  # padding sees itself
     return allowed[:, None]  # [B, 1, S, T]
 
 

@@ -11,7 +11,6 @@ uniform, soft-capping bends, and logits spread over several units.
 import dataclasses
 
 import torch
-import transformers
 from torch import Tensor
 
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, alternating_layers
@@ -81,8 +80,10 @@ def make_pair(kind: str, seed: int = 0, **overrides):
     return ours, make_theirs(ours)
 
 
-def make_theirs(ours: PaliGemmaForConditionalGeneration) -> transformers.PaliGemmaForConditionalGeneration:
-    """transformers' model with the weights of ours."""
+def make_theirs(ours: PaliGemmaForConditionalGeneration):
+    """transformers' `PaliGemmaForConditionalGeneration` with the weights of ours."""
+    import transformers  # seconds, and not every test that wants a tiny model wants this one
+
     config = transformers.PaliGemmaConfig.from_dict(ours.config.to_dict())
     config._attn_implementation = "eager"
     theirs = transformers.PaliGemmaForConditionalGeneration(config).eval()
