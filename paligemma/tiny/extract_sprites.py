@@ -40,6 +40,7 @@ CODEPOINTS = {
 
 # Cut off before cropping, as a share of the height: the steam of a cup that would be taken for a part of it.
 CUT_TOP = {("openmoji", "cup"): 0.45}
+TALLER = {("openmoji", "cup"): 1.4}  # or it could be a boat
 
 SOURCES = {
     "noto": ("Noto Color Emoji 2.042 (Debian fonts-noto-color-emoji 2.042-0+deb12u1)", "OFL-1.1"),
@@ -87,6 +88,7 @@ def pack(style: str, read: Callable[[str], Image.Image]) -> None:
     for i, (name, codepoint) in enumerate(CODEPOINTS.items()):
         image = read(codepoint)
         image.paste((0, 0, 0, 0), (0, 0, image.width, round(image.height * CUT_TOP.get((style, name), 0))))
+        image = image.resize((image.width, round(image.height * TALLER.get((style, name), 1))))
         sprite = tight(image)
         x, y = i % COLUMNS * SIDE, i // COLUMNS * SIDE
         atlas.paste(sprite, (x, y))
