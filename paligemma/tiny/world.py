@@ -397,12 +397,13 @@ def _sign(rng: np.random.Generator, text: str, size: int, char_size: tuple[float
 # --- backgrounds ----------------------------------------------------------------------------------
 
 
-def _background(rng: np.random.Generator, color: str, pattern: str, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the colour in shades from -1 to 1 that never leave its name."""
+def _background(rng: np.random.Generator, color: str, pattern: str, size: int) -> Image.Image:
+    """The colour in shades from -1 to 1 that never leave its name."""
     middle, reach = np.array(BACKGROUNDS[color], np.float32)
     base = middle + reach * np.float32(rng.uniform(-0.35, 0.35))
     if pattern == "plain":
-        return np.broadcast_to(np.clip(base + 0.5, 0, 255).astype(np.uint8), (size, size, 3)).copy()
+        red, green, blue = (int(value) for value in np.clip(base + 0.5, 0, 255))
+        return Image.new("RGB", (size, size), (red, green, blue))
     if pattern == "blotched":
         cells = int(rng.integers(3, 10))
         coarse = Image.fromarray(rng.uniform(-0.75, 0.75, (cells, cells)).astype(np.float32))
@@ -420,7 +421,8 @@ def _background(rng: np.random.Generator, color: str, pattern: str, size: int) -
             shade = np.where((along + 1) % np.float32(period) < period / 2, np.float32(depth), np.float32(-depth))
     # A table of 256 shades turns one small array into three channels: much faster than arithmetic on all three.
     table = np.clip(np.linspace(-1, 1, 256, dtype=np.float32)[:, None] * reach + (base + 0.5), 0, 255).astype(np.uint8)
-    return table[np.clip(shade * 127.5 + 128, 0, 255).astype(np.uint8)]
+    shades = Image.fromarray(np.clip(shade * 127.5 + 128, 0, 255).astype(np.uint8))
+    return Image.merge("RGB", [shades.point(column.tolist()) for column in table.T])
 
 
 # --- scenes ---------------------------------------------------------------------------------------
@@ -588,7 +590,7 @@ def render(
             placed = []
             shrink *= 0.93
 
-    canvas = Image.fromarray(_background(rng, background, pattern, size))
+    canvas = _background(rng, background, pattern, size)
     found = []
     for i, spot in enumerate(placed):
         dx, dy = spot.stamp.corner
