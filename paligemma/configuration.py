@@ -12,13 +12,14 @@ import dataclasses
 from typing import Any
 
 # Written by one release of transformers or another, and read by none of the arithmetic. `num_image_tokens`,
-# `num_positions` and `projection_dim` are decorative: the model follows image_size, patch_size and hidden_size.
+# `num_positions` and `projection_dim` are decorative: the model follows image_size, patch_size and hidden_size. So is
+# `vocab_size` in a vision_config; in a text_config it is a field, and fields are read whatever stands here.
 INERT_KEYS = frozenset(
     """
     _name_or_path architectures dtype torch_dtype transformers_version model_type use_cache initializer_range
     initializer_factor attention_dropout dropout cache_implementation num_image_tokens num_positions projection_dim
     projector_hidden_act vision_use_head use_bidirectional_attention pad_token_id bos_token_id eos_token_id
-    sep_token_id decoder_start_token_id prefix is_decoder is_encoder_decoder add_cross_attention
+    vocab_size sep_token_id decoder_start_token_id prefix is_decoder is_encoder_decoder add_cross_attention
     tie_encoder_decoder cross_attention_hidden_size chunk_size_feed_forward pruned_heads torchscript use_bfloat16
     tf_legacy_loss return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
     finetuning_task problem_type task_specific_params id2label label2id tokenizer_class max_length min_length
@@ -36,9 +37,8 @@ FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True, None),
     "num_channels": (3, None),
     "rope_scaling": (None,),
-    # "gelu" in a Gemma configuration has always been run as the tanh approximation.
-    "hidden_act": ("gelu_pytorch_tanh", "gelu", None),
-    "hidden_activation": ("gelu_pytorch_tanh", "gelu", None),
+    "hidden_act": ("gelu_pytorch_tanh", None),
+    "hidden_activation": ("gelu_pytorch_tanh", None),
 }
 
 
@@ -50,7 +50,7 @@ def take_fields(cls: type, given: dict[str, Any], where: str, required: tuple[st
     """
     if not isinstance(given, dict):
         raise ValueError(f"{where} is {type(given).__name__}, expected an object with the sizes of the model")
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     missing = [key for key in required if given.get(key) is None]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}: without them the size of the model is unknown")
@@ -63,7 +63,9 @@ def take_fields(cls: type, given: dict[str, Any], where: str, required: tuple[st
             f"{where} has keys that this model does not know: {', '.join(unknown)}. "
             "They may change the arithmetic, so they are not skipped; remove them if they do not"
         )
-    for key in required:
-        if type(given[key]) is not int or given[key] <= 0:
-            raise ValueError(f"{where}.{key} is {given[key]!r}, expected a positive whole number")
-    return {key: value for key, value in given.items() if key in fields}
+    # null is a value of its own where null is the default (no window, no cap); elsewhere it means the default.
+    taken = {key: v for key, v in given.items() if key in fields and (v is not None or fields[key].default is None)}
+    for key in (*required, "head_dim", "image_size", "max_position_embeddings"):
+        if key in taken and (type(taken[key]) is not int or taken[key] <= 0):
+            raise ValueError(f"{where}.{key} is {taken[key]!r}, expected a positive whole number")
+    return taken

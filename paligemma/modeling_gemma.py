@@ -111,10 +111,11 @@ class GemmaConfig:
                     f"text_config.rope_parameters asks for {rope['rope_type']!r}; PaliGemma only has 'default'"
                 )
             given.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        if isinstance(given, dict) and given.get("hidden_act") == "gelu":
+            del given["hidden_act"]  # so say Gemma's first files, and have always been run as the tanh approximation
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         heads = ("num_attention_heads", "num_key_value_heads")
         fields = take_fields(cls, given, "text_config", required=sizes + heads)
-        fields["model_type"] = given["model_type"]  # on the list of inert keys, but not inert here
         if given["model_type"] == "gemma2":
             fields.setdefault("query_pre_attn_scalar", 256)
             fields.setdefault("sliding_window", 4096)
@@ -220,6 +221,8 @@ class PaliGemmaConfig:
             text["query_pre_attn_scalar"] = self.text_config.query_pre_attn_scalar or self.text_config.head_dim
             every_layer = ("full_attention",) * self.text_config.num_hidden_layers
             text["layer_types"] = list(self.text_config.layer_types or every_layer)
+            if self.text_config.sliding_window is None:  # transformers reads no null here, but layers that do not slide
+                text |= {"sliding_window": 4096, "layer_types": list(every_layer)}
             text["hidden_activation"] = "gelu_pytorch_tanh"
         text["num_image_tokens"] = self.vision_config.num_patches
         vision = {"model_type": "siglip_vision_model", **asdict(self.vision_config)}
