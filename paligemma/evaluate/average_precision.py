@@ -1,0 +1,141 @@
+"""Average precision: does the score rank right boxes above wrong ones?
+
+    average_precision(rows)                       # mean over classes at IoU .5, ranked by score
+    average_precision(rows, shuffle=generator)    # the same boxes in random order: what a constant score is worth
+    coco_metrics(rows, sizes)                     # COCO's twelve figures, through faster-coco-eval
+
+A row is one picture: (true regions, predicted regions).
+
+COCO's figures come from faster-coco-eval rather than pycocotools, the reference: all twelve figures were equal to 1e-15
+on 488 random data sets of boxes and of masks, 2,000 pictures with 42,000 boxes took 5 s instead of 22, and it takes a
+data set from memory without printing. Apache 2.0; in the extra `evaluate`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from paligemma.evaluate.regions import Region, match_boxes
+from paligemma.formats import rle_encode
+
+Row = tuple[Sequence[Region], Sequence[Region]]
+
+RECALL_POINTS = np.linspace(0, 1, 101)
+COCO_FIGURES = (
+    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
+    "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All predictions of one class, best first: was it right, and in which row does it stand."""
+
+    right: np.ndarray  # bool [predictions]
+    row: np.ndarray  # int [predictions]
+    objects: np.ndarray  # int [objects]: in which row each true object stands
+
+    def area(self, weights: np.ndarray) -> float:
+        """Area under precision over recall, NaN without an object. weights: float [rows], how often a row counts."""
+        objects = weights[self.objects].sum()
+        if not objects:
+            return float("nan")
+        if not len(self.right):
+            return 0.0
+        counts = weights[self.row]
+        found = np.cumsum(counts * self.right)
+        precision = found / np.maximum(np.cumsum(counts), 1e-12)
+        falling = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # beyond the last recall it is 0
+        return float(falling[np.searchsorted(found / objects, RECALL_POINTS, side="left")].mean())
+
+
+def rank(rows: Sequence[Row], threshold: float = 0.5, shuffle: np.random.Generator | None = None) -> list[Ranking]:
+    """A ranking for each class that has a true object. shuffle: by random numbers instead of the scores."""
+    ranked: dict[str, list[tuple[float, bool, int]]] = {}
+    objects: dict[str, list[int]] = {}
+    for k, (truth, predicted) in enumerate(rows):
+        for region in truth:
+            objects.setdefault(region.label, []).append(k)
+        if shuffle is None:
+            scores = [region.score if region.score is not None else 0.0 for region in predicted]
+        else:
+            scores = shuffle.random(len(predicted)).tolist()
+        found = {i for i, _, _ in match_boxes(truth, predicted, threshold, scores)}
+        for i, region in enumerate(predicted):
+            ranked.setdefault(region.label, []).append((scores[i], i in found, k))
+    rankings = []
+    for label in objects:
+        best_first = sorted(ranked.get(label, []), key=lambda entry: -entry[0])
+        right, row = [entry[1] for entry in best_first], [entry[2] for entry in best_first]
+        rankings.append(Ranking(np.array(right, bool), np.array(row, int), np.array(objects[label])))
+    return rankings
+
+
+def average_precision(rows: Sequence[Row], threshold: float = 0.5, shuffle: np.random.Generator | None = None) -> float:
+    """Mean over the classes of the area under precision over recall, in [0, 1]; NaN without any true object.
+
+    As COCO computes it at one IoU threshold: predictions of all pictures in order of their score (equal ones as they
+    come), precision made falling, read at 101 recalls. Classes without a true object do not count, and there is no
+    limit of predictions for a picture (COCO's is 100). shuffle: see `rank`.
+    """
+    return mean_area(rank(rows, threshold, shuffle), np.ones(len(rows)))
+
+
+def mean_area(rankings: Sequence[Ranking], weights: np.ndarray) -> float:
+    areas = [area for ranking in rankings if not math.isnan(area := ranking.area(weights))]
+    return float(np.mean(areas)) if areas else float("nan")
+
+
+def coco_metrics(rows: Sequence[Row], sizes: Sequence[tuple[int, int]], masks: bool = False) -> dict[str, float]:
+    """COCO's figures: AP (mean over IoU .50 to .95), AP50, AP75, by size, and average recall; each in [0, 1], or -1
+    where there is nothing of that size.
+
+    sizes: (W, H) of each row's picture. masks: compare masks instead of boxes; predictions without one are left out.
+    ImportError without faster-coco-eval.
+    """
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError:
+        raise ImportError("COCO's figures need faster-coco-eval: pip install 'paligemma[evaluate]'") from None
+    labels = sorted({region.label for truth, _ in rows for region in truth})
+    ids = {label: number for number, label in enumerate(labels, 1)}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for image_id, ((truth, predicted), (width, height)) in enumerate(zip(rows, sizes), 1):
+        images.append({"id": image_id, "width": width, "height": height})
+        for region in truth:
+            entry = _coco_entry(region, image_id, ids, masks)
+            area = int(region.mask.sum()) if masks and region.mask is not None else entry["bbox"][2] * entry["bbox"][3]
+            annotations.append({**entry, "id": len(annotations) + 1, "area": area, "iscrowd": 0})
+        for region in predicted:
+            # A label that no picture shows has no average precision: nothing to compare with.
+            if region.label in ids and not (masks and region.mask is None):
+                score = region.score if region.score is not None else 0.0
+                results.append({**_coco_entry(region, image_id, ids, masks), "score": score})
+    if not annotations:
+        return dict.fromkeys(COCO_FIGURES, -1.0)
+    if not results:
+        return dict.fromkeys(COCO_FIGURES, 0.0)
+    categories = [{"id": number, "name": label} for label, number in ids.items()]
+    truth_set = COCO({"images": images, "annotations": annotations, "categories": categories})
+    evaluation = COCOeval_faster(
+        truth_set, truth_set.loadRes(results), "segm" if masks else "bbox", print_function=lambda *words: None
+    )
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return {name: float(value) for name, value in zip(COCO_FIGURES, evaluation.stats)}
+
+
+def _coco_entry(region: Region, image_id: int, ids: dict[str, int], masks: bool) -> dict[str, Any]:
+    x0, y0, x1, y1 = map(float, region.box)
+    entry: dict[str, Any] = {"image_id": image_id, "category_id": ids[region.label], "bbox": [x0, y0, x1 - x0, y1 - y0]}
+    if masks:
+        if region.mask is None:
+            raise ValueError("a true region has no mask: COCO's mask figures need one for every object")
+        entry["segmentation"] = rle_encode(region.mask)
+    return entry

@@ -1,0 +1,178 @@
+"""How a task is measured.
+
+A measure looks at one row at a time and says what the row adds to each figure: a numerator and a denominator. A figure
+is the ratio of the sums over all rows; its interval follows (`intervals.py`). Figures that no ratio of sums can give
+(average precision, BLEU) come from a second function, which sees all rows at once.
+
+    EXACT.score(example, prediction)  ->  {"exact": (1, 1)}
+    DETECT.score(example, prediction) ->  {"precision": (2, 3), "recall": (2, 2), "mean IoU of matches": (1.7, 2)}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from paligemma.evaluate.average_precision import mean_area, rank
+from paligemma.evaluate.captions import bleu, cider_d
+from paligemma.evaluate.intervals import bootstrap
+from paligemma.evaluate.regions import instance_ious, match_boxes
+from paligemma.evaluate.rows import Example, Prediction
+from paligemma.evaluate.text import anls, character_errors, edit_distance, exact_match, relaxed_match, word_errors
+from paligemma.evaluate.vqa import vqa_accuracy
+from paligemma.evaluate.yes_no import pope_counts
+
+if TYPE_CHECKING:
+    from paligemma.mask_codec import MaskCodec
+
+Ratios = Mapping[str, tuple[float, float]]
+Rows = Sequence[tuple[Example, Prediction]]  # without pictures and masks
+Values = dict[str, tuple[float, float, float]]  # value, and the ends of its interval (NaN where there is none)
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """score: one row -> what it adds to each figure. together: all rows -> more figures.
+
+    regions: answers are boxes or masks, so one without any, if it is not empty, is invalid.
+    lower_is_better: names of figures.
+    """
+
+    score: Callable[[Example, Prediction], Ratios]
+    together: Callable[[Rows], Values] | None = None
+    regions: bool = False
+    lower_is_better: tuple[str, ...] = ()
+
+
+def _exact(example: Example, prediction: Prediction) -> Ratios:
+    return {"exact": (exact_match(prediction.text, example.answers), 1)}
+
+
+def _vqa(example: Example, prediction: Prediction) -> Ratios:
+    return {"VQA accuracy": (vqa_accuracy(prediction.text, example.answers), 1)}
+
+
+def _anls(example: Example, prediction: Prediction) -> Ratios:
+    return {"ANLS": (anls(prediction.text, example.answers), 1), **_exact(example, prediction)}
+
+
+def _relaxed(example: Example, prediction: Prediction) -> Ratios:
+    relaxed = max(relaxed_match(prediction.text, answer) for answer in example.answers)
+    return {"relaxed accuracy": (relaxed, 1), **_exact(example, prediction)}
+
+
+def _reading(example: Example, prediction: Prediction) -> Ratios:
+    answer = min(example.answers, key=lambda right: edit_distance(prediction.text, right))
+    return {
+        "exact": (exact_match(prediction.text, example.answers), 1),
+        "character error rate": character_errors(prediction.text, answer),
+        "word error rate": word_errors(prediction.text, answer),
+    }
+
+
+def _pope(example: Example, prediction: Prediction) -> Ratios:
+    return pope_counts(prediction.text, example.answers[0])
+
+
+def _captions(rows: Rows) -> Values:
+    texts, references = [p.text for _, p in rows], [e.answers for e, _ in rows]
+    cider, each = cider_d(texts, references)
+    shares = np.array(each)
+    interval = bootstrap(lambda weights: float(weights @ shares / weights.sum()), [e.group or e.id for e, _ in rows])
+    values = {"CIDEr-D": (cider, *interval)}
+    values |= {f"BLEU-{n}": (value, NAN, NAN) for n, value in enumerate(bleu(texts, references), 1)}
+    return values
+
+
+def _empty(example: Example, prediction: Prediction) -> Ratios:
+    return {"empty": (not prediction.text.strip(), 1)}
+
+
+def _detect(example: Example, prediction: Prediction) -> Ratios:
+    matches = match_boxes(example.regions, prediction.regions, 0.5)
+    return {
+        "precision": (len(matches), len(prediction.regions)),
+        "recall": (len(matches), len(example.regions)),
+        "mean IoU of matches": (sum(iou for _, _, iou in matches), len(matches)),
+    }
+
+
+def _ranking(rows: Rows, orders: int = 20, samples: int = 200) -> Values:
+    """Average precision at IoU .5 by score; the same boxes with a constant score, that is, in random order (the mean of
+    `orders`); and the difference, whose interval compares the two on the same rows."""
+    pictures = [(e.regions, p.regions) for e, p in rows]
+    by_score = rank(pictures)
+    shuffled = [rank(pictures, shuffle=np.random.default_rng(seed)) for seed in range(orders)]
+    once = np.ones(len(rows))
+    value, constant = mean_area(by_score, once), float(np.mean([mean_area(order, once) for order in shuffled]))
+    turns = cycle(shuffled)
+    gained = bootstrap(
+        lambda weights: mean_area(by_score, weights) - mean_area(next(turns), weights),
+        [e.group or e.id for e, _ in rows],
+        samples,
+    )
+    return {
+        "AP at IoU .5 by score": (value, NAN, NAN),
+        "AP with constant scores": (constant, NAN, NAN),
+        "AP gained by the score": (value - constant, *gained),
+    }
+
+
+def _segment(example: Example, prediction: Prediction) -> Ratios:
+    ious = instance_ious(example.regions, prediction.regions)
+    found = sum(iou >= 0.5 for iou in ious)
+    return {
+        "mIoU": (sum(ious), len(ious)),  # over objects; missed ones count 0
+        "precision": (found, len(prediction.regions)),  # at mask IoU .5: mIoU forgives what isn't there
+        "recall": (found, len(ious)),
+    }
+
+
+EXACT = Measure(_exact)
+VQA = Measure(_vqa)
+ANLS = Measure(_anls)
+RELAXED = Measure(_relaxed)
+READING = Measure(_reading, lower_is_better=("character error rate", "word error rate"))
+YES_NO = Measure(_pope)
+CAPTION = Measure(lambda example, prediction: {}, _captions)
+EMPTY = Measure(_empty)
+DETECT = Measure(_detect, _ranking, regions=True)
+SEGMENT = Measure(_segment, regions=True)
+
+MEASURES: dict[str, Measure] = {
+    "exact": EXACT,
+    "vqa": VQA,
+    "anls": ANLS,
+    "relaxed": RELAXED,
+    "reading": READING,
+    "yes-no": YES_NO,
+    "caption": CAPTION,
+    "empty": EMPTY,
+    "detect": DETECT,
+    "segment": SEGMENT,
+}
+
+
+def refcoco(codec: MaskCodec) -> Measure:
+    """RefCOCO's: mIoU, and the shares of boxes with an IoU of at least .5 and .75. One region with a mask a row."""
+    from paligemma.evaluate.refcoco import refcoco_ious
+
+    def score(example: Example, prediction: Prediction) -> Ratios:
+        (region,) = example.regions
+        if region.mask is None:
+            raise ValueError(f"row {example.id} has no mask")
+        mask, box, valid = refcoco_ious(prediction.text, region.box, region.mask, codec)
+        return {
+            "mIoU": (mask, 1),
+            "box accuracy at IoU .5": (box >= 0.5, 1),
+            "box accuracy at IoU .75": (box >= 0.75, 1),
+            "valid": (valid, 1),
+        }
+
+    return Measure(score, regions=True)

@@ -1,0 +1,130 @@
+"""What a run found: figures with intervals, baselines and targets, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """low, high: 95% interval. baseline: of always giving the commonest right answer. target: set by the caller.
+    None where there is none (a value of None has nothing to divide by: precision without predictions)."""
+
+    task: str
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    rows: int
+    baseline: float | None = None
+    target: float | None = None
+    lower_is_better: bool = False
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the value (not its interval) is as good as the target; None without a target."""
+        if self.target is None:
+            return None
+        if self.value is None:
+            return False
+        return self.value <= self.target if self.lower_is_better else self.value >= self.target
+
+
+@dataclass(frozen=True)
+class Counts:
+    """rows; invalid: rows of which a part could not be read; unfinished: rows that the token budget ended."""
+
+    rows: int
+    invalid: int
+    unfinished: int
+
+
+@dataclass(frozen=True)
+class Report:
+    figures: list[Figure]
+    counts: dict[str, Counts]  # by task
+    about: dict[str, Any]  # what was run: model, data, ...; see `evaluate`
+    worst: list[dict[str, Any]] = field(default_factory=list)  # the rows that were drawn: id, task, file
+    environment: dict[str, Any] = field(default_factory=dict)  # date, seconds, versions
+
+    def __getitem__(self, key: tuple[str, str]) -> Figure:
+        """report["caption", "exact"]"""
+        for figure in self.figures:
+            if (figure.task, figure.name) == key:
+                return figure
+        raise KeyError(f"no figure {key}; there is: {', '.join(f'{f.task}/{f.name}' for f in self.figures)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "about": self.about,
+            "environment": self.environment,
+            "figures": [{**vars(figure), "reached": figure.reached} for figure in self.figures],
+            "counts": {task: vars(counts) for task, counts in self.counts.items()},
+            "worst": self.worst,
+        }
+
+    def save(self, folder: Path) -> None:
+        """folder/results.json"""
+        write_text(folder / "results.json", json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    def table(self) -> Table:
+        """For rich: `Console().print(report.table())`."""
+        from rich.table import Table
+
+        table = Table(title=", ".join(f"{key} {value}" for key, value in self.about.items()), title_justify="left")
+        table.add_column("task")
+        table.add_column("figure")
+        for column in ("value", "95% interval", "commonest answer", "target", "rows"):
+            table.add_column(column, justify="right")
+        task = None
+        for figure in self.figures:
+            if task not in (None, figure.task):
+                table.add_section()
+            mark = {None: "", True: " [green]✓[/green]", False: " [red]✗[/red]"}[figure.reached]
+            target = "" if figure.target is None else ("≤ " if figure.lower_is_better else "≥ ") + show(figure.target)
+            interval = "" if figure.low is None else f"{show(figure.low)} … {show(figure.high)}"
+            table.add_row(
+                "" if figure.task == task else figure.task,
+                figure.name,
+                show(figure.value) + mark,
+                interval,
+                show(figure.baseline),
+                target,
+                str(figure.rows),
+            )
+            task = figure.task
+        rows, invalid, unfinished = (
+            sum(getattr(c, part) for c in self.counts.values()) for part in ("rows", "invalid", "unfinished")
+        )
+        table.caption = f"{invalid} of {rows} answers invalid, {unfinished} unfinished; they count as they are"
+        return table
+
+
+def show(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else float(value)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Beside it, then renamed: the file is whole or isn't there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,0 +1,75 @@
+"""What is asked, what was answered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from paligemma.evaluate.regions import Region
+from paligemma.formats import rle_decode, rle_encode
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data set. What must be given depends on how its task is measured: see `measures.py`.
+
+    id:      unique among the rows; the key under which the prediction is saved.
+    image:   what `PaliGemma.generate` takes: a path, a PIL image, uint8 [H, W, 3], a tuple of these.
+    task:    which measure it is under.
+    answers: right answers, or the answers of several people; for a caption its references.
+    regions: the objects that a `detect` or `segment` answer should list, in pixels of the image.
+    group:   rows of one group (of one picture, say) are not independent; "" stands for a group of its own.
+    """
+
+    id: str
+    image: Any
+    prompt: str
+    task: str
+    answers: Sequence[str] = ()
+    regions: Sequence[Region] = ()
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An answer of the model, as far as measuring needs it. See `inference.Answer`."""
+
+    text: str
+    score: float = 0.0
+    finished: bool = True
+    regions: Sequence[Region] = ()
+    invalid: Sequence[str] = ()  # why parts of the text could not be read
+
+    @classmethod
+    def of(cls, answer: Any) -> "Prediction":
+        """From an `inference.Answer`."""
+        items = [*answer.detections, *answer.segments]
+        regions = [Region(item.label, tuple(item.box), getattr(item, "mask", None), item.score) for item in items]
+        return cls(
+            answer.text, float(answer.score), bool(answer.finished), regions, [reason for _, reason in answer.invalid]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        regions = [
+            {
+                "label": region.label,
+                "box": [float(edge) for edge in region.box],
+                "score": region.score,
+                **({"mask": rle_encode(region.mask)} if region.mask is not None else {}),
+            }
+            for region in self.regions
+        ]
+        return {
+            "text": self.text,
+            "score": self.score,
+            "finished": self.finished,
+            "regions": regions,
+            "invalid": list(self.invalid),
+        }
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Prediction":
+        regions = [
+            Region(r["label"], tuple(r["box"]), rle_decode(r["mask"]) if "mask" in r else None, r["score"])
+            for r in saved["regions"]
+        ]
+        return cls(saved["text"], saved["score"], saved["finished"], regions, saved["invalid"])

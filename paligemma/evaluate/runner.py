@@ -1,0 +1,374 @@
+"""Runs a model over rows and measures it.
+
+    report = evaluate(pg, examples, measures, out_folder="runs/measured")
+    Console().print(report.table())
+
+    runs/measured/
+      predictions.jsonl   every answer, written as it comes: a run that was cut off goes on where it stopped
+      scores.jsonl        what every row adds to each figure
+      results.json        the figures
+      worst/              pictures of the worst rows: truth beside answer
+
+The figures depend on `predictions.jsonl` and the examples alone, so they can be computed anew without the model.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paligemma.evaluate.intervals import ratio_interval
+from paligemma.evaluate.measures import MEASURES, Measure, Ratios
+from paligemma.evaluate.report import Counts, Figure, Report, number, write_lines, write_text
+from paligemma.evaluate.rows import Example, Prediction
+
+if TYPE_CHECKING:
+    from paligemma.inference import PaliGemma
+
+TEXT_BUDGET, REGION_BUDGET = 128, 512  # new tokens, as in `inference.py`
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row after it was answered, without its picture and masks: a million of them must not fill the memory."""
+
+    example: Example
+    prediction: Prediction
+    ratios: Ratios
+
+
+def evaluate(
+    pg: PaliGemma,
+    examples: Iterable[Example],
+    measures: Mapping[str, Measure] = MEASURES,
+    *,
+    batch_size: int = 16,
+    out_folder: str | Path | None = None,
+    targets: Mapping[tuple[str, str], float] | None = None,
+    about: Mapping[str, Any] | None = None,
+    constrained: bool = True,
+    max_new_tokens: int | None = None,
+    worst: int = 20,
+    progress: bool = True,
+    total: int | None = None,
+) -> Report:
+    """Greedy answers to every example, measured task by task.
+
+    measures:       how each task is measured.
+    out_folder:     see above. Rows that are in its `predictions.jsonl` are not run again.
+    targets:        (task, figure) -> the least value hoped for (the most, for error rates).
+    about:          what this run is (model, data, seed, ...): goes into the report, and keeps a folder from being
+                    continued with another model.
+    constrained:    decode `detect` and `segment` under the grammar, as `pg.detect` does; False: freely, as published
+                    figures are made.
+    max_new_tokens: default 512 for `detect` and `segment`, 128 for the rest.
+    worst:          how many of the worst rows to draw into the folder.
+    total:          how many rows there are, about, for the progress bar; a list tells it itself.
+
+    Whatever the model answers counts: nothing is dropped. ValueError for a task without a measure, for two examples of
+    one id, for no examples, and for a folder of another run.
+    """
+    about = {**(about or {}), "constrained": constrained, "max_new_tokens": max_new_tokens}
+    folder = Path(out_folder) if out_folder is not None else None
+    saved = open_folder(folder, about) if folder else {}
+    rows: list[Scored] = []
+    worst_rows = _Worst(worst if folder else 0)
+    ids: set[str] = set()
+
+    def take(example: Example, prediction: Prediction) -> None:
+        ratios = {
+            name: (float(top), float(bottom))
+            for name, (top, bottom) in measures[example.task].score(example, prediction).items()
+        }
+        worst_rows.offer(example, prediction, badness(ratios, measures[example.task]))
+        rows.append(Scored(_light(example), _light(prediction), ratios))
+
+    def fresh(bar: Any) -> Iterator[Example]:
+        """Examples that still have to be run; the others are taken as they were saved."""
+        for example in examples:
+            if example.task not in measures:
+                raise ValueError(
+                    f"row {example.id}: no measure for the task {example.task!r}; there is: {', '.join(measures)}"
+                )
+            if example.id in ids:
+                raise ValueError(f"two rows have the id {example.id!r}")
+            ids.add(example.id)
+            if example.id in saved:
+                entry = saved.pop(example.id)
+                if entry["prompt"] != example.prompt:
+                    raise ValueError(
+                        f"{folder}: row {example.id} was asked {entry['prompt']!r} there and {example.prompt!r} here; "
+                        "choose another folder"
+                    )
+                take(example, Prediction.from_dict(entry))
+                bar()
+            else:
+                yield example
+
+    started = time.perf_counter()
+    with _progress(progress, len(examples) if isinstance(examples, Sized) else total) as bar:
+        for batch in batches(fresh(bar), batch_size):
+            predictions = answer(pg, batch, constrained, max_new_tokens)
+            if folder:
+                append(folder / "predictions.jsonl", batch, predictions)
+            for example, prediction in zip(batch, predictions):
+                take(example, prediction)
+                bar()
+    if not rows:
+        raise ValueError("there are no examples to evaluate")
+
+    report = summarize(rows, measures, targets or {}, about)
+    report = replace(report, environment=_environment(time.perf_counter() - started))
+    if folder:
+        report = replace(report, worst=worst_rows.draw(folder / "worst"))
+        write_lines(folder / "scores.jsonl", map(_score_line, rows))
+        report.save(folder)
+    return report
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Batches of one task each: a batch is as slow as its longest answer, and a caption is longer than a "yes"."""
+    waiting: dict[str, list[Example]] = {}
+    for example in examples:
+        batch = waiting.setdefault(example.task, [])
+        batch.append(example)
+        if len(batch) == size:
+            yield waiting.pop(example.task)
+    yield from waiting.values()
+
+
+def answer(
+    pg: PaliGemma, batch: Sequence[Example], constrained: bool = True, max_new_tokens: int | None = None
+) -> list[Prediction]:
+    """Greedy answers to a batch."""
+    prompts = [example.prompt for example in batch]
+    regions = any(prompt.split(" ")[0] in ("detect", "segment") for prompt in prompts)
+    masks = any(prompt.split(" ")[0] == "segment" for prompt in prompts)
+    answers = pg.generate(
+        [example.image for example in batch],
+        prompts,
+        max_new_tokens or (REGION_BUDGET if regions else TEXT_BUDGET),
+        constrained=constrained,
+        batch_size=len(batch),
+        codec=pg.codec if masks else None,
+    )
+    return [Prediction.of(a) for a in answers]
+
+
+@contextmanager
+def _progress(show: bool, total: int | None) -> Iterator[Any]:
+    """Yields a function to call after every row."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(
+        TextColumn("evaluating"), *columns, console=Console(stderr=True), disable=not show, transient=True
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Saved predictions by id. A line that was cut off is removed. ValueError if they are of another run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    notice = folder / "run.json"
+    current = json.loads(json.dumps(about))
+    if notice.exists():
+        before = json.loads(notice.read_text(encoding="utf-8"))
+        changed = [key for key in {**before, **current} if before.get(key) != current.get(key)]
+        if changed:
+            there, here = ({key: values.get(key) for key in changed} for values in (before, current))
+            raise ValueError(f"{folder} holds another run: {there} there, {here} here; choose another folder")
+    path = folder / "predictions.jsonl"
+    if path.exists():
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:
+            with open(path, "r+b") as file:
+                file.truncate(len(whole))
+        entries = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+    else:
+        entries = []
+    write_text(notice, json.dumps(current, indent=2) + "\n")
+    return {entry["id"]: entry for entry in entries}
+
+
+def append(path: Path, batch: Sequence[Example], predictions: Sequence[Prediction]) -> None:
+    lines = [
+        {"id": e.id, "task": e.task, "prompt": e.prompt, "answers": list(e.answers), **p.to_dict()}
+        for e, p in zip(batch, predictions)
+    ]
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _environment(seconds: float) -> dict[str, Any]:
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),  # of this call; saved rows take none
+        "machine": platform.platform(),
+        "versions": {name: version(name) for name in ("paligemma", "torch", "numpy", "pillow")},
+    }
+
+
+def _score_line(row: Scored) -> dict[str, Any]:
+    return {
+        "id": row.example.id,
+        "task": row.example.task,
+        "answers": list(row.example.answers),
+        "text": row.prediction.text,
+        "scores": row.ratios,
+    }
+
+
+def _light(thing: Any) -> Any:
+    regions = [replace(region, mask=None) for region in thing.regions]
+    return (
+        replace(thing, regions=regions, image=None) if isinstance(thing, Example) else replace(thing, regions=regions)
+    )
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def summarize(
+    rows: Sequence[Scored],
+    measures: Mapping[str, Measure],
+    targets: Mapping[tuple[str, str], float],
+    about: Mapping[str, Any],
+) -> Report:
+    """Figures task by task, in the order of `measures`."""
+    figures: list[Figure] = []
+    counts = {}
+    for task, measure in measures.items():
+        own = [row for row in rows if row.example.task == task]
+        if not own:
+            continue
+        counts[task] = Counts(
+            len(own),
+            sum(is_invalid(row.prediction, measure) for row in own),
+            sum(not row.prediction.finished for row in own),
+        )
+        baselines = baseline(own, measure)
+        for name, found in values(own, measure).items():
+            value, low, high = map(number, found)
+            figures.append(
+                Figure(
+                    task,
+                    name,
+                    value,
+                    low,
+                    high,
+                    rows=len(own),
+                    baseline=baselines.get(name),
+                    target=targets.get((task, name)),
+                    lower_is_better=name in measure.lower_is_better,
+                )
+            )
+    return Report(figures, counts, dict(about))
+
+
+def is_invalid(prediction: Prediction, measure: Measure) -> bool:
+    """A part could not be read, or boxes were asked for and what was written holds none."""
+    return bool(prediction.invalid) or (measure.regions and bool(prediction.text.strip()) and not prediction.regions)
+
+
+def values(rows: Sequence[Scored], measure: Measure) -> dict[str, tuple[float, float, float]]:
+    """Name -> value and the ends of its interval."""
+    groups = [row.example.group or row.example.id for row in rows]
+    found = {}
+    for name in rows[0].ratios:
+        tops, bottoms = [row.ratios[name][0] for row in rows], [row.ratios[name][1] for row in rows]
+        total = sum(bottoms)
+        interval = ratio_interval(tops, bottoms, groups) if total else (math.nan, math.nan)
+        found[name] = (sum(tops) / total if total else math.nan, *interval)
+    if measure.together:
+        found |= measure.together([(row.example, row.prediction) for row in rows])
+    return found
+
+
+def baseline(rows: Sequence[Scored], measure: Measure) -> dict[str, float | None]:
+    """The same figures if every answer were the commonest right one. None for boxes: there is no commonest."""
+    commonest = Counter(answer for row in rows for answer in row.example.answers).most_common(1)
+    if measure.regions or not commonest:
+        return {}
+    guess = Prediction(commonest[0][0])
+    guesses = [Scored(row.example, guess, measure.score(row.example, guess)) for row in rows]
+    sums = {name: [sum(row.ratios[name][part] for row in guesses) for part in (0, 1)] for name in guesses[0].ratios}
+    figures = {name: top / bottom if bottom else None for name, (top, bottom) in sums.items()}
+    if measure.together:
+        figures |= {
+            name: number(value[0]) for name, value in measure.together([(row.example, guess) for row in rows]).items()
+        }
+    return figures
+
+
+# --- the worst ------------------------------------------------------------------------------------
+
+
+def badness(ratios: Ratios, measure: Measure) -> float:
+    """0 for a perfect row, 1 for one that adds nothing: the mean over its figures."""
+    parts = [
+        min(top / bottom, 1.0) if name in measure.lower_is_better else 1 - min(top / bottom, 1.0)
+        for name, (top, bottom) in ratios.items()
+        if bottom
+    ]
+    return sum(parts) / len(parts) if parts else 0.0
+
+
+class _Worst:
+    """Keeps the worst rows of every task with their pictures. Of equally bad rows the surest answers are the worst."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.heaps: dict[str, list[tuple[float, float, int, Example, Prediction]]] = {}
+        self.order = count()
+
+    def offer(self, example: Example, prediction: Prediction, bad: float) -> None:
+        if bad > 0 and self.limit:
+            heap = self.heaps.setdefault(example.task, [])
+            heapq.heappush(heap, (bad, prediction.score, -next(self.order), example, prediction))
+            if len(heap) > self.limit:
+                heapq.heappop(heap)
+
+    def draw(self, folder: Path) -> list[dict[str, Any]]:
+        """The worst of each task in turn, then the second worst, until there are enough."""
+        from paligemma.evaluate.pictures import compare
+
+        ranked = [sorted(heap, reverse=True) for heap in self.heaps.values()]
+        chosen = [heap[i] for i in range(self.limit) for heap in ranked if i < len(heap)][: self.limit]
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.png"):
+            old.unlink()
+        drawn = []
+        for k, (bad, _, _, example, prediction) in enumerate(chosen):
+            name = f"{k:02d}_{example.task}.png"
+            compare(example, prediction).save(folder / name)
+            drawn.append({"file": f"worst/{name}", "id": example.id, "task": example.task, "badness": bad})
+        return drawn

@@ -1,0 +1,38 @@
+"""POPE: does the model see things that are not there? (arXiv 2305.10355)
+
+Questions "is there a dog in the image?" with half of the answers "yes". "yes" is the positive class.
+"""
+
+from collections.abc import Sequence
+
+
+def reads_as_yes(text: str) -> bool:
+    """As POPE's own script does: "no" if the first sentence has the word No, no or not; anything else is a yes."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+def pope_counts(text: str, answer: str) -> dict[str, tuple[float, float]]:
+    """What one answer adds to each figure: (numerator, denominator). The figure is the ratio of the sums.
+
+    accuracy, precision, recall, F1, yes ratio; and valid: texts that are "yes" or "no" and nothing else. Since POPE's
+    script takes every text that does not deny for a yes, look at `valid` first. big_vision's "acc"
+    (`transfers/pope.py`) is the exact match, which equals `accuracy` where everything is valid.
+    """
+    said, right = reads_as_yes(text), answer == "yes"
+    both = said and right
+    return {
+        "accuracy": (said == right, 1),
+        "precision": (both, said),
+        "recall": (both, right),
+        "F1": (2 * both, said + right),
+        "yes ratio": (said, 1),
+        "valid": (text.strip().lower() in ("yes", "no"), 1),
+    }
+
+
+def pope(texts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """The figures of many answers, see `pope_counts`; 0 for a ratio without a denominator (nobody said yes)."""
+    rows = [pope_counts(text, answer) for text, answer in zip(texts, answers)]
+    sums = {name: [sum(part) for part in zip(*(row[name] for row in rows))] for name in (rows[0] if rows else ())}
+    return {name: top / bottom if bottom else 0.0 for name, (top, bottom) in sums.items()}
