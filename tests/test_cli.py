@@ -1,0 +1,204 @@
+"""The command line: the answer alone on stdout, talk on stderr, one line for an error, exit codes 0, 1 and 2."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from make_tokenizer import build_tokenizer
+from PIL import Image
+from reference import randomize, tiny_config
+
+from paligemma import cli
+from paligemma.checkpoints import save_pretrained
+from paligemma.inference import load
+from paligemma.mask_codec import MaskCodec
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of random weights and two pictures."""
+    folder = tmp_path_factory.mktemp("cli")
+    tokenizer = load_tokenizer(build_tokenizer(folder / "tokenizer"))
+    rows = (len(tokenizer) + 63) // 64 * 64
+    model = PaliGemmaForConditionalGeneration(
+        tiny_config("gemma", vocab_size=rows, image_token_index=tokenizer.image_token_id)
+    )
+    randomize(model)
+    save_pretrained(model, folder / "model", processor=PaliGemmaProcessor(tokenizer, 4, 28))
+    torch.manual_seed(0)
+    codec = MaskCodec(embedding_dim=8, encoder_widths=(4, 4, 4, 4), decoder_widths=(4, 4, 4, 4, 4))
+    codec.save(folder / "model" / "mask_codec.npz")
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels[::-1]).save(folder / "b.png")
+    return folder
+
+
+@pytest.fixture
+def paligemma(folder, monkeypatch, capsys):
+    """Runs a command in this process: `code, out, err = paligemma("run", "caption en", "a.png")`."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str, stdin: bytes = b""):
+        monkeypatch.setattr(sys, "argv", ["paligemma", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            sys.exit(0)
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_run_prints_the_answer_and_nothing_else(paligemma, folder):
+    code, out, err = paligemma("run", "caption en", "a.png", "--model", "model", "--max-new-tokens", "6")
+    assert code == 0
+    assert out == load("model").generate("a.png", "caption en", 6).text + "\n"
+    assert "small world" not in err  # that note belongs to the embedded model
+
+
+def test_run_takes_many_pictures_and_one_from_stdin(paligemma, folder):
+    short = ("--model", "model", "--max-new-tokens", "6")
+    _, both, _ = paligemma("run", "ocr", "a.png", "b.png", *short)
+    _, a, _ = paligemma("run", "ocr", "a.png", *short)
+    _, b, _ = paligemma("run", "ocr", "-", *short, stdin=(folder / "b.png").read_bytes())
+    assert both == f"a.png: {a}b.png: {b}"
+
+
+def test_json_has_the_promised_keys(paligemma):
+    code, out, _ = paligemma(
+        "run", "segment dog", "a.png", "b.png", "--model", "model", "--json", "--max-new-tokens", "50"
+    )
+    assert code == 0
+    first, second = map(json.loads, out.splitlines())
+    assert list(first) == ["image", "prompt", "text", "score", "finished", "detections", "segments", "invalid"]
+    assert (first["image"], second["image"]) == ("a.png", "b.png")
+    mask = first["segments"][0]["mask"]
+    assert {"label", "box", "score"} <= set(first["segments"][0])
+    assert mask["size"] == [48, 64] and sum(mask["counts"]) == 48 * 64
+
+
+def test_boxes_are_lines_and_can_be_drawn(paligemma, folder, tmp_path):
+    code, out, err = paligemma(
+        "run",
+        "detect dog ; cat",
+        "a.png",
+        "--model",
+        "model",
+        "--max-new-tokens",
+        "40",
+        "--save",
+        str(tmp_path / "out.png"),
+    )
+    assert code == 0
+    assert all(line.split("  ")[0] in ("dog", "cat") for line in out.splitlines()) and out
+    assert Image.open(tmp_path / "out.png").size == (64, 48)
+    assert "out.png" in err
+    paligemma(
+        "run",
+        "detect dog",
+        "a.png",
+        "b.png",
+        "--model",
+        "model",
+        "--max-new-tokens",
+        "20",
+        "--save",
+        str(tmp_path / "all"),
+    )
+    assert sorted(os.listdir(tmp_path / "all")) == ["a.png", "b.png"]
+
+
+def test_free_decoding_and_sampling_are_options(paligemma):
+    base = ("run", "detect dog", "a.png", "--model", "model", "--max-new-tokens", "20", "--json")
+    texts = {
+        json.loads(paligemma(*base, *extra)[1])["text"]
+        for extra in ([], ["--free"], ["--free", "--temperature", "3", "--seed", "1"], ["--free", "--beams", "2"])
+    }
+    assert len(texts) >= 3
+    sampled = (
+        "run",
+        "ocr",
+        "a.png",
+        "--model",
+        "model",
+        "--top-k",
+        "5",
+        "--top-p",
+        "0.9",
+        "--seed",
+        "7",
+        "--max-new-tokens",
+        "8",
+    )
+    assert paligemma(*sampled)[1] == paligemma(*sampled)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "0"], "leave it out for greedy"),
+        (["--temperature", "-1"], "more than 0"),
+        (["--top-p", "0"], "(0, 1]"),
+        (["--top-p", "1.5"], "(0, 1]"),
+        (["--top-k", "0"], "top-k"),
+        (["--max-new-tokens", "0"], "max-new-tokens"),
+        (["--loc-scale", "1000"], "1024 or 1023"),
+        (["--beams", "2", "--temperature", "1"], "choose one"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_right(paligemma, options, message):
+    code, out, err = paligemma("run", "ocr", "a.png", "--model", "model", *options)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ocr", "nothing.png", "--model", "model"], "nothing.png: no such file"),
+        (["ocr", "model/config.json", "--model", "model"], "not a picture"),
+        (["ocr", "a.png", "--model", "./no/such/folder"], "no/such/folder"),
+        (["ocr", "a.png", "--model", "model", "--device", "cuda:7"], "cuda:7"),
+        (["ocr", "a.png", "--model", "model", "--dtype", "int3"], "int3"),
+        (["ocr", "a.png", "--model", "model", "--max-new-tokens", "9000"], "positions"),
+        (["detect dog ;", "a.png", "--model", "model"], "name at least one thing"),
+    ],
+)
+def test_what_fails_exits_with_1_in_one_line_without_a_traceback(paligemma, arguments, message):
+    code, out, err = paligemma("run", *arguments)
+    assert (code, out) == (1, "")
+    assert message in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 2
+
+
+def test_debug_shows_the_traceback(folder):
+    command = [sys.executable, "-m", "paligemma", "--debug", "run", "ocr", "nothing.png", "--model", "model"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_info_and_convert(paligemma, tmp_path):
+    code, out, _ = paligemma("info", "model")
+    assert code == 0 and "PaliGemma 1" in out and "weights" in out
+    code, _, _ = paligemma("convert", "model", str(tmp_path / "copy.npz"))
+    assert code == 0 and (tmp_path / "copy.npz").is_file()
+    assert paligemma("convert", "model", str(tmp_path / "half"), "--dtype", "bfloat16")[0] == 0
+    assert load(str(tmp_path / "half")).model.dtype == torch.bfloat16
+
+
+def test_help_answers_at_once_and_names_every_command(folder):
+    code = "import sys; from paligemma.cli import app; app(['--help'], standalone_mode=False)\n"
+    code += "assert 'torch' not in sys.modules, 'loaded torch'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in ("run", "info", "convert", "download", "tiny"):
+        assert command in result.stdout

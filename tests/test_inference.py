@@ -1,0 +1,254 @@
+"""The face of the project: what goes in, what comes out, how lists pair up."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from make_tokenizer import build_tokenizer
+from PIL import Image
+from reference import randomize, tiny_config
+
+from paligemma.grammar import Detection, Segment
+from paligemma.inference import Answer, PaliGemma, load, main
+from paligemma.mask_codec import MaskCodec
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+
+SMALL_CODEC = {"embedding_dim": 8, "encoder_widths": (4, 4, 4, 4), "decoder_widths": (4, 4, 4, 4, 4)}
+
+
+@pytest.fixture(scope="module")
+def pg(tmp_path_factory) -> PaliGemma:
+    """A random model: its answers mean nothing, but they are many and different."""
+    tokenizer = load_tokenizer(build_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    rows = (len(tokenizer) + 63) // 64 * 64
+    config = tiny_config("gemma", vocab_size=rows, image_token_index=tokenizer.image_token_id)
+    model = PaliGemmaForConditionalGeneration(config)
+    randomize(model)
+    torch.manual_seed(0)
+    return PaliGemma(model, PaliGemmaProcessor(tokenizer, 4, 28), codec=MaskCodec(**SMALL_CODEC))
+
+
+def picture(seed: int, width: int = 64, height: int = 48) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def same(a: Answer, b: Answer) -> bool:
+    return a.token_ids == b.token_ids and np.allclose(a.token_logprobs, b.token_logprobs, atol=1e-5)
+
+
+def same_boxes(a: list, b: list) -> bool:
+    """Labels and boxes to the bit; scores up to the rounding that another batch brings."""
+    places = [(item.label, item.box) for item in a] == [(item.label, item.box) for item in b]
+    return places and np.allclose([item.score for item in a], [item.score for item in b], atol=1e-5)
+
+
+def test_an_answer_says_what_was_chosen_and_how_likely_it_was(pg):
+    answer = pg.generate(picture(0), "caption en", max_new_tokens=12)
+    assert answer.text == pg.processor.decode(answer.token_ids) == str(answer)
+    assert pg.model.config.eos_token_id not in answer.token_ids
+    assert len(answer.token_logprobs) == len(answer.token_ids) > 0
+    assert answer.score == pytest.approx(math.exp(np.mean(answer.token_logprobs)))
+    assert 0 <= answer.score <= 1
+    assert answer.finished == (len(answer.token_ids) < 12)
+
+
+def test_an_empty_answer_has_the_probability_of_saying_nothing(pg):
+    eos = pg.model.config.eos_token_id
+    answer = pg.generate(picture(0), "caption en", constraint=lambda generated, remaining: torch.tensor([eos, 7]))
+    silent = pg.generate(picture(0), "caption en", constraint=lambda generated, remaining: torch.tensor([eos]))
+    assert silent.text == "" and silent.finished and silent.score == 1.0
+    assert 0 < answer.score < 1
+
+
+@pytest.mark.parametrize("budget", [8])
+def test_lists_pair_up(pg, budget):
+    a, b = picture(0), picture(1, 30, 50)
+    single = pg.generate(a, "caption en", budget)
+    assert isinstance(single, Answer)
+    # one image, two prompts
+    two = pg.generate(a, ["caption en", "ocr"], budget)
+    assert same(two[0], single) and same(two[1], pg.generate(a, "ocr", budget))
+    # two images, one prompt
+    two = pg.generate([a, b], "caption en", budget)
+    assert same(two[0], single) and same(two[1], pg.generate(b, "caption en", budget))
+    # pair by pair
+    pairs = pg.generate([a, b], ["caption en", "ocr"], budget)
+    assert same(pairs[0], single) and same(pairs[1], pg.generate(b, "ocr", budget))
+    # a list of one stays a list; a tuple is one row that sees both
+    assert len(pg.generate([a], "caption en", budget)) == 1
+    assert len(pg.generate([a], ["ocr", "caption en"][:1], budget)) == 1
+    both = pg.generate((a, b), "caption en", budget)
+    assert isinstance(both, Answer) and not same(both, single)
+    assert pg.generate([], "caption en") == []
+
+
+def test_batches_larger_than_the_batch_size_are_worked_off_in_order(pg):
+    pictures = [picture(seed) for seed in range(5)]
+    whole = pg.generate(pictures, "ocr", 6)
+    parts = pg.generate(pictures, "ocr", 6, batch_size=2)
+    assert all(map(same, whole, parts))
+
+
+def test_an_image_is_encoded_once_however_many_prompts_it_has(pg, monkeypatch):
+    seen = []
+    encode = pg.model.encode_image
+    monkeypatch.setattr(pg.model, "encode_image", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+    image = picture(0)
+    pg.generate(image, ["ocr", "caption en", "describe en"], 4, batch_size=2)
+    pg.generate([image, picture(1), image], "ocr", 4)
+    assert seen == [1, 2]
+
+
+def test_unequal_lists_are_refused(pg):
+    with pytest.raises(ValueError, match="3 images and 2 prompts"):
+        pg.generate([picture(0)] * 3, ["ocr", "caption en"])
+    with pytest.raises(ValueError, match="1 images and 2 prompts"):
+        pg.generate([picture(0)], ["ocr", "caption en"])
+    with pytest.raises(ValueError, match="empty tuple"):
+        pg.generate((), "ocr")
+    with pytest.raises(TypeError, match="a prompt is int"):
+        pg.generate(picture(0), 3)
+
+
+def test_streamed_pieces_join_to_the_whole_answer(pg):
+    pieces = list(pg.stream(picture(0), "caption en", max_new_tokens=16))
+    assert len(pieces) > 1
+    assert "".join(pieces) == pg.generate(picture(0), "caption en", 16).text
+
+
+def test_a_prompt_too_long_is_refused_before_the_image_is_looked_at(pg, monkeypatch):
+    monkeypatch.setattr(pg.model, "encode_image", lambda pixels: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match="positions"):
+        pg.generate(picture(0), "what " * 9000)
+    with pytest.raises(ValueError, match="positions"):
+        list(pg.stream(picture(0), "ocr", max_new_tokens=9000))
+
+
+def test_tasks_write_the_prompts_of_the_official_checkpoints(pg, monkeypatch):
+    prompts = []
+    lay_out = pg.processor.lay_out
+    monkeypatch.setattr(pg.processor, "lay_out", lambda p, *a, **k: prompts.extend(p) or lay_out(p, *a, **k))
+    short = {"max_new_tokens": 30}
+    image = picture(0)
+    pg.caption(image)
+    pg.caption(image, language="de")
+    pg.ask(image, "how many dogs are there?")
+    pg.ask(image, ["is it day?", "is it night?"])
+    pg.ocr(image)
+    pg.detect(image, ["dog", " red car "], **short)
+    pg.detect(image, "dog", **short)
+    pg.segment(image, ["dog", "cat"], max_new_tokens=50)
+    pg.segment(image, prompt="the dog on the left", max_new_tokens=50)
+    assert prompts == [
+        "caption en",
+        "caption de",
+        "answer en how many dogs are there?",
+        "answer en is it day?",
+        "answer en is it night?",
+        "ocr",
+        "detect dog ; red car",
+        "detect dog",
+        "segment dog ; cat",
+        "the dog on the left",
+    ]
+
+
+def test_choices_leave_nothing_else_to_say(pg):
+    answers = {pg.ask(picture(seed), "what is it?", choices=["yes", "no"]).text for seed in range(12)}
+    assert answers <= {"yes", "no"}
+
+
+def test_detections_are_boxes_of_what_was_asked_for_in_pixels_of_the_picture(pg):
+    image = picture(2, 640, 480)
+    found = pg.detect(image, ["dog", "cat"], max_new_tokens=100)
+    assert found and all(isinstance(item, Detection) for item in found)
+    for item in found:
+        x0, y0, x1, y1 = item.box
+        assert item.label in ("dog", "cat")
+        assert 0 <= x0 < x1 <= 640 and 0 <= y0 < y1 <= 480
+        assert item.score is not None and 0 < item.score <= 1
+        assert item.edges is not None and item.edges.shape == (4, 2)
+        assert (item.edges[:, 1] >= 0).all()
+    per_picture = pg.detect([image, picture(3)], ["dog", "cat"], max_new_tokens=100)
+    assert len(per_picture) == 2 and same_boxes(per_picture[0], found)
+
+
+def test_segments_have_masks_at_the_size_of_the_picture(pg):
+    found = pg.segment(picture(2, 90, 70), "dog", max_new_tokens=60)
+    assert found and all(isinstance(item, Segment) for item in found)
+    assert found[0].mask.shape == (70, 90) and found[0].mask.dtype == bool and len(found[0].codes) == 16
+    # An answer without labels, as RefCOCO checkpoints give it.
+    assert pg.segment(picture(2, 90, 70), prompt="the dog on the left", max_new_tokens=60)
+    with pytest.raises(ValueError, match="not both"):
+        pg.segment(picture(2), "dog", prompt="the dog")
+    with pytest.raises(ValueError, match="not both"):
+        pg.segment(picture(2))
+
+
+def test_free_decoding_is_what_generate_gives(pg, monkeypatch):
+    free = pg.generate(picture(4), "detect dog", 40)
+    assert pg.detect(picture(4), "dog", constrained=False, max_new_tokens=40) == free.detections
+
+
+@pytest.mark.parametrize("labels", [[], [""], ["dog", " "], "a ; b"])
+def test_labels_that_name_nothing_are_refused(pg, labels):
+    with pytest.raises(ValueError, match=r"name at least one thing|separates labels"):
+        pg.detect(picture(0), labels)
+
+
+def test_many_pictures_of_different_sizes_at_once_equal_one_by_one(pg):
+    pictures = [picture(seed, 20 + 13 * seed, 200 - 11 * seed) for seed in range(16)]
+    together = pg.detect(pictures, ["dog", "cat"], max_new_tokens=40)
+    assert len(together) == 16 and any(together)
+    for found, image in zip(together, pictures):
+        assert same_boxes(found, pg.detect(image, ["dog", "cat"], max_new_tokens=40))
+
+
+def test_draw_takes_an_answer_or_a_list(pg):
+    image = picture(2, 90, 70)
+    answer = pg.generate(image, "detect dog", 60, constrained=True)
+    drawn = pg.draw(image, answer)
+    assert isinstance(drawn, Image.Image) and drawn.size == (90, 70)
+    assert np.array_equal(np.asarray(drawn), np.asarray(pg.draw(image, answer.detections)))
+    assert not np.array_equal(np.asarray(drawn), image)
+
+
+def test_a_saved_model_opens_by_its_folder(pg, tmp_path):
+    from paligemma.checkpoints import save_pretrained
+
+    save_pretrained(pg.model, tmp_path / "model", processor=pg.processor)
+    pg.codec.save(tmp_path / "model" / "mask_codec.npz")
+    again = load(str(tmp_path / "model"), device="cpu")
+    assert same(again.generate(picture(0), "caption en", 8), pg.generate(picture(0), "caption en", 8))
+    assert again.codec.num_codes == 128  # its own, nothing is downloaded
+    with pytest.raises(ValueError, match="loc_scale"):
+        load(str(tmp_path / "model"), loc_scale=1000)
+
+
+def test_the_script_of_the_founding_document(pg, tmp_path, capsys):
+    from paligemma.checkpoints import save_pretrained
+
+    save_pretrained(pg.model, tmp_path / "model", processor=pg.processor)
+    Image.fromarray(picture(0)).save(tmp_path / "photo.png")
+    arguments = f"--model_path {tmp_path}/model --image_file_path {tmp_path}/photo.png --max_tokens_to_generate 8"
+    arguments += " --temperature 0.8 --top_p 0.9 --do_sample False --only_cpu True"
+    main([*arguments.split(), "--prompt", "caption en"])
+    assert capsys.readouterr().out == pg.generate(picture(0), "caption en", 8).text + "\n"
+
+    main([*arguments.replace("--do_sample False", "--do_sample True").split(), "--prompt", "caption en"])
+    assert capsys.readouterr().out.endswith("\n")
+
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments.replace("photo.png", "none.png").split(), "--prompt", "caption en"])
+    assert stop.value.code == 1
+    assert "none.png: no such file" in capsys.readouterr().err
+
+
+def test_the_script_explains_itself():
+    command = [sys.executable, "-m", "paligemma.inference", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--max_tokens_to_generate" in result.stdout
