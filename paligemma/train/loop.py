@@ -1,0 +1,319 @@
+"""The training loop: the same for fine-tuning an official checkpoint and for the model that ships.
+
+    batches = RowBatches(rows, pg.processor, batch_size=32)
+    train(pg.model, batches, TrainConfig(steps=1000, lr=1e-5), out="runs/mine")
+
+Run the same line again after an interruption and it goes on where it was, with the losses it would have had. Under
+`torchrun --nproc-per-node N` every process takes its part of each batch.
+
+What is unusual:
+- a batch is a function of the step (`batches(step, part, parts)`), so resuming needs no sampler state;
+- parts of a batch add up *sums* of losses and gradients, and the total is divided by the number of answer tokens of the whole
+  batch. The mean of the means of parts would weigh short answers more; so accumulation and processes change nothing;
+- the loss is computed on answer tokens alone: the head is 257,216 wide, and on every position it would need more memory than
+  everything else together.
+
+Follows the fine-tuning recipe of big_vision (`configs/proj/paligemma/transfers`): Adam, clipping at 1, 5% warm-up, cosine to 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import rich.console
+import rich.progress
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paligemma.train import checkpointing, distributed
+from paligemma.train.batches import Batch
+
+
+class Batches(Protocol):
+    def __call__(self, step: int, part: int, parts: int) -> Batch | None: ...
+
+
+# (model, batch) -> sum of the losses, how many tokens (or what else it is the sum of), and figures for the log, sums too
+LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, float, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    lr: float = 1e-5
+    warmup: float = 0.05  # share of all steps
+    schedule: str = "cosine"  # to 0 at the end; or "linear", "constant"
+    decay_from: float = 0.0  # share of all steps at which "cosine" and "linear" begin to fall
+    weight_decay: float = 0.0  # as torch's AdamW: times the learning rate
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0  # of the gradient's norm
+    accumulate: int = 1  # pieces in which each process works through its part of a batch
+    label_smoothing: float = 0.0  # the reference's s: the true token gets 1 - s
+    autocast: torch.dtype | None = torch.bfloat16  # of the matrix products; parameters keep their own
+    ema: float = 0.0  # decay of a running average of the parameters; 0: none
+    seed: int = 0
+    save_every: float = 120.0  # seconds
+    log_every: int = 10  # steps
+    validate_every: int = 0  # steps; 0: only at the end
+    minutes: float | None = None  # stop, with a checkpoint, when they are over
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"schedule is {self.schedule!r}, expected 'cosine', 'linear' or 'constant'")
+        if self.steps < 1 or self.accumulate < 1:
+            raise ValueError(f"steps and accumulate must be at least 1, got {self.steps} and {self.accumulate}")
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """What the peak learning rates are multiplied with in step `step` (the first is 0): linear warm-up, then decay."""
+    warmup = config.warmup * config.steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    start = max(warmup, config.decay_from * config.steps)
+    progress = min(1.0, max(0.0, (step - start) / max(1.0, config.steps - start)))
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if config.schedule == "linear" else 1.0
+
+
+def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
+    """The prefix-LM loss: cross-entropy of every suffix token and the end, given all before it."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, float, dict[str, float]]:
+        out = model(
+            batch["input_ids"],
+            pixel_values=batch.get("pixel_values"),
+            attention_mask=batch["attention_mask"],
+            token_type_ids=batch["token_type_ids"],
+            logits_to_keep=None,
+            output_hidden_states=True,
+        )
+        targets = batch["labels"][:, 1:]
+        labelled = targets != -100
+        logits = model.language_model.logits(out.hidden_states[-1][:, :-1][labelled]).float()  # [tokens, V]
+        targets = targets[labelled]
+        # The reference shares s among the *other* V - 1 tokens, torch shares it among all V.
+        V = logits.shape[-1]
+        total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing * V / (V - 1))
+        right = float((logits.argmax(-1) == targets).sum())
+        return total, float(len(targets)), {"accuracy": right}
+
+    return loss
+
+
+def decayed_apart(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups as in the reference: weight decay on the matrices of the vision tower and the projector alone.
+
+    (Its mask is `.*/kernel$`, and no parameter of its language model is called kernel.)
+    """
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kernel = parameter.ndim > 1 and name.startswith(("vision_tower", "multi_modal_projector"))
+            kernel = kernel and "embedding.weight" not in name.replace("patch_embedding", "")
+            (decayed if kernel else rest).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    loss: LossFunction | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
+    validate: Callable[[nn.Module, int], dict[str, Any]] | None = None,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Train `model` in place; returns what was last logged.
+
+    batches:    see `Batches`; None for a part that has nothing to do.
+    out:        folder for `checkpoints/` and `log.jsonl` (one line every `log_every` steps).
+    loss:       default `suffix_loss`.
+    optimizers: with their peak learning rates; default AdamW as in the reference.
+    validate:   is called with the model (averaged, if `ema`) in evaluation mode; its figures go to the log.
+    resume:     go on from the last checkpoint in `out`, if there is one.
+
+    Raises FloatingPointError at the first loss that is not a finite number; the last checkpoint is from before it.
+    """
+    out = Path(out)
+    rank, world = distributed.start()
+    device = next(model.parameters()).device
+    torch.manual_seed(config.seed + rank)
+    loss = loss or suffix_loss(config.label_smoothing)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if optimizers is None:
+        groups = decayed_apart(model, config.weight_decay)
+        optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8)]
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()} if config.ema else None
+
+    step, last = 0, {}
+    state = checkpointing.load_last(out / "checkpoints") if resume else None
+    if state is not None:
+        model.load_state_dict(state["model"])
+        for optimizer, values in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(values)
+        if average is not None and state["average"] is not None:
+            average = {name: value.to(device) for name, value in state["average"].items()}
+        step = state["step"]
+        if rank < len(state["random"]):
+            torch.set_rng_state(state["random"][rank])
+    elif rank == 0 and not resume:
+        (out / "log.jsonl").unlink(missing_ok=True)
+    distributed.same_everywhere(model)
+    log = Log(out / "log.jsonl", step) if rank == 0 else None
+
+    def save() -> None:
+        random = gather_random_state(rank, world)
+        values = [optimizer.state_dict() for optimizer in optimizers]  # on all ranks: a sharded one gathers here
+        if rank == 0:
+            state = {
+                "model": model.state_dict(),
+                "optimizers": values,
+                "average": average,
+                "step": step,
+                "random": random,
+            }
+            checkpointing.save(out / "checkpoints", step, state)
+
+    begun = saved = logged = time.monotonic()
+    sums: dict[str, float] = {}
+    model.train()
+    with progress_bar(rank) as bar:
+        task = bar.add_task("training", total=config.steps, completed=step, note="")
+        while step < config.steps:
+            factor = learning_rate_factor(step, config)
+            for optimizer, lrs in zip(optimizers, peaks):
+                optimizer.zero_grad(set_to_none=True)
+                for group, lr in zip(optimizer.param_groups, lrs):
+                    group["lr"] = lr * factor
+
+            here: dict[str, float] = {"loss": 0.0, "weight": 0.0}  # sums over this step's parts
+            for piece in range(config.accumulate):
+                batch = batches(step, rank + piece * world, config.accumulate * world)
+                if batch is None:
+                    continue
+                batch = {name: value.to(device) for name, value in batch.items()}
+                with torch.autocast(device.type, config.autocast, enabled=config.autocast is not None):
+                    total, weight, figures = loss(model, batch)
+                total.backward()
+                for name, value in {"loss": float(total.detach()), "weight": weight, **figures}.items():
+                    here[name] = here.get(name, 0.0) + value
+            names = sorted(here)
+            here = dict(zip(names, distributed.add_up(trained, [here[name] for name in names])))
+            if not math.isfinite(here["loss"]):
+                raise FloatingPointError(f"the loss of step {step} is {here['loss']}: try a lower learning rate")
+            for parameter in trained:
+                if parameter.grad is not None:
+                    parameter.grad /= here["weight"]
+            here["gradient"] = here["weight"] * float(nn.utils.clip_grad_norm_(trained, config.clip))
+            for optimizer in optimizers:
+                optimizer.step()
+            step += 1
+            if average is not None:
+                update_average(average, model, min(config.ema, step / (step + 10)))
+
+            for name, value in here.items():
+                sums[name] = sums.get(name, 0.0) + value
+            now = time.monotonic()
+            if step % config.log_every == 0 or step == config.steps:
+                last = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+                last |= {"step": step, "weight": sums["weight"], "lr": factor, "seconds": now - logged}
+                sums, logged = {}, now
+                if log is not None:
+                    log.write(last | {"time": time.time()})
+            bar.update(task, completed=step, note=f"loss {here['loss'] / here['weight']:.3f}")
+            over = config.minutes is not None and now - begun > 60 * config.minutes
+            stop = distributed.agree(over or step == config.steps) if config.minutes else step == config.steps
+            if stop or distributed.agree(rank == 0 and now - saved > config.save_every):
+                save()
+                saved = now
+            if validate and rank == 0 and (stop or (config.validate_every and step % config.validate_every == 0)):
+                figures = validated(model, average, validate, step)
+                last |= figures
+                if log is not None:
+                    log.write({"step": step, "validation": figures, "time": time.time()})
+            if stop:
+                break
+    if average is not None:
+        model.load_state_dict(average)
+    return last
+
+
+def update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1 - decay)
+        else:
+            average[name].copy_(value)
+
+
+def validated(
+    model: nn.Module, average: dict[str, Tensor] | None, validate: Callable[[nn.Module, int], dict[str, Any]], step: int
+) -> dict[str, Any]:
+    """What `validate` says of the averaged model, or of the model itself."""
+    own = {name: value.clone() for name, value in model.state_dict().items()} if average is not None else None
+    if average is not None:
+        model.load_state_dict(average)
+    model.eval()
+    try:
+        with torch.no_grad():
+            return validate(model, step)
+    finally:
+        model.train()
+        if own is not None:
+            model.load_state_dict(own)
+
+
+def gather_random_state(rank: int, world: int) -> list[Tensor]:
+    """torch's CPU generator of every process, in the order of ranks: what dropout draws from."""
+    own = torch.get_rng_state()
+    if world == 1:
+        return [own]
+    states: list[Tensor | None] = [None] * world
+    torch.distributed.all_gather_object(states, own)
+    return [state for state in states if state is not None]
+
+
+class Log:
+    """One JSON object a line. What a resumed run will write again is cut off first."""
+
+    def __init__(self, path: Path, step: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        if path.exists():
+            lines = []
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # half a line of a run that was killed
+                    continue
+                if entry["step"] <= step:
+                    lines.append(line + "\n")
+            path.write_text("".join(lines))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def progress_bar(rank: int) -> rich.progress.Progress:
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[note]}"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    console = rich.console.Console(file=sys.stderr)
+    return rich.progress.Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal)

@@ -1,0 +1,299 @@
+"""The training loop: the reference's loss, batches that add up, runs that survive."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_tokenizer import build_tokenizer
+from reference import make_theirs, tiny_config
+
+from paligemma.generation import generate
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.train import checkpointing
+from paligemma.train.batches import RowBatches
+from paligemma.train.loop import TrainConfig, decayed_apart, learning_rate_factor, suffix_loss, train
+from paligemma.train.optimizer import muon_and_adamw
+
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220), "black": (10, 10, 10)}
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> PaliGemmaProcessor:
+    return make_processor(tmp_path_factory.mktemp("tokenizer"))
+
+
+def make_processor(folder) -> PaliGemmaProcessor:
+    return PaliGemmaProcessor(load_tokenizer(build_tokenizer(folder)), num_image_tokens=4, image_size=28)
+
+
+def make_rows() -> list[dict]:
+    """A question whose answer is in the picture; the answers differ in length."""
+    rows = []
+    for i, (name, color) in enumerate(COLORS.items()):
+        image = np.full((28, 28, 3), color, np.uint8)
+        rows.append({"image": image, "prefix": "answer en what color is it ?", "suffix": " ".join([name] * (i + 1))})
+    return rows
+
+
+def make_model(processor: PaliGemmaProcessor, seed: int = 0) -> PaliGemmaForConditionalGeneration:
+    tokenizer = processor.tokenizer
+    torch.manual_seed(seed)
+    vocabulary = 64 * math.ceil(len(tokenizer) / 64)
+    config = tiny_config("gemma", vocab_size=vocabulary, image_token_index=tokenizer.image_token_id)
+    model = PaliGemmaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def losses(folder: Path) -> list[float]:
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    return [entry["loss"] for entry in entries]
+
+
+SMALL = dict(steps=6, lr=3e-3, autocast=None, log_every=1)
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+
+
+def test_the_loss_is_that_of_transformers_on_the_same_batch(processor):
+    model = make_model(processor)
+    batch = RowBatches(make_rows(), processor, batch_size=4, shuffle=False)(0)
+    total, tokens, _ = suffix_loss()(model, batch)
+    theirs = make_theirs(model)(**batch).loss
+    torch.testing.assert_close(total / tokens, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_suffix_and_eos_are_learned_and_nothing_else(processor):
+    batch = RowBatches(make_rows(), processor, batch_size=4, shuffle=False)(0)
+    tokenizer = processor.tokenizer
+    for labels, row in zip(batch["labels"], make_rows()):
+        learned = labels[labels != -100].tolist()
+        assert learned[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(learned[:-1]) == row["suffix"]
+
+
+def test_label_smoothing_shares_among_the_other_tokens(processor):
+    model = make_model(processor)
+    batch = RowBatches(make_rows(), processor, batch_size=4, shuffle=False)(0)
+    total, tokens, _ = suffix_loss(label_smoothing=0.3)(model, batch)
+    logits = model(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], batch["token_type_ids"]).logits
+    targets = batch["labels"][:, 1:]
+    logp = logits[:, :-1][targets != -100].log_softmax(-1)
+    true = torch.nn.functional.one_hot(targets[targets != -100], logp.shape[-1]).bool()
+    by_hand = -(0.7 * logp[true].sum() + 0.3 / (logp.shape[-1] - 1) * logp[~true].sum())
+    torch.testing.assert_close(total, by_hand, rtol=1e-5, atol=1e-4)
+    assert tokens == (targets != -100).sum()
+
+
+# -------------------------------------------------------------------------------------------- schedule and optimizer
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [("cosine", [1 / 11, 0.5 + 5 / 110, 1.0, 0.5, 0.0]), ("linear", [1 / 11, 0.5 + 5 / 110, 1.0, 0.5, 0.0])],
+)
+def test_the_schedule_warms_up_and_decays(schedule, expected):
+    config = TrainConfig(steps=100, warmup=0.1, schedule=schedule)
+    assert [learning_rate_factor(step, config) for step in (0, 5, 10, 55, 100)] == pytest.approx(expected)
+
+
+def test_the_schedule_can_stay_up_first():
+    config = TrainConfig(steps=100, warmup=0.0, schedule="linear", decay_from=0.6)
+    assert [learning_rate_factor(step, config) for step in (0, 59, 60, 80, 100)] == pytest.approx([1, 1, 1, 0.5, 0])
+
+
+def test_weight_decay_falls_on_the_kernels_of_eye_and_projector_alone(processor):
+    model = make_model(processor)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, rest = decayed_apart(model, 0.1)
+    decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
+    assert "multi_modal_projector.linear.weight" in decayed_names
+    assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in decayed_names
+    assert not any(
+        "language_model" in name or "bias" in name or "norm" in name or "position" in name for name in decayed_names
+    )
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    assert rest["weight_decay"] == 0
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(processor):
+    model = make_model(processor)
+    muon, adamw = muon_and_adamw(model, lr=0.02, adamw_lr=0.01, slower=("vision_tower", 0.1))
+    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    assert {group["lr"] for group in muon.param_groups} == {0.02, 0.002}
+    embedding = model.language_model.model.embed_tokens.weight
+    assert any(p is embedding for group in adamw.param_groups for p in group["params"])
+    assert sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups) == len(list(model.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def test_parts_of_a_step_are_the_step(processor):
+    rows = [{"prefix": f"caption en {i}", "suffix": "x", "image": np.zeros((28, 28, 3), np.uint8)} for i in range(10)]
+    batches = RowBatches(rows, processor, batch_size=8, seed=3)
+
+    def prompts(step, part, parts):
+        return [processor.tokenizer.decode(ids) for ids in batches(step, part, parts)["input_ids"]]
+
+    for step in range(5):
+        whole = prompts(step, 0, 1)
+        parts = [prompts(step, part, 4) for part in range(4)]
+        assert sorted(whole) == sorted(sum(parts, []))
+    five_steps = [prompt for step in range(5) for prompt in prompts(step, 0, 1)]
+    assert all(five_steps.count(prompt) == 4 for prompt in five_steps), "40 places, 10 rows: every epoch has every row"
+    assert len(set(five_steps[:10])) == 10 and five_steps[:10] != five_steps[10:20], "and an order of its own"
+
+
+def test_more_parts_than_rows(processor):
+    batches = RowBatches(make_rows(), processor, batch_size=2)
+    assert batches(0, 1, 3) is not None and batches(0, 2, 3) is None
+
+
+def test_accumulation_equals_the_large_batch(processor, tmp_path):
+    """Rows of 1 to 4 answer tokens: a mean of means would be another number."""
+    for name, accumulate in (("whole", 1), ("pieces", 4)):
+        model = make_model(processor)
+        batches = RowBatches(make_rows(), processor, batch_size=4)
+        train(model, batches, TrainConfig(**SMALL, accumulate=accumulate), tmp_path / name)
+    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- several processes, kill -9
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_train import SMALL, RowBatches, TrainConfig, make_model, make_processor, make_rows, muon_and_adamw, train
+out = Path(sys.argv[1])
+processor = make_processor(out / "tokenizer")
+model = make_model(processor)
+batches = RowBatches(make_rows(), processor, batch_size=4)
+config = TrainConfig(**{{**SMALL, **eval(sys.argv[2])}})
+train(model, batches, config, out, optimizers=muon_and_adamw(model, lr=3e-3, adamw_lr=3e-3))
+"""
+
+
+def start(out: Path, settings: dict, **environment: str) -> subprocess.Popen:
+    out.mkdir(exist_ok=True)
+    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, "-c", script, str(out), repr(settings)], env={**os.environ, **environment})
+
+
+def test_two_processes_give_the_losses_of_one(processor, tmp_path):
+    model = make_model(processor)
+    optimizers = muon_and_adamw(model, lr=3e-3, adamw_lr=3e-3)
+    train(
+        model,
+        RowBatches(make_rows(), processor, batch_size=4),
+        TrainConfig(**SMALL),
+        tmp_path / "one",
+        optimizers=optimizers,
+    )
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [start(tmp_path / "two", {}, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(processor, tmp_path):
+    settings = {"steps": 30, "save_every": 0.0, "ema": 0.9}  # a checkpoint after every step
+    model = make_model(processor)
+    optimizers = muon_and_adamw(model, lr=3e-3, adamw_lr=3e-3)
+    batches = RowBatches(make_rows(), processor, batch_size=4)
+    train(model, batches, TrainConfig(**{**SMALL, **settings}), tmp_path / "whole", optimizers=optimizers)
+
+    killed = tmp_path / "killed"
+    process = start(killed, settings)
+    log, enough = killed / "log.jsonl", int(np.random.default_rng().integers(1, 20))
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= enough):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+    resumed = make_model(processor, seed=1)  # other weights: everything has to come from the checkpoint
+    optimizers = muon_and_adamw(resumed, lr=3e-3, adamw_lr=3e-3)
+    train(resumed, batches, TrainConfig(**{**SMALL, **settings}), killed, optimizers=optimizers)
+    assert losses(killed) == losses(tmp_path / "whole")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    state = {
+        "a": torch.arange(3),
+        "nested": [{"b": torch.ones(2)}, 1.5, None],
+        "numbers": {0: {"step": torch.tensor(3.0)}},
+    }
+    checkpointing.save(tmp_path, 1, state)
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpointing, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpointing.save(tmp_path, 2, state)
+    loaded = checkpointing.load_last(tmp_path)
+    assert torch.equal(loaded["a"], state["a"]) and torch.equal(loaded["nested"][0]["b"], torch.ones(2))
+    assert loaded["nested"][1:] == [1.5, None] and loaded["numbers"][0]["step"] == 3
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path):
+    for step in (9, 10, 100):
+        checkpointing.save(tmp_path, step, {"step": step})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
+
+
+def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(processor, tmp_path):
+    model = make_model(processor)
+    batches = RowBatches(make_rows(), processor, batch_size=4)
+    train(model, batches, TrainConfig(**{**SMALL, "steps": 2}), tmp_path)
+
+    def broken(model, batch):
+        total, tokens, figures = suffix_loss()(model, batch)
+        return total * float("nan"), tokens, figures
+
+    with pytest.raises(FloatingPointError, match="step 2"):
+        train(model, batches, TrainConfig(**SMALL), tmp_path, loss=broken)
+    assert checkpointing.load_last(tmp_path / "checkpoints")["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------- learning
+
+
+def test_four_rows_are_learned_by_heart(processor, tmp_path):
+    model = make_model(processor)
+    batches = RowBatches(make_rows(), processor, batch_size=4)
+    seen = []
+
+    def validate(model, step):
+        inputs = processor(text=[row["prefix"] for row in make_rows()], images=[row["image"] for row in make_rows()])
+        answers = [processor.tokenizer.decode(made.token_ids) for made in generate(model, inputs, max_new_tokens=8)]
+        seen.append(answers)
+        return {"exact": float(np.mean([answer == row["suffix"] for answer, row in zip(answers, make_rows())]))}
+
+    optimizers = muon_and_adamw(model, lr=2e-2, adamw_lr=2e-2)
+    config = TrainConfig(steps=40, autocast=None, log_every=1, validate_every=20)
+    last = train(model, batches, config, tmp_path, optimizers=optimizers, validate=validate)
+    assert last["loss"] < 0.05
+    assert last["exact"] == 1.0, seen
