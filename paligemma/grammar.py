@@ -289,14 +289,18 @@ def _token_starts(token_ids: list[int], tokenizer: Tokenizer, text: str) -> list
     """Where in the text each token begins: the length of what the tokens before it agree on with the text.
 
     A character can be made of several byte tokens; up to the last of them, decoding gives a placeholder for it. That is
-    why the comparison, and why tokens may share a start: they belong to the character that begins there.
+    why the comparison, and why tokens may share a start: they belong to the character that begins there. No character
+    reaches across a location or a code, so only the tokens since the last one are decoded again and again.
     """
-    starts, start = [], 0
-    for i in range(len(token_ids)):
-        before = tokenizer.decode(token_ids[:i])
-        while start < len(before) and text[start : start + 1] == before[start]:
+    starts: list[int] = []
+    first = here = start = 0  # the last location or code, where it begins, where the current token begins
+    for i, token in enumerate(token_ids):
+        before = tokenizer.decode(token_ids[first:i])
+        while start - here < len(before) and text[start : start + 1] == before[start - here]:
             start += 1
         starts.append(start)
+        if 0 <= token - tokenizer.first_loc_id < NUM_LOC or 0 <= token - tokenizer.first_seg_id < NUM_SEG:
+            first, here = i, start
     return starts
 
 
@@ -306,11 +310,11 @@ def _token_starts(token_ids: list[int], tokenizer: Tokenizer, text: str) -> list
 def format_detections(items: Sequence[Detection], image_size: tuple[int, int], loc_scale: int = 1024) -> str:
     """The answer that says these boxes: the suffix to train on, and the inverse of `parse`. "" for no boxes.
 
-    The order is the caller's; `canonical_order` gives the one to use if there is no reason for another. Coordinates are
-    rounded to the nearest of the 1024 bins. Reading the answer with the same `loc_scale` gives every coordinate to
-    within half a bin with 1023, and so it does with 1024 but for the last bin before the right and bottom border, where
-    it may be one (location 1024 does not exist). A box that is thinner than a bin is widened to one, since a box needs
-    two different coordinates; parts outside of the picture are cut off. image_size is (W, H).
+    The order is the caller's; `canonical_order` gives the one to use if there is no reason for another. image_size is
+    (W, H); parts of a box outside of the picture are cut off. Coordinates are rounded to the nearest of the 1024 bins.
+    Reading the answer with the same `loc_scale` gives every coordinate to within half a bin; with 1024, next to the
+    right and bottom border, to within one (there is no location 1024). A box that is thinner than a bin is widened to
+    one, since a box needs two different coordinates; that may cost another half bin, at that border another one.
 
     ValueError, naming the box: coordinates that are not finite, x1 < x0 or y1 < y0, a box wholly outside of the
     picture, a label with ";", "<", ">" or a line break, which could not be read back.
