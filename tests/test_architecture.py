@@ -1,0 +1,268 @@
+"""The house rules that a reader relies on: imports point one way, importing does nothing, no pickle is read.
+
+The sources are read with `ast`, so a rule holds for imports inside functions as well; those under `TYPE_CHECKING`
+exist for the type checker alone and do not count.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import paligemma
+
+ROOT = Path(paligemma.__file__).parent
+
+# Bottom to top: a module may import what stands in its own line or above it. Within a line there is no circle.
+LAYERS = [
+    # the leaves: each can be read alone
+    "configuration attention_mask kv_cache modeling_siglip processing_paligemma mask_codec grammar draw formats npz",
+    "modeling_gemma",
+    "generation checkpoints quantization",
+    "utils info",
+    "inference",
+    # the wings: one folder per thing that is done with the model. Any other folder is one too.
+    "train evaluate bench tiny",
+    "cli",
+    "__main__",
+]
+LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split()}
+WING = LEVEL["train"]
+WINGS_THAT_USE_WINGS = {"train": {"evaluate"}, "tiny": {"train", "evaluate"}}
+
+
+# ---------------------------------------------------------------------------------------------- reading the sources
+
+
+@cache
+def sources():
+    """{path: syntax tree} of every module of the package."""
+    return {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def for_type_checking(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def nodes(tree, inside_functions=True):
+    """Every node that runs; with inside_functions=False only what runs at import."""
+    for node in ast.iter_child_nodes(tree):
+        if for_type_checking(node):
+            continue
+        if not inside_functions and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield node
+        yield from nodes(node, inside_functions)
+
+
+def imports(path, tree, inside_functions=True):
+    """Dotted names of what a module imports: `from a.b import c` is "a.b.c"; relative imports are resolved."""
+    package = (ROOT.name, *path.relative_to(ROOT).parent.parts)
+    for node in nodes(tree, inside_functions):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            yield from (".".join([*base, name.name]) for name in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
+
+
+def room(name):
+    """The room of the house that a dotted name of ours lies in: "paligemma.train.loop.fit" -> "train".
+
+    A public name ("paligemma.load") lies where it is defined; `import paligemma` alone opens every door.
+    """
+    first = name.split(".")[1] if "." in name else "*"
+    first = "inference" if first == "*" else paligemma._MODULE_OF.get(first, first)
+    return None if first == "__version__" else first
+
+
+def import_graph():
+    """{(room, room it imports)} of the package, folders counting as one room."""
+    edges = set()
+    for path, tree in sources().items():
+        here = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if here == "__init__":
+            continue  # lazy: it names every room and imports none
+        ours = {name for name in imports(path, tree) if name.split(".")[0] == ROOT.name}
+        edges |= {(here, there) for there in map(room, ours) if there not in (None, here)}
+    return edges
+
+
+# ---------------------------------------------------------------------------------------------- imports point one way
+
+
+def level(name):
+    if name in LEVEL:
+        return LEVEL[name]
+    assert (ROOT / name).is_dir(), f"paligemma/{name}.py has no place in LAYERS yet: give it one"
+    return WING
+
+
+def test_the_graph_is_read():
+    """The other tests mean something only if edges are found."""
+    graph = import_graph()
+    assert {("modeling_gemma", "kv_cache"), ("modeling_gemma", "modeling_siglip"), ("cli", "inference")} <= graph
+    assert ("kv_cache", "modeling_gemma") not in graph  # for the type checker alone
+
+
+def test_imports_point_one_way():
+    upward = {f"{here} -> {there}" for here, there in import_graph() if level(there) > level(here)}
+    assert not upward
+
+
+def test_no_two_modules_import_each_other():
+    graph = import_graph()
+    reach = set(graph)
+    while True:  # the transitive closure; the graph is small
+        longer = {(a, c) for a, b in reach for b2, c in graph if b == b2}
+        if longer <= reach:
+            break
+        reach |= longer
+    assert {here for here, there in reach if here == there} == set()
+
+
+def test_a_wing_imports_no_other_wing():
+    between = {(a, b) for a, b in import_graph() if level(a) == level(b) == WING}
+    assert {f"{a} -> {b}" for a, b in between if b not in WINGS_THAT_USE_WINGS.get(a, ())} == set()
+
+
+# ---------------------------------------------------------------------------------------------- what is never used
+
+
+def test_transformers_and_torchvision_are_not_needed():
+    """The reference is for the tests. (Names that its files use may be written down, of course.)"""
+    for path, tree in sources().items():
+        used = {name.split(".")[0] for name in imports(path, tree)}
+        assert not used & {"transformers", "torchvision"}, path
+
+
+def test_extras_are_imported_where_they_are_used():
+    """A package from an extra may be missing: nothing that runs at import may need it."""
+    extras = {
+        "accelerate", "peft", "tensorboard", "faster_coco_eval", "pycocotools", "bitsandbytes", "sentencepiece",
+        "matplotlib",
+    }  # fmt: skip
+    for path, tree in sources().items():
+        used = {name.split(".")[0] for name in imports(path, tree, inside_functions=False)}
+        assert not used & extras, path
+
+
+def test_no_pickle_is_ever_read():
+    """A pickle runs code when it is opened, and a checkpoint comes from a stranger."""
+    pickles = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    for path, tree in sources().items():
+        assert not {name.split(".")[0] for name in imports(path, tree)} & pickles, path
+        for node in nodes(tree):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Attribute | ast.Name):
+                assert ast.unparse(node) not in ("torch.load", "torch.hub.load_state_dict_from_url"), where
+            if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only"):
+                assert node.arg == "allow_pickle" and ast.unparse(node.value) == "False", where
+            if isinstance(node, ast.ImportFrom) and node.module == "torch":
+                assert "load" not in {name.name for name in node.names}, where
+
+
+# ---------------------------------------------------------------------------------------------- importing does nothing
+
+
+def run(code, *arguments, **environment):
+    """Runs Python code in a process of its own and returns what it printed; it must not fail."""
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    cwd = environment.pop("CWD", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_instant():
+    """`import paligemma` loads none of the heavy packages; the public names load them when they are used."""
+    code = """
+import sys
+import paligemma
+heavy = {"torch", "numpy", "PIL", "tokenizers", "safetensors", "huggingface_hub"} & set(sys.modules)
+assert not heavy, heavy
+assert "load" in dir(paligemma)
+paligemma.PaliGemmaConfig
+assert "torch" in sys.modules
+"""
+    run(code)
+
+
+def test_every_public_name_exists():
+    for name in paligemma.__all__:
+        assert getattr(paligemma, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'laod'"):
+        paligemma.laod  # noqa: B018
+
+
+COMMANDS = ["", "run", "info", "convert", "download", "tiny", "tiny scenes", "tiny train"]
+
+
+def test_help_does_not_import_torch():
+    """For the program and for each of its commands, as `python -m paligemma ... --help`."""
+    code = """
+import contextlib, io, json, runpy, sys
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["paligemma", *command.split(), "--help"]
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            runpy.run_module("paligemma", run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, (command, stop.code)
+    assert "Usage: paligemma" in shown.getvalue(), (command, shown.getvalue())
+    assert "torch" not in sys.modules, command
+"""
+    run(code, json.dumps(COMMANDS))
+
+
+def module_names():
+    """Every module but `__main__`, which is for running."""
+    dotted = (path.relative_to(ROOT.parent).with_suffix("").parts for path in sources())
+    return [".".join(parts).removesuffix(".__init__") for parts in dotted if parts[-1] != "__main__"]
+
+
+def files(*folders):
+    """Every file below the folders, but for Python's own compiled copies."""
+    found = (path for folder in folders for path in Path(folder).rglob("*") if path.is_file())
+    return {path for path in found if "__pycache__" not in path.parts}
+
+
+def test_importing_every_module_has_no_side_effects(tmp_path):
+    """Nothing is printed or written, and torch is left as it was: threads, dtype, gradients, random numbers."""
+    home, here, temporary = (tmp_path / name for name in ("home", "here", "temporary"))
+    for folder in (home, here, temporary):
+        folder.mkdir()
+    code = """
+import importlib, json, os, sys
+import torch
+
+def state():
+    return [
+        torch.get_num_threads(), torch.get_num_interop_threads(), str(torch.get_default_dtype()),
+        torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(), torch.random.initial_seed(),
+        torch.get_float32_matmul_precision(), torch.get_rng_state().sum().item(), sorted(os.environ),
+        os.getcwd(), str(torch.get_default_device()), sys.path,
+    ]
+
+torch.manual_seed(7)
+before = state()
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+assert state() == before, (before, state())
+"""
+    before = files(tmp_path, ROOT)
+    places = {"HOME": str(home), "USERPROFILE": str(home), "TMPDIR": str(temporary), "CWD": str(here)}
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        places[name] = str(home / name)
+    assert run(code, json.dumps(module_names()), **places) == ""
+    assert files(tmp_path, ROOT) == before
