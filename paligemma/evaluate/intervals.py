@@ -45,7 +45,7 @@ def bootstrap(
 def ratio_interval(
     numerators: Sequence[float], denominators: Sequence[float], groups: Sequence[Hashable]
 ) -> tuple[float, float]:
-    """Of sum(numerators) / sum(denominators), given as (low, high): Wilson's where every row is right or wrong and its own
+    """Of sum(numerators) / sum(denominators), as (low, high): Wilson's where every row is right or wrong and its own
     group, else the bootstrap over groups. Where all groups are perfect (or all hopeless) a bootstrap sees no variation:
     then Wilson's with a group as one trial, which is on the wide side."""
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
