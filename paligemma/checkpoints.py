@@ -89,23 +89,18 @@ def published_config(name: str, image_size: int) -> PaliGemmaConfig:
 
 
 def published_name(config: PaliGemmaConfig) -> str | None:
-    """The published size that a configuration has, whatever its resolution; None for all others."""
-    for name in PUBLISHED:
-        published = published_config(name, config.vision_config.image_size)
-        if expected_sizes(published) == expected_sizes(config):
+    """The published size that a configuration has, whatever its resolution and vocabulary; None for all others."""
+    for name, text in PUBLISHED.items():
+        if _sizes(config.text_config, config.vision_config) == _sizes(text, SiglipVisionConfig()):
             return name
     return None
 
 
-def expected_sizes(config: PaliGemmaConfig) -> tuple[int, ...]:
-    """All that the shapes of the tensors follow from."""
-    text, vision = config.text_config, config.vision_config
-    return (
-        *(text.vocab_size, text.hidden_size, text.intermediate_size, text.num_hidden_layers),
-        *(text.num_attention_heads, text.num_key_value_heads, text.head_dim, text.model_type == "gemma2"),
-        *(vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads),
-        *(vision.image_size, vision.patch_size),
-    )
+def _sizes(text: GemmaConfig, vision: SiglipVisionConfig) -> tuple[object, ...]:
+    mouth = (text.model_type, text.hidden_size, text.intermediate_size, text.num_hidden_layers)
+    heads = (text.num_attention_heads, text.num_key_value_heads, text.head_dim, vision.num_attention_heads)
+    eye = (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.patch_size)
+    return mouth + heads + eye
 
 
 def empty_model(config: PaliGemmaConfig) -> PaliGemmaForConditionalGeneration:
@@ -248,8 +243,7 @@ def _no_weights(path: Path) -> Exception:
 def _files_of_index(index: Path) -> list[Path]:
     """The shards that an index names, all of them there and in its own folder."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        names = sorted(names)  # type: ignore[assignment]
+        names: list[Any] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of safetensors files ({error!r}): download it again") from None
     files = []
@@ -344,13 +338,15 @@ class Row:
         )
 
     def unpack(self, item: Tensor, shape: Shape) -> Tensor:
-        return (item.permute(self.axes) if self.axes else item).reshape(shape)
+        axes = self.axes or tuple(range(item.ndim))
+        tensor = torch.empty(shape, dtype=item.dtype)  # its own memory, so that nothing keeps the whole slice alive
+        tensor.view([item.shape[axis] for axis in axes]).copy_(item.permute(axes))
+        return tensor
 
     def pack(self, tensor: Tensor) -> Tensor:
-        if not self.axes:
-            return tensor.reshape(self.item)
-        reordered = tensor.reshape([self.item[axis] for axis in self.axes])
-        return reordered.permute([self.axes.index(axis) for axis in range(len(self.axes))])
+        axes = self.axes or tuple(range(len(self.item)))
+        reordered = tensor.reshape([self.item[axis] for axis in axes])
+        return reordered.permute([axes.index(axis) for axis in range(len(axes))])
 
 
 def bigvision_table(config: PaliGemmaConfig, embedding_rows: int) -> list[Row]:
@@ -360,10 +356,8 @@ def bigvision_table(config: PaliGemmaConfig, embedding_rows: int) -> list[Row]:
     """
     vision, text = config.vision_config, config.text_config
     d, f, h = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
-    D, M, H, K, E = (  # M: width of the MLP
-        *(text.hidden_size, text.intermediate_size),
-        *(text.num_attention_heads, text.num_key_value_heads, text.head_dim),
-    )
+    D, M, E = text.hidden_size, text.intermediate_size, text.head_dim  # M: width of the MLP
+    H, K = text.num_attention_heads, text.num_key_value_heads
     patch, turn = vision.patch_size, (1, 0)
 
     eye = "vision_tower.vision_model."
@@ -423,8 +417,13 @@ def bigvision_table(config: PaliGemmaConfig, embedding_rows: int) -> list[Row]:
 def _archives(folder: Path) -> list[list[Path]]:
     """The archives in a folder that hold a PaliGemma. (A mask codec is an `.npz` too.)"""
     names = {file.name.partition(".npz")[0] for file in folder.iterdir() if ".npz" in file.name}
-    archives = [parts for name in sorted(names) if (parts := npz_parts(folder / f"{name}.npz"))]
-    return [parts for parts in archives if any(key.startswith("llm/") for key in NpzReader(parts).arrays)]
+    archives = []
+    for name in sorted(names):
+        if parts := npz_parts(folder / f"{name}.npz"):
+            with contextlib.closing(NpzReader(parts)) as archive:
+                if any(key.startswith("llm/") for key in archive.arrays):
+                    archives.append(parts)
+    return archives
 
 
 def _open_npz(path: Path, parts: list[Path]) -> Checkpoint:
@@ -438,7 +437,8 @@ def _open_npz(path: Path, parts: list[Path]) -> Checkpoint:
     # big_vision's embedding has no rows for <image> and for the padding of the vocabulary. Here they are zeros (in
     # transformers' conversion: random, around the mean). No answer ever holds these ids.
     expected = expected_shapes(config)
-    rows = archive.arrays.get("llm/embedder/input_embedding", ((0,), ""))[0][0]
+    shape, _ = archive.arrays.get("llm/embedder/input_embedding", ((), ""))
+    rows = shape[0] if shape else 0
     if not config.image_token_index <= rows <= config.text_config.vocab_size:
         rows = config.text_config.vocab_size
     table = bigvision_table(config, rows)
@@ -473,9 +473,7 @@ def _open_npz(path: Path, parts: list[Path]) -> Checkpoint:
             archive.fill(row.key, array, i)
         # One slice holds keys and values, or gate and up: the second of them is asked for next.
         last = ((row.key, i), array) if len(row.names) > 1 and j == 0 else None
-        item = array[j] if len(row.names) > 1 else array
-        tensor = row.unpack(item, shape)
-        return tensor.clone() if tensor.data_ptr() == item.data_ptr() and len(row.names) > 1 else tensor.contiguous()
+        return row.unpack(array[j] if len(row.names) > 1 else array, shape)
 
     return Checkpoint(path, "npz", parts, config, tensors, read)
 
@@ -487,11 +485,8 @@ def _config_from_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig
         layers, _, heads, _ = shapes["img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel"]
         patches, f = shapes["img/pos_embedding"][1], shapes["img/Transformer/encoderblock/MlpBlock_0/Dense_0/bias"][1]
         L, H, D, E = shapes["llm/layers/attn/q_einsum/w"]
-        K, M, V = (
-            shapes["llm/layers/attn/kv_einsum/w"][2],
-            shapes["llm/layers/mlp/linear"][1],
-            shapes["llm/embedder/input_embedding"][0],
-        )
+        K, M = shapes["llm/layers/attn/kv_einsum/w"][2], shapes["llm/layers/mlp/linear"][1]
+        V = shapes["llm/embedder/input_embedding"][0]
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path} is not a PaliGemma of big_vision: no array of that kind {error}") from None
     if V not in (257152, 257216):
@@ -499,14 +494,8 @@ def _config_from_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig
             f"{path} has an embedding of {V} rows, the published ones 257152: what its ids mean does not follow from "
             "the shapes. Put its config.json beside it"
         )
-    sizes: dict[str, Any] = {
-        "vocab_size": 257216,
-        "hidden_size": D,
-        "intermediate_size": M,
-        "num_hidden_layers": L,
-        "head_dim": E,
-    }
-    sizes |= {"num_attention_heads": H, "num_key_value_heads": K, "model_type": "gemma"}
+    sizes: dict[str, Any] = {"model_type": "gemma", "vocab_size": 257216, "hidden_size": D, "head_dim": E}
+    sizes |= {"num_hidden_layers": L, "num_attention_heads": H, "num_key_value_heads": K, "intermediate_size": M}
     if "llm/layers/post_attention_norm/scale" in shapes:
         # The 27B scales its queries by the width per head, all others by the size of a head.
         sizes |= {"model_type": "gemma2", "query_pre_attn_scalar": D / H if D == 4608 else E}

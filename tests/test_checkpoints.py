@@ -90,6 +90,14 @@ def test_what_is_saved_comes_back(model, tmp_path, max_shard_size):
     assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_other_patches_than_the_published(tmp_path):
+    model = make_model("gemma", patch_size=10, image_size=20)
+    save_pretrained(model, tmp_path)
+    assert_same_weights(load_model(tmp_path), model)
+    convert(tmp_path, tmp_path / "b" / "x.npz")
+    assert_same_weights(load_model(tmp_path / "b"), model)
+
+
 def test_shards_are_as_large_as_allowed_and_the_index_is_right(gemma, tmp_path):
     save_pretrained(gemma, tmp_path, max_shard_size=40_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -614,6 +622,8 @@ def test_an_npz_is_the_same_model(model, tmp_path, prefix):
     assert_same_weights(loaded, model)
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
+    for name, parameter in loaded.named_parameters():  # memory of its own, in its own order
+        assert parameter.is_contiguous() and parameter.untyped_storage().nbytes() == parameter.nbytes, name
     assert_same_weights(load_model(tmp_path), model)  # by its folder
 
 
