@@ -1,11 +1,12 @@
-"""Rows -> batches. A batch is a pure function of the step's number, so a run that resumes needs to remember nothing else.
+"""Rows -> batches. A batch is a pure function of the step's number, so a run that resumes needs to remember nothing
+else.
 
     batches = RowBatches(rows, processor, batch_size=32)
     batches(step=7, part=0, parts=4)       # the first quarter of step 7's 32 rows, as tensors for the model
 
-`rows` is anything with `len` and `[i]` that gives `{"image": ..., "prefix": ..., "suffix": ...}` (or an object with such
-attributes). `image` is what `load_image` takes, or a tuple of them. The parts of a step are shared out among processes and among the
-pieces of an accumulated batch; together they are the same rows however many parts there are.
+`rows` is anything with `len` and `[i]` that gives `{"image": ..., "prefix": ..., "suffix": ...}` (or an object with
+such attributes). `image` is what `load_image` takes, or a tuple of them. The parts of a step are shared out among
+processes and among the pieces of an accumulated batch; together they are the same rows however many parts there are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Batch = dict[str, Tensor]
 class RowBatches:
     """Shuffles anew in every epoch; the last rows of an epoch are filled up with the first of the next.
 
-    max_length cuts rows (images included) at the end of the suffix; padding is on the right, as in the reference's training.
+    max_length cuts rows (images included) at the end of the suffix; padding is on the right, as in the reference's
+    training.
     """
 
     def __init__(

@@ -3,9 +3,10 @@
     save(folder, step, state)      # folder/step-00001200/ ; older ones are removed
     state = load_last(folder)      # None if there is none
 
-`state` is nested dicts and lists of tensors and plain values, such as a model's and an optimizer's `state_dict()`. Tensors go to
-`tensors.safetensors`, the rest with their names to `state.json`: no pickle. A checkpoint is written into a folder beside its place
-and renamed when it is complete, so a run that is killed at any moment leaves its last good checkpoint and at most one `.part`.
+`state` is nested dicts and lists of tensors and plain values, such as a model's and an optimizer's `state_dict()`.
+Tensors go to `tensors.safetensors`, the rest with their names to `state.json`: no pickle. A checkpoint is written
+into a folder beside its place and renamed when it is complete, so a run that is killed at any moment leaves its last
+good checkpoint and at most one `.part`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 train.py         # sets RANK, WORLD_SIZE, ...; without it everything here is a no-op
 
-Gradients are *added*, not averaged: a part with few answer tokens must not count as much as a part with many. The sum is divided
-by the weight of the whole batch afterwards (see `loop.py`), so two processes do what one would do with the whole batch.
+Gradients are *added*, not averaged: a part with few answer tokens must not count as much as a part with many. The sum
+is divided by the weight of the whole batch afterwards (see `loop.py`), so two processes do what one would do with the
+whole batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 
 def start() -> tuple[int, int]:
@@ -54,12 +55,17 @@ def add_up(parameters: Iterable[nn.Parameter], numbers: Sequence[float]) -> list
     return totals.tolist()
 
 
-def agree(flag: bool) -> bool:
-    """Whether any process says so (time is up, stop): all leave the loop at the same step."""
+def from_the_first(number: float) -> float:
+    """The first process's number, for what all have to decide alike and clocks would decide differently."""
     if not dist.is_initialized():
-        return flag
-    answer = torch.tensor([float(flag)])
+        return number
+    tensor = torch.tensor(number, dtype=torch.float64)
     if dist.get_backend() == "nccl":
-        answer = answer.cuda()
-    dist.all_reduce(answer)
-    return bool(answer.item())
+        tensor = tensor.cuda()
+    dist.broadcast(tensor, 0)
+    return tensor.item()
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -8,12 +8,14 @@ Run the same line again after an interruption and it goes on where it was, with 
 
 What is unusual:
 - a batch is a function of the step (`batches(step, part, parts)`), so resuming needs no sampler state;
-- parts of a batch add up *sums* of losses and gradients, and the total is divided by the number of answer tokens of the whole
-  batch. The mean of the means of parts would weigh short answers more; so accumulation and processes change nothing;
-- the loss is computed on answer tokens alone: the head is 257,216 wide, and on every position it would need more memory than
-  everything else together.
+- parts of a batch add up *sums* of losses and gradients, and the total is divided by the number of answer tokens of
+  the whole batch. The mean of the means of parts would weigh short answers more; so accumulation and processes change
+  nothing;
+- the loss is computed on answer tokens alone: the head is 257,216 wide, and on every position it would need more
+  memory than everything else together.
 
-Follows the fine-tuning recipe of big_vision (`configs/proj/paligemma/transfers`): Adam, clipping at 1, 5% warm-up, cosine to 0.
+Follows the fine-tuning recipe of big_vision (`configs/proj/paligemma/transfers`): Adam, clipping at 1, 5% warm-up,
+cosine to 0.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ class Batches(Protocol):
     def __call__(self, step: int, part: int, parts: int) -> Batch | None: ...
 
 
-# (model, batch) -> sum of the losses, how many tokens (or what else it is the sum of), and figures for the log, sums too
-LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, float, dict[str, float]]]
+# (model, batch) -> sum of the losses, how many tokens (or what else it is the sum of), and figures for the log, sums
+# too
+LossFunction = Callable[[Any, Batch], tuple[Tensor, float, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class TrainConfig:
     save_every: float = 120.0  # seconds
     log_every: int = 10  # steps
     validate_every: int = 0  # steps; 0: only at the end
-    minutes: float | None = None  # stop, with a checkpoint, when they are over
+    minutes: float | None = None  # a budget of time: the schedule and the run end with it, if not with the steps
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):
@@ -72,22 +75,21 @@ class TrainConfig:
             raise ValueError(f"steps and accumulate must be at least 1, got {self.steps} and {self.accumulate}")
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """What the peak learning rates are multiplied with in step `step` (the first is 0): linear warm-up, then decay."""
-    warmup = config.warmup * config.steps
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    start = max(warmup, config.decay_from * config.steps)
-    progress = min(1.0, max(0.0, (step - start) / max(1.0, config.steps - start)))
+def learning_rate_factor(progress: float, config: TrainConfig) -> float:
+    """What the peak learning rates are multiplied with at `progress` in [0, 1]: linear warm-up from 0, then decay."""
+    if progress < config.warmup:
+        return progress / config.warmup
+    start = max(config.warmup, config.decay_from)
+    rest = min(1.0, max(0.0, (progress - start) / max(1e-9, 1 - start)))
     if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if config.schedule == "linear" else 1.0
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    return 1 - rest if config.schedule == "linear" else 1.0
 
 
 def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
     """The prefix-LM loss: cross-entropy of every suffix token and the end, given all before it."""
 
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, float, dict[str, float]]:
+    def loss(model: Any, batch: Batch) -> tuple[Tensor, float, dict[str, float]]:
         out = model(
             batch["input_ids"],
             pixel_values=batch.get("pixel_values"),
@@ -114,7 +116,8 @@ def decayed_apart(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
     (Its mask is `.*/kernel$`, and no parameter of its language model is called kernel.)
     """
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kernel = parameter.ndim > 1 and name.startswith(("vision_tower", "multi_modal_projector"))
@@ -157,7 +160,7 @@ def train(
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = {name: value.detach().clone() for name, value in model.state_dict().items()} if config.ema else None
 
-    step, last = 0, {}
+    step, elapsed, last = 0, 0.0, {}
     state = checkpointing.load_last(out / "checkpoints") if resume else None
     if state is not None:
         model.load_state_dict(state["model"])
@@ -165,7 +168,7 @@ def train(
             optimizer.load_state_dict(values)
         if average is not None and state["average"] is not None:
             average = {name: value.to(device) for name, value in state["average"].items()}
-        step = state["step"]
+        step, elapsed = state["step"], state["elapsed"]
         if rank < len(state["random"]):
             torch.set_rng_state(state["random"][rank])
     elif rank == 0 and not resume:
@@ -173,7 +176,7 @@ def train(
     distributed.same_everywhere(model)
     log = Log(out / "log.jsonl", step) if rank == 0 else None
 
-    def save() -> None:
+    def save(finished: bool = False) -> None:
         random = gather_random_state(rank, world)
         values = [optimizer.state_dict() for optimizer in optimizers]  # on all ranks: a sharded one gathers here
         if rank == 0:
@@ -192,7 +195,13 @@ def train(
     with progress_bar(rank) as bar:
         task = bar.add_task("training", total=config.steps, completed=step, note="")
         while step < config.steps:
-            factor = learning_rate_factor(step, config)
+            progress = step / config.steps
+            if config.minutes is not None:
+                spent = (elapsed + time.monotonic() - begun) / 60
+                progress = distributed.from_the_first(max(progress, spent / config.minutes))
+                if progress >= 1:
+                    break
+            factor = learning_rate_factor(progress, config)
             for optimizer, lrs in zip(optimizers, peaks):
                 optimizer.zero_grad(set_to_none=True)
                 for group, lr in zip(optimizer.param_groups, lrs):
@@ -233,20 +242,16 @@ def train(
                 if log is not None:
                     log.write(last | {"time": time.time()})
             bar.update(task, completed=step, note=f"loss {here['loss'] / here['weight']:.3f}")
-            over = config.minutes is not None and now - begun > 60 * config.minutes
-            stop = distributed.agree(over or step == config.steps) if config.minutes else step == config.steps
-            if stop or distributed.agree(rank == 0 and now - saved > config.save_every):
+            if distributed.from_the_first(now - saved) > config.save_every:
                 save()
                 saved = now
-            if validate and rank == 0 and (stop or (config.validate_every and step % config.validate_every == 0)):
-                figures = validated(model, average, validate, step)
-                last |= figures
-                if log is not None:
-                    log.write({"step": step, "validation": figures, "time": time.time()})
-            if stop:
-                break
+            if validate and rank == 0 and config.validate_every and step % config.validate_every == 0:
+                last |= validated(model, average, validate, step, log)
+    save(finished=True)
     if average is not None:
         model.load_state_dict(average)
+    if validate and rank == 0:
+        last |= validated(model, None, validate, step, log)
     return last
 
 
@@ -259,20 +264,28 @@ def update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -
 
 
 def validated(
-    model: nn.Module, average: dict[str, Tensor] | None, validate: Callable[[nn.Module, int], dict[str, Any]], step: int
+    model: nn.Module,
+    average: dict[str, Tensor] | None,
+    validate: Callable[[nn.Module, int], dict[str, Any]],
+    step: int,
+    log: Log | None,
 ) -> dict[str, Any]:
-    """What `validate` says of the averaged model, or of the model itself."""
+    """What `validate` says of the averaged model, or of the model itself; goes to the log."""
     own = {name: value.clone() for name, value in model.state_dict().items()} if average is not None else None
     if average is not None:
         model.load_state_dict(average)
+    training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return validate(model, step)
+            figures = validate(model, step)
     finally:
-        model.train()
+        model.train(training)
         if own is not None:
             model.load_state_dict(own)
+    if log is not None:
+        log.write({"step": step, "validation": figures, "time": time.time()})
+    return figures
 
 
 def gather_random_state(rank: int, world: int) -> list[Tensor]:

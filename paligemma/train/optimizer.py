@@ -42,8 +42,9 @@ def muon_and_adamw(
 class SharedMuon(torch.optim.Muon):
     """Muon whose work is shared out: each process updates its part of the matrices and sends them to the others.
 
-    Orthogonalising a momentum takes fifteen matrix products; done by every process for every matrix that would be a third of a
-    small model's step. Expects that all processes have the same gradients. `state_dict` has to be called by all of them.
+    Orthogonalising a momentum takes fifteen matrix products; done by every process for every matrix that would be a
+    third of a small model's step. Expects that all processes have the same gradients. `state_dict` has to be called
+    by all of them.
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -1,0 +1,237 @@
+"""One picture, a dozen questions: the batches with which the decoder learns to speak.
+
+PaliGemma lets the image tokens read the prompt, so every prompt needs the image tokens once more, and those are three
+quarters of a row. Most training batches therefore *pack*: several rows of one picture share its image tokens, which
+then see each other alone.
+
+        i i p s p s        i image, p prompt, s answer; two rows
+    i   1 1 0 0 0 0
+    i   1 1 0 0 0 0
+    p   1 1 1 0 0 0
+    s   1 1 1 1 0 0
+    p   1 1 0 0 1 0
+    s   1 1 0 0 1 1
+
+Every row has the positions it would have alone. Every fourth step has the true mask, a row at a time, so that the
+model also learns to work as it will be used.
+
+Answers hold 1 to 60 tokens. Means over tokens would hide the one-word answers, means over rows the boxes: a token of
+a row of n answer tokens has the weight n^-0.5. A location's target is spread over its neighbours (sigma 0.8 bins):
+being off by one is nearly right.
+
+Letters: B pictures (or rows), S length, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paligemma.mask_codec import MaskCodec, crop
+from paligemma.processing_paligemma import Tokenizer
+from paligemma.tiny import rows as world_rows
+from paligemma.tiny import world
+from paligemma.tiny.recipe_scenes import SHARD, Shard
+from paligemma.tiny.vision_first import pixels, targets_of
+from paligemma.train.loop import LossFunction
+
+BIN_STEP = 8
+PACKED_TOKENS = 208  # text tokens beside a picture
+ROWS_ALONE = 3  # rows of a picture in a step with the true mask
+
+# How often which task is drawn, where the scene allows it.
+TASK_WEIGHTS = {
+    "caption": 1.3, "what": 1.0, "largest": 1.0, "color": 1.0, "background": 0.3, "exists": 0.9, "count": 1.3,
+    "count_all": 0.6, "left_right": 1.6, "left_of": 1.4, "detect_one": 1.3, "detect_all": 1.2, "detect_absent": 0.4,
+    "segment": 1.2, "ocr": 1.6,
+}  # fmt: skip
+
+
+def mask_codes(path: Path, codec: MaskCodec) -> np.ndarray:
+    """The 16 codes of every object of a shard, uint8 [objects, 16]; kept beside the shard."""
+    beside = path.with_suffix(".codes.npy")
+    if beside.exists():
+        return np.load(beside)
+    shard = Shard.load(path)
+    cut = np.stack([crop(thing.mask, thing.box) for i in range(len(shard)) for thing in shard.scene(i).objects])
+    with torch.no_grad():
+        codes = torch.cat([codec.encode(part) for part in torch.from_numpy(cut).split(256)]).numpy().astype(np.uint8)
+    temporary = beside.with_suffix(f".{os.getpid()}.part")
+    with open(temporary, "wb") as file:
+        np.save(file, codes)
+    os.replace(temporary, beside)
+    return codes
+
+
+class TalkBatches:
+    """Batches of pictures with rows, as a function of the step. `size` pictures a step, from four shards at a time."""
+
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, codec: MaskCodec, size: int, alone: int = 4, seed: int = 0
+    ):  # fmt: skip
+        self.folder, self.tokenizer, self.codec, self.size, self.seed = folder, tokenizer, codec, size, seed
+        self.alone = alone  # every so many steps one with the true mask
+        self.mixed = 4
+        self.encode = lru_cache(maxsize=4096)(tokenizer.encode)
+        self.tasks = list(TASK_WEIGHTS)
+        weights = np.array(list(TASK_WEIGHTS.values()))
+        self.chances = weights / weights.sum()
+        self._round: tuple[int, int] | None = None
+        self._shards: list[tuple[Shard, np.ndarray, np.ndarray]] = []  # shard, codes, order of its scenes
+
+    def __call__(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
+        share = self.size // parts // self.mixed
+        round_, place = divmod(step, SHARD // share)
+        if self._round != (round_, part):
+            rng = np.random.default_rng([self.seed, round_, part, 2])
+            paths = sorted(self.folder.glob("[0-9]*[0-9].npz"))
+            chosen = [paths[i] for i in rng.choice(len(paths), self.mixed, replace=False)]
+            self._shards = [(Shard.load(p), mask_codes(p, self.codec), rng.permutation(SHARD)) for p in chosen]
+            self._round = round_, part
+        rng = np.random.default_rng([self.seed, step, part, 3])
+        alone = step % self.alone == self.alone - 1
+        images, targets, sequences = [], [], []
+        for shard, codes, order in self._shards:
+            chosen_rows = order[place * share : (place + 1) * share]
+            image, target = targets_of(shard, chosen_rows, np.zeros(share, bool))
+            images.append(image)
+            targets.append(target)
+            counts = np.cumsum([0] + [len(things) for things in shard.facts["objects"]])
+            for i in chosen_rows:
+                made = self._rows(shard.scene(i), codes[counts[i] : counts[i + 1]], rng, alone)
+                sequences.extend([[row] for row in made] if alone else [made])
+        batch = {name: torch.from_numpy(np.concatenate([t[name] for t in targets])) for name in targets[0]}
+        batch["pixel_values"] = pixels(np.concatenate(images))
+        return batch | self._tensors(sequences, alone)
+
+    def _rows(
+        self, scene: world.Scene, codes: np.ndarray, rng: np.random.Generator, alone: bool
+    ) -> list[tuple[list[int], list[int]]]:
+        """(prefix ids with <bos> and newline, suffix ids with <eos>) of rows drawn for this scene."""
+        by_mask = {id(thing.mask): code for thing, code in zip(scene.objects, codes)}
+        made: list[tuple[list[int], list[int]]] = []
+        room, tries = PACKED_TOKENS, 0
+        while tries < 60 and (len(made) < ROWS_ALONE if alone else room > 6):
+            tries += 1
+            task = self.tasks[int(np.searchsorted(np.cumsum(self.chances), rng.random()))]
+            row = world_rows.sample_row(
+                scene, task, rng, bin_step=BIN_STEP, encode_mask=lambda asked: [by_mask[id(mask)] for mask, _ in asked]
+            )
+            if row is None:
+                continue
+            prefix = [self.tokenizer.bos_token_id, *self.encode(row.prefix), self.tokenizer.newline_token_id]
+            suffix = [*self.encode(row.suffix), self.tokenizer.eos_token_id]
+            if len(prefix) + len(suffix) <= room:
+                made.append((prefix, suffix))
+                room -= 0 if alone else len(prefix) + len(suffix)
+        while alone and len(made) < ROWS_ALONE:
+            made.append(made[-1])
+        return made
+
+    def _tensors(self, sequences: list[list[tuple[list[int], list[int]]]], alone: bool) -> dict[str, Tensor]:
+        P = world_patches()
+        longest = max(sum(len(p) + len(s) for p, s in rows) for rows in sequences)
+        B, S = len(sequences), P + longest
+        ids = np.zeros((B, S), np.int64)
+        row_of, places = np.full((B, S), -1, np.int64), np.zeros((B, S), np.int64)
+        labels, weights, written = np.full((B, S), -100, np.int64), np.zeros((B, S), np.float32), np.zeros((B, S), bool)
+        ids[:, :P], row_of[:, :P], places[:, :P] = self.tokenizer.image_token_id, 0, np.arange(P)
+        for b, rows in enumerate(sequences):
+            at = P
+            for number, (prefix, suffix) in enumerate(rows, 1):
+                middle, end = at + len(prefix), at + len(prefix) + len(suffix)
+                ids[b, at:middle], ids[b, middle:end] = prefix, suffix
+                labels[b, middle:end], weights[b, middle:end] = suffix, len(suffix) ** -0.5
+                written[b, middle:end] = True
+                row_of[b, at:end], places[b, at:end] = number, P + np.arange(end - at)
+                at = end
+        arrays = {
+            "input_ids": ids,
+            "row": row_of,
+            "place": places,
+            "written": written,
+            "labels": labels,
+            "weights": weights,
+        }
+        batch = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        return batch | {"seen": packed_mask(batch["row"], batch["place"], batch["written"], alone)}
+
+
+def world_patches() -> int:
+    return 64
+
+
+def packed_mask(row: Tensor, place: Tensor, written: Tensor, images_read: bool) -> Tensor:
+    """The mask drawn above: bool [B, 1, S, S].
+
+    row: int64 [B, S], 0 image, 1.. the rows, -1 padding; place: positions; written: bool, the answers. `images_read`:
+    whether image tokens see the prompts too, which is the true mask where there is one row.
+    """
+    same_row = row[:, :, None] == row[:, None, :]
+    in_order = place[:, None, :] <= place[:, :, None]
+    own = same_row & (~written[:, None, :] | (written[:, :, None] & in_order))
+    image_key = (row == 0)[:, None, :]
+    seen = own | (image_key & (row >= 0)[:, :, None])
+    if images_read:
+        seen |= (row == 0)[:, :, None] & ((row > 0) & ~written)[:, None, :]
+    return seen[:, None]
+
+
+def smeared_cross_entropy(logits: Tensor, targets: Tensor, first_loc: int, sigma: float = 0.8) -> Tensor:
+    """Cross-entropy of each token, [tokens, V] and [tokens] -> [tokens]; locations are spread over their neighbours.
+
+    A location's target is a bell over the used bins around it, cut at three of them and at the ends of the axis.
+    """
+    logp = logits.float().log_softmax(-1)
+    losses = -logp.gather(-1, targets[:, None])[:, 0]
+    is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
+    reach = torch.arange(-3, 4)
+    near = (targets[is_loc, None] - first_loc) // BIN_STEP + reach  # [locations, 7] in used bins
+    share = torch.exp(-0.5 * (reach / sigma) ** 2) * ((near >= 0) & (near < 1024 // BIN_STEP))
+    share = share / share.sum(-1, keepdim=True)
+    near_ids = first_loc + BIN_STEP * near.clamp(0, 1024 // BIN_STEP - 1)
+    return losses.masked_scatter(is_loc, -(share * logp[is_loc].gather(-1, near_ids)).sum(-1))
+
+
+def talk_loss(first_loc: int, auxiliary: float = 0.3, sigma: float = 0.8) -> LossFunction:
+    """The loss of `TalkBatches`' batches for a module with `.model` (PaliGemma) and `.heads` (PatchHeads)."""
+
+    def loss(both: Any, batch: dict[str, Tensor]) -> tuple[Tensor, float, dict[str, float]]:
+        model = both.model
+        patches = model.vision_tower(batch["pixel_values"])  # [n, P, vision width]
+        features = model.multi_modal_projector(patches)
+        repeat = len(batch["input_ids"]) // len(features)
+        features = features.repeat_interleave(repeat, 0)
+        x = model.embed(batch["input_ids"], features)
+        offset = model.config.text_config.position_offset
+        hidden = model.language_model.model(x, batch["place"] + offset, {None: batch["seen"]})  # [B, S, D]
+        targets, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
+        labelled = targets != -100
+        targets, weights = targets[labelled], weights[labelled]
+        logits = model.language_model.logits(hidden[:, :-1][labelled])  # [tokens, V]
+        with torch.autocast("cpu", enabled=False):
+            total = (smeared_cross_entropy(logits, targets, first_loc, sigma) * weights).sum()
+            said, figures = both.heads.loss(patches.float(), batch)
+        weight = float(weights.sum())
+        with torch.no_grad():
+            best = logits.argmax(-1)
+            is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
+            off = (best[is_loc] - targets[is_loc]).abs().clamp(max=1024).float() / BIN_STEP
+            here = {
+                "talk": float(total.detach()) / weight,
+                "words": float((best == targets)[~is_loc].float().mean()),
+                "loc_bins": float(off.mean()) if is_loc.any() else 0.0,
+                "talk_alone": float(total.detach()) / weight if repeat > 1 else 0.0,
+                "alone": float(repeat > 1),
+                "patch_class": figures["class"], "patch_box": figures["box_px"], "patch_letters": figures["letters"],
+                "patch_order": figures["order"], "patch_total": figures["total"],
+            }  # fmt: skip
+        return total + auxiliary * weight * said, weight, {name: value * weight for name, value in here.items()}
+
+    return loss
