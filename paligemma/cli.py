@@ -199,6 +199,46 @@ def download(
     typer.echo(resolve(model, revision=revision))
 
 
+@app.command()
+def evaluate(
+    model: Model = "tiny",
+    data: Annotated[str, typer.Option(help="tiny, tiny:heldout or tiny:twemoji: scenes of the small world.")] = "tiny",
+    count: Annotated[int, typer.Option(min=1, help="Scenes; each is asked everything that it allows.")] = 1000,
+    out: Annotated[Path | None, typer.Option(help="Predictions, results and the worst rows; go on there.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    free: Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The results as one JSON object.")] = False,
+) -> None:
+    """Measure a model: a table of metrics with 95% intervals, baselines and targets."""
+    world, _, split = data.partition(":")
+    if world != "tiny" or split not in ("", "test", "heldout", "twemoji"):
+        raise typer.BadParameter(f"--data is {data!r}, expected tiny, tiny:heldout or tiny:twemoji")
+
+    from paligemma.evaluate import evaluate as run_evaluation
+    from paligemma.inference import load
+    from paligemma.tiny.evaluation import MEASURES, ROWS_PER_SCENE, targets, tiny_examples
+
+    split = split or "test"
+    report = run_evaluation(
+        load(model, device=device, dtype=dtype, revision=revision),
+        tiny_examples(count, split),
+        MEASURES,
+        batch_size=batch_size,
+        out_folder=out,
+        targets=targets(split),
+        about={"model": model, "data": f"tiny:{split}", "count": count, "dtype": dtype},
+        constrained=not free,
+        total=round(count * ROWS_PER_SCENE),
+    )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        Console().print(report.table())
+
+
 @tiny_app.command()
 def scenes(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
