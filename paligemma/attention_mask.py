@@ -28,8 +28,8 @@ it computes is looked at by nobody.) One pad `.` on the left:
     s   0 1 1 1 1
 
 *Sliding window* (every other layer of Gemma 2): a token sees only the last `window` positions, itself included. The
-prefix block ignores the window, as in the reference: inside it everybody still sees everybody. The suffix does not: at
-896 pixels the first image tokens fall out of its window of 4096. With a window of 3:
+prefix block ignores the window, as in transformers (big_vision has no window at all): inside it everybody still sees
+everybody. The suffix does not: at 896 pixels the first image tokens fall out of its window of 4096. With a window of 3:
 
         i i p p s s s
     i   1 1 1 1 0 0 0
@@ -96,6 +96,10 @@ def token_types_from_labels(labels: Tensor) -> Tensor:
 
 
 def _causal(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """True where the key is not after the query, and less than `window` places before it. bool [B, S, T].
+
+    Places are counted in real tokens, not in columns, so that padding between two tokens does not part them.
+    """
     distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, S, T]
     allowed = distance >= 0
     if window is not None:

@@ -42,14 +42,19 @@ FIXED_KEYS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def as_object(given: Any, where: str) -> dict[str, Any]:
+    """A copy of one part of a configuration. Raises ValueError, naming it, if it is not a JSON object."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is {type(given).__name__}, expected an object with the settings of the model")
+    return dict(given)
+
+
 def take_fields(cls: type, given: dict[str, Any], where: str, required: tuple[str, ...]) -> dict[str, Any]:
     """The keyword arguments for the dataclass `cls` out of one configuration dictionary.
 
     `where` ("text_config") is named in errors. Raises ValueError for sizes that are missing or not positive whole
     numbers, for fixed keys with another value, and for keys that nobody knows.
     """
-    if not isinstance(given, dict):
-        raise ValueError(f"{where} is {type(given).__name__}, expected an object with the sizes of the model")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     missing = [key for key in required if given.get(key) is None]
     if missing:

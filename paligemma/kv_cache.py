@@ -2,14 +2,18 @@
 
 The cache is allocated once, at the full length a row may reach, and written in place: growing it with `torch.cat`
 would copy everything for every token. All rows of a batch write into the same columns; what differs per row is which
-columns hold a real token (`valid`) and how many there are (`lengths`). So padding may stand on the left, on the right
-or in the middle, and rows of different length decode together:
+columns hold a real token (`valid`), which place in its row each has (`positions`, from 0) and how many there are
+(`lengths`). So padding may stand on the left, on the right or in the middle, and rows of different length decode
+together:
 
     columns   0 1 2 3 4 5        valid         lengths
     row 0     i i p p s s        1 1 1 1 1 1   6
     row 1     . i i p s .        0 1 1 1 1 0   4
 
-Its price per token is layers x 2 x kv heads x head size x bytes: 18 KB for PaliGemma 1, 104 KB for PaliGemma 2 3b.
+For every pass, `extend` opens columns once, then `update` fills them, layer by layer.
+
+Its price per token is layers x 2 x kv heads x head size x bytes; in bfloat16 18 KB for PaliGemma 1, 104 KB for
+PaliGemma 2 3b.
 
 Letters: B batch, S new tokens, T columns, K key/value heads, E head size.
 """

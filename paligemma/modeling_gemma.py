@@ -1,12 +1,17 @@
 """The mouth: Gemma, a decoder-only language model, and PaliGemma, which lets it read an image.
 
-    pixels [n, 3, S, S] --SigLIP--> [n, P, 1152] --projector--> image features [n, P, D]
+    pixels [n, 3, side, side] --SigLIP--> [n, P, 1152] --projector--> image features [n, P, D]
                                                                        |  (replace the <image> tokens)
     ids [B, S] --embedding x sqrt(D)--> [B, S, D] ---------------------+--> Gemma layers -> norm -> logits [B, S, V]
 
+A row of ids is laid out like this; `<image>` stands P times per image, and `<bos>` comes after the images:
+
+    <image> <image> ... <image> <bos> caption en (newline)   a cat <eos>
+    '--------------------- prefix -----------------------'   '- suffix -'
+
 Gemma 1 (PaliGemma 1) and Gemma 2 (PaliGemma 2) differ in four places, all visible below:
 - Gemma 2 also normalises what attention and MLP *return*, before adding it (`Gemma2DecoderLayer`);
-- it squashes attention scores to +-50 and logits to +-30 (soft-capping);
+- it squashes attention scores to +-50 and logits to +-30 (soft-capping: `cap * tanh(x / cap)`);
 - every other layer sees a sliding window of 4096 tokens only;
 - its query scale is a setting of its own (the 27B has heads of 128 but scales by 144^-0.5).
 
@@ -15,7 +20,7 @@ What is unusual, compared with other decoders:
 - the prefix (image and prompt) is not causal, see `attention_mask.py`;
 - text embeddings are scaled by sqrt(D), image features are not;
 - the output layer is the input embedding again (tied), and has no parameter of its own;
-- positions count from 1, as in the reference.
+- positions count from 1, as in transformers.
 
 Follows arXiv 2403.08295 (Gemma), 2408.00118 (Gemma 2), 2407.07726 (PaliGemma), 2412.03555 (PaliGemma 2).
 
@@ -38,7 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma.attention_mask import SUFFIX, cached_mask, positions, prefix_lm_mask, token_types_from_labels
-from paligemma.configuration import INERT_KEYS, take_fields
+from paligemma.configuration import INERT_KEYS, as_object, take_fields
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_siglip import SiglipAttention, SiglipVisionConfig, SiglipVisionModel
 
@@ -56,13 +61,13 @@ class GemmaConfig:
     num_hidden_layers: int = 18
     num_attention_heads: int = 8
     num_key_value_heads: int = 1
-    head_dim: int = 256  # not hidden_size / heads: PaliGemma 2 has neither equal
+    head_dim: int = 256  # a size of its own: in PaliGemma 2 it is not hidden_size / num_attention_heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position_embeddings: int = 8192
     position_offset: int = 1  # the first token stands at position 1 (transformers) or 0 (big_vision)
     # Gemma 2 only:
-    query_pre_attn_scalar: float | None = None  # None: head_dim
+    query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: by that of head_dim
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
@@ -101,17 +106,18 @@ class GemmaConfig:
 
         Raises ValueError on missing sizes, on unknown keys, and on another model than Gemma 1 or 2.
         """
-        if isinstance(given, dict) and given.get("model_type") not in ("gemma", "gemma2"):
+        given = as_object(given, "text_config")
+        if given.get("model_type") not in ("gemma", "gemma2"):
             raise ValueError(f"text_config.model_type is {given.get('model_type')!r}, expected 'gemma' or 'gemma2'")
-        given = dict(given) if isinstance(given, dict) else given
-        if isinstance(given, dict) and (rope := given.pop("rope_parameters", None)):
+        if (rope := given.pop("rope_parameters", None)) is not None:
             # How transformers 5 writes rope_theta and rope_scaling.
+            rope = as_object(rope, "text_config.rope_parameters")
             if rope.get("rope_type", "default") != "default":
                 raise ValueError(
                     f"text_config.rope_parameters asks for {rope['rope_type']!r}; PaliGemma only has 'default'"
                 )
             given.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        if isinstance(given, dict) and given.get("hidden_act") == "gelu":
+        if given.get("hidden_act") == "gelu":
             del given["hidden_act"]  # so say Gemma's first files, and have always been run as the tanh approximation
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         heads = ("num_attention_heads", "num_key_value_heads")
@@ -156,8 +162,7 @@ class PaliGemmaConfig:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> PaliGemmaConfig:
         """From the parsed `config.json`. Raises ValueError if it is of another model or cannot be honoured."""
-        if not isinstance(given, dict):
-            raise ValueError(f"a configuration is an object, got {type(given).__name__}")
+        given = as_object(given, "the configuration")
         if given.get("model_type") != "paligemma":
             raise ValueError(
                 f"model_type is {given.get('model_type')!r}, expected 'paligemma': another model's checkpoint"
@@ -176,13 +181,13 @@ class PaliGemmaConfig:
             warnings.warn(f"config.json has keys that are not used: {', '.join(unknown)}", stacklevel=2)
         if given.get("tie_word_embeddings") is False:
             raise ValueError("tie_word_embeddings is false; PaliGemma's output layer is its input embedding")
-        text = given["text_config"]
+        text = as_object(given["text_config"], "text_config")
         specials: dict[str, int] = {}
         for name, usual in (("pad_token_id", 0), ("bos_token_id", 2), ("eos_token_id", 1)):
             # At the top in published files, inside text_config in what transformers 5 writes. PaliGemma 2 lists
             # Gemma's chat stop token beside eos inside text_config: that one is never meant here.
             value: Any = given.get(name)
-            if value is None and isinstance(text, dict):
+            if value is None:
                 value = text.get(name)
             value = value[0] if isinstance(value, list) and value else value
             specials[name] = usual if value is None else int(value)
@@ -246,6 +251,8 @@ class PaliGemmaConfig:
 
 
 class GemmaRMSNorm(nn.Module):
+    """Divides by the root of the mean square. Unlike LayerNorm it subtracts no mean and has no bias."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.eps = eps
@@ -259,7 +266,11 @@ class GemmaRMSNorm(nn.Module):
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, [B, 1, S, E/2] each, computed in float32 and then cast to `dtype`."""
+    """cos and sin of every position's angles, [B, 1, S, E/2] each, computed in float32 and then cast to `dtype`.
+
+    Rotary positions: at position p, pair i of a query or key is turned by the angle p * theta^(-2i / E), fast for the
+    first pairs and slowly for the last. The product of a query and a key then depends on their distance alone.
+    """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids.float()[..., None] * theta**-exponent  # [B, S, E/2]
     return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
@@ -283,7 +294,7 @@ def explicit_attention(
     K, T = k.shape[1], k.shape[2]
     # The G query heads that share a key head are G times as many queries to it: no key is copied.
     q = q.view(B, K, H // K, S, E)
-    keys, values = k.transpose(-1, -2), v
+    keys = k.transpose(-1, -2)  # [B, K, E, T]
     rows = max(1, max_scores // (B * H * T))
     chunks = []
     for start in range(0, S, rows):
@@ -291,12 +302,13 @@ def explicit_attention(
         s = chunk.shape[3]
         scores = (chunk.flatten(2, 3) @ keys) * scale  # [B, K, G * s, T]
         if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap  # before the mask: a capped -inf would be visible
+            # Before the mask: capped afterwards, what is hidden would be at -cap and no longer hidden.
+            scores = torch.tanh(scores / softcap) * softcap
         scores = scores.view(B, K, -1, s, T).masked_fill(
             ~mask[:, :, None, start : start + rows], torch.finfo(scores.dtype).min
         )
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-        chunks.append((weights.flatten(2, 3) @ values).view(B, K, -1, s, E))
+        chunks.append((weights.flatten(2, 3) @ v).view(B, K, -1, s, E))
     attended = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=3)
     return attended.reshape(B, H, S, E)
 
@@ -304,7 +316,7 @@ def explicit_attention(
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The same through PyTorch's fused kernel. Shapes as in `explicit_attention`."""
     if q.shape[2] == 1:
-        # One new token: its G query heads become G queries to the one key head they share.
+        # One new token: its G query heads become G queries to the one key head they share, so no key is repeated.
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, K, G, E]
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
@@ -418,8 +430,9 @@ class GemmaModel(nn.Module):
     ) -> Tensor:
         """Embeddings [B, S, D] -> the stream after the final norm [B, S, D].
 
-        position_ids: int64 [B, S]; masks: one [B, 1, S, T] per window size in use. Into `streams`, where a list is
-        given, go the stream before every layer and, last, what is returned.
+        position_ids: int64 [B, S]; masks: one [B, 1, S, T] per window size in use, None for no window. The stream is
+        what the layers add their results to; into `streams`, where a list is given, goes the stream before every layer
+        and, last, what is returned.
         """
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):
@@ -499,7 +512,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
                 module.explicit = explicit
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Image features as the language model reads them: [n, 3, S, S] in [-1, 1] -> [n, P, D], not scaled.
+        """Image features as the language model reads them: [n, 3, side, side] in [-1, 1] -> [n, P, D], not scaled.
 
         The expensive half of a short answer. Call it once per image and pass the result as `image_features` for as
         many prompts as there are.
@@ -542,7 +555,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     ) -> PaliGemmaOutput:
         """One pass over a batch of rows, or over the next tokens of cached rows.
 
-        input_ids: int64 [B, S]. pixel_values: [n, 3, S, S] or image_features: [n, P, D], not both.
+        input_ids: int64 [B, S]. pixel_values: [n, 3, side, side] or image_features: [n, P, D], not both.
         attention_mask: [B, S], 0 on padding, default all 1; beside a cache it may also cover the cached columns.
         token_type_ids: int64 [B, S], 0 prefix and padding, 1 suffix. Left out: with labels, the suffix starts at a
             row's first label; beside a cache that holds the prefix, everything new is suffix; else all is prefix.

@@ -2,6 +2,8 @@
 
     pixels [B, 3, S, S] -> patch embedding + learned positions -> 27 x (attention, MLP) -> LayerNorm -> [B, P, D]
 
+At 224 pixels and patches of 14 x 14 that is a grid of 16 x 16: 256 vectors of 1152 numbers.
+
 What is unusual, compared with other vision transformers:
 - no class token and no pooling head: PaliGemma wants every patch, so the output is the whole grid;
 - patches are read row by row: patch `i` sits at row `i // grid`, column `i % grid`;
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paligemma.configuration import take_fields
+from paligemma.configuration import as_object, take_fields
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class SiglipVisionConfig:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> SiglipVisionConfig:
         """From the `vision_config` object of a `config.json`. Raises ValueError on unknown keys."""
-        if isinstance(given, dict) and given.get("model_type") not in (None, "siglip_vision_model"):
+        given = as_object(given, "vision_config")
+        if given.get("model_type") not in (None, "siglip_vision_model"):
             raise ValueError(f"vision_config.model_type is {given['model_type']!r}, expected 'siglip_vision_model'")
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
         return cls(**take_fields(cls, given, "vision_config", required=sizes))
@@ -78,7 +81,7 @@ class SiglipVisionEmbeddings(nn.Module):
             )
         patches = self.patch_embedding(pixel_values)  # [B, D, grid, grid]
         patches = patches.flatten(2).transpose(1, 2)  # [B, P, D]
-        return patches + self.position_embedding.weight
+        return patches + self.position_embedding.weight  # the whole table: row i belongs to patch i
 
 
 class SiglipAttention(nn.Module):
@@ -106,6 +109,8 @@ class SiglipAttention(nn.Module):
 
 
 class SiglipMLP(nn.Module):
+    """Widens every patch's vector, bends it and narrows it again; patches do not meet here."""
+
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -132,6 +137,8 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
+    """The layers, one after the other."""
+
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))

@@ -356,6 +356,12 @@ REFUSED = {
         (),
         "rope_parameters asks for 'linear'",
     ),
+    "positions in words": (
+        "text_config",
+        {"rope_parameters": "default"},
+        (),
+        "rope_parameters is str, expected an object",
+    ),
     "another activation": ("text_config", {"hidden_act": "silu"}, (), "text_config.hidden_act is 'silu'"),
     "the exact GELU in the eye": ("vision_config", {"hidden_act": "gelu"}, (), "vision_config.hidden_act is 'gelu'"),
     "biases": ("text_config", {"attention_bias": True}, (), "attention_bias is True"),
@@ -385,7 +391,7 @@ def test_refused(wrong, tmp_path):
 def test_files_that_hold_no_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         PaliGemmaConfig.from_pretrained(tmp_path)
-    for content, message in (("{", "config.json: "), ("[1, 2]", "is an object, got list")):
+    for content, message in (("{", "config.json: "), ("[1, 2]", "the configuration is list, expected an object")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             PaliGemmaConfig.from_pretrained(tmp_path)
