@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +321,43 @@ def test_values_that_do_not_fit_into_float16(gemma, tmp_path):
     with pytest.raises(ValueError, match=r"norm.weight has values beyond 65504"):
         convert(tmp_path / "a", tmp_path / "b", dtype="float16")
     assert not (tmp_path / "b").exists()
+
+
+MEASURE = """
+import sys, torch
+from paligemma.checkpoints import convert, empty_model, load_model, save_pretrained
+
+def most():  # the most memory that this process ever held, touched maps of files included
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+torch.set_num_threads(1)
+empty_model(__import__("paligemma").PaliGemmaConfig())  # what building a model imports
+start = most()
+exec(sys.argv[1])
+print(most() - start)
+"""
+
+
+@linux
+@pytest.mark.slow
+def test_nothing_is_held_twice(tmp_path):
+    """Each step in a process of its own: memory over that of the imports, in parts of the checkpoint's size."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "head_dim": 64}
+    model = PaliGemmaForConditionalGeneration(tiny_config("gemma", **sizes))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert size > 2e8
+    save_pretrained(model, tmp_path / "a")
+    del model
+
+    def taken(code: str) -> float:
+        code = code.replace("$", str(tmp_path))
+        result = subprocess.run([sys.executable, "-c", MEASURE, code], capture_output=True, text=True, check=True)
+        return int(result.stdout) / size
+
+    assert taken("convert('$/a', '$/b/x.npz', dtype='bfloat16'); convert('$/b/x.npz', '$/c', dtype='float32')") < 0.2
+    assert taken("model = load_model('$/a', dtype='bfloat16')") < 0.5 * 1.1 + 0.1  # half the bytes
+    assert taken("model = load_model('$/b/x.npz'); save_pretrained(model, '$/d')") < 0.5 * 1.1 + 0.1
+    assert taken("model = load_model('$/a'); save_pretrained(model, '$/e')") < 1.1
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
@@ -697,6 +736,12 @@ def test_the_configuration_of_every_published_npz_follows_from_its_shapes(name, 
     shapes = {row.key: row.shape for row in bigvision_table(config, 257152)}
     assert _config_from_arrays(Path("a.npz"), shapes) == config
     assert published_name(config) == name
+
+
+def test_a_size_of_its_own_is_not_published():
+    config = published_config("paligemma2-3b", 448)
+    assert published_name(replace(config, text_config=replace(config.text_config, num_key_value_heads=2))) is None
+    assert published_name(replace(config, vision_config=replace(config.vision_config, num_hidden_layers=26))) is None
 
 
 def test_an_npz_without_a_configuration_beside_it(tmp_path):
