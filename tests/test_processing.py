@@ -666,8 +666,14 @@ def test_saved_and_loaded_is_the_same(processor, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_number_of_image_tokens_is_saved_with_the_size(tokenizer, tmp_path):
+    PaliGemmaProcessor(tokenizer, 64, 128).save_pretrained(tmp_path)  # patches of 16 pixels, where the usual are of 14
+    again = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert (again.num_image_tokens, again.image_size) == (64, 128)
+
+
 def test_transformers_loads_what_we_save(processor, tmp_path):
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, AutoTokenizer
 
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "paligemma"}))
@@ -675,6 +681,7 @@ def test_transformers_loads_what_we_save(processor, tmp_path):
     assert type(theirs).__name__ == "PaliGemmaProcessor"
     same_as(theirs, processor, PROMPTS, [[PICTURE]] * len(PROMPTS), PROMPTS, "left")
     assert len(theirs.tokenizer) == len(processor.tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path).image_token_id == processor.tokenizer.image_token_id
 
 
 def test_what_transformers_saves_we_load(reference, processor, tmp_path):
