@@ -178,16 +178,19 @@ def test_captions_are_measured_together():
 
 
 def test_invalid_answers_count_as_wrong_and_are_counted():
-    examples = [Example(str(i), IMAGE, f"detect {i}", "detect", regions=dogs((0, 0, 10, 10))) for i in range(4)]
+    examples = [Example(str(i), IMAGE, f"detect {i}", "detect", regions=dogs((0, 0, 10, 10))) for i in range(5)]
     answers = [
         says("<loc0001> dog", invalid=[((0, 9), "1 loc tokens in a row, a box has 4")]),
         says("I see a dog"),  # no box at all
         says("", finished=False),  # an empty answer is a valid one
         says("...", detections=[Detection("dog", (0, 0, 10, 10), 1.0)]),
+        says(
+            "...", detections=[Detection("dog", (0, 0, 10, 10), 1.0)], invalid=[((40, 49), "seg tokens without a box")]
+        ),
     ]
     report = run(StubModel(lambda image, prompt: answers[int(prompt.split()[1])]), examples)
-    assert vars(report.counts["detect"]) == {"rows": 4, "invalid": 2, "unfinished": 1}
-    assert report["detect", "recall"].value == 1 / 4
+    assert vars(report.counts["detect"]) == {"rows": 5, "invalid": 3, "unfinished": 1}
+    assert report["detect", "recall"].value == 2 / 5
 
 
 # --- running --------------------------------------------------------------------------------------

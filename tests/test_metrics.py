@@ -184,6 +184,8 @@ OFFICIAL_NORMALIZATION = {
     "<b>bold</b>": "b bold b",
     "o'clock": "o'clock",
     "good-bye !": "good bye",
+    "x -y-z": "x yz",
+    "x- y-z": "x yz",
 }
 
 
@@ -205,15 +207,10 @@ def test_vqa_contractions_are_the_official_ones():
 def test_vqa_accuracy_averages_over_leaving_one_person_out():
     rng = random.Random(4)
     for _ in range(300):
-        given = [rng.choice("abcd") for _ in range(rng.choice([10, 10, 10, 3]))]
-        text = rng.choice("abcde")
-        nine_of_ten = list(itertools.combinations(given, len(given) - 1))
-        expected = sum(min(1, Counter(nine)[text] / 3) for nine in nine_of_ten) / len(nine_of_ten)
-        # letters are their own normal form, but for the article:
-        if "a" in (text, *given) and len(set(given)) > 1 and text == "a":
-            text, given = "b", [{"a": "b", "b": "e"}.get(g, g) for g in given]
-            expected = sum(min(1, Counter(nine)["b"] / 3) for nine in itertools.combinations(given, len(given) - 1))
-            expected /= len(given)
+        given = [rng.choice("wxyz") for _ in range(rng.choice([10, 10, 10, 3]))]
+        text = rng.choice("vwxyz")
+        all_but_one = list(itertools.combinations(given, len(given) - 1))
+        expected = sum(min(1, Counter(others)[text] / 3) for others in all_but_one) / len(all_but_one)
         assert vqa_accuracy(text, given) == pytest.approx(expected)
 
 
