@@ -564,7 +564,10 @@ def test_an_item_is_only_begun_if_it_can_be_finished(tokenizer):
         assert grammar([*box, dog], 2 + size - 1).tolist() == [eos]
         assert grammar([*box, dog], 2 + size).tolist() == sorted([eos, separator])
     grammar = DetectionGrammar(tokenizer)
-    assert grammar(tokenizer.encode(BOX + " a dog"), 1).tolist() == [eos]  # cut short in time
+    written = tokenizer.encode(BOX + " a dog")
+    assert grammar(written, 1).tolist() == [eos]  # cut short in time
+    least = 2 + 4 + 1  # " ;", " ", a box without a label, eos
+    assert separator in grammar(written, least) and separator not in grammar(written, least - 1)
 
 
 class Stub:

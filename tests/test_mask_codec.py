@@ -241,9 +241,9 @@ def test_hostile_files_are_refused_and_run_nothing(tmp_path, write, monkeypatch)
         def __reduce__(self):
             return (open, (str(tmp_path / "was_here"), "w"))
 
-    def check(name, content):
+    def check(name, content, reason=""):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="is not a mask codec"):
+        with pytest.raises(ValueError, match="is not a mask codec.*" + reason):
             MaskCodec.load(tmp_path / name)
 
     arrays = official_arrays(**SMALL)
@@ -270,10 +270,9 @@ def test_hostile_files_are_refused_and_run_nothing(tmp_path, write, monkeypatch)
 
     monkeypatch.setattr(mask_codec, "_MAX_BYTES", 2**20)
     huge = io.BytesIO()
-    with zipfile.ZipFile(huge, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.npy", bytes(2**20 + 1))
+    np.savez_compressed(huge, a=np.zeros(2**20, np.uint8))
     assert len(huge.getvalue()) < 2**12  # it only grows when it is unpacked
-    check("huge.npz", huge.getvalue())
+    check("huge.npz", huge.getvalue(), "would unpack to 1,048,")
 
 
 def test_save_refuses_other_formats(tmp_path):
