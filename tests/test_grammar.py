@@ -10,7 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from make_tokenizer import build_tokenizer
+from reference import randomize, tiny_config
 
+from paligemma.generation import generate
 from paligemma.grammar import (
     ChoiceGrammar,
     Detection,
@@ -23,7 +25,8 @@ from paligemma.grammar import (
     parse_tokens,
 )
 from paligemma.mask_codec import MaskCodec, crop, paste
-from paligemma.processing_paligemma import load_tokenizer
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
 
 LABELS = [
     "dog",
@@ -719,3 +722,64 @@ def test_a_step_costs_little_at_the_official_size():
                 grammar(state, 2000)
                 times.append(time.perf_counter() - begin)
         assert np.median(times) < 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------- with a model
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Random weights: it has no idea of the grammar."""
+    config = tiny_config("gemma", vocab_size=len(tokenizer) + 7, image_token_index=tokenizer.image_token_id)
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    randomize(model)
+    return model
+
+
+def test_a_thousand_prompts_on_a_model_that_knows_nothing(model, tokenizer, codec):
+    """Under the grammar every answer parses, ends, and names only what was asked for; without it none that says
+    anything does."""
+    rng = np.random.default_rng(0)
+    processor = PaliGemmaProcessor(tokenizer, num_image_tokens=4, image_size=28)
+    picture = rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    count = {"rows": 0, "items": 0, "free": 0}
+    for batch in range(10):
+        tasks = [("segment" if rng.random() < 0.3 else "detect", list(rng.permutation(LABELS)[: rng.integers(1, 5)]))
+                 for _ in range(100)]  # fmt: skip
+        prompts = [f"{task} {' ; '.join(names)}" for task, names in tasks]
+        inputs = processor(text=prompts, images=[picture] * len(prompts))
+        grammars = [DetectionGrammar(tokenizer, names, task == "segment") for task, names in tasks]
+        options = {
+            "max_new_tokens": int(rng.integers(1, 60)),
+            "do_sample": batch % 2 == 1,
+            "temperature": 2.0,
+            "seed": batch,
+        }
+        for (task, names), answer in zip(tasks, generate(model, inputs, constraint=grammars, **options)):
+            assert answer.finished and len(answer.token_ids) < options["max_new_tokens"]
+            parsed = parse_tokens(answer.token_ids, tokenizer, SIZE, codec=codec, token_logprobs=answer.token_logprobs)
+            items = parsed.segments if task == "segment" else parsed.detections
+            assert not parsed.invalid and 4 * len(items) == tokenizer.decode(answer.token_ids).count("<loc")
+            assert {item.label for item in items} <= set(names)
+            assert all(0 < item.score <= 1 for item in items)
+            count["rows"] += 1
+            count["items"] += len(items)
+        if batch < 2:
+            for (_, names), answer in zip(tasks, generate(model, inputs, **options)):
+                parsed = parse_tokens(answer.token_ids, tokenizer, SIZE)
+                found = [*parsed.detections, *parsed.segments]
+                count["free"] += bool(found) and not parsed.invalid and {item.label for item in found} <= set(names)
+    assert count["rows"] == 1000 and count["items"] > 500
+    assert count["free"] == 0
+
+
+def test_beams_follow_the_grammar_too(model, tokenizer):
+    processor = PaliGemmaProcessor(tokenizer, num_image_tokens=4, image_size=28)
+    inputs = processor(text=["detect dog ; cat"], images=[np.zeros((28, 28, 3), np.uint8)])
+    (answer,) = generate(
+        model, inputs, 20, num_beams=3, length_penalty=4.0, constraint=DetectionGrammar(tokenizer, ["dog", "cat"])
+    )
+    parsed = parse_tokens(answer.token_ids, tokenizer, SIZE)
+    assert answer.finished and not parsed.invalid and parsed.detections
+    (choice,) = generate(model, inputs, 20, num_beams=3, constraint=ChoiceGrammar(tokenizer, ["red", "red car"]))
+    assert choice.finished and tokenizer.decode(choice.token_ids) in ("red", "red car")
