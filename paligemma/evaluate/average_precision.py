@@ -2,7 +2,7 @@
 
     average_precision(rows)                       # mean over classes at IoU .5, ranked by score
     average_precision(rows, shuffle=generator)    # the same boxes in random order: what a constant score is worth
-    coco_metrics(rows, sizes)                     # COCO's twelve figures, through faster-coco-eval
+    coco_metrics(rows)                            # COCO's twelve figures, through faster-coco-eval
 
 A row is one picture: (true regions, predicted regions).
 
@@ -89,11 +89,11 @@ def mean_area(rankings: Sequence[Ranking], weights: np.ndarray) -> float:
     return float(np.mean(areas)) if areas else float("nan")
 
 
-def coco_metrics(rows: Sequence[Row], sizes: Sequence[tuple[int, int]], masks: bool = False) -> dict[str, float]:
+def coco_metrics(rows: Sequence[Row], masks: bool = False) -> dict[str, float]:
     """COCO's figures: AP (mean over IoU .50 to .95), AP50, AP75, by size, and average recall; each in [0, 1], or -1
     where there is nothing of that size.
 
-    sizes: (W, H) of each row's picture. masks: compare masks instead of boxes; predictions without one are left out.
+    masks: compare masks instead of boxes; predictions without one are left out.
     ImportError without faster-coco-eval.
     """
     try:
@@ -105,8 +105,10 @@ def coco_metrics(rows: Sequence[Row], sizes: Sequence[tuple[int, int]], masks: b
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    for image_id, ((truth, predicted), (width, height)) in enumerate(zip(rows, sizes), 1):
-        images.append({"id": image_id, "width": width, "height": height})
+    for image_id, (truth, predicted) in enumerate(rows, 1):
+        masked = [region.mask.shape for region in (*truth, *predicted) if region.mask is not None]
+        height, width = masked[0] if masked else (1, 1)  # asked for with masks; no figure of boxes depends on it
+        images.append({"id": image_id, "height": height, "width": width})
         for region in truth:
             entry = _coco_entry(region, image_id, ids, masks)
             area = int(region.mask.sum()) if masks and region.mask is not None else entry["bbox"][2] * entry["bbox"][3]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paligemma.evaluate.average_precision import mean_area, rank
+from paligemma.evaluate.average_precision import coco_metrics, mean_area, rank
 from paligemma.evaluate.captions import bleu, cider_d
 from paligemma.evaluate.intervals import bootstrap
 from paligemma.evaluate.regions import instance_ious, match_boxes
@@ -124,6 +124,11 @@ def _ranking(rows: Rows, orders: int = 20, samples: int = 200) -> Values:
     }
 
 
+def _coco(rows: Rows) -> Values:
+    figures = coco_metrics([(e.regions, p.regions) for e, p in rows])
+    return {name: (value, NAN, NAN) for name, value in figures.items() if value >= 0}  # -1: nothing of this size
+
+
 def _segment(example: Example, prediction: Prediction) -> Ratios:
     ious = instance_ious(example.regions, prediction.regions)
     found = sum(iou >= 0.5 for iou in ious)
@@ -143,6 +148,7 @@ YES_NO = Measure(_pope)
 CAPTION = Measure(lambda example, prediction: {}, _captions)
 EMPTY = Measure(_empty)
 DETECT = Measure(_detect, _ranking, regions=True)
+COCO = Measure(_detect, _coco, regions=True)  # of boxes
 SEGMENT = Measure(_segment, regions=True)
 
 MEASURES: dict[str, Measure] = {
@@ -155,6 +161,7 @@ MEASURES: dict[str, Measure] = {
     "caption": CAPTION,
     "empty": EMPTY,
     "detect": DETECT,
+    "coco": COCO,
     "segment": SEGMENT,
 }
 

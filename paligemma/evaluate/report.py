@@ -97,7 +97,7 @@ class Report:
                 figure.name,
                 show(figure.value) + mark,
                 interval,
-                show(figure.baseline),
+                "" if figure.baseline is None else show(figure.baseline),
                 target,
                 str(figure.rows),
             )
@@ -110,7 +110,7 @@ class Report:
 
 
 def show(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{value:.3f}"
 
 
 def number(value: float) -> float | None:
