@@ -83,7 +83,7 @@ def draw(
 
     size = math.sqrt(width * height)
     line = max(1, round(size / 300))
-    font_size = max(10, round(size / 42))
+    font_size = max(10, round(size / 36))
     colors = label_colors([item.label for item in items])
 
     for item in items:
@@ -157,7 +157,7 @@ def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     mask = np.asarray(mask, dtype=bool)
     if mask.shape == size[::-1]:
         return mask
-    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    return np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BILINEAR)) > 127
 
 
 def _paint_mask(picture: Image.Image, mask: np.ndarray, color: Color, opacity: float, line: int) -> None:
@@ -245,10 +245,11 @@ def _place(tag: _Tag, box: Rectangle, placed: list[Rectangle], size: tuple[int, 
 
 
 def _places(tag: _Tag, box: Rectangle, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """The corners of a box from outside and inside, then lower and lower inside; all moved into the picture."""
+    """The corners of a box from outside and inside, beside it, then lower and lower inside; moved into the picture."""
     left, top, right, bottom = box
     inner = max(left, right - tag.width)
     places = [(x, y) for y in (top - tag.height, top, bottom, bottom - tag.height) for x in (left, inner)]
+    places += [(right, top), (left - tag.width, top)]
     places += [(left, y) for y in range(top + tag.height, bottom - tag.height, tag.height)][:20]
     for x, y in places:
         yield max(0, min(x, size[0] - tag.width)), max(0, min(y, size[1] - tag.height))
