@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +256,8 @@ def results(folder: Path) -> dict:
 
 
 def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
-    examples = questions(50)
+    examples = [replace(example, group=str(i // 3)) for i, example in enumerate(questions(50))]
+    examples.insert(7, Example("box", IMAGE, "detect dog", "detect", regions=dogs((0, 0, 10, 10))))
     whole = StubModel(coin)
     run(whole, examples, out_folder=tmp_path / "whole", batch_size=8)
 
@@ -267,7 +269,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
     saved.write_bytes(saved.read_bytes()[:-5])  # and the last line was half written
     second = StubModel(coin)
     run(second, examples, out_folder=tmp_path / "cut", batch_size=8)
-    assert len(second.prompts) == 50 - 23
+    assert len(second.prompts) == 51 - 23
     assert results(tmp_path / "cut") == results(tmp_path / "whole")
 
     lines = [json.loads(line) for line in saved.read_text().splitlines()]

@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,15 +83,15 @@ def evaluate(
     folder = Path(out_folder) if out_folder is not None else None
     saved = open_folder(folder, about) if folder else {}
     rows: list[Scored] = []
-    worst_rows = _Worst(worst if folder else 0)
-    ids: set[str] = set()
+    worst_rows = _Worst(worst if folder else 0, measures)
+    place: dict[str, int] = {}  # of each row among the examples: figures must not depend on the order of answering
 
     def take(example: Example, prediction: Prediction) -> None:
         ratios = {
             name: (float(top), float(bottom))
             for name, (top, bottom) in measures[example.task].score(example, prediction).items()
         }
-        worst_rows.offer(example, prediction, badness(ratios, measures[example.task]))
+        worst_rows.offer(example, prediction, badness(ratios, measures[example.task]), place[example.id])
         rows.append(Scored(_light(example), _light(prediction), ratios))
 
     def fresh(bar: Any) -> Iterator[Example]:
@@ -102,9 +101,9 @@ def evaluate(
                 raise ValueError(
                     f"row {example.id}: no measure for the task {example.task!r}; there is: {', '.join(measures)}"
                 )
-            if example.id in ids:
+            if example.id in place:
                 raise ValueError(f"two rows have the id {example.id!r}")
-            ids.add(example.id)
+            place[example.id] = len(place)
             if example.id in saved:
                 entry = saved.pop(example.id)
                 if entry["prompt"] != example.prompt:
@@ -129,6 +128,7 @@ def evaluate(
     if not rows:
         raise ValueError("there are no examples to evaluate")
 
+    rows.sort(key=lambda row: place[row.example.id])
     report = summarize(rows, measures, targets or {}, about)
     report = replace(report, environment=_environment(time.perf_counter() - started))
     if folder:
@@ -345,15 +345,14 @@ def badness(ratios: Ratios, measure: Measure) -> float:
 class _Worst:
     """Keeps the worst rows of every task with their pictures. Of equally bad rows the surest answers are the worst."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, tasks: Iterable[str]) -> None:
         self.limit = limit
-        self.heaps: dict[str, list[tuple[float, float, int, Example, Prediction]]] = {}
-        self.order = count()
+        self.heaps: dict[str, list[tuple[float, float, int, Example, Prediction]]] = {task: [] for task in tasks}
 
-    def offer(self, example: Example, prediction: Prediction, bad: float) -> None:
+    def offer(self, example: Example, prediction: Prediction, bad: float, place: int) -> None:
         if bad > 0 and self.limit:
-            heap = self.heaps.setdefault(example.task, [])
-            heapq.heappush(heap, (bad, prediction.score, -next(self.order), example, prediction))
+            heap = self.heaps[example.task]
+            heapq.heappush(heap, (bad, prediction.score, -place, example, prediction))
             if len(heap) > self.limit:
                 heapq.heappop(heap)
 
