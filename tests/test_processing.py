@@ -434,6 +434,17 @@ def test_a_tokenizer_without_image_token(tmp_path):
         load_tokenizer(build_tokenizer(tmp_path, image_token=False))
 
 
+def test_an_image_token_that_text_cannot_reach(folder, tmp_path):
+    """In the vocabulary, but not marked as a whole token: text spells it out."""
+
+    def unmark(content):
+        content["model"]["vocab"]["<image>"] = 1928
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<image>"]
+
+    with pytest.raises(ValueError, match="'<image>' is split into 7 tokens"):
+        load_tokenizer(edited(folder, tmp_path, unmark))
+
+
 def test_a_gap_among_the_loc_tokens(folder, tmp_path):
     def rename(content):
         content["model"]["vocab"]["filler"] = content["model"]["vocab"].pop("<loc0500>")
