@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -304,6 +305,18 @@ def test_a_folder_is_not_continued_with_something_else(tmp_path):
     changed = [Example("exact0", IMAGE, "answer en something else ?", "exact", ("yes",))]
     with pytest.raises(ValueError, match="row exact0 was asked"):
         run(pg, changed, out_folder=tmp_path, about={"model": "one"})
+
+
+def test_a_folder_is_not_continued_with_other_weights(tmp_path):
+    pg = StubModel(coin)
+    pg.model = torch.nn.Linear(3, 3)
+    run(pg, questions(3), out_folder=tmp_path)
+    run(pg, questions(4), out_folder=tmp_path)
+    assert len(pg.prompts) == 4, "more rows are no other run"
+    with torch.no_grad():
+        pg.model.bias += 0.01  # the same folder, one training step later
+    with pytest.raises(ValueError, match="'weights'"):
+        run(pg, questions(4), out_folder=tmp_path)
 
 
 def test_no_pictures_or_masks_are_kept_in_memory():

@@ -14,6 +14,7 @@ The figures depend on `predictions.jsonl` and the examples alone, so they can be
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import math
@@ -68,8 +69,8 @@ def evaluate(
     measures:       how each task is measured.
     out_folder:     see above. Rows that are in its `predictions.jsonl` are not run again.
     targets:        (task, figure) -> the least value hoped for (the most, for error rates).
-    about:          what this run is (model, data, seed, ...): goes into the report, and keeps a folder from being
-                    continued with another model.
+    about:          what this run is (model, data, ...): goes into the report. A folder is only continued with the same,
+                    and with the same weights.
     constrained:    decode `detect` and `segment` under the grammar, as `pg.detect` does; False: freely, as published
                     figures are made.
     max_new_tokens: default 512 for `detect` and `segment`, 128 for the rest.
@@ -79,7 +80,7 @@ def evaluate(
     Whatever the model answers counts: nothing is dropped. ValueError for a task without a measure, for two examples of
     one id, for no examples, and for a folder of another run.
     """
-    about = {**(about or {}), "constrained": constrained, "max_new_tokens": max_new_tokens}
+    about = {**(about or {}), "constrained": constrained, "max_new_tokens": max_new_tokens, "weights": fingerprint(pg)}
     folder = Path(out_folder) if out_folder is not None else None
     saved = open_folder(folder, about) if folder else {}
     rows: list[Scored] = []
@@ -168,6 +169,17 @@ def answer(
         codec=pg.codec if masks else None,
     )
     return [Prediction.of(a) for a in answers]
+
+
+def fingerprint(pg: PaliGemma) -> str | None:
+    """A few numbers of every weight, hashed: two states of one training run differ, in whatever folder they lie."""
+    if getattr(pg, "model", None) is None:
+        return None
+    digest = hashlib.sha256()
+    for name, weight in sorted(pg.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 @contextmanager
