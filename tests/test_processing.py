@@ -441,7 +441,7 @@ def test_an_image_token_that_text_cannot_reach(folder, tmp_path):
         content["model"]["vocab"]["<image>"] = 1928
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<image>"]
 
-    with pytest.raises(ValueError, match="'<image>' is split into 7 tokens"):
+    with pytest.raises(ValueError, match=r"'<image>' is split into \d tokens"):
         load_tokenizer(edited(folder, tmp_path, unmark))
 
 
