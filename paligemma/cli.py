@@ -133,7 +133,8 @@ def run(
         if save is not None:
             target = save if save.suffix else save / f"{Path(name).stem or 'stdin'}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
-            pg.draw(picture, answer).save(target)
+            # On a small picture the labels would hide what they name: it is drawn enlarged, to 512 pixels or more.
+            pg.draw(picture, answer, scale=max(1, -(-512 // max(picture.size)))).save(target)
             notes.print(f"drawn: {target}", style="dim")
 
 
