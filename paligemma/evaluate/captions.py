@@ -46,6 +46,9 @@ def tokenize(caption: str) -> list[str]:
 
     Follows PTBTokenizer 3.4.1 with `-lowerCase`, and coco-caption, which removes . , : ; ? ! - -- ... and quotes.
     Brackets stay, as "-lrb-" and so on: it means to remove them, but looks for "-LRB-" in lower-cased text.
+
+    Compared with that pair, 31 of 6,000 English sentences came out differently. Known: a single letter before a full
+    stop (PTB takes it now for an initial, now not), smileys, "£" (PTB: "#"), "2.5K", "'tis", "<tag>", "**".
     """
     words = _TOKEN.findall(caption.translate(_MARKS))
     return [_BRACKETS.get(word, word.lower()) for word in words]
