@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,11 @@ def test_a_model_of_mixed_dtypes_keeps_them_on_disk(gemma, tmp_path):
     save_pretrained(gemma, tmp_path)
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         assert tensor.dtype == (torch.bfloat16 if name.startswith("vision") else torch.float32)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    dtypes = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
+    starts = [entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"]
+    assert starts == sorted(starts) and dtypes == sorted(dtypes, reverse=True)  # wide first: each lies on its own size
     assert {parameter.dtype for parameter in load_model(tmp_path).parameters()} == {torch.float32}
 
 
@@ -342,10 +348,10 @@ print(most() - start)
 @pytest.mark.slow
 def test_nothing_is_held_twice(tmp_path):
     """Each step in a process of its own: memory over that of the imports, in parts of the checkpoint's size."""
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "head_dim": 64}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 64}
     model = PaliGemmaForConditionalGeneration(tiny_config("gemma", **sizes))
     size = sum(parameter.nbytes for parameter in model.parameters())
-    assert size > 2e8
+    assert size > 1e8
     save_pretrained(model, tmp_path / "a")
     del model
 
@@ -354,10 +360,11 @@ def test_nothing_is_held_twice(tmp_path):
         result = subprocess.run([sys.executable, "-c", MEASURE, code], capture_output=True, text=True, check=True)
         return int(result.stdout) / size
 
-    assert taken("convert('$/a', '$/b/x.npz', dtype='bfloat16'); convert('$/b/x.npz', '$/c', dtype='float32')") < 0.2
-    assert taken("model = load_model('$/a', dtype='bfloat16')") < 0.5 * 1.1 + 0.1  # half the bytes
-    assert taken("model = load_model('$/b/x.npz'); save_pretrained(model, '$/d')") < 0.5 * 1.1 + 0.1
-    assert taken("model = load_model('$/a'); save_pretrained(model, '$/e')") < 1.1
+    # The model is small, so the slack of the allocator shows (up to 0.2); a second copy would add 0.5 or 1.
+    assert taken("convert('$/a', '$/b/x.npz', dtype='bfloat16'); convert('$/b/x.npz', '$/c', dtype='float32')") < 0.3
+    assert taken("model = load_model('$/a', dtype='bfloat16')") < 0.8  # half the bytes
+    assert taken("model = load_model('$/b/x.npz'); save_pretrained(model, '$/d')") < 0.8
+    assert taken("model = load_model('$/a'); save_pretrained(model, '$/e')") < 1.3
 
 
 # ------------------------------------------------------------------------------------------------ what does not fit
@@ -804,6 +811,17 @@ def test_a_truncated_npz(gemma, tmp_path, kept):
     path = write_npz(tmp_path / "a.npz", gemma.config, bigvision_arrays(gemma))
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"a.npz is truncated or damaged"):
+        load_model(path)
+
+
+def test_an_array_of_another_size_than_it_says(gemma, tmp_path):
+    path = write_npz(tmp_path / "a.npz", gemma.config, {})
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, array in bigvision_arrays(gemma).items():
+            with archive.open(key + ".npy", "w") as file:
+                np.lib.format.write_array(file, array)
+                file.write(b"more" if key == "img/head/bias" else b"")
+    with pytest.raises(ValueError, match=r"damaged \(img/head/bias has 260 bytes, expected 256\)"):
         load_model(path)
 
 
