@@ -24,13 +24,12 @@ def compare(example: Example, prediction: Prediction) -> Image.Image:
         sides = sides[:1]
     width = sum(side.width for side in sides) + MARGIN * (len(sides) + 1)
     font = ImageFont.load_default(FONT_SIZE)
-    columns = max(20, (width - 2 * MARGIN) * 2 // FONT_SIZE)
     lines = [f"prompt: {example.prompt}"]
     if example.answers:
         lines.append("right: " + " | ".join(answer or "(nothing)" for answer in dict.fromkeys(example.answers)))
     lines.append(f"answer: {prediction.text or '(nothing)'}  (score {prediction.score:.2f})")
     lines += [f"invalid: {reason}" for reason in prediction.invalid]
-    wrapped = [part for line in lines for part in textwrap.wrap(line, columns)[:6]]
+    wrapped = [part for line in lines for part in _wrap(line, width - 2 * MARGIN, font)[:6]]
     height = max(side.height for side in sides) + 2 * MARGIN + len(wrapped) * (FONT_SIZE + 5) + MARGIN
     canvas = Image.new("RGB", (width, height), "white")
     x = MARGIN
@@ -43,3 +42,8 @@ def compare(example: Example, prediction: Prediction) -> Image.Image:
         pen.text((MARGIN, y), line, fill="black", font=font)
         y += FONT_SIZE + 5
     return canvas
+
+
+def _wrap(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """In parts of about `width` pixels, going by the line's mean width of a character."""
+    return textwrap.wrap(line, max(10, int(0.95 * width * len(line) / max(font.getlength(line), 1))))
