@@ -230,7 +230,7 @@ def evaluate(
         batch_size=batch_size,
         out_folder=out,
         targets=targets(split),
-        about={"model": model, "data": f"tiny:{split}", "count": count, "dtype": dtype},
+        about={"model": model, "data": f"tiny:{split}", "dtype": dtype},
         constrained=not free,
         total=round(count * ROWS_PER_SCENE),
     )
