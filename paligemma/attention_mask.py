@@ -100,8 +100,9 @@ def _causal(query_positions: Tensor, key_positions: Tensor, window: int | None) 
 
     Places are counted in real tokens, not in columns, so that padding between two tokens does not part them.
     """
-    distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, S, T]
-    allowed = distance >= 0
+    # Compared, not subtracted: a table of int64 distances would be eight times as large as the mask.
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    allowed = key <= query  # [B, S, T]
     if window is not None:
-        allowed &= distance < window
+        allowed &= key > query - window
     return allowed

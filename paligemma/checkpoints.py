@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.npz import NPY_DTYPES, NpzReader, damaged, npz_parts
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
 
 Shape = tuple[int, ...]
 
@@ -631,6 +632,13 @@ def convert(
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, staging / name)
         _write_config(staging, checkpoint.config, to or checkpoint.dtype)
+        of_processor = [staging / "tokenizer.json", staging / "preprocessor_config.json"]
+        bare = (staging / "tokenizer.model").exists() and not all(path.exists() for path in of_processor)
+        if format == "safetensors" and bare:
+            # big_vision's checkpoints come without the files that transformers reads a processor from.
+            vision = checkpoint.config.vision_config
+            tokenizer = load_tokenizer(checkpoint.folder)
+            PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(staging)
         if format == "npz":
             written = json.loads((staging / "config.json").read_text())
             if (folder / "config.json").exists() and _json(folder / "config.json") != written:

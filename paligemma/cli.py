@@ -173,7 +173,7 @@ def info(model: Annotated[str, typer.Argument()] = "tiny", revision: Revision = 
     from paligemma.info import describe as describe_checkpoint
     from paligemma.info import render
 
-    typer.echo(render(describe_checkpoint(model)))
+    typer.echo(render(describe_checkpoint(model, revision)))
 
 
 @app.command()
@@ -181,12 +181,13 @@ def convert(
     source: Annotated[str, typer.Argument(help="A hub id, a folder or an .npz.")],
     target: Annotated[Path, typer.Argument(help="A folder, or a file that ends in .npz.")],
     dtype: Dtype = None,
+    revision: Revision = None,
 ) -> None:
     """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz."""
     from paligemma.checkpoints import convert as convert_checkpoint
     from paligemma.utils import resolve
 
-    convert_checkpoint(resolve(source), target, dtype=dtype)
+    convert_checkpoint(resolve(source, revision=revision), target, dtype=dtype)
 
 
 @app.command()

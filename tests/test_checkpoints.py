@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from make_tokenizer import build_sentencepiece
 from reference import make_inputs, make_theirs, randomize, tiny_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,7 @@ from paligemma.checkpoints import (
     save_pretrained,
 )
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import load_tokenizer
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc or sets a limit on files")
@@ -887,6 +889,18 @@ def test_there_and_back_gives_the_same_files(model, tmp_path):
     assert digests(tmp_path / "c") == digests(tmp_path / "a")
     convert(tmp_path / "b", tmp_path / "d" / "x.npz")
     assert digests(tmp_path / "d") == digests(tmp_path / "b")
+
+
+def test_a_big_vision_checkpoint_becomes_a_folder_whose_processor_transformers_reads(tmp_path):
+    tokenizer = load_tokenizer(build_sentencepiece(tmp_path / "a"))
+    model = make_model("gemma", vocab_size=len(tokenizer) + 3, image_token_index=tokenizer.image_token_id)
+    write_npz(tmp_path / "a" / "a.npz", model.config, bigvision_arrays(model))
+    convert(tmp_path / "a", tmp_path / "b")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "b")
+    text = "detect cat ; dog\n<loc0012><seg003>"
+    assert processor.tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    assert processor.image_processor.size["height"] == model.config.vision_config.image_size
+    assert_same_weights(load_model(tmp_path / "b"), model)
 
 
 def test_convert_between_layouts_and_dtypes(model, tmp_path):
