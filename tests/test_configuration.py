@@ -169,7 +169,9 @@ def test_paligemma_2_as_published():
     assert (text.attn_logit_softcapping, text.final_logit_softcapping) == (50.0, 30.0)
     assert text.query_scale == 256**-0.5
     assert [text.window(layer) for layer in range(26)] == [4096, None] * 13
-    assert config.eos_token_id == 1  # not Gemma's end of a chat turn, 107
+    # Not Gemma's end of a chat turn, 107, even if the list is all there is.
+    assert config.eos_token_id == 1
+    assert PaliGemmaConfig.from_dict(edited(PALIGEMMA_2, drop=["eos_token_id"])).eos_token_id == 1
 
 
 def test_paligemma_2_28b_scales_its_queries_by_a_number_of_its_own():
@@ -211,6 +213,12 @@ def test_what_transformers_writes_for_its_own_defaults(text_config):
     ours = PaliGemmaConfig.from_dict(theirs.to_dict())
     assert ours.text_config.hidden_size == theirs.text_config.hidden_size
     assert ours.vision_config.intermediate_size == theirs.vision_config.intermediate_size == 4096
+
+
+def test_another_base_of_the_positions_as_transformers_writes_it():
+    text = {"model_type": "gemma", "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    theirs = transformers.PaliGemmaConfig(text_config=text, image_token_index=257152)
+    assert PaliGemmaConfig.from_dict(theirs.to_dict()).text_config.rope_theta == 500.0
 
 
 @pytest.mark.parametrize("published", [PALIGEMMA_1, PALIGEMMA_2, PALIGEMMA_2_28B])

@@ -72,13 +72,15 @@ def test_batched_is_single(model, side):
 def test_rows_of_a_cache_can_be_chosen(model):
     """What beams do: go on with row 1 twice, row 0 is gone."""
     prompt = make_inputs(model.config, prefix=[6, 2])
-    S, token = prompt["input_ids"].shape[1], torch.tensor([[7], [8]])
+    S, token = prompt["input_ids"].shape[1], torch.tensor([[8], [8]])
     caches = [KVCache(model.config.text_config, 2, S + 1) for _ in range(2)]
     for cache in caches:
         model(**prompt, cache=cache)
     caches[1].select(torch.tensor([1, 1]))
-    chosen = model(token, cache=caches[1]).logits[1]
-    assert_close(chosen, model(token, cache=caches[0]).logits[1], atol=2e-5, rtol=0)
+    expected = model(token, cache=caches[0]).logits[1]
+    for chosen in model(token, cache=caches[1]).logits:
+        assert_close(chosen, expected, atol=2e-5, rtol=0)
+    assert caches[1].lengths.tolist() == [S - 3, S - 3]
 
 
 @torch.no_grad()
