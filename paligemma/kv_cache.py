@@ -70,8 +70,11 @@ class KVCache:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes one layer's new keys and values [B, K, S, E] into the columns that `extend` opened.
 
-        Returns views of everything stored so far for that layer, [B, K, T, E] each.
+        Returns views of everything stored so far for that layer, [B, K, T, E] each. Raises ValueError if the cache was
+        made for another dtype.
         """
+        if keys.dtype != self.keys[layer].dtype:
+            raise ValueError(f"the cache holds {self.keys[layer].dtype}, the model computes in {keys.dtype}")
         columns = slice(self.used - keys.shape[2], self.used)
         self.keys[layer][:, :, columns] = keys
         self.values[layer][:, :, columns] = values

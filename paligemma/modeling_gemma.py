@@ -319,7 +319,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
         # One new token: its G query heads become G queries to the one key head they share, so no key is repeated.
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, K, G, E]
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    # Views where K = 1, as in all of PaliGemma 1. (`enable_gqa=True` says the same, but not every backend has a fused
+    # kernel that takes it together with a mask; without one all scores would be held at once.)
+    G = q.shape[1] // k.shape[1]
+    k, v = (x[:, :, None].expand(-1, -1, G, -1, -1).flatten(1, 2) for x in (k, v))  # [B, H, T, E]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 class GemmaAttention(nn.Module):
@@ -617,7 +621,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, input_ids {list(input_ids.shape)}")
         valid = attention_mask.bool()
         if token_type_ids is None:
-            if continues:
+            if continues:  # only a shape: `cached_mask` knows that all of them are suffix
                 token_type_ids = torch.full_like(input_ids, SUFFIX)
             elif labels is not None:
                 token_type_ids = token_types_from_labels(labels)

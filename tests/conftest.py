@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models of the tests are so small that threads would only wait for each other
+
 
 @pytest.fixture(autouse=True)
 def deterministic():
