@@ -292,10 +292,11 @@ def test_shapes_that_do_not_fit_together():
 def test_a_cache_of_another_dtype_is_refused():
     model = build("gemma").bfloat16()
     inputs = make_inputs(model.config, prefix=[3])
-    with pytest.raises(ValueError, match="the cache holds torch.float32, the model computes in torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"the cache holds torch\.float32, the model computes in torch\.bfloat16"):
         model(**inputs, cache=KVCache(model.config.text_config, 1, 20))
 
 
+@torch.no_grad()
 def test_a_cache_used_wrongly():
     model = build("gemma")
     inputs = make_inputs(model.config, prefix=[5, 3])
