@@ -47,10 +47,22 @@ ROWS_ALONE = 3  # rows of a picture in a step with the true mask
 
 # How often which task is drawn, where the scene allows it.
 TASK_WEIGHTS = {
-    "caption": 1.3, "what": 1.0, "largest": 1.0, "color": 1.0, "background": 0.3, "exists": 0.9, "count": 1.3,
-    "count_all": 0.6, "left_right": 1.6, "left_of": 1.4, "detect_one": 1.3, "detect_all": 1.2, "detect_absent": 0.4,
-    "segment": 1.2, "ocr": 1.6,
-}  # fmt: skip
+    "caption": 1.1,
+    "what": 0.8,
+    "largest": 0.8,
+    "color": 1.3,
+    "background": 0.3,
+    "exists": 1.5,
+    "count": 1.4,
+    "count_all": 0.5,
+    "left_right": 1.6,
+    "left_of": 1.3,
+    "detect_one": 2.0,
+    "detect_all": 0.9,
+    "detect_absent": 0.4,
+    "segment": 0.6,
+    "ocr": 0.8,
+}
 
 
 def mask_codes(path: Path, codec: MaskCodec) -> np.ndarray:
@@ -73,10 +85,18 @@ class TalkBatches:
     """Batches of pictures with rows, as a function of the step. `size` pictures a step, from four shards at a time."""
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, codec: MaskCodec, size: int, alone: int = 4, seed: int = 0
-    ):  # fmt: skip
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        codec: MaskCodec,
+        size: int,
+        alone: int = 4,
+        extra: int = 2,
+        seed: int = 0,
+    ):
         self.folder, self.tokenizer, self.codec, self.size, self.seed = folder, tokenizer, codec, size, seed
         self.alone = alone  # every so many steps one with the true mask
+        self.extra = extra  # pictures without rows, for the patches' loss alone, to each with rows: they are cheap
         self.mixed = 4
         self.encode = lru_cache(maxsize=4096)(tokenizer.encode)
         self.tasks = list(TASK_WEIGHTS)
@@ -106,8 +126,16 @@ class TalkBatches:
             for i in chosen_rows:
                 made = self._rows(shard.scene(i), codes[counts[i] : counts[i + 1]], rng, alone)
                 sequences.extend([[row] for row in made] if alone else [made])
+        for shard, _, _ in self._shards:
+            looked_at = rng.integers(len(shard), size=self.extra * share)
+            signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in looked_at], bool)
+            image, target = targets_of(shard, looked_at, (rng.random(len(signs)) < 0.5) & ~signs)
+            images.append(image)
+            targets.append(target)
         batch = {name: torch.from_numpy(np.concatenate([t[name] for t in targets])) for name in targets[0]}
         batch["pixel_values"] = pixels(np.concatenate(images))
+        talked_about = share * self.mixed
+        batch["features"] = torch.tensor([talked_about, len(sequences) // talked_about])
         return batch | self._tensors(sequences, alone)
 
     def _rows(
@@ -205,8 +233,8 @@ def talk_loss(first_loc: int, auxiliary: float = 0.3, sigma: float = 0.8) -> Los
     def loss(both: Any, batch: dict[str, Tensor]) -> tuple[Tensor, float, dict[str, float]]:
         model = both.model
         patches = model.vision_tower(batch["pixel_values"])  # [n, P, vision width]
-        features = model.multi_modal_projector(patches)
-        repeat = len(batch["input_ids"]) // len(features)
+        talked_about, repeat = batch["features"].tolist()  # how many pictures have rows, and how many sequences each
+        features = model.multi_modal_projector(patches[:talked_about])
         features = features.repeat_interleave(repeat, 0)
         x = model.embed(batch["input_ids"], features)
         offset = model.config.text_config.position_offset

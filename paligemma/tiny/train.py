@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma.checkpoints import save_pretrained
@@ -29,7 +30,7 @@ from paligemma.tiny.recipe_codec import train_codec
 from paligemma.tiny.recipe_rows import TalkBatches, talk_loss
 from paligemma.tiny.recipe_scenes import write_shard
 from paligemma.tiny.recipe_tokenizer import build_tokenizer
-from paligemma.tiny.vision_first import HEADS, PatchHeads, Vision, initialize, train_vision
+from paligemma.tiny.vision_first import HEADS, PatchHeads, SceneBatches, Vision, initialize, train_vision, waves
 from paligemma.train import checkpointing, distributed
 from paligemma.train.loop import TrainConfig
 from paligemma.train.loop import train as run
@@ -45,9 +46,9 @@ def model_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
         vocab_size=64 * math.ceil(len(tokenizer) / 64),
         hidden_size=256,
         intermediate_size=640,
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         num_attention_heads=4,
-        num_key_value_heads=1,
+        num_key_value_heads=4,
         head_dim=64,
         max_position_embeddings=1024,
     )
@@ -64,7 +65,7 @@ class Talker(nn.Module):
         self.model.set_explicit_attention(True)
 
 
-def begin_talking(vision: Vision, tokenizer: Tokenizer, config: PaliGemmaConfig) -> Talker:
+def begin_talking(vision: Vision, tokenizer: Tokenizer, config: PaliGemmaConfig, scenes: dict[str, Tensor]) -> Talker:
     """A model that sees as `vision` does and whose words lie where the patches' heads look for them.
 
     The decoder's embedding is also its output layer. So the word "dog" begins in the direction in which a patch says
@@ -90,10 +91,56 @@ def begin_talking(vision: Vision, tokenizer: Tokenizer, config: PaliGemmaConfig)
     for token, direction in words_of_heads(tokenizer, directions):
         direction = projector @ (direction - direction.mean())
         embedding[token] = 0.5 * embedding[token] + direction * (D**0.5 / direction.norm())
-    embedding[tokenizer.first_loc_id : tokenizer.first_loc_id + 1024] = smooth_code(1024, D) * D**0.5
+    embedding[tokenizer.first_loc_id : tokenizer.first_loc_id + 1024] = location_words(D) * D**0.5
     embedding /= embedding.norm(dim=1, keepdim=True)  # times sqrt(D) on the way in: as large as image features
     decoder.embed_tokens.weight.data.copy_(embedding)
+    look_for_words(talker, tokenizer, scenes, copied=0.7)
     return talker
+
+
+def look_for_words(talker: Talker, tokenizer: Tokenizer, scenes: dict[str, Tensor], copied: float) -> None:
+    """The decoder's first attention begins as a look-up: "dog" finds the patches that show one and copies what they say.
+
+    Everything that is asked about a thing (is it there, where, what colour, left or right of another) begins with
+    finding it, and learning to find takes thousands of steps. Here query and key are solved for by least squares: a
+    word says its class, a patch of `scenes` (a batch of `SceneBatches`) says what it shows, a word as key says no.
+    Rotary positions turn the first half of a head's pairs too fast to compare words with patches sixty places away:
+    the look-up lives in the slow half.
+    """
+    decoder = talker.model.language_model.model
+    attention, E = decoder.layers[0].self_attn, decoder.config.head_dim
+    embedding = decoder.embed_tokens.weight.data
+    D, classes = embedding.shape[1], len(world.LABELS)
+    named, importance = torch.zeros(len(embedding), classes), torch.ones(len(embedding), 1)
+    for i, label in enumerate(world.LABELS):
+        for word in (label, " " + label, " " + rows.plural(label)):
+            token = tokenizer.encode(word)[0]
+            named[token, i], importance[token] = 1.0, 10.0
+    words = F.rms_norm(embedding, (D,))  # as the layer's norm hands them on
+    query = least_squares(words, named, importance)
+    with torch.no_grad():
+        patches = F.rms_norm(talker.model.encode_image(scenes["pixel_values"]), (D,)).flatten(0, 1)
+    shown = F.one_hot(scenes["class"].flatten(), classes + 1)[:, 1:].float()
+    inputs, targets = torch.cat([patches, words]), torch.cat([shown, torch.full_like(named, -0.5)])
+    weight = 1.0 + 5.0 * shown.sum(1, keepdim=True)  # most patches are background
+    key = least_squares(inputs, targets, torch.cat([weight, importance]))
+    # 73 classes in the slow 32 of 64 dimensions: a random projection keeps them apart.
+    mixed = torch.randn(E // 2, classes, generator=torch.Generator().manual_seed(3)) * (E // 2) ** -0.5
+    slow = [i for i in range(E) if i % (E // 2) >= E // 4]
+    value = nn.init.orthogonal_(torch.empty(D, D))
+    sharp = 24 * E**0.5
+    attention.q_proj.weight.data.mul_(0.1).unflatten(0, (-1, E))[:, slow] += sharp**0.5 * mixed @ query
+    attention.k_proj.weight.data.mul_(0.1).unflatten(0, (-1, E))[:, slow] += sharp**0.5 * mixed @ key
+    attention.v_proj.weight.data.copy_(value)
+    attention.o_proj.weight.data.copy_(copied * value.T)
+
+
+def least_squares(inputs: Tensor, targets: Tensor, importance: Tensor) -> Tensor:
+    """The matrix [outputs, inputs] that maps rows of `inputs` to rows of `targets` best."""
+    weighted = (inputs * importance).T
+    square = weighted @ inputs
+    square += 1e-3 * square.diagonal().mean() * torch.eye(len(square))
+    return torch.linalg.solve(square, weighted @ targets).T
 
 
 def words_of_heads(tokenizer: Tokenizer, directions: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
@@ -119,12 +166,15 @@ def words_of_heads(tokenizer: Tokenizer, directions: dict[str, Tensor]) -> list[
     return list(sums.items())
 
 
-def smooth_code(count: int, size: int) -> Tensor:
-    """[count, size] of norm 1: waves of many lengths over 0..count, so that neighbours are alike."""
-    place = torch.arange(count)[:, None] / count
-    frequency = 2.0 ** torch.linspace(-2, 5.5, 32)
-    waves = torch.cat([torch.sin(2 * math.pi * frequency * place), torch.cos(2 * math.pi * frequency * place)], 1)
-    code = waves @ torch.randn(64, size, generator=torch.Generator().manual_seed(2))
+def wave_directions(size: int) -> Tensor:
+    """A direction of norm 1 for each of the 64 waves in which locations are written: [64, size]."""
+    directions = torch.randn(64, size, generator=torch.Generator().manual_seed(2))
+    return directions / directions.norm(dim=1, keepdim=True)
+
+
+def location_words(size: int) -> Tensor:
+    """First embeddings of the 1,024 locations, [1024, size] of norm 1: waves, so that neighbours are alike."""
+    code = waves(torch.arange(1024) / 1024) @ wave_directions(size)
     return code / code.norm(dim=1, keepdim=True)
 
 
@@ -138,6 +188,7 @@ def train_talking(
     minutes: float | None = None,
     decay_from: float = 0.5,
     alone: int = 4,
+    extra: int = 2,
     folder: str = "talk",
     weights: Path | None = None,
 ) -> Talker:
@@ -147,14 +198,16 @@ def train_talking(
     vision = Vision(VISION)
     seen = checkpointing.load_last(out / "vision" / "checkpoints")
     if seen is not None:
-        vision.load_state_dict(seen["average"])
-    talker = begin_talking(vision, tokenizer, config)
+        load_weights(vision, seen["average"])
+    talker = begin_talking(vision, tokenizer, config, SceneBatches(out / "scenes", 256)(0, 0, 1))
     if weights is not None:
-        talker.load_state_dict(checkpointing.load(weights)["average"])
-    optimizers = muon_and_adamw(talker, lr=lr, adamw_lr=lr / 2, slower=("vision_tower", vision_lr))
-    batches = TalkBatches(out / "scenes", tokenizer, MaskCodec.load(out / "codec.safetensors"), batch, alone=alone)
+        load_weights(talker, checkpointing.load(weights)["average"])
+    optimizers = muon_and_adamw(talker, lr=lr, adamw_lr=lr / 3, weight_decay=0.1, slower=("vision_tower", vision_lr))
+    batches = TalkBatches(
+        out / "scenes", tokenizer, MaskCodec.load(out / "codec.safetensors"), batch, alone=alone, extra=extra
+    )
     settings = TrainConfig(
-        steps=steps, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=20,
+        steps=steps, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=40,
         save_every=90,
     )  # fmt: skip
     run(
@@ -166,6 +219,16 @@ def train_talking(
         optimizers=optimizers,
     )
     return talker
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Weights of an earlier session, which may have had fewer patch heads (what is new keeps its beginning) or fewer
+    key/value heads (copies of them compute the same)."""
+    for name, value in module.state_dict().items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            value.copy_(state[name].repeat(len(value) // len(state[name]), 1))
+        else:
+            value[: len(state[name])] = state[name]
 
 
 def package(state: Path, codec: Path, folder: Path) -> None:
@@ -228,6 +291,7 @@ def main() -> None:
     parser.add_argument("--auxiliary", type=float, default=0.3)
     parser.add_argument("--decay-from", type=float, default=0.5)
     parser.add_argument("--alone", type=int, default=4)
+    parser.add_argument("--extra", type=int, default=2)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--folder", default="talk")
     parser.add_argument("--weights", type=Path)

@@ -13,6 +13,7 @@ Letters: n pictures, G patches in a row, D width of the vision model.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ HEADS = {
     "order": 7,  # 0 background, else which object from the left
     "same": 7,  # how many objects have its label
     "total": 7,  # how many objects there are
+    "edges": 4 * 64,  # where its box is in the picture, in the waves that location tokens begin with
 }
 NONE = -100  # no target here
 
@@ -78,9 +80,12 @@ class PatchHeads(nn.Module):
         letter = targets["characters"].flatten()
         on_sign = (label == len(world.LABELS)).repeat_interleave(2)
         parts["characters"] = F.cross_entropy(letters[on_sign], letter[on_sign]) if on_sign.any() else letters.sum() * 0
+        waves_off = (said["edges"][thing] - waves(targets["edges"].flatten(0, 1)[thing]).flatten(1)).square()
+        parts["edges"] = waves_off.mean()
         loss = (
             parts["class"] + 0.5 * parts["tint"] + 0.25 * parts["background"] + 10 * parts["box"] + parts["mask"]
             + 0.7 * parts["characters"] + 0.4 * parts["order"] + 0.3 * parts["same"] + 0.2 * parts["total"]
+            + 4 * parts["edges"]
         )  # fmt: skip
         with torch.no_grad():
             figures = {f"loss/{name}": float(value) for name, value in parts.items()}
@@ -103,7 +108,11 @@ def targets_of(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np
     labels = [[thing["label"] for thing in shard.facts["objects"][i]] for i in rows]
     # lookup[n, k]: what holds for object k - 1; 0 is the background
     order, same = np.zeros((2, len(rows), 8), np.int64)
+    edges = np.zeros((len(rows), 8, 4), np.float32)  # in sides of the picture
     for n, names in enumerate(labels):
+        boxes = np.float32([thing["box"] for thing in shard.facts["objects"][rows[n]]])
+        boxes /= shard.facts["scenes"][rows[n]]["size"]
+        edges[n, 1 : 1 + len(names)] = boxes if not mirrored[n] else np.abs(boxes[:, [2, 1, 0, 3]] - [1, 0, 1, 0])
         same[n, 1 : 1 + len(names)] = [names.count(name) for name in names]
         if mirrored[n]:  # then the first from the left is the one whose right edge was last
             ends = [-thing["box"][2] for thing in shard.facts["objects"][rows[n]]]
@@ -118,6 +127,7 @@ def targets_of(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np
         "mask": np.unpackbits(a["mask"][rows][..., None], axis=-1).astype(np.float32),  # [n, G, G, 8, 8]
         "characters": a["characters"][rows].astype(np.int64),
         "order": order[pick, index + 1],
+        "edges": edges[pick, index + 1],
         "same": same[pick, index + 1],
     }
     if mirrored.any():
@@ -133,6 +143,12 @@ def targets_of(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np
     flat = {name: value.reshape(len(rows), shape[1] * shape[2], *value.shape[3:]) for name, value in targets.items()}
     flat["mask"] = flat["mask"].reshape(len(rows), -1, 64)
     return image, flat
+
+
+def waves(place: Tensor) -> Tensor:
+    """[...] in [0, 1] -> [..., 64]: sines and cosines of 32 lengths, from four sides of the picture to three pixels."""
+    angles = 2 * math.pi * place[..., None] * 2.0 ** torch.linspace(-2, 5.5, 32)
+    return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 def pixels(image: np.ndarray) -> Tensor:

@@ -184,8 +184,10 @@ def train(
                 "model": model.state_dict(),
                 "optimizers": values,
                 "average": average,
-                "step": step,
                 "random": random,
+                "step": step,
+                "elapsed": elapsed + time.monotonic() - begun,
+                "finished": finished,
             }
             checkpointing.save(out / "checkpoints", step, state)
 
