@@ -351,9 +351,9 @@ def test_coco_at_the_other_scale(folder):
 
 @pytest.mark.parametrize("changes, words", [
     ({"annotations": [{"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1]}] * 3},
-     "3 annotations have a image_id that 'images' does not have, the first is annotations\\[0\\] with 99"),
+     "3 of 3 annotations have an unknown image_id, the first is annotations\\[0\\] with 99: add it to 'images'"),
     ({"annotations": [{"image_id": 10, "category_id": 7, "bbox": [0, 0, 1, 1]}]},
-     "1 annotations have a category_id that 'categories' does not have, the first is annotations\\[0\\] with 7"),
+     "1 of 1 annotations have an unknown category_id, the first is annotations\\[0\\] with 7: add it to 'categories'"),
     ({"annotations": [{"category_id": 7, "bbox": [0, 0, 1, 1]}]}, "annotations\\[0\\] has no 'image_id'"),
     ({"images": [{"file_name": "a.png"}]}, "images\\[0\\] has no 'id'"),
     ({"images": COCO["images"] * 2}, "several pictures with the same id"),

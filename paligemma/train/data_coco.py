@@ -82,7 +82,7 @@ def _all_known(path: Path, key: str, ids: Sequence[Any], known: dict[Any, Any], 
     unknown = [number for number, i in enumerate(ids) if i not in known]
     if unknown:
         raise ValueError(
-            f"{path}: {len(unknown)} annotations have a {key} that {where!r} does not have, the first is "
+            f"{path}: {len(unknown)} of {len(ids)} annotations have an unknown {key}, the first is "
             f"annotations[{unknown[0]}] with {ids[unknown[0]]!r}: add it to {where!r}, or remove them"
         )
 
