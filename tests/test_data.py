@@ -717,19 +717,21 @@ def test_twenty_thousand_rows(folder):
         assert rows[i].source.endswith(f":{i + 1}")
 
 
+# The peak is read from /proc: what getrusage says survives exec, so it would be at least that of this process.
 MEASURE = """
-import resource, sys, time
+import re, sys, time
 from paligemma.train.data import open_rows
 from paligemma.train.data_check import check
 start = time.process_time()
 report = check(open_rows(sys.argv[1]))
 assert report.ok, report
-seconds, memory = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(report.rows / seconds, memory)
+seconds = time.process_time() - start
+print(report.rows / seconds, int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024)
 """
 
 
 @pytest.mark.official
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_a_million_rows_are_checked_fast_and_in_little_memory(folder):
     """In a process of its own; of its processor time, so that it can be run on a busy machine."""
     path = write_many(folder, 1_000_000)
