@@ -612,7 +612,7 @@ def convert(
     format = format or ("npz" if target.suffix == ".npz" else "safetensors")
     if format not in ("safetensors", "npz"):
         raise ValueError(f"format is {format!r}, expected 'safetensors' or 'npz'")
-    if (target.suffix == ".npz") != (format == "npz") and target.suffix in (".npz", ".safetensors"):
+    if target.suffix == ".safetensors" or (target.suffix == ".npz" and format != "npz"):
         raise ValueError(f"{target} is to hold {format}: name a folder{' or an .npz' if format == 'npz' else ''}")
     folder = target.parent if target.suffix == ".npz" else target
     checkpoint = open_checkpoint(source)

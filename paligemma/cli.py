@@ -6,13 +6,16 @@ usage.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 app = typer.Typer(
     name="paligemma",
@@ -26,6 +29,7 @@ tiny_app = typer.Typer(help="The small world and the model that ships.", no_args
 app.add_typer(tiny_app, name="tiny")
 
 notes = Console(stderr=True, highlight=False)
+BATCH = 16  # pictures answered at a time
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a folder, or a big_vision .npz.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
@@ -48,20 +52,20 @@ def options(
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass  # `main` reads --debug itself: an error may come before or after this
+    pass  # `main` takes --debug out of the arguments: an error may come before or after this
 
 
 @app.command()
 def run(
     prompt: Annotated[str, typer.Argument(help="'caption en', 'answer en what is this ?', 'detect dog ; cat', ...")],
-    images: Annotated[list[str], typer.Argument(help="Pictures; '-' reads one from stdin.", metavar="IMAGE...")],
+    images: Annotated[list[str], typer.Argument(help="Pictures; '-' reads one from stdin.", metavar="IMAGE")],
     model: Model = "tiny",
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default 128; 512 for detect and segment.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sample, with this temperature. Default: greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the likeliest tokens that sum up to p.")] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beam search of this width.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     quantize: Annotated[str | None, typer.Option(help="Quantise the weights at load.")] = None,
@@ -76,8 +80,11 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
-    """Answer PROMPT about one or more pictures."""
-    if temperature is not None and temperature <= 0:
+    """Answer PROMPT about one or more pictures.
+
+    A picture that cannot be read is named on stderr; the others are answered all the same, and the exit code is 1.
+    """
+    if temperature is not None and not 0 < temperature < float("inf"):
         raise typer.BadParameter(f"--temperature is {temperature:g}, expected more than 0; leave it out for greedy")
     if top_p is not None and not 0 < top_p <= 1:
         raise typer.BadParameter(f"--top-p is {top_p:g}, expected a number in (0, 1]")
@@ -86,8 +93,9 @@ def run(
     samples = any(option is not None for option in (temperature, top_k, top_p))
     if samples and beams > 1:
         raise typer.BadParameter("--beams searches, --temperature, --top-k and --top-p sample: choose one")
-    if save is not None and len(images) > 1 and save.suffix:
-        raise typer.BadParameter(f"--save {save} names one file for {len(images)} pictures; name a folder")
+    if images.count("-") > 1:
+        raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
+    drawings = drawing_paths(save, images) if save is not None else []
 
     task = prompt.strip().partition(" ")[0]
     boxes = task in ("detect", "segment")
@@ -99,43 +107,117 @@ def run(
     from paligemma.inference import load
     from paligemma.processing_paligemma import load_image
 
-    pictures = [load_image(sys.stdin.buffer.read() if name == "-" else name) for name in images]
-    if model == "tiny":
-        notes.print(
-            "note: this is the embedded model; it knows only its small world of pictograms. "
-            "For photographs use official weights: --model google/paligemma2-3b-mix-224",
-            style="dim",
+    pg = None
+    bad = 0
+    for start in range(0, len(images), BATCH):  # no more pictures in memory than are answered at a time
+        pictures = {}
+        for n, name in enumerate(images[start : start + BATCH], start):
+            try:
+                pictures[n] = load_image(sys.stdin.buffer.read() if name == "-" else name)
+            except (ValueError, OSError) as error:
+                if len(images) == 1:
+                    raise
+                complain(error)
+                bad += 1
+        if not pictures:
+            continue
+        if pg is None:  # only now, so that a mistyped name is told at once
+            if model == "tiny":
+                note(
+                    "note: this is the embedded model; it knows only its small world of pictograms. "
+                    "For photographs use official weights: --model google/paligemma2-3b-mix-224"
+                )
+            with notes.status(Text(f"loading {model}")):
+                pg = load(
+                    model, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
+                    loc_scale=loc_scale,
+                )  # fmt: skip
+            codec = pg.codec if task == "segment" else None
+
+        terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
+        if terminal and not as_json and save is None and not boxes and len(images) == 1 and beams == 1:
+            for piece in pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling):
+                typer.echo(piece, nl=False)
+            typer.echo()
+            return
+
+        answers = pg.generate(
+            list(pictures.values()), prompt, max_new_tokens=budget, constrained=not free, codec=codec, **sampling
         )
-    with notes.status(f"loading {model}"):
-        pg = load(
-            model, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
-            loc_scale=loc_scale,
-        )  # fmt: skip
+        for (n, picture), answer in zip(pictures.items(), answers):
+            name = images[n]
+            if as_json:
+                echo_json(answer_as_json(name, prompt, answer))
+            else:
+                typer.echo(describe(answer) if len(images) == 1 else f"{name}: {describe(answer)}")
+            if not answer.finished:
+                note(f"note: {name}: stopped after {budget} tokens; --max-new-tokens allows more")
+            if save is not None:
+                # On a small picture the labels would hide what they name: it is drawn enlarged, to 512 pixels or more.
+                save_picture(pg.draw(picture, answer, scale=max(1, -(-512 // max(picture.size)))), drawings[n])
+                note(f"drawn: {drawings[n]}")
+    if bad:
+        note(f"note: {bad} of {len(images)} pictures could not be read")
+        raise typer.Exit(1)
 
-    live = sys.stdout.isatty() and not as_json and save is None and not boxes and len(pictures) == 1 and beams == 1
-    if live:
-        for piece in pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling):
-            typer.echo(piece, nl=False)
-        typer.echo()
-        return
 
-    codec = pg.codec if task == "segment" else None
-    answers = pg.generate(
-        pictures, prompt, max_new_tokens=budget, constrained=not free and beams == 1, codec=codec, **sampling
-    )
-    for name, picture, answer in zip(images, pictures, answers):
-        if as_json:
-            typer.echo(json.dumps(answer_as_json(name, prompt, answer), ensure_ascii=False))
-        else:
-            typer.echo(describe(answer) if len(images) == 1 else f"{name}: {describe(answer)}")
-        if not answer.finished:
-            notes.print(f"note: {name}: stopped after {budget} tokens; --max-new-tokens allows more", style="dim")
-        if save is not None:
-            target = save if save.suffix else save / f"{Path(name).stem or 'stdin'}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # On a small picture the labels would hide what they name: it is drawn enlarged, to 512 pixels or more.
-            pg.draw(picture, answer, scale=max(1, -(-512 // max(picture.size)))).save(target)
-            notes.print(f"drawn: {target}", style="dim")
+def drawing_paths(save: Path, images: list[str]) -> list[Path]:
+    """Where the drawing of each picture goes: `save` itself, or a PNG in the folder `save`, named after the picture and
+    numbered where two would have one name. No drawing replaces a picture that is read."""
+    read = {Path(name).resolve() for name in images if name != "-"}
+    if save.suffix and not save.is_dir():
+        from PIL import Image
+
+        if len(images) > 1:
+            raise typer.BadParameter(f"--save {save} names one file for {len(images)} pictures; name a folder")
+        if Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
+            raise typer.BadParameter(f"--save {save}: no picture is written as {save.suffix}; try .png")
+        if save.resolve() in read:
+            raise typer.BadParameter(f"--save {save} would replace the picture itself; choose another name")
+        return [save]
+    paths: list[Path] = []
+    taken: set[str] = set()  # in lower case: not every disk tells A.png from a.png
+    for name in images:
+        stem = "stdin" if name == "-" else Path(name).stem or "picture"
+        path, number = save / f"{stem}.png", 1
+        while str(path).lower() in taken or path.resolve() in read:
+            number += 1
+            path = save / f"{stem}-{number}.png"
+        taken.add(str(path).lower())
+        paths.append(path)
+    return paths
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """Written beside and renamed: a full disk leaves no half of a picture, and an old one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        picture.save(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def echo_json(value: Any) -> None:
+    """One line. Letters stay letters, unless stdout cannot hold them (another encoding, a file name that is none)."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    typer.echo(text)
+
+
+def note(text: str) -> None:
+    """A line on stderr. File names are no markup, and long lines are not broken."""
+    notes.print(text, style="dim", markup=False, soft_wrap=True)
+
+
+def complain(error: BaseException) -> None:
+    notes.print(f"error: {str(error) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True)
 
 
 def describe(answer: Any) -> str:
@@ -236,7 +318,7 @@ def evaluate(
         total=round(count * ROWS_PER_SCENE),
     )
     if as_json:
-        typer.echo(json.dumps(report.to_dict(), ensure_ascii=False))
+        echo_json(report.to_dict())
     else:
         Console().print(report.table())
 
@@ -268,12 +350,14 @@ def train(
 
 def main() -> None:
     """Runs the command line. Errors are a line on stderr; with --debug, a traceback."""
-    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
+    debug = len(arguments) < len(sys.argv) - 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer is not lost to a terminal without its letters
     try:
-        app(standalone_mode=True)
+        app(arguments, standalone_mode=True)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
         if debug:
             raise
-        message = str(error) or type(error).__name__
-        notes.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+        complain(error)
         sys.exit(1)

@@ -70,6 +70,11 @@ def take_fields(cls: type, given: dict[str, Any], where: str, required: tuple[st
         )
     # null is a value of its own where null is the default (no window, no cap); elsewhere it means the default.
     taken = {key: v for key, v in given.items() if key in fields and (v is not None or fields[key].default is None)}
+    for key, value in taken.items():
+        if fields[key].type in ("float", "float | None") and type(value) not in (int, float, type(None)):
+            raise ValueError(f"{where}.{key} is {value!r}, expected a number")
+    if not isinstance(taken.get("layer_types"), (list, tuple, type(None))):
+        raise ValueError(f"{where}.layer_types is {taken['layer_types']!r}, expected a list with a word for each layer")
     for key in (*required, "head_dim", "image_size", "max_position_embeddings"):
         if key in taken and (type(taken[key]) is not int or taken[key] <= 0):
             raise ValueError(f"{where}.{key} is {taken[key]!r}, expected a positive whole number")

@@ -137,7 +137,9 @@ class PaliGemma:
         """The answer to a question. With `choices`, one of these strings and nothing else."""
         prompts = [f"answer {language} {q}" for q in question] if isinstance(question, list) else None
         constraint = ChoiceGrammar(self.processor.tokenizer, list(choices)) if choices is not None else None
-        return self.generate(image, prompts or f"answer {language} {question}", constraint=constraint)
+        return self.generate(
+            image, f"answer {language} {question}" if prompts is None else prompts, constraint=constraint
+        )
 
     def ocr(self, image: ImageInput | list[ImageInput]) -> Any:
         """The text in the image."""
@@ -218,6 +220,11 @@ class PaliGemma:
         length_penalty, seed, as in `paligemma.generate`.
         """
         images, prompts, is_list = _broadcast(image, prompt)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
+        seeds = sampling.pop("seed", None)
+        if isinstance(seeds, Sequence) and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} rows: give one for all, or one for each")
         answers: list[Answer] = []
         features: dict[int, Any] = {}  # by identity: an image is loaded and encoded once, however many prompts it has
         for start in range(0, len(prompts), batch_size):
@@ -227,8 +234,9 @@ class PaliGemma:
                     id(one) for image in images[rows] for one in (image if isinstance(image, tuple) else (image,))
                 }
                 features = {key: value for key, value in features.items() if key in needed}
+            options = {**sampling, "seed": seeds[rows] if isinstance(seeds, Sequence) else seeds}
             answers += self._generate_batch(
-                images[rows], prompts[rows], features, max_new_tokens, constraint, constrained, codec, sampling
+                images[rows], prompts[rows], features, max_new_tokens, constraint, constrained, codec, options
             )
         return answers if is_list else answers[0]
 
@@ -393,9 +401,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

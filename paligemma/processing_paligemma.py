@@ -98,7 +98,8 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         raise ValueError(f"{name} is not a picture in any format that Pillow reads") from None
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"{name} is too large: {error}. Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+            f"{name} is too large: {str(error).rstrip('.')}. Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if "
+            "you trust it"
         ) from None
     except (MemoryError, Warning):
         raise

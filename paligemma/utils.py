@@ -85,6 +85,8 @@ def resolve(
     for float32. weights: False downloads the settings alone. Raises FileNotFoundError for a path that does not exist
     (which is never looked for on the hub), PermissionError for a gated repository, ValueError for an unknown id.
     """
+    if not str(model_path):
+        raise ValueError("the name of the model is empty: expected 'tiny', a hub id, a folder or a file")
     if model_path == "tiny":
         path = TINY
         if not path.is_dir():

@@ -365,7 +365,10 @@ def test_a_coco_file_that_does_not_fit_together(folder, changes, words):
 
 @pytest.mark.parametrize("annotation, category, problem", [
     ({"bbox": [50, 0, 10, 10]}, "dog", "box outside"),  # wholly
-    ({"bbox": [10, 0, 30, 25]}, "dog", "box outside"),  # in part
+    ({"bbox": [10, 0, 30, 25]}, "dog", "box outside"),  # in part, at each side
+    ({"bbox": [10, 0, 35, 20]}, "dog", "box outside"),
+    ({"bbox": [-5, 0, 35, 20]}, "dog", "box outside"),
+    ({"bbox": [0, -5, 35, 20]}, "dog", "box outside"),
     ({"bbox": [0, 0, 10, 10]}, "dog; small", "label with ;"),
     ({"bbox": [0, 0, -5, 10]}, "dog", "box or mask"),
     ({"bbox": [0, 0, 10]}, "dog", "box or mask"),
@@ -679,6 +682,7 @@ def test_lengths(folder, processor):
     report = check(rows, processor, max_length=short)
     assert report.counts == {"suffix too long": 1, "no room": 1}
     assert report.first["suffix too long"][0].row == 1 and report.first["no room"][0].row == 2
+    assert check(rows, processor, max_length=short - 1).counts == {"suffix too long": 2, "no room": 1}
     assert check(rows, processor, max_length=prefix).counts == {"no room": 3}
     with pytest.raises(ValueError, match="takes a processor"):
         check(rows, max_length=10)
@@ -761,6 +765,17 @@ def test_a_row_as_the_model_sees_it(folder, processor):
     assert red[side // 2 :].all(), "below the box"
 
 
+def test_the_picture_is_that_of_training(folder, processor):
+    """Pixel by pixel what the processor makes of it, each eleven times as large."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
+    row = open_rows(write_lines(folder, good(image="noise.png")))[0]
+    times = 320 // 28
+    drawn = np.asarray(show(row, processor))[12 : 12 + 28 * times : times, 12 : 12 + 28 * times : times]
+    trained_on = processor([row.prefix], [row.image])["pixel_values"][0].permute(1, 2, 0).numpy()
+    assert np.array_equal(drawn, np.rint((trained_on * 0.5 + 0.5) * 255))
+
+
 def test_padding_shows_where_rows_differ_in_length(folder, processor):
     rows = open_rows(write_lines(folder, good(), good(suffix="a dog and a cat on the house"), good(image=None)))
     one, both = show(rows[0], processor), show_rows(rows[:2], processor)
@@ -789,6 +804,9 @@ def test_the_mask_is_that_of_training(folder, processor):
     block = IMAGE_ROWS + 4
     assert seen.shape == (11, 11) and seen[:block, :block].all() and not seen[:block, block:].any()
     assert np.array_equal(seen[block:, block:], np.tril(np.ones((3, 3), bool)))
+    # and in the whole drawing: of two suffix tokens the first is seen by three, the second by two
+    whole = show(open_rows(write_lines(folder, good(prefix="caption en", suffix="a cat")))[0], processor)
+    assert count(whole, tuple(int(0.8 * value) for value in COLORS["suffix"])) == 5 * (150 // 11) ** 2
 
 
 def test_a_long_row_is_cut_short_and_says_so(folder, processor):

@@ -15,8 +15,8 @@ from paligemma.tiny import rows, world
 from paligemma.tiny.recipe_codec import WIDTHS
 from paligemma.tiny.recipe_rows import BIN_STEP, TalkBatches, packed_mask, smeared_cross_entropy, talk_loss
 from paligemma.tiny.recipe_scenes import SIDE, Shard, pack, picture, render_training_scene, shard_path, write_shard
+from paligemma.tiny.recipe_talk import Talker, begin_talking, load_weights, location_words
 from paligemma.tiny.recipe_tokenizer import build_tokenizer, world_words
-from paligemma.tiny.train import Talker, begin_talking, load_weights, location_words
 from paligemma.tiny.vision_first import PatchHeads, SceneBatches, Vision, targets_of
 
 torch.set_num_threads(1)

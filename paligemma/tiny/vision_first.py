@@ -44,6 +44,10 @@ HEADS = {
 }
 NONE = -100  # no target here
 
+VISION = SiglipVisionConfig(
+    hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, image_size=128, patch_size=16
+)
+
 
 class PatchHeads(nn.Module):
     """Features [n, P, D] -> one tensor [n, P, size] for each of HEADS, and the loss against what the renderer knows."""
@@ -246,13 +250,11 @@ def initialize(model: nn.Module) -> None:
 
 
 def main() -> None:
-    from paligemma.tiny.train import VISION
-
     parser = argparse.ArgumentParser(description="Train the vision model on what every patch shows.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scenes", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=10**9)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--decay-from", type=float, default=0.6)

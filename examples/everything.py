@@ -1,0 +1,34 @@
+"""Every task on one picture, with the embedded model.
+
+python examples/everything.py [picture] [overlay.png]
+"""
+
+import sys
+from pathlib import Path
+
+import paligemma
+
+here = Path(__file__).parent
+picture = sys.argv[1] if len(sys.argv) > 1 else here / "scene.png"
+overlay = sys.argv[2] if len(sys.argv) > 2 else here / "overlay.png"
+
+pg = paligemma.load("tiny")
+print("caption     ", pg.caption(picture).text)
+
+# Several prompts about one picture: it is encoded once.
+questions = ["how many objects are there ?", "what color is the background ?", "what is the largest object ?"]
+for question, answer in zip(questions, pg.ask(picture, questions)):
+    print(f"{question:32} {answer.text:10} {answer.score:.2f}")
+
+print("a choice    ", pg.ask(picture, "is there a dog ?", choices=["yes", "no"]).text)
+
+found = pg.detect(picture, ["dog", "car"])
+for item in found:
+    print(f"{item.label:12} {[round(edge) for edge in item.box]}  score {item.score:.2f}")
+
+masks = pg.segment(picture, "dog")
+for item in masks:
+    print(f"{item.label:12} {int(item.mask.sum())} pixels")
+
+pg.draw(picture, [*found, *masks]).save(overlay)
+print("drawn:", overlay)
