@@ -68,17 +68,22 @@ class NpzReader:
         self.arrays: dict[str, tuple[tuple[int, ...], torch.dtype | str]] = {}
         self._members: dict[str, tuple[str, int, bool]] = {}  # name in the archive, bytes before the data, order
         self._open: tuple[str, Any] = "", None
-        file: Any = parts[0].open("rb") if len(parts) == 1 else io.BufferedReader(_Joined(parts))
+        self._file: Any = parts[0].open("rb") if len(parts) == 1 else io.BufferedReader(_Joined(parts))
         try:
-            self._zip = zipfile.ZipFile(file)
+            self._zip = zipfile.ZipFile(self._file)
             for member in self._zip.infolist():
                 self._read_header(member)
         except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
-            file.close()
+            self._file.close()
             raise damaged(self.path, error) from None
 
     def close(self) -> None:
         self._zip.close()
+        self._file.close()  # an archive does not close a file that it was given
+
+    def __del__(self) -> None:
+        if hasattr(self, "_zip"):
+            self.close()  # nobody reads on once the checkpoint is gone
 
     def fill(self, key: str, out: Tensor, index: int | None = None) -> Tensor:
         """Reads an array, or its slice `index`, into `out`: contiguous, of that shape and dtype. Returns `out`.
