@@ -20,15 +20,15 @@ questions = ["how many objects are there ?", "what color is the background ?", "
 for question, answer in zip(questions, pg.ask(picture, questions)):
     print(f"{question:32} {answer.text:10} {answer.score:.2f}")
 
-print("a choice    ", pg.ask(picture, "is there a dog ?", choices=["yes", "no"]).text)
+print("a choice    ", pg.ask(picture, "is there an elephant ?", choices=["yes", "no"]).text)
 
-found = pg.detect(picture, ["dog", "car"])
+found = pg.detect(picture, ["elephant", "book"])
 for item in found:
     print(f"{item.label:12} {[round(edge) for edge in item.box]}  score {item.score:.2f}")
 
-masks = pg.segment(picture, "dog")
+masks = pg.segment(picture, "elephant")
 for item in masks:
     print(f"{item.label:12} {int(item.mask.sum())} pixels")
 
-pg.draw(picture, [*found, *masks]).save(overlay)
+pg.draw(picture, [*found, *masks], scale=2).save(overlay)
 print("drawn:", overlay)
