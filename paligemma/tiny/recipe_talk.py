@@ -97,7 +97,7 @@ def look_for_words(talker: Talker, tokenizer: Tokenizer, scenes: dict[str, Tenso
     the look-up lives in the slow half.
     """
     decoder = talker.model.language_model.model
-    attention, E = decoder.layers[0].self_attn, decoder.config.head_dim
+    attention, E = decoder.layers[0].get_submodule("self_attn"), decoder.config.head_dim
     embedding = decoder.embed_tokens.weight.data
     D, classes = embedding.shape[1], len(world.LABELS)
     named, importance = torch.zeros(len(embedding), classes), torch.ones(len(embedding), 1)
@@ -118,10 +118,13 @@ def look_for_words(talker: Talker, tokenizer: Tokenizer, scenes: dict[str, Tenso
     slow = [i for i in range(E) if i % (E // 2) >= E // 4]
     value = nn.init.orthogonal_(torch.empty(D, D))
     sharp = 24 * E**0.5
-    attention.q_proj.weight.data.mul_(0.1).unflatten(0, (-1, E))[:, slow] += sharp**0.5 * mixed @ query
-    attention.k_proj.weight.data.mul_(0.1).unflatten(0, (-1, E))[:, slow] += sharp**0.5 * mixed @ key
-    attention.v_proj.weight.data.copy_(value)
-    attention.o_proj.weight.data.copy_(copied * value.T)
+    weights = {
+        name: attention.get_parameter(f"{name}.weight").data for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    weights["q_proj"].mul_(0.1).unflatten(0, (-1, E))[:, slow] += sharp**0.5 * mixed @ query
+    weights["k_proj"].mul_(0.1).unflatten(0, (-1, E))[:, slow] += sharp**0.5 * mixed @ key
+    weights["v_proj"].copy_(value)
+    weights["o_proj"].copy_(copied * value.T)
 
 
 def least_squares(inputs: Tensor, targets: Tensor, importance: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ def train_talking(
     alone: int = 2,
     extra: int = 2,
 ) -> Talker:
-    """Stage 2, for `minutes`. Begins with what stage 1 left in `out/vision`, or with `weights`, a checkpoint of stage 2.
+    """Stage 2, for `minutes`. Begins with what stage 1 left in `out/vision`, or with a checkpoint of stage 2.
 
     batch:      pictures a step, with about a dozen rows each. alone, extra: see `TalkBatches`.
     vision_lr:  share of the learning rate for the vision tower. auxiliary: weight of the patches' loss.

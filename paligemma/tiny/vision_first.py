@@ -114,7 +114,7 @@ def targets_of(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np
     order, same = np.zeros((2, len(rows), 8), np.int64)
     edges = np.zeros((len(rows), 8, 4), np.float32)  # in sides of the picture
     for n, names in enumerate(labels):
-        boxes = np.float32([thing["box"] for thing in shard.facts["objects"][rows[n]]])
+        boxes = np.array([thing["box"] for thing in shard.facts["objects"][rows[n]]], np.float32)
         boxes /= shard.facts["scenes"][rows[n]]["size"]
         edges[n, 1 : 1 + len(names)] = boxes if not mirrored[n] else np.abs(boxes[:, [2, 1, 0, 3]] - [1, 0, 1, 0])
         same[n, 1 : 1 + len(names)] = [names.count(name) for name in names]
