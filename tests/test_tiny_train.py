@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import paligemma
 from paligemma.attention_mask import prefix_lm_mask
 from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig
@@ -17,6 +18,7 @@ from paligemma.tiny.recipe_rows import BIN_STEP, TalkBatches, packed_mask, smear
 from paligemma.tiny.recipe_scenes import SIDE, Shard, pack, picture, render_training_scene, shard_path, write_shard
 from paligemma.tiny.recipe_talk import Talker, begin_talking, load_weights, location_words
 from paligemma.tiny.recipe_tokenizer import build_tokenizer, world_words
+from paligemma.tiny.train import train
 from paligemma.tiny.vision_first import PatchHeads, SceneBatches, Vision, targets_of
 
 torch.set_num_threads(1)
@@ -147,7 +149,7 @@ def test_alone_the_loss_is_the_model_s_own_but_for_weights_and_smearing(
             attention_mask=(batch["row"] >= 0).long(),
             labels=batch["labels"],
         )
-    assert float(total) / weight == pytest.approx(float(out.loss), rel=1e-5)
+    assert float(total.detach()) / weight == pytest.approx(float(out.loss.detach()), rel=1e-5)
 
 
 def test_packing_changes_nothing_for_a_row(scenes_folder, tokenizer, codec, talker):
@@ -262,3 +264,16 @@ def test_more_key_heads_begin_as_copies_that_compute_the_same(tokenizer, talker)
     inputs = {"input_ids": torch.tensor([[*[tokenizer.image_token_id] * 64, 2, *tokenizer.encode("caption en"), 4]])}
     inputs["pixel_values"] = torch.rand(1, 3, 128, 128)
     torch.testing.assert_close(grown.model(**inputs).logits, narrow.model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_in_a_few_seconds(tmp_path, monkeypatch):
+    """Every stage for a step or two, then a second run that goes on, then a checkpoint that opens."""
+    for module in ("recipe_scenes", "recipe_rows", "vision_first"):
+        monkeypatch.setattr(f"paligemma.tiny.{module}.SHARD", 64)
+    train(0.1, tmp_path)
+    package = train(0.1, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("talk-*")) == ["talk-01", "talk-02"]
+    pg = paligemma.load(str(package), device="cpu")
+    assert isinstance(pg.caption(world.render(0).image).text, str)
+    assert pg.codec.num_codes == 128

@@ -170,6 +170,18 @@ def test_more_parts_than_rows(processor):
     assert batches(0, 1, 3) is not None and batches(0, 2, 3) is None
 
 
+def test_the_gradient_is_that_of_the_mean_over_all_answer_tokens(processor, tmp_path):
+    """An optimizer that ignores the gradient's size would hide a wrong divisor; clipping would not."""
+    model = make_model(processor)
+    batches = RowBatches(make_rows(), processor, batch_size=4)
+    model(**batches(0)).loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    model.zero_grad(set_to_none=True)
+    train(model, batches, TrainConfig(**{**SMALL, "steps": 1}, accumulate=2), tmp_path)
+    logged = json.loads((tmp_path / "log.jsonl").read_text())
+    assert logged["gradient"] == pytest.approx(float(norm), rel=1e-4)
+
+
 def test_accumulation_equals_the_large_batch(processor, tmp_path):
     """Rows of 1 to 4 answer tokens: a mean of means would be another number."""
     for name, accumulate in (("whole", 1), ("pieces", 4)):
