@@ -16,11 +16,11 @@ COLORS = ((36, 104, 228), (222, 60, 40), (46, 140, 62), (150, 70, 180), (230, 14
 Series = dict[str, list[tuple[float, float]]]  # name -> (minutes, value)
 
 
-def read_curves(log: Path, names: Sequence[str]) -> Series:
-    """The values of a `log.jsonl` against minutes of training."""
+def read_curves(logs: Sequence[Path], names: Sequence[str]) -> Series:
+    """The values of some `log.jsonl`, one run after the other, against minutes of training."""
     curves: Series = {name: [] for name in names}
     minutes = 0.0
-    for line in log.read_text().splitlines():
+    for line in (line for log in logs for line in log.read_text().splitlines()):
         entry = json.loads(line)
         minutes += entry.get("seconds", 0.0) / 60
         for name in names:
@@ -60,11 +60,11 @@ def draw_curves(panels: Sequence[tuple[str, Series]], width: int = 360, height: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the curve of a run.")
-    parser.add_argument("log", type=Path)
+    parser.add_argument("logs", type=Path, nargs="+", help="log.jsonl of one run after the other")
     parser.add_argument("--values", nargs="+", default=["talk", "words"], help="one panel each; a+b share a panel")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    panels = [(value.replace("+", ", "), read_curves(args.log, value.split("+"))) for value in args.values]
+    panels = [(value.replace("+", ", "), read_curves(args.logs, value.split("+"))) for value in args.values]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(panels).save(args.out)
 
