@@ -12,8 +12,8 @@ then see each other alone.
     p   1 1 0 0 1 0
     s   1 1 0 0 1 1
 
-Every row has the positions it would have alone. Every fourth step has the true mask, a row at a time, so that the
-model also learns to work as it will be used.
+Every row has the positions it would have alone. Every other step (`alone`) has the true mask, a row at a time, so
+that the model also learns to work as it will be used.
 
 Answers hold 1 to 60 tokens. Means over tokens would hide the one-word answers, means over rows the boxes: a token of
 a row of n answer tokens has the weight n^-0.5. A location's target is spread over its neighbours (sigma 0.8 bins):
@@ -90,7 +90,7 @@ class TalkBatches:
         tokenizer: Tokenizer,
         codec: MaskCodec,
         size: int,
-        alone: int = 4,
+        alone: int = 2,
         extra: int = 2,
         seed: int = 0,
     ):

@@ -51,7 +51,7 @@ def train(minutes: float, out: str | Path = "runs/tiny", resume: bool = True) ->
             say("mask codec")
             train_codec(scenes, codec, steps=min(2000, 20 * round(minutes)), say=say)
     distributed.wait_for_all()
-    sessions = sorted(out.glob("talk-*"))
+    sessions = sorted(out.glob("talk-[0-9][0-9]"))
     if not sessions:
         say("vision first")
         train_vision(VISION, scenes, vision, steps=10**9, minutes=0.35 * minutes)
@@ -62,7 +62,7 @@ def train(minutes: float, out: str | Path = "runs/tiny", resume: bool = True) ->
         folder = sessions[-1].name
         train_talking(out, minutes=last["elapsed"] / 60 + left, folder=folder)
     else:
-        folder = f"talk-{len(sessions) + 1:02d}"
+        folder = f"talk-{int(sessions[-1].name[-2:]) + 1 if sessions else 1:02d}"
         weights = checkpointing.checkpoints(sessions[-1] / "checkpoints")[-1] if last is not None else None
         train_talking(out, minutes=left, folder=folder, weights=weights)
     if rank == 0:
