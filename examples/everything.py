@@ -20,13 +20,13 @@ questions = ["how many objects are there ?", "what color is the background ?", "
 for question, answer in zip(questions, pg.ask(picture, questions)):
     print(f"{question:32} {answer.text:10} {answer.score:.2f}")
 
-print("a choice    ", pg.ask(picture, "is there an elephant ?", choices=["yes", "no"]).text)
+print("a choice    ", pg.ask(picture, "is there a cat ?", choices=["yes", "no"]).text)
 
-found = pg.detect(picture, ["elephant", "book"])
+found = pg.detect(picture, ["heart", "cat"])
 for item in found:
     print(f"{item.label:12} {[round(edge) for edge in item.box]}  score {item.score:.2f}")
 
-masks = pg.segment(picture, "elephant")
+masks = pg.segment(picture, "heart")
 for item in masks:
     print(f"{item.label:12} {int(item.mask.sum())} pixels")
 
