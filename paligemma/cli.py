@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,14 +98,14 @@ def run(
 
     task = prompt.strip().partition(" ")[0]
     boxes = task in ("detect", "segment")
-    budget = max_new_tokens or (512 if boxes else 128)
     sampling: dict[str, Any] = {"num_beams": beams}
     if samples:
         sampling = {"do_sample": True, "temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed}
 
-    from paligemma.inference import load
+    from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, load
     from paligemma.processing_paligemma import load_image
 
+    budget = max_new_tokens or (BOX_BUDGET if boxes else TEXT_BUDGET)
     pg = None
     bad = 0
     for start in range(0, len(images), BATCH):  # no more pictures in memory than are answered at a time
@@ -190,15 +189,13 @@ def drawing_paths(save: Path, images: list[str]) -> list[Path]:
 
 def save_picture(picture: Any, path: Path) -> None:
     """Written beside and renamed: a full disk leaves no half of a picture, and an old one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    from paligemma.files import written_whole
+
     try:
-        picture.save(beside)
-        os.replace(beside, path)
+        with written_whole(path) as beside:
+            picture.save(beside)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def echo_json(value: Any) -> None:

@@ -230,9 +230,7 @@ class PaliGemma:
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             if start:  # keep what is still needed
-                needed = {
-                    id(one) for image in images[rows] for one in (image if isinstance(image, tuple) else (image,))
-                }
+                needed = {id(one) for image in images[rows] for one in _seen_together(image)}
                 features = {key: value for key, value in features.items() if key in needed}
             options = {**sampling, "seed": seeds[rows] if isinstance(seeds, Sequence) else seeds}
             answers += self._generate_batch(
@@ -312,7 +310,7 @@ class PaliGemma:
         features: (image features [P, D], size) by the identity of the image; filled with what is new, so that an
         image with many prompts is loaded, resized and encoded once.
         """
-        rows = [image if isinstance(image, tuple) else (image,) for image in images]
+        rows = [_seen_together(image) for image in images]
         if not all(rows):
             raise ValueError("an empty tuple of images: a row needs at least one")
         inputs: dict[str, Any] = self.processor.lay_out(prompts, [len(row) for row in rows])
@@ -338,6 +336,11 @@ def _labels(labels: str | Sequence[str]) -> list[str]:
         if ";" in label:
             raise ValueError(f"the label {label!r} contains ';', which separates labels: pass a list instead")
     return list(dict.fromkeys(labels))
+
+
+def _seen_together(image: ImageInput) -> tuple[ImageInput, ...]:
+    """The images of a row: those of a tuple, or the one."""
+    return image if isinstance(image, tuple) else (image,)
 
 
 def _broadcast(image: Any, prompt: Any) -> tuple[list[ImageInput], list[str], bool]:

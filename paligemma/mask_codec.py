@@ -16,14 +16,12 @@ Letters: N masks, E width of a codebook vector, K codebook vectors.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from paligemma.files import written_whole
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
@@ -260,9 +260,11 @@ class MaskCodec(nn.Module):
         if path.suffix == ".safetensors":
             from safetensors.numpy import save
 
-            _write_beside(path, lambda file: file.write(save({k: np.ascontiguousarray(v) for k, v in arrays.items()})))
+            with written_whole(path) as beside:
+                beside.write_bytes(save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
         elif path.suffix == ".npz":
-            _write_beside(path, lambda file: np.savez(file, **arrays))
+            with written_whole(path) as beside:
+                np.savez(beside, **arrays)
         else:
             raise ValueError(f"a mask codec is saved as .npz or .safetensors, got {path.name!r}")
 
@@ -396,20 +398,6 @@ def _check_names_and_shapes(path: Path, expected: Mapping[str, Tensor], arrays: 
         raise ValueError(f"{path} is not a mask codec in the layout of vae-oid.npz: " + "; ".join(problems))
 
 
-def _write_beside(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write to a temporary file in the same folder and rename it: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600, which is wrong for a shared cache
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _download() -> Path:
     """The official file, from the cache or from where big_vision publishes it."""
     from huggingface_hub import constants
@@ -434,7 +422,8 @@ def _download() -> Path:
             raise OSError(f"the connection ended after {file.tell():,} of {total:,} bytes")
 
     try:
-        _write_beside(path, fetch)
+        with written_whole(path) as beside, beside.open("wb") as file:
+            fetch(file)
     except OSError as error:  # URLError and timeouts are OSErrors
         raise OSError(f"cannot download the mask codec to {path}: {error}. {help_}") from error
     return path

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paligemma.formats import rle_encode
 from paligemma.tiny.rows import TASKS, caption, location, plural, rows, sample_row
-from paligemma.tiny.scenes import run_lengths, write_scenes
+from paligemma.tiny.scenes import write_scenes
 from paligemma.tiny.world import (
     BACKGROUNDS,
     CHARACTERS,
@@ -557,7 +558,7 @@ def test_run_lengths(corner):
     mask = np.zeros((2, 3), bool)
     mask[1, 0] = mask[0, 1] = True  # down the columns: 0 1 1 0 0 0
     mask[0, 0] = corner
-    assert run_lengths(mask) == {"size": [2, 3], "counts": [0, 3, 3] if corner else [1, 2, 3]}
+    assert rle_encode(mask) == {"size": [2, 3], "counts": [0, 3, 3] if corner else [1, 2, 3]}
 
 
 def test_written_scenes_can_be_read_back(tmp_path):

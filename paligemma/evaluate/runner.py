@@ -33,11 +33,10 @@ from paligemma.evaluate.intervals import ratio_interval
 from paligemma.evaluate.measures import MEASURES, Measure, Ratios
 from paligemma.evaluate.report import Counts, Figure, Report, number, write_lines, write_text
 from paligemma.evaluate.rows import Example, Prediction
+from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
 
 if TYPE_CHECKING:
     from paligemma.inference import PaliGemma
-
-TEXT_BUDGET, REGION_BUDGET = 128, 512  # new tokens, as in `inference.py`
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def answer(
     answers = pg.generate(
         [example.image for example in batch],
         prompts,
-        max_new_tokens or (REGION_BUDGET if regions else TEXT_BUDGET),
+        max_new_tokens or (BOX_BUDGET if regions else TEXT_BUDGET),
         constrained=constrained,
         batch_size=len(batch),
         codec=pg.codec if masks else None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paligemma.mask_codec import MaskCodec, crop
-from paligemma.tiny.recipe_scenes import Shard
+from paligemma.tiny.recipe_scenes import Shard, shard_paths
 
 WIDTHS: dict[str, Any] = {"embedding_dim": 64, "encoder_widths": (8, 24, 48, 96), "decoder_widths": (96, 64, 32, 16, 8)}
 
@@ -56,7 +56,7 @@ def train_codec(
 ) -> MaskCodec:
     """Train and save the codec; the last shard's masks are kept for measuring."""
     torch.manual_seed(0)
-    paths = sorted(scenes.glob("*.npz"))
+    paths = shard_paths(scenes)
     unseen = outlines(Shard.load(paths[-1])).float() / 255
     masks = torch.cat([outlines(Shard.load(path)) for path in paths[:-1][:12]])
     codec = MaskCodec(**WIDTHS) if weights is None else MaskCodec.load(weights).train()

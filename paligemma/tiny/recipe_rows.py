@@ -24,7 +24,6 @@ Letters: B pictures (or rows), S length, V vocabulary, D width.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paligemma.files import written_whole
 from paligemma.mask_codec import MaskCodec, crop
 from paligemma.processing_paligemma import Tokenizer
 from paligemma.tiny import rows as world_rows
 from paligemma.tiny import world
-from paligemma.tiny.recipe_scenes import SHARD, Shard
-from paligemma.tiny.vision_first import pixels, targets_of
+from paligemma.tiny.recipe_scenes import SHARD, Shard, shard_paths
+from paligemma.tiny.vision_first import GREY, pixels, targets_of, without_color
 from paligemma.train.loop import LossFunction
 
 BIN_STEP = 8
@@ -67,17 +67,15 @@ TASK_WEIGHTS = {
 
 def mask_codes(path: Path, codec: MaskCodec) -> np.ndarray:
     """The 16 codes of every object of a shard, uint8 [objects, 16]; kept beside the shard."""
-    beside = path.with_suffix(".codes.npy")
-    if beside.exists():
-        return np.load(beside)
+    place = path.with_suffix(".codes.npy")
+    if place.exists():
+        return np.load(place)
     shard = Shard.load(path)
     cut = np.stack([crop(thing.mask, thing.box) for i in range(len(shard)) for thing in shard.scene(i).objects])
     with torch.no_grad():
         codes = torch.cat([codec.encode(part) for part in torch.from_numpy(cut).split(256)]).numpy().astype(np.uint8)
-    temporary = beside.with_suffix(f".{os.getpid()}.part")
-    with open(temporary, "wb") as file:
-        np.save(file, codes)
-    os.replace(temporary, beside)
+    with written_whole(place) as beside:
+        np.save(beside, codes)
     return codes
 
 
@@ -110,7 +108,7 @@ class TalkBatches:
         round_, place = divmod(step, min(32, SHARD // share))
         if self._round != (round_, part):
             rng = np.random.default_rng([self.seed, round_, part, 2])
-            paths = sorted(self.folder.glob("[0-9]*[0-9].npz"))
+            paths = shard_paths(self.folder)
             chosen = [paths[i] for i in rng.choice(len(paths), self.mixed, replace=False)]
             self._shards = [(Shard.load(p), mask_codes(p, self.codec), rng.permutation(SHARD)) for p in chosen]
             self._round = round_, part
@@ -130,6 +128,7 @@ class TalkBatches:
             looked_at = rng.integers(len(shard), size=self.extra * share)
             signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in looked_at], bool)
             image, target = targets_of(shard, looked_at, (rng.random(len(signs)) < 0.5) & ~signs)
+            without_color(image, target, rng.random(len(signs)) < GREY)
             images.append(image)
             targets.append(target)
         batch = {name: torch.from_numpy(np.concatenate([t[name] for t in targets])) for name in targets[0]}

@@ -13,7 +13,6 @@ needs the practice.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from paligemma.files import written_whole
 from paligemma.tiny import world
 
 SHARD = 512
@@ -129,17 +129,19 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.npz"
 
 
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards that are there, in order; not the codes beside them, nor one that is being written."""
+    return sorted(folder.glob("[0-9]*[0-9].npz"))
+
+
 def write_shard(folder: Path, number: int, split: str = "train") -> None:
     """Draw shard `number` unless it is there already; written beside and renamed."""
     path = shard_path(folder, number)
     if path.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = pack([render_training_scene(number * SHARD + i, split) for i in range(SHARD)])
-    beside = path.with_suffix(".part")
-    with open(beside, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(beside, path)
+    with written_whole(path) as beside:
+        np.savez(beside, **arrays)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from paligemma.formats import rle_encode
 from paligemma.tiny.rows import TASKS, EncodeMask, rows
 from paligemma.tiny.world import LABELS, Scene, generator, render
 
@@ -27,14 +27,6 @@ ATTRIBUTION = (
     "Pictograms by Google (Noto Color Emoji, OFL 1.1), OpenMoji (CC BY-SA 4.0) or Twemoji (CC BY 4.0): "
     "each image says which. Pictures with OpenMoji's drawings may be shared under CC BY-SA 4.0 only."
 )
-
-
-def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
-    """A bool [H, W] mask as COCO's uncompressed RLE: runs of 0 and 1 in turn, 0 first, down the columns."""
-    pixels = mask.ravel(order="F")
-    edges = np.flatnonzero(np.diff(pixels)) + 1
-    runs = np.diff(np.concatenate([[0], edges, [pixels.size]])).tolist()
-    return {"size": list(mask.shape), "counts": [0, *runs] if pixels[0] else runs}
 
 
 def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
@@ -49,7 +41,7 @@ def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[st
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "area": thing.area,
             "iscrowd": 0,
-            "segmentation": run_lengths(thing.mask),
+            "segmentation": rle_encode(thing.mask),
         }
         if thing.tint:
             annotation["tint"] = thing.tint

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paligemma.files import written_whole
 from paligemma.train import checkpointing, distributed
 from paligemma.train.batches import Batch
 
@@ -315,7 +316,8 @@ class Log:
                     continue
                 if entry["step"] <= step:
                     lines.append(line + "\n")
-            path.write_text("".join(lines))
+            with written_whole(path) as beside:
+                beside.write_text("".join(lines))
 
     def write(self, entry: dict[str, Any]) -> None:
         with open(self.path, "a") as file:
