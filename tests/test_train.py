@@ -321,3 +321,9 @@ def test_four_rows_are_learned_by_heart(processor, tmp_path):
     last = train(model, batches, config, tmp_path, optimizers=optimizers, validate=validate)
     assert last["loss"] < 0.05
     assert last["exact"] == 1.0, seen
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulate": 0}, {"minutes": 0.0}, {"schedule": "stairs"}])
+def test_settings_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainConfig(**{"steps": 10, **wrong})

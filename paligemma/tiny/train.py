@@ -56,7 +56,7 @@ def train(minutes: float, out: str | Path = "runs/tiny", resume: bool = True) ->
         say("vision first")
         train_vision(VISION, scenes, vision, steps=10**9, minutes=0.35 * minutes)
     last = checkpointing.load_last(sessions[-1] / "checkpoints") if sessions else None
-    left = minutes - (time.monotonic() - begun) / 60
+    left = max(0.05 * minutes, minutes - (time.monotonic() - begun) / 60)  # drawing scenes may have taken it all
     say("everything")
     if last is not None and not last["finished"]:
         folder = sessions[-1].name

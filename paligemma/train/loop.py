@@ -7,7 +7,8 @@ Run the same line again after an interruption and it goes on where it was, with 
 `torchrun --nproc-per-node N` every process takes its part of each batch.
 
 What is unusual:
-- a batch is a function of the step (`batches(step, part, parts)`), so resuming needs no sampler state;
+- a batch is a function of the step (`batches(step, part, parts)`), and so is what dropout draws: resuming needs
+  neither a sampler's state nor a generator's;
 - parts of a batch add up *sums* of losses and gradients, and the total is divided by the number of answer tokens of
   the whole batch. The mean of the means of parts would weigh short answers more; so accumulation and processes change
   nothing;
@@ -22,9 +23,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,6 +79,8 @@ class TrainConfig:
             raise ValueError(f"schedule is {self.schedule!r}, expected 'cosine', 'linear' or 'constant'")
         if self.steps < 1 or self.accumulate < 1:
             raise ValueError(f"steps and accumulate must be at least 1, got {self.steps} and {self.accumulate}")
+        if self.minutes is not None and self.minutes <= 0:  # the share of it that is spent would never reach 1
+            raise ValueError(f"minutes must be more than 0, got {self.minutes:g}")
 
 
 def learning_rate_factor(progress: float, config: TrainConfig) -> float:
@@ -137,6 +144,7 @@ def train(
     optimizers: Sequence[torch.optim.Optimizer] | None = None,
     validate: Callable[[nn.Module, int], dict[str, Any]] | None = None,
     resume: bool = True,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place; returns what was last logged.
 
@@ -145,58 +153,61 @@ def train(
     loss:       default `suffix_loss`.
     optimizers: with their peak learning rates; default AdamW as in the reference.
     validate:   is called with the model (averaged, if `ema`) in evaluation mode; its figures go to the log.
-    resume:     go on from the last checkpoint in `out`, if there is one.
+    resume:     go on from the last checkpoint in `out`, if there is one; otherwise what is there is removed.
+    on_log:     is called with everything that goes to the log, on the first process.
 
-    Raises FloatingPointError at the first loss that is not a finite number; the last checkpoint is from before it.
+    Checkpoints hold what is trained; frozen parameters are as the caller has them, also when a run goes on.
+    Ctrl-C (or SIGTERM) finishes the step, saves and raises KeyboardInterrupt; a second one stops at once.
+
+    Raises FloatingPointError at the first loss or gradient that is not a finite number; the last checkpoint is from
+    before it.
     """
     out = Path(out)
     rank, world = distributed.start()
     device = next(model.parameters()).device
-    torch.manual_seed(config.seed + rank)
     loss = loss or suffix_loss(config.label_smoothing)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optimizers is None:
         groups = decayed_apart(model, config.weight_decay)
         optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8)]
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    average = {name: value.detach().clone() for name, value in model.state_dict().items()} if config.ema else None
+    average = {name: value.clone() for name, value in trained_state(model).items()} if config.ema else None
 
     step, elapsed, last = 0, 0.0, {}
+    sums: dict[str, float] = {}
     state = checkpointing.load_last(out / "checkpoints") if resume else None
     if state is not None:
-        model.load_state_dict(state["model"])
+        load_trained(model, state["model"])
         for optimizer, values in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(values)
         if average is not None and state["average"] is not None:
             average = {name: value.to(device) for name, value in state["average"].items()}
-        step, elapsed = state["step"], state["elapsed"]
-        if rank < len(state["random"]):
-            torch.set_rng_state(state["random"][rank])
+        step, elapsed, sums = state["step"], state["elapsed"], state.get("sums", {})
     elif rank == 0 and not resume:
         (out / "log.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     distributed.same_everywhere(model)
-    log = Log(out / "log.jsonl", step) if rank == 0 else None
+    log = Log(out / "log.jsonl", step, on_log) if rank == 0 else None
 
     def save(finished: bool = False) -> None:
-        random = gather_random_state(rank, world)
         values = [optimizer.state_dict() for optimizer in optimizers]  # on all ranks: a sharded one gathers here
         if rank == 0:
             state = {
-                "model": model.state_dict(),
+                "model": trained_state(model),
                 "optimizers": values,
                 "average": average,
-                "random": random,
+                "sums": sums,  # since the last entry of the log
                 "step": step,
                 "elapsed": elapsed + time.monotonic() - begun,
                 "finished": finished,
             }
             checkpointing.save(out / "checkpoints", step, state)
 
-    begun = saved = logged = time.monotonic()
-    sums: dict[str, float] = {}
+    begun = saved = logged = ended = time.monotonic()
+    pace = 0.0  # tokens a second, lately
     model.train()
-    with progress_bar(rank) as bar:
-        task = bar.add_task("training", total=config.steps, completed=step, note="")
+    with progress_bar(rank) as bar, stop_signals() as asked_to_stop:
+        task = bar.add_task("training", total=1.0, completed=step / config.steps, note="")
         while step < config.steps:
             progress = step / config.steps
             if config.minutes is not None:
@@ -210,25 +221,35 @@ def train(
                 for group, lr in zip(optimizer.param_groups, lrs):
                     group["lr"] = lr * factor
 
-            here: dict[str, float] = {"loss": 0.0, "weight": 0.0}  # sums over this step's parts
+            here: dict[str, float] = {"loss": 0.0, "weight": 0.0, "tokens": 0.0}  # sums over this step's parts
             for piece in range(config.accumulate):
-                batch = batches(step, rank + piece * world, config.accumulate * world)
+                part = rank + piece * world
+                batch = batches(step, part, config.accumulate * world)
                 if batch is None:
                     continue
+                torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + part) % 2**63)
+                if "attention_mask" in batch:
+                    here["tokens"] += float(batch["attention_mask"].sum())
                 batch = {name: value.to(device) for name, value in batch.items()}
                 with torch.autocast(device.type, config.autocast, enabled=config.autocast is not None):
                     total, weight, figures = loss(model, batch)
                 total.backward()
                 for name, value in {"loss": float(total.detach()), "weight": weight, **figures}.items():
                     here[name] = here.get(name, 0.0) + value
+            here["stop"] = float(asked_to_stop())
             names = sorted(here)
             here = dict(zip(names, distributed.add_up(trained, [here[name] for name in names])))
             if not math.isfinite(here["loss"]):
                 raise FloatingPointError(f"the loss of step {step} is {here['loss']}: try a lower learning rate")
-            for parameter in trained:
-                if parameter.grad is not None:
-                    parameter.grad /= here["weight"]
-            here["gradient"] = here["weight"] * float(nn.utils.clip_grad_norm_(trained, config.clip))
+            stop, tokens = here.pop("stop"), here.pop("tokens")
+            if here["weight"]:
+                for parameter in trained:
+                    if parameter.grad is not None:
+                        parameter.grad /= here["weight"]
+            norm = float(nn.utils.clip_grad_norm_(trained, config.clip))
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient of step {step} is {norm}: try a lower learning rate")
+            here["gradient"] = here["weight"] * norm
             for optimizer in optimizers:
                 optimizer.step()
             step += 1
@@ -238,28 +259,56 @@ def train(
             for name, value in here.items():
                 sums[name] = sums.get(name, 0.0) + value
             now = time.monotonic()
-            if step % config.log_every == 0 or step == config.steps:
+            pace = tokens / (now - ended) if not pace else 0.9 * pace + 0.1 * tokens / (now - ended)
+            if (step % config.log_every == 0 or step == config.steps) and sums["weight"]:
                 last = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
                 last |= {"step": step, "weight": sums["weight"], "lr": factor, "seconds": now - logged}
+                last |= {"tokens_per_second": pace} if pace else {}
                 sums, logged = {}, now
                 if log is not None:
                     log.write(last | {"time": time.time()})
-            bar.update(task, completed=step, note=f"loss {here['loss'] / here['weight']:.3f}")
-            if distributed.from_the_first(now - saved) > config.save_every:
-                save()
-                saved = now
+            average_loss = here["loss"] / max(here["weight"], 1e-9)
+            known = f"/{config.steps}" if config.minutes is None else ""
+            bar.update(
+                task,
+                completed=max(progress, step / config.steps),
+                note=f"step {step}{known}  loss {average_loss:.3f}  {pace:,.0f} tokens/s",
+            )
+            # Before saving: a run that is killed in between makes it up.
             if validate and rank == 0 and config.validate_every and step % config.validate_every == 0:
                 last |= validated(model, average, validate, step, log)
+            if stop or distributed.from_the_first(now - saved) > config.save_every:
+                save()
+                saved = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt(f"stopped after step {step}, which is saved")
+            ended = time.monotonic()
     save(finished=True)
     if average is not None:
-        model.load_state_dict(average)
+        load_trained(model, average)
     if validate and rank == 0:
         last |= validated(model, None, validate, step, log)
     return last
 
 
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` without frozen parameters."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value.detach() for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """What `trained_state` gave. ValueError if it is of a model of which other parts are trained."""
+    differing = set(trained_state(model)) ^ set(state)
+    if differing:
+        name = min(differing)
+        there = "has" if name in state else "lacks"
+        raise ValueError(f"the checkpoint {there} {name}, unlike this model: other parts of it were trained")
+    model.load_state_dict(state, strict=False)
+
+
 def update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    for name, value in model.state_dict().items():
+    for name, value in trained_state(model).items():
         if value.is_floating_point():
             average[name].lerp_(value, 1 - decay)
         else:
@@ -274,9 +323,9 @@ def validated(
     log: Log | None,
 ) -> dict[str, Any]:
     """What `validate` says of the averaged model, or of the model itself; goes to the log."""
-    own = {name: value.clone() for name, value in model.state_dict().items()} if average is not None else None
+    own = {name: value.clone() for name, value in trained_state(model).items()} if average is not None else None
     if average is not None:
-        model.load_state_dict(average)
+        load_trained(model, average)
     training = model.training
     model.eval()
     try:
@@ -285,28 +334,39 @@ def validated(
     finally:
         model.train(training)
         if own is not None:
-            model.load_state_dict(own)
+            load_trained(model, own)
     if log is not None:
         log.write({"step": step, "validation": figures, "time": time.time()})
     return figures
 
 
-def gather_random_state(rank: int, world: int) -> list[Tensor]:
-    """torch's CPU generator of every process, in the order of ranks: what dropout draws from."""
-    own = torch.get_rng_state()
-    if world == 1:
-        return [own]
-    states: list[Tensor | None] = [None] * world
-    torch.distributed.all_gather_object(states, own)
-    return [state for state in states if state is not None]
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether Ctrl-C was pressed (or SIGTERM came). A second one stops at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there signals may be handled
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Log:
     """One JSON object a line. What a resumed run will write again is cut off first."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path, step: int, on_log: Callable[[dict[str, Any]], None] | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path, self.on_log = path, on_log
         if path.exists():
             lines = []
             for line in path.read_text().splitlines():
@@ -322,13 +382,14 @@ class Log:
     def write(self, entry: dict[str, Any]) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
+        if self.on_log is not None:
+            self.on_log(entry)
 
 
 def progress_bar(rank: int) -> rich.progress.Progress:
     columns = (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
         rich.progress.TextColumn("{task.fields[note]}"),
         rich.progress.TimeRemainingColumn(),
     )
