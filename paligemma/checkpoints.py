@@ -589,7 +589,7 @@ def save_pretrained(
     state = model.state_dict()
     tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     _check("the model to save", tensors, expected_shapes(model.config), "Merge or take out what was added to it first.")
-    with _staging(Path(folder)) as staging:
+    with folder_written_whole(Path(folder)) as staging:
         if processor is not None:
             processor.save_pretrained(staging)
         _write_config(staging, model.config, model.dtype)
@@ -621,7 +621,7 @@ def convert(
 
     tensors = {name: (shape, to or own) for name, (shape, own) in checkpoint.tensors.items()}
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
-    with _staging(folder) as staging, _bar(f"writing {target}", total) as advance:
+    with folder_written_whole(folder) as staging, _bar(f"writing {target}", total) as advance:
 
         def read(name: str) -> Tensor:
             tensor = _cast(name, checkpoint.read(name), tensors[name][1])
@@ -657,7 +657,7 @@ def _json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
+def folder_written_whole(folder: Path) -> Iterator[Path]:
     """A place inside `folder` to write into. What lies there at the end is moved up; after an error nothing is."""
     existed = folder.exists()
     if existed and not folder.is_dir():
