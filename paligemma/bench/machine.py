@@ -1,0 +1,96 @@
+"""What the machine is and what it can do at best, measured: the limits that a model runs against.
+
+Writing one token reads every weight of the decoder once, so the rate of reading memory bounds tokens per second.
+Reading an image and a prompt uses every weight some hundred times, so the rate of multiplying bounds the first token.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe_machine() -> dict[str, Any]:
+    """Device, threads, versions: what a figure means nothing without."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "paligemma"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": f"{_cpu_name()}, {os.cpu_count()} logical cores",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def measure_limits(quick: bool = False) -> dict[str, float | None]:
+    """The machine's rates, in GB/s and GFLOP/s (for int8: billions of multiplications and additions a second).
+
+    read: a gigabyte summed up, the best of a few ways. bf16, int8: a product of matrices of the size of the decoder's.
+    None where the machine (or its PyTorch) has no such product. quick: a tenth of the size, for a try.
+    """
+    floats = torch.ones(2**25 if quick else 2**28)
+    ways: list[Callable[[Tensor], Any]] = [torch.sum, torch.amax, torch.linalg.vector_norm]
+    read = floats.nbytes / min(_best(partial(way, floats)) for way in ways) / 1e9
+    tokens, inside, outside = (256, 512, 2048) if quick else (1024, 2048, 16384)
+    work = 2 * tokens * inside * outside / 1e9
+    a, b = torch.randn(tokens, inside).bfloat16(), torch.randn(outside, inside).bfloat16()
+    bf16 = work / _best(lambda: torch.nn.functional.linear(a, b))
+    int8 = [_best(way) for way in _int8_products(tokens, inside, outside)]
+    return {"read_gb_s": read, "bf16_gflop_s": bf16, "int8_gop_s": work / min(int8) if int8 else None}
+
+
+def _best(run: Callable[[], Any], times: int = 5) -> float:
+    """Seconds of the fastest run: what the machine can do, not what else it does."""
+    run()
+    seconds = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def _int8_products(tokens: int, inside: int, outside: int) -> list[Callable[[], Tensor]]:
+    """The ways PyTorch has to multiply int8 [tokens, inside] by int8 [inside, outside], as far as they run here."""
+    a = torch.randint(0, 127, (tokens, inside), dtype=torch.int8)
+    b = torch.randint(-127, 127, (outside, inside), dtype=torch.int8)
+    ways: list[Callable[[], Tensor]] = []
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(b, [tokens, inside])
+        unsigned, one, zero = a.to(torch.uint8), torch.ones(outside), torch.zeros(outside, dtype=torch.int64)
+        ways.append(
+            lambda: torch.ops.onednn.qlinear_pointwise(
+                unsigned, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.bfloat16, "none", [], ""
+            )
+        )
+        ways[-1]()
+    except (RuntimeError, AttributeError):
+        ways.clear()
+    try:
+        torch._int_mm(a, b.T)
+        ways.append(lambda: torch._int_mm(a, b.T))
+    except (RuntimeError, AttributeError):
+        pass
+    return ways

@@ -1,0 +1,29 @@
+"""transformers' PaliGemma, timed beside ours. The only file of the package that knows it, and only if it is installed.
+
+It runs as its documentation says: `from_pretrained` in bfloat16 with its default attention, then `generate`, greedy.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+
+def installed() -> bool:
+    return find_spec("transformers") is not None
+
+
+def load_transformers(folder: str) -> Any:
+    """transformers' model in bfloat16, with no token that could end an answer early."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def answer_transformers(model: Any, inputs: dict[str, Any], tokens: int) -> None:
+    model.generate(**inputs, max_new_tokens=tokens, do_sample=False)

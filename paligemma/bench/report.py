@@ -1,0 +1,219 @@
+"""From a record to what people read: medians with minimum and maximum, shares of the machine's limits, ratios."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from paligemma.bench.contestant import TRANSFORMERS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Bytes a weight takes in memory, without the scales of a quantised one: what has to be read for a token at least.
+BYTES_PER_WEIGHT = {TRANSFORMERS: 2.0, "plain": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+def spread(values: Iterable[float | None]) -> dict[str, float] | None:
+    """min, median and max of what there is; None if there is nothing."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    return {"min": round(min(there), 4), "median": round(statistics.median(there), 4), "max": round(max(there), 4)}
+
+
+def summarise(record: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a record: the limits, every contestant's, and how they grow.
+
+    Of a contestant: load_s, first_answer_s (to the first token in the fresh process, pages read for the first time),
+    vision_s, prefill_s, first_token_s, decode_tokens_s, peak_bytes (less what importing torch costs), and of the
+    medians peak_of_weights, share_of_reading and share_of_multiplying (of the limit), decode_ratio and
+    first_token_ratio (times transformers, above 1 is better).
+    """
+    rounds = record["rounds"]
+    limits = {name: spread(done["limits"][name] for done in rounds) for name in (rounds[0]["limits"] if rounds else ())}
+    facts: dict[str, list[dict[str, Any]]] = {}
+    for done in rounds:
+        for one in done["contestants"]:
+            facts.setdefault(one["spec"]["name"], []).append(one)
+    contestants = {name: _contestant(name, of_it, record["work"], limits) for name, of_it in facts.items()}
+    if (theirs := contestants.get(TRANSFORMERS)) is not None:
+        for figures in contestants.values():
+            figures["decode_ratio"] = _ratio(figures["decode_tokens_s"], theirs["decode_tokens_s"])
+            figures["first_token_ratio"] = _ratio(theirs["first_token_s"], figures["first_token_s"])
+    return {"limits": limits, "contestants": contestants, "grow": _growth(record["grow"])}
+
+
+def _contestant(name: str, facts: list[dict[str, Any]], work: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
+    runs = [run for one in facts for run in one["runs"]]
+    precision = name.removesuffix("-torch")
+    figures: dict[str, Any] = {
+        "load_s": spread(one["load_s"] for one in facts),
+        "first_answer_s": spread(one["first_answer"]["first_token_s"] for one in facts),
+        "vision_s": spread(run["vision_s"] for run in runs),
+        "prefill_s": spread(run["prefill_s"] for run in runs),
+        "first_token_s": spread(run["first_token_s"] for run in runs),
+        "decode_tokens_s": spread(_tokens_per_second(run) for run in runs),
+        "peak_bytes": spread(one["peak_bytes"] - one["torch_bytes"] for one in facts if "peak_bytes" in one),
+    }
+    weights = work["parameters"] * BYTES_PER_WEIGHT[precision]
+    if figures["peak_bytes"] is not None:
+        figures["peak_of_weights"] = round(figures["peak_bytes"]["median"] / weights, 3)
+    multiply = limits["int8_gop_s" if precision in ("int8", "int4") else "bf16_gflop_s"]
+    if multiply is not None:
+        least = work["first_token_flops"] / multiply["median"] / 1e9
+        figures["share_of_multiplying"] = round(least / figures["first_token_s"]["median"], 3)
+    if figures["decode_tokens_s"] is not None:
+        read = figures["decode_tokens_s"]["median"] * work["decoder_weights"] * BYTES_PER_WEIGHT[precision] / 1e9
+        figures["share_of_reading"] = round(read / limits["read_gb_s"]["median"], 3)
+    return figures
+
+
+def _tokens_per_second(run: dict[str, Any]) -> float | None:
+    """Of all rows together, after the first token."""
+    return run["rows"] * len(run["decode_s"]) / sum(run["decode_s"]) if run["decode_s"] else None
+
+
+def _ratio(one: dict[str, float] | None, other: dict[str, float] | None) -> float | None:
+    return round(one["median"] / other["median"], 2) if one and other else None
+
+
+def _growth(grow: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """length: milliseconds a token at the beginning and at the end. batch: per size, tokens a second of all rows, and
+    the seconds to the first tokens of N questions about one image. Others: as of a contestant, from few runs."""
+    figures: dict[str, Any] = {}
+    for name, facts in grow.items():
+        runs = [run for one in facts for run in one["runs"]]
+        if name == "length" and runs:
+            steps = runs[0]["decode_s"]
+            part = max(1, len(steps) // 16)  # a single step is mostly noise
+            first, last = statistics.median(steps[:part]), statistics.median(steps[-part:])
+            figures[name] = {
+                "tokens": len(steps) + 1,
+                "first_ms": round(1000 * first, 2),
+                "last_ms": round(1000 * last, 2),
+                "growth": round(last / first - 1, 4),
+            }
+        elif name == "batch" and runs:
+            alone = _tokens_per_second(runs[0])
+            figures[name] = {
+                str(run["rows"]): {
+                    "first_tokens_s": round(run["prefill_s"], 3),
+                    "decode_tokens_s": round(rate, 2),
+                    "times_one": round(rate / alone, 2),
+                }
+                for run in runs
+                if (rate := _tokens_per_second(run)) and alone
+            }
+        else:
+            figures[name] = {
+                one["spec"]["name"]: {
+                    "vision_s": spread(run["vision_s"] for run in one["runs"]),
+                    "prefill_s": spread(run["prefill_s"] for run in one["runs"]),
+                    "first_token_s": spread(run["first_token_s"] for run in one["runs"]),
+                    "decode_tokens_s": spread(_tokens_per_second(run) for run in one["runs"]),
+                }
+                for one in facts
+            }
+    return figures
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+FIGURES = {
+    "load_s": "load, s",
+    "first_answer_s": "first token after that, s",
+    "peak": "peak memory, GB",
+    "peak_of_weights": "  times the weights",
+    "vision_s": "vision, s",
+    "prefill_s": "prefill, s",
+    "first_token_s": "image to first token, s",
+    "share_of_multiplying": "  of the GEMM limit",
+    "first_token_ratio": "  times transformers",
+    "decode_tokens_s": "decode, tokens/s",
+    "share_of_reading": "  of the reading limit",
+    "decode_ratio": "  times transformers",
+}
+SPREAD = ("first_token_s", "decode_tokens_s")  # shown with minimum and maximum; the record has those of all others too
+
+
+def cells(record: dict[str, Any], between: str = " ") -> list[list[str]]:
+    """The table: a heading with the contestants, then a line per figure. between: median and (minimum - maximum)."""
+    contestants = record["summary"]["contestants"]
+    lines = [["", *contestants]]
+    for key, name in FIGURES.items():
+        lines.append([name, *(_cell(figures, key, between) for figures in contestants.values())])
+    return lines
+
+
+def _cell(figures: dict[str, Any], key: str, between: str) -> str:
+    if key == "peak":
+        peak = figures["peak_bytes"]
+        return f"{peak['median'] / 1e9:.2f}" if peak else "-"
+    value = figures.get(key)
+    if value is None:
+        return "-"
+    if key.startswith("share"):
+        return f"{value:.0%}"
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    if key in SPREAD:
+        return f"{value['median']:.3g}{between}({value['min']:.3g} - {value['max']:.3g})"
+    return f"{value['median']:.3g}"
+
+
+def table(record: dict[str, Any]) -> Table:
+    """For a terminal."""
+    from rich.table import Table
+
+    heading, *lines = cells(record, between="\n")
+    drawn = Table(title=title(record), caption=footer(record))
+    for name in heading:
+        drawn.add_column(name, justify="right" if name else "left")
+    for line in lines:
+        drawn.add_row(*line)
+    return drawn
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """For a document."""
+    heading, *lines = cells(record)
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in [heading, rule, *lines])
+
+
+def title(record: dict[str, Any]) -> str:
+    return f"{record['model']}: {record['device']}, {record['threads']} threads, {record['date'][:10]}"
+
+
+def footer(record: dict[str, Any]) -> str:
+    names = {"read_gb_s": "reads {:.1f} GB/s", "bf16_gflop_s": "bf16 {:.0f} GFLOP/s", "int8_gop_s": "int8 {:.0f} GOP/s"}
+    limits = record["summary"]["limits"]
+    parts = [text.format(limits[name]["median"]) for name, text in names.items() if limits.get(name)]
+    return f"medians (min - max), {len(record['rounds'])} round(s); the machine: {', '.join(parts)}"
+
+
+def growth_lines(record: dict[str, Any]) -> list[str]:
+    """How the cost grows, a line each."""
+    lines = []
+    for name, figures in record["summary"]["grow"].items():
+        if name == "length":
+            lines.append(
+                f"a token takes {figures['first_ms']:.1f} ms at the beginning and {figures['last_ms']:.1f} ms at the "
+                f"end of {figures['tokens']} ({figures['growth']:+.0%})"
+            )
+        elif name == "batch":
+            for count, one in figures.items():
+                lines.append(
+                    f"{count} questions about one image: first tokens after {one['first_tokens_s']:.2f} s, then "
+                    f"{one['decode_tokens_s']:.1f} tokens/s in all ({one['times_one']:.1f} x)"
+                )
+        else:
+            for contestant, one in figures.items():
+                rate = one["decode_tokens_s"]
+                lines.append(
+                    f"{name}, {contestant}: vision {one['vision_s']['median']:.2f} s, first token "
+                    f"{one['first_token_s']['median']:.2f} s, {rate['median'] if rate else 0:.1f} tokens/s"
+                )
+    return lines
