@@ -207,7 +207,7 @@ def train(
     pace = 0.0  # tokens a second, lately
     model.train()
     with progress_bar(rank) as bar, stop_signals() as asked_to_stop:
-        task = bar.add_task("training", total=1.0, completed=step / config.steps, note="")
+        task = bar.add_task("training", total=1000, completed=1000 * step // config.steps, note="")
         while step < config.steps:
             progress = step / config.steps
             if config.minutes is not None:
@@ -271,7 +271,7 @@ def train(
             known = f"/{config.steps}" if config.minutes is None else ""
             bar.update(
                 task,
-                completed=max(progress, step / config.steps),
+                completed=1000 * max(progress, step / config.steps),
                 note=f"step {step}{known}  loss {average_loss:.3f}  {pace:,.0f} tokens/s",
             )
             # Before saving: a run that is killed in between makes it up.
