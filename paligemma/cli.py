@@ -384,8 +384,19 @@ def scenes(
     split: Annotated[str, typer.Option(help="train, test, heldout or twemoji.")] = "test",
     size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 384,
     seed: int = 0,
+    task: Annotated[
+        str | None, typer.Option(help="count_color: one question a picture that the embedded model has yet to learn.")
+    ] = None,
 ) -> None:
     """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
+    if task not in (None, "count_color"):
+        raise typer.BadParameter(f"--task is {task!r}, expected count_color; without it all that the model knows")
+    if task == "count_color":
+        from paligemma.tiny.color_counts import write_color_counts
+
+        write_color_counts(count, out, split=split, size=size, seed=seed)
+        return
+
     from paligemma.tiny.scenes import write_scenes
 
     write_scenes(count, out, split=split, size=size, seed=seed)

@@ -11,7 +11,8 @@ The pictures are made of other people's drawings: read ARTWORK.md before you pas
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,22 @@ def write_scenes(
     folder = Path(folder)
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
+    with folder_written_whole(folder) as beside:
+        _write(
+            beside, range(seed, seed + count), split, size, style, tasks, canonical, encode_mask, progress, difficulty
+        )
+    return folder
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `folder` at the end. FileExistsError if that is there and not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(
-            beside, range(seed, seed + count), split, size, style, tasks, canonical, encode_mask, progress, difficulty
-        )
+        yield beside
         beside.chmod(0o755)  # mkdtemp makes it private
         if folder.exists():
             folder.rmdir()
@@ -93,7 +102,6 @@ def write_scenes(
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    return folder
 
 
 def _write(

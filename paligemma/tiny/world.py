@@ -527,6 +527,7 @@ def render(
     sign_only: float = 0.06,
     text_length: tuple[int, int] = (1, 6),
     char_size: tuple[float, float] = (0.12, 0.2),
+    things: Sequence[tuple[str, str | None]] | None = None,
 ) -> Scene:
     """The scene of a seed: the same labels, boxes and picture on every call.
 
@@ -538,6 +539,7 @@ def render(
     sign:         probability of a sign beside the pictograms; sign_only: of a sign and nothing else.
     text_length:  least and most characters on a sign.
     char_size:    font size (em) of a sign as a share of the side; long texts are shrunk until the board fits.
+    things:       these pictograms, (label, tint), whatever the split may show; then `objects` does not matter.
 
     Raises ValueError for an unknown split or style, a negative seed, or bounds that make no sense.
     """
@@ -557,7 +559,9 @@ def render(
     alone = chance < sign_only and split != "heldout"
     with_sign = alone or chance < sign_only + sign
     count = 0 if alone else int(rng.integers(least, most + 1))
-    things = _things(rng, count, split)
+    if things is None:
+        things = _things(rng, count, split)
+    count = len(things)
     text = sign_text(rng, text_length) if with_sign else ""
     board = int(rng.integers(len(_BOARDS)))
 

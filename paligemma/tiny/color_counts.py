@@ -1,0 +1,79 @@
+"""A task that the model of this world does not know, to show how it is taught: counting by colour.
+
+    write_color_counts(2000, "runs/color/train", split="train")
+    folder/images/train_000000.png ...
+    folder/rows.jsonl    {"image": "images/train_000000.png", "prefix": "answer en how many red things are there ?",
+                          "suffix": "two"}
+
+The model can name the colour of a thing and count the things of a name, but was never asked to put the two together.
+
+Every thing in these scenes is of a class that is always tinted, and there are no signs: nobody can argue whether a red
+apple (whose red is its own) or a red board is meant. A thing counts if its tint is the colour asked for. First the
+answer is drawn, each as likely as the others, then a scene that has it: in the scenes of `render` nearly every answer
+would be "zero" or "one".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from paligemma.tiny.rows import NUMBERS, Row
+from paligemma.tiny.scenes import folder_written_whole
+from paligemma.tiny.world import TINTABLE, TINTS, Scene, generator, has_held_out, render
+
+MOST = 5  # things in a scene
+QUESTION = "answer en how many {color} things are there ?"
+
+
+def color_scene(seed: int, split: str = "train", size: int = 256) -> tuple[Scene, Row]:
+    """A scene of 1 to 5 tinted things, and a question about one colour whose answer is "zero" to "five".
+
+    Of the split "heldout", every scene has a pair that training never shows; of the others, none has.
+    """
+    rng = generator(seed, split).spawn(2)[1]
+    colors = tuple(TINTS)
+    color = colors[rng.integers(len(colors))]
+    wanted = int(rng.integers(MOST + 1))
+    while True:
+        others = int(rng.integers(0 if wanted else 1, MOST - wanted + 1))
+        tints = [color] * wanted + [pick(rng, [other for other in colors if other != color]) for _ in range(others)]
+        things = [(pick(rng, TINTABLE), tint) for tint in tints]
+        if has_held_out(things) == (split == "heldout"):
+            break
+    things = [things[i] for i in rng.permutation(len(things))]
+    scene = render(seed, split, size, things=things, sign=0.0, sign_only=0.0)
+    counted = tuple(thing for thing in scene.objects if thing.tint == color)
+    return scene, Row("count_color", QUESTION.format(color=color), NUMBERS[len(counted)], (color,), counted)
+
+
+def pick(rng: np.random.Generator, choices: list[str] | tuple[str, ...]) -> str:
+    return choices[rng.integers(len(choices))]
+
+
+def write_color_counts(
+    count: int, folder: str | Path, split: str = "train", size: int = 256, seed: int = 0, *, progress: bool = True
+) -> Path:
+    """The pictures and questions of the seeds from `seed` on, one question a picture. Returns the folder, which is
+    whole or isn't there.
+
+    Raises FileExistsError if the folder is there already and not empty, and ValueError for a count below 1.
+    """
+    folder = Path(folder)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    seeds = range(seed, seed + count)
+    bar = track(seeds, "drawing scenes", console=Console(stderr=True), disable=not progress, transient=True)
+    with folder_written_whole(folder) as beside, open(beside / "rows.jsonl", "w", encoding="utf-8") as lines:
+        (beside / "images").mkdir()
+        for number in bar:
+            scene, row = color_scene(number, split, size)
+            name = f"images/{split}_{number:06d}.png"
+            Image.fromarray(scene.image).save(beside / name)
+            lines.write(json.dumps({"image": name, "prefix": row.prefix, "suffix": row.suffix}) + "\n")
+    return folder

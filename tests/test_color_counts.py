@@ -1,0 +1,54 @@
+"""Counting by colour: the task with which fine-tuning is shown."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paligemma.tiny.color_counts import color_scene, write_color_counts
+from paligemma.tiny.recipe_tokenizer import build_tokenizer
+from paligemma.tiny.rows import NUMBERS
+from paligemma.tiny.world import has_held_out
+
+
+def test_the_answer_counts_the_things_of_the_tint_asked_for():
+    for seed in range(20):
+        scene, row = color_scene(seed, "train", 64)
+        color = row.prefix.removeprefix("answer en how many ").removesuffix(" things are there ?")
+        tints = [thing.tint for thing in scene.objects]
+        assert None not in tints and len(tints) in range(1, 6)
+        assert row.suffix == NUMBERS[tints.count(color)]
+
+
+def test_no_answer_is_a_good_guess():
+    answers = Counter(color_scene(seed, "train", 64)[1].suffix for seed in range(200))
+    assert set(answers) == set(NUMBERS[:6])
+    assert max(answers.values()) < 0.3 * 200
+
+
+@pytest.mark.parametrize("split, held_out", [("train", False), ("test", False), ("heldout", True)])
+def test_splits_show_what_they_may(split, held_out):
+    for seed in range(15):
+        scene, _ = color_scene(seed, split, 64)
+        assert has_held_out([(thing.label, thing.tint) for thing in scene.objects]) == held_out
+
+
+def test_all_words_are_known():
+    tokenizer = build_tokenizer()
+    _, row = color_scene(3)
+    assert len(tokenizer.encode(row.prefix)) == len(row.prefix.split())
+
+
+def test_rows_and_pictures_are_written(tmp_path):
+    folder = write_color_counts(3, tmp_path / "new" / "color", "test", size=64, seed=7, progress=False)
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    scene, row = color_scene(7, "test", 64)
+    assert lines[0] == {"image": "images/test_000007.png", "prefix": row.prefix, "suffix": row.suffix}
+    assert np.array_equal(np.asarray(Image.open(folder / lines[0]["image"])), scene.image)
+    assert len(lines) == 3
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        write_color_counts(1, folder, progress=False)
+    with pytest.raises(ValueError, match="at least 1"):
+        write_color_counts(0, tmp_path / "none", progress=False)
