@@ -5,28 +5,33 @@ else.
     batches(step=7, part=0, parts=4)       # the first quarter of step 7's 32 rows, as tensors for the model
 
 `rows` is anything with `len` and `[i]` that gives `{"image": ..., "prefix": ..., "suffix": ...}` (or an object with
-such attributes). `image` is what `load_image` takes, or a tuple of them. The parts of a step are shared out among
+such attributes). `image` is what `load_image` takes, a tuple of them, or None. The parts of a step are shared out among
 processes and among the pieces of an accumulated batch; together they are the same rows however many parts there are.
+
+A picture that cannot be read (a disk that went away, a file that was moved) need not end a run of hours: with `on_skip`
+its row is left out and told of. Only when many rows in a row are lost there is something wrong with more than a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_image, preprocess
 
 Batch = dict[str, Tensor]
+MOST_SKIPPED = 100  # rows one after the other
 
 
 class RowBatches:
     """Shuffles anew in every epoch; the last rows of an epoch are filled up with the first of the next.
 
     max_length cuts rows (images included) at the end of the suffix; padding is on the right, as in the reference's
-    training.
+    training. on_skip is called with the step, where the row stands, and the error, for a row whose picture cannot be
+    read; without it that error is raised.
     """
 
     def __init__(
@@ -37,23 +42,50 @@ class RowBatches:
         seed: int = 0,
         max_length: int | None = None,
         shuffle: bool = True,
+        on_skip: Callable[[int, str, Exception], None] | None = None,
     ):
         if not len(rows):
             raise ValueError("there are no rows to train on")
         self.rows, self.processor, self.batch_size = rows, processor, batch_size
         self.seed, self.max_length, self.shuffle = seed, max_length, shuffle
+        self.on_skip, self._skipped = on_skip, 0
         self._epoch, self._order = -1, torch.empty(0)
 
     def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch | None:
-        """None where a step has more parts than rows and nothing is left for this one."""
+        """None where nothing is left for a part: a step of more parts than rows, or all of its rows were skipped."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        rows = [self.rows[self._row(place)] for place in places[part::parts]]
+        rows: list[Any] = []
+        pixels: list[list[Tensor]] = []  # of each row
+        for place in places[part::parts]:
+            number = self._row(place)
+            row = self.rows[number]
+            try:
+                images = [preprocess(load_image(image), self.processor.image_size) for image in _pictures(row)]
+            except (OSError, ValueError) as error:
+                if self.on_skip is None:
+                    raise
+                self.on_skip(step, _get(row, "source", f"row {number}"), error)
+                self._skipped += 1
+                if self._skipped >= MOST_SKIPPED:
+                    raise OSError(
+                        f"the pictures of {MOST_SKIPPED} rows one after the other could not be read, the last: {error}"
+                    ) from error
+                continue
+            self._skipped = 0
+            rows.append(row)
+            pixels.append(images)
         if not rows:
             return None
-        prefix, suffix, image = ([_get(row, name) for row in rows] for name in ("prefix", "suffix", "image"))
-        return self.processor(
-            text=prefix, images=image, suffix=suffix, padding_side="right", max_length=self.max_length
+        batch = self.processor.lay_out(
+            [_get(row, "prefix") for row in rows],
+            [len(images) for images in pixels],
+            [_get(row, "suffix") for row in rows],
+            padding_side="right",
+            max_length=self.max_length,
         )
+        if any(pixels):
+            batch["pixel_values"] = torch.stack([image for images in pixels for image in images])
+        return batch
 
     def _row(self, place: int) -> int:
         """Which row stands at a place of the endless shuffled stream."""
@@ -66,5 +98,10 @@ class RowBatches:
         return int(self._order[place])
 
 
-def _get(row: Any, name: str) -> Any:
-    return row[name] if isinstance(row, dict) else getattr(row, name)
+def _get(row: Any, name: str, default: Any = None) -> Any:
+    return row.get(name, default) if isinstance(row, dict) else getattr(row, name, default)
+
+
+def _pictures(row: Any) -> tuple[Any, ...]:
+    image = _get(row, "image")
+    return tuple(image) if isinstance(image, (tuple, list)) else () if image is None else (image,)

@@ -72,6 +72,7 @@ class TrainConfig:
     save_every: float = 120.0  # seconds
     log_every: int = 10  # steps
     validate_every: int = 0  # steps; 0: only at the end
+    validate_last: bool = True  # at the end too
     minutes: float | None = None  # a budget of time: the schedule and the run end with it, if not with the steps
 
     def __post_init__(self) -> None:
@@ -275,7 +276,8 @@ def train(
                 note=f"step {step}{known}  loss {average_loss:.3f}  {pace:,.0f} tokens/s",
             )
             # Before saving: a run that is killed in between makes it up.
-            if validate and rank == 0 and config.validate_every and step % config.validate_every == 0:
+            due = bool(config.validate_every) and step % config.validate_every == 0 and step < config.steps
+            if validate and rank == 0 and due:
                 last |= validated(model, average, validate, step, log)
             if stop or distributed.from_the_first(now - saved) > config.save_every:
                 save()
@@ -286,7 +288,7 @@ def train(
     save(finished=True)
     if average is not None:
         load_trained(model, average)
-    if validate and rank == 0:
+    if validate and rank == 0 and config.validate_last:
         last |= validated(model, None, validate, step, log)
     return last
 
