@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -270,6 +271,19 @@ def convert(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The folder (or hub id) of a LoRA adapter.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Fold a LoRA adapter into its base and write one whole checkpoint, as transformers reads it."""
+    from paligemma.utils import merge as merge_adapter
+
+    merge_adapter(adapter, out, dtype=dtype, revision=revision)
+
+
+@app.command()
 def download(
     model: Annotated[str, typer.Argument(help="A hub id, e.g. google/paligemma2-3b-mix-224.")],
     revision: Revision = None,
@@ -344,6 +358,7 @@ def bench(
     from paligemma.bench.report import growth_lines, table
     from paligemma.bench.run import benchmark, record_path
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: gigabytes of random weights are removed
     path = record_path(out, model)
     with notes.status("") as status:
         record = benchmark(
