@@ -29,7 +29,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -225,6 +225,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _no_weights(path: Path) -> Exception:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if "adapter_config.json" in [file.name for file in files]:
+        return ValueError(f"{path} holds an adapter, no whole weights: `paligemma merge` makes a checkpoint of it")
     if pickled := [file.name for file in files if file.suffix in PICKLED]:
         return ValueError(
             f"{path} holds pickled weights ({', '.join(pickled[:3])}), which can run any code when they are read: they "
@@ -597,14 +599,17 @@ def save_pretrained(
 
 
 def convert(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     target: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     format: str | None = None,
     max_shard_size: int = 5 * 10**9,
+    folders: Sequence[Path] = (),
 ) -> None:
-    """Rewrites a checkpoint in another format or dtype, tensor by tensor, with its tokenizer and the like.
+    """Rewrites a checkpoint, opened or by its path, in another format or dtype, with its tokenizer and the like.
 
+    Tensor by tensor, so that the memory needed is that of the largest. folders: where tokenizer and the like lie, the
+    first that has a file gives it; default the checkpoint's own.
     format: "safetensors" (target is a folder) or "npz" (target is a file in big_vision's layout, or a folder for a
     `model.npz`); default by the target's name. Raises as `open_checkpoint` and `save_pretrained` do.
     """
@@ -615,8 +620,9 @@ def convert(
     if target.suffix == ".safetensors" or (target.suffix == ".npz" and format != "npz"):
         raise ValueError(f"{target} is to hold {format}: name a folder{' or an .npz' if format == 'npz' else ''}")
     folder = target.parent if target.suffix == ".npz" else target
-    checkpoint = open_checkpoint(source)
-    if folder.resolve() == checkpoint.folder.resolve():
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    folders = folders or [checkpoint.folder]
+    if folder.resolve() in [source.resolve() for source in folders]:
         raise ValueError(f"{folder} is where the source lies: choose another folder, so that it stays whole")
 
     tensors = {name: (shape, to or own) for name, (shape, own) in checkpoint.tensors.items()}
@@ -629,8 +635,8 @@ def convert(
             return tensor
 
         for name in COMPANIONS:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, staging / name)
+            if found := [source / name for source in folders if (source / name).is_file()]:
+                shutil.copyfile(found[0], staging / name)
         _write_config(staging, checkpoint.config, to or checkpoint.dtype)
         of_processor = [staging / "tokenizer.json", staging / "preprocessor_config.json"]
         bare = (staging / "tokenizer.model").exists() and not all(path.exists() for path in of_processor)

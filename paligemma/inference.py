@@ -34,7 +34,7 @@ from paligemma.generation import Constraint, Generated, check_length, generate, 
 from paligemma.grammar import ChoiceGrammar, Detection, DetectionGrammar, Segment, parse_tokens
 from paligemma.mask_codec import MaskCodec
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_image, preprocess
-from paligemma.utils import load_hf_model, resolve
+from paligemma.utils import first_with, load_hf_model, open_model, resolve
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,18 +82,18 @@ def load(
 ) -> PaliGemma:
     """Opens a checkpoint.
 
-    model: "tiny" (ships with the package), a hub id such as "google/paligemma2-3b-mix-224", a folder, or a big_vision
-    `.npz`. device: default CUDA, else MPS, else CPU. dtype: default bfloat16 for official sizes, the checkpoint's own
-    for small ones. revision: of a hub id. image_size: resamples the position table for another resolution.
-    loc_scale: 1024 (default) or 1023, what a location token counts to.
+    model: "tiny" (ships with the package), a hub id such as "google/paligemma2-3b-mix-224", a folder (an adapter's too)
+    or a big_vision `.npz`. device: default CUDA, else MPS, else CPU. dtype: default bfloat16 for official sizes, the
+    checkpoint's own for small ones. revision: of a hub id. image_size: resamples the position table for another
+    resolution. loc_scale: 1024 (default) or 1023, what a location token counts to.
     Raises ValueError or OSError in a line that says what to do.
     """
     path = resolve(model, revision=revision, dtype=dtype)
     network, tokenizer = load_hf_model(str(path), device, dtype=dtype, quantize=quantize, image_size=image_size)
     vision = network.config.vision_config
     processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
-    own_codec = (path if path.is_dir() else path.parent) / CODEC_FILE
-    codec = MaskCodec.load(own_codec) if own_codec.is_file() else None
+    own_codec = first_with(open_model(path, dtype)[1], CODEC_FILE)
+    codec = MaskCodec.load(own_codec / CODEC_FILE) if own_codec is not None else None
     return PaliGemma(network, processor, codec=codec, loc_scale=loc_scale)
 
 

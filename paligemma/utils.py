@@ -2,7 +2,7 @@
 
     model, tokenizer = load_hf_model("google/paligemma2-3b-mix-224", device=None)
 
-`resolve` finds the files (and downloads them), `checkpoints.py` reads them.
+`resolve` finds the files (and downloads them), `checkpoints.py` reads them; `adapters.py` where they are an adapter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from paligemma.checkpoints import load_model, open_checkpoint, parse_dtype
+from paligemma.adapters import CONFIG, folded, is_adapter, open_adapter
+from paligemma.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.npz import npz_parts
 from paligemma.processing_paligemma import Tokenizer, check_tokenizer, load_tokenizer
@@ -35,7 +36,8 @@ def load_hf_model(
 ) -> tuple[PaliGemmaForConditionalGeneration, Tokenizer]:
     """A model in evaluation mode (its parameters trainable), and the tokenizer that lies beside its weights.
 
-    model_path: "tiny" (the model that ships), a hub id, a folder, a `.safetensors` file or a big_vision `.npz`.
+    model_path: "tiny" (the model that ships), a hub id, a folder, a `.safetensors` file or a big_vision `.npz`. An
+    adapter is folded into its base, and takes the base's tokenizer where it has none of its own.
     device: default CUDA, else MPS, else CPU. dtype: a torch.dtype or its name; default bfloat16 for the published
     sizes, the checkpoint's own for small ones. revision: branch, tag or commit of a hub id. image_size: another
     resolution than the checkpoint's, for which its table of positions is resampled.
@@ -47,10 +49,57 @@ def load_hf_model(
     if quantize is not None:
         raise ValueError(f"quantize is {quantize!r}: there are no quantised weights yet, leave it out")
     path = resolve(model_path, revision, wanted)
-    checkpoint = open_checkpoint(path)  # headers only: what does not fit shows before gigabytes are read
-    tokenizer = load_tokenizer(checkpoint.folder)
+    checkpoint, folders = open_model(path, wanted)  # headers only: what does not fit shows before gigabytes are read
+    tokenizer = load_tokenizer(first_with(folders, "tokenizer.json", "tokenizer.model") or folders[-1])
     check_tokenizer(tokenizer, checkpoint.config)
     return load_model(checkpoint, device, wanted, image_size), tokenizer
+
+
+def open_model(path: Path, dtype: torch.dtype | str | None = None) -> tuple[Checkpoint, list[Path]]:
+    """Opens a checkpoint, or an adapter folded into its base; and the folders in which tokenizer and the like may lie.
+
+    The adapter's own folder comes before that of its base. path, dtype: see `resolve`, which also finds the base.
+    Raises as `resolve`, `open_checkpoint` and `open_adapter` do.
+    """
+    if not is_adapter(path):
+        checkpoint = open_checkpoint(path)
+        return checkpoint, [checkpoint.folder]
+    adapter = open_adapter(path)
+    beside = path / adapter.base
+    try:
+        base = beside if beside.exists() else resolve(adapter.base, adapter.revision, dtype)
+    except (FileNotFoundError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{path} is an adapter, and its base cannot be found: {error}. Where it lies stands in {CONFIG}, as "
+            "base_model_name_or_path"
+        ) from None
+    if is_adapter(base):
+        raise ValueError(f"{path} is an adapter beside another, {base}: merge that one first (`paligemma merge`)")
+    checkpoint = open_checkpoint(base)
+    return folded(checkpoint, adapter), [path, checkpoint.folder]
+
+
+def first_with(folders: list[Path], *names: str) -> Path | None:
+    """The first folder that has a file of one of these names."""
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
+
+
+def merge(
+    adapter: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Writes an adapter and its base as one checkpoint, in the published layout, tensor by tensor.
+
+    adapter: a folder or a hub id, of which `revision` is one. target: a folder. dtype: default the base's own.
+    Raises ValueError for what is no adapter, and as `open_model` and `checkpoints.convert` do.
+    """
+    path = resolve(adapter, revision)
+    if not is_adapter(path):
+        raise ValueError(f"{path} is no adapter: it has no {CONFIG}, so there is nothing to merge")
+    checkpoint, folders = open_model(path, parse_dtype(dtype))
+    convert(checkpoint, target, dtype, "safetensors", folders=folders)
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
