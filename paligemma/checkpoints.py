@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from paligemma.empty import empty_weights
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.npz import NPY_DTYPES, NpzReader, damaged, npz_parts
@@ -107,18 +107,8 @@ def _sizes(text: GemmaConfig, vision: SiglipVisionConfig) -> tuple[object, ...]:
 
 def empty_model(config: PaliGemmaConfig) -> PaliGemmaForConditionalGeneration:
     """The model without memory for its weights: every parameter is on the meta device."""
-    with torch.device("meta"), _NoInitialisation():
+    with empty_weights():
         return PaliGemmaForConditionalGeneration(config)
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """Leaves out `torch.nn.init`. Random numbers without memory are nothing, but asking for them on the meta device
-    makes PyTorch import its compiler: 2 seconds, half of what a short command takes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def expected_shapes(config: PaliGemmaConfig) -> dict[str, Shape]:

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paligemma.empty import empty_weights
 from paligemma.files import written_whole
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
@@ -61,7 +62,8 @@ class ResidualBlock(nn.Module):
 class Codebook(nn.Module):
     def __init__(self, num_codes: int, embedding_dim: int) -> None:
         super().__init__()
-        self._embedding = nn.Parameter(torch.randn(num_codes, embedding_dim) / embedding_dim**0.5)
+        self._embedding = nn.Parameter(torch.empty(num_codes, embedding_dim))
+        nn.init.normal_(self._embedding, std=embedding_dim**-0.5)
 
 
 class MaskCodec(nn.Module):
@@ -245,7 +247,7 @@ class MaskCodec(nn.Module):
             + [size(f"decoder.{i}.weight", 1, 1) for i in (4, 6, 8, 10)],  # transposed: [in, out, 4, 4]
             "encoder_kernels": (size("encoder.0.weight", -1, 4), size("encoder.10.weight", -1, 1)),
         }
-        with torch.device("meta"):  # shapes only: the values come from the file
+        with empty_weights():  # shapes only: the values come from the file
             codec = cls(**sizes)
         _check_names_and_shapes(path, codec.state_dict(), arrays)
         state = {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}

@@ -21,8 +21,8 @@ ROOT = Path(paligemma.__file__).parent
 # Bottom to top: a module may import what stands in its own line or above it. Within a line there is no circle.
 LAYERS = [
     # the leaves: each can be read alone
-    "files configuration attention_mask kv_cache modeling_siglip processing_paligemma mask_codec grammar draw formats "
-    "npz",
+    "files empty configuration attention_mask kv_cache modeling_siglip processing_paligemma mask_codec grammar draw "
+    "formats npz",
     "modeling_gemma",
     "generation checkpoints quantization adapters",
     "utils info",
