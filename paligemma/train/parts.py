@@ -96,6 +96,10 @@ def add_lora(
         task_type="CAUSAL_LM",
     )
     peft.inject_adapter_in_model(config, model)  # also freezes all the rest
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # A step of the optimizer is far below the rounding of bfloat16.
+            parameter.data = parameter.data.float()
     return model
 
 
