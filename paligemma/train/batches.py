@@ -87,6 +87,11 @@ class RowBatches:
             batch["pixel_values"] = torch.stack([image for images in pixels for image in images])
         return batch
 
+    def sources(self, step: int) -> list[str]:
+        """Where the rows of a step stand."""
+        numbers = [self._row(place) for place in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        return [str(_get(self.rows[number], "source", f"row {number}")) for number in numbers]
+
     def _row(self, place: int) -> int:
         """Which row stands at a place of the endless shuffled stream."""
         epoch, place = divmod(place, len(self.rows))

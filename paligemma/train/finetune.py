@@ -1,0 +1,467 @@
+"""`paligemma train`: a model and rows -> a model that knows the rows' task, in a folder that everything opens.
+
+    finetune(Options(model="tiny", data="my.jsonl", out="runs/mine"))
+
+    paligemma evaluate --model runs/mine ...           paligemma.load("runs/mine")
+
+What happens, in this order: the options are compared with those of the run that may lie in the folder; the model is
+loaded and told which parts of it learn; every row is checked; what is going to happen is said; `loop.train` trains,
+with a look at generated answers now and then (`sight.py`); the model is saved as checkpoints are published (an adapter
+with LoRA); its final figures and a report are written.
+
+Numbers: what learns is kept in float32 whatever it is computed in, since a step of 1e-5 of a weight is lost in the
+eight bits of bfloat16. It is saved in the dtype it was loaded in.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+
+from paligemma.checkpoints import parse_dtype, published_name, save_pretrained
+from paligemma.evaluate.report import Report, number
+from paligemma.evaluate.runner import fingerprint
+from paligemma.inference import CODEC_FILE, PaliGemma, load
+from paligemma.train import distributed, parts
+from paligemma.train.batches import RowBatches
+from paligemma.train.data import Rows, open_rows
+from paligemma.train.data_check import check
+from paligemma.train.loop import TrainConfig, train
+from paligemma.train.optimizer import muon_and_adamw
+from paligemma.train.run_folder import (
+    FINISHED,
+    append_to_log,
+    fingerprint_of_data,
+    last_checkpoint,
+    last_checkpoint_step,
+    open_run,
+    read_log,
+    write_json,
+    write_settings,
+)
+from paligemma.train.run_report import write_report
+from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, measure_of
+
+# What the check finds that need not keep a run from beginning.
+BEARABLE = ("missing picture", "box outside")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command. The help of `paligemma train` says what they mean."""
+
+    model: str
+    data: str
+    out: str
+    # what the data is: see `open_rows`
+    kind: str | None = None
+    images: str | None = None
+    annotations: str | None = None
+    image_name: str | None = None
+    split: str | None = None
+    language: str = "en"
+    every_label: bool = False
+    max_length: int | None = None
+    # how long
+    steps: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+    # how
+    batch: int = 32
+    accumulate: int = 1
+    lr: float | None = None  # 1e-5, with LoRA 1e-4
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
+    dropout: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.0
+    optimizer: str = "adamw"
+    seed: int = 0
+    # what
+    freeze: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
+    rank: int = 8
+    alpha: float | None = None
+    lora_dropout: float = 0.0
+    checkpoint_gradients: bool = False
+    image_size: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    revision: str | None = None
+    # what is looked at
+    validation: str | None = None
+    metric: str = "auto"
+    validate_every: int = 0
+    validation_rows: int = 256
+    # going on
+    resume: bool = True
+    strict: bool = False
+    save_every: float = 120.0
+
+    def __post_init__(self) -> None:
+        least = {"batch": 1, "accumulate": 1, "validation_rows": 1, "validate_every": 0, "steps": 1, "max_length": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name} is {value}, expected at least {bound}")
+        for name in ("epochs", "minutes", "lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value:g}, expected more than 0")
+        for name in ("warmup", "label_smoothing", "dropout", "ema", "lora_dropout"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value:g}, expected a share in [0, 1)")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs both say how long to train: give one of them")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
+        if self.optimizer == "muon" and self.lora:
+            raise ValueError("muon is for whole matrices, and LoRA trains thin ones: choose adamw")
+        if self.freeze and self.lora:
+            raise ValueError("LoRA freezes all that it is not put beside: leave out --freeze")
+        if parse_dtype(self.dtype) == torch.float16:
+            raise ValueError("gradients underflow in float16: train in bfloat16 or float32")
+        measure_of("", self.metric)
+
+    @property
+    def peak(self) -> float:
+        return self.lr if self.lr is not None else 1e-4 if self.lora else 1e-5
+
+
+def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Train, save, measure. Returns what `finished.json` holds: steps, seconds, rows that were skipped, figures, ...
+
+    say: gets what is to be told, a line at a time; default: stderr.
+
+    Run again with the same options it goes on where it was cut off, and does nothing when it was finished.
+
+    ValueError for rows that cannot be trained on (naming them), for options that do not fit together, and for a folder
+    that holds a run with others; FloatingPointError, naming step and rows, for a loss that is no number; OSError when
+    something cannot be written: the last good checkpoint stays; KeyboardInterrupt after Ctrl-C, when all is saved.
+    """
+    rank, world = distributed.start()
+    say = quietly if rank else say or to_stderr
+    out = Path(options.out)
+    rows = rows_of(options, options.data)
+    measured = rows_of(options, options.validation) if options.validation is not None else None
+    if not len(rows) or (measured is not None and not len(measured)):
+        raise ValueError(f"{options.data if not len(rows) else options.validation} has no rows")
+
+    device = options.device or own_device(world)
+    pg = load(options.model, device, options.dtype, None, options.revision, options.image_size)
+    settings = {field.name: getattr(options, field.name) for field in fields(options)}
+    resumed = False
+    if rank == 0:
+        facts = {"data": fingerprint_of_data(options.data), "weights": fingerprint(pg)}
+        if options.validation is not None:
+            facts["validation data"] = fingerprint_of_data(options.validation)
+        resumed = open_run(out, settings, facts, options.resume)
+        if resumed and (out / FINISHED).is_file():
+            say(f"{out} is finished already; --no-resume begins anew, with other settings choose another --out")
+    resumed = bool(distributed.from_the_first(float(resumed)))
+    if distributed.from_the_first(float(resumed and (out / FINISHED).is_file())):
+        return json.loads((out / FINISHED).read_text(encoding="utf-8"))
+
+    stored, compute = pg.model.dtype, compute_dtype(pg, options)
+    prepare(pg.model, options)
+    limit = options.max_length or pg.model.config.text_config.max_position_embeddings
+    steps = steps_of(options, len(rows))
+    if rank == 0:
+        if resumed:
+            say(f"going on in {out}: {last_checkpoint(out)}")
+        else:
+            check_rows(rows, pg, limit, options.strict, say)
+            if measured is not None:
+                check_rows(measured, pg, limit, options.strict, say)
+            write_settings(out, settings, facts)
+        for line in announcement(options, rows, pg, steps, compute, stored):
+            say(line)
+    distributed.wait_for_all()
+
+    sight = board = None
+    if rank == 0:
+        board = TensorBoard(out / "tensorboard", last_checkpoint_step(out), say)
+        sight = look(options, pg, rows if measured is None else measured, out, say)
+
+    def skip(step: int, source: str, error: Exception) -> None:
+        """Into the log of the step, so that a run that goes on counts every row once."""
+        to_stderr(f"skipped {source}: {error}")
+        append_to_log(out, {"step": step + 1, "skipped": source, "error": str(error), "time": time.time()})
+
+    batches = RowBatches(
+        rows, pg.processor, options.batch, options.seed, limit, on_skip=None if options.strict else skip
+    )
+    config = TrainConfig(
+        steps=steps,
+        lr=options.peak,
+        warmup=options.warmup,
+        schedule=options.schedule,
+        weight_decay=options.weight_decay,
+        clip=options.clip,
+        accumulate=options.accumulate,
+        label_smoothing=options.label_smoothing,
+        autocast=compute if compute != torch.float32 else None,
+        ema=options.ema,
+        seed=options.seed,
+        save_every=options.save_every,
+        log_every=1,
+        validate_every=options.validate_every if measured is not None else 0,
+        validate_last=False,  # but once the model is as it is saved
+        minutes=options.minutes,
+    )
+    optimizers = None
+    if options.optimizer == "muon":
+        optimizers = muon_and_adamw(pg.model, options.peak, options.peak, options.weight_decay)
+    begun = time.monotonic()
+    try:
+        last = train(
+            pg.model, batches, config, out, optimizers=optimizers, validate=sight, on_log=board, resume=resumed
+        )
+        if rank:
+            return last
+        save_model(pg, options, out, stored)
+        if board is not None:
+            board.close()
+        return finish(options, pg, out, sight, measured is not None, time.monotonic() - begun, say)
+    except FloatingPointError as error:
+        step = max((entry["step"] for entry in read_log(out) if "loss" in entry), default=0)
+        named = ", ".join(batches.sources(step))
+        raise FloatingPointError(
+            f"{error}. Its rows: {named}. {last_checkpoint(out).capitalize()}; begin anew with a lower --lr, or "
+            "without these rows if it is their fault"
+        ) from None
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"{str(stop) or 'stopped at once: ' + last_checkpoint(out)}; the same command goes on from there"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        if not is_full(error):
+            raise
+        for half in (out / "checkpoints").glob("*.part"):
+            shutil.rmtree(half, ignore_errors=True)
+        raise OSError(
+            errno.ENOSPC, f"the disk is full ({out}); {last_checkpoint(out)}: make room, then the same command goes on"
+        ) from error
+
+
+# --- before -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(options: Options, path: str) -> Rows:
+    return open_rows(
+        path,
+        options.kind,
+        images=options.images,
+        annotations=options.annotations,
+        image_name=options.image_name,
+        split=options.split,
+        language=options.language,
+        every_label=options.every_label,
+    )
+
+
+def own_device(world: int) -> str | None:
+    """Each process its own GPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if world > 1 and torch.cuda.is_available() else None
+
+
+def compute_dtype(pg: PaliGemma, options: Options) -> torch.dtype:
+    """As asked for; else bfloat16 for the published sizes, float32 for small models, for which it is no slower."""
+    asked = parse_dtype(options.dtype)
+    return asked or (torch.bfloat16 if published_name(pg.model.config) else torch.float32)
+
+
+def prepare(model: Any, options: Options) -> None:
+    """Which weights learn, and how."""
+    torch.manual_seed(options.seed)  # what LoRA begins with
+    if options.lora:
+        parts.add_lora(model, options.lora, options.rank, options.alpha, options.lora_dropout)
+    else:
+        model.float()
+        if options.freeze:
+            parts.freeze(model, options.freeze)
+    if options.dropout:
+        parts.set_dropout(model, options.dropout)
+    if options.checkpoint_gradients:
+        parts.checkpoint_gradients(model)
+
+
+def steps_of(options: Options, rows: int) -> int:
+    if options.steps is not None:
+        return options.steps
+    if options.epochs is None and options.minutes is not None:
+        return 10**9  # the minutes end it
+    return max(1, math.ceil((options.epochs or 1.0) * rows / options.batch))
+
+
+def check_rows(rows: Rows, pg: PaliGemma, limit: int, strict: bool, say: Callable[[str], None]) -> None:
+    """ValueError, naming the rows, for what cannot be trained on."""
+    with Console(stderr=True).status(f"checking {len(rows):,} rows"):
+        report = check(rows, pg.processor, max_length=limit)
+    bad = {name: count for name, count in report.counts.items() if strict or name not in BEARABLE}
+    if bad:
+        report.counts = bad
+        raise ValueError(f"these rows cannot be trained on as they are:\n{report}")
+    for name, count in report.counts.items():
+        first = report.first[name][0]
+        what = "they are skipped" if name == "missing picture" else "they are cut at its edge"
+        say(f"note: {name}: {count:,} of {len(rows):,} rows, {what}; the first is {first.source}: {first.message}")
+
+
+def announcement(
+    options: Options, rows: Rows, pg: PaliGemma, steps: int, compute: torch.dtype, stored: torch.dtype
+) -> list[str]:
+    """What is going to happen."""
+    some = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 200))]
+    sample = pg.processor.lay_out(
+        [row.prefix for row in some], [len(row.pictures) for row in some], [row.suffix for row in some]
+    )
+    tokens, answer = (float(sample[name].sum()) / len(some) for name in ("attention_mask", "token_type_ids"))
+    longest = int(sample["attention_mask"].sum(-1).max())
+
+    learned: dict[str, int] = {}  # parameters by part
+    total: dict[str, int] = {}
+    for name, parameter in pg.model.named_parameters():
+        part = next(part for part, prefix in parts.PARTS.items() if name.startswith(prefix))
+        total[part] = total.get(part, 0) + parameter.numel()
+        if parameter.requires_grad:
+            learned[part] = learned.get(part, 0) + parameter.numel()
+    listed = ", ".join(f"{part} {count:,}" for part, count in learned.items())
+    how = f"LoRA of rank {options.rank} in " if options.lora else ""
+    epochs = steps * options.batch / len(rows)
+    long = f"{options.minutes:g} minutes" if steps == 10**9 else f"{steps:,} steps ({epochs:.2g} epochs)"
+    if options.minutes is not None and steps != 10**9:
+        long += f", at most {options.minutes:g} minutes"
+    return [
+        f"data    {rows.note}; a row has {tokens:.0f} tokens (of {len(some)} rows: {answer:.1f} of them the answer, "
+        f"the longest {longest})",
+        f"learns  {how}{listed}: {sum(learned.values()):,} of {sum(total.values()):,} parameters",
+        f"steps   {long} of {options.batch} rows; {options.optimizer}, learning rate {options.peak:g}, "
+        f"{options.warmup:.0%} warm-up, then {options.schedule}",
+        f"numbers computed in {name_of(compute)}, what learns is kept in float32, saved in "
+        f"{'float32' if options.lora else name_of(stored)}; {next(pg.model.parameters()).device}",
+    ]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- after --------------------------------------------------------------------------------------------------------
+
+
+def save_model(pg: PaliGemma, options: Options, out: Path, stored: torch.dtype) -> None:
+    """The model as checkpoints are published, with its processor and, if it has its own, its mask codec."""
+    if options.lora:
+        from paligemma.train import adapters
+
+        adapters.save_adapter(pg.model, out, options.model, pg.processor)
+        return
+    pg.model.to(stored)
+    save_pretrained(pg.model, out, pg.processor)
+    if pg._codec is not None:
+        pg._codec.save(out / CODEC_FILE)
+
+
+def look(options: Options, pg: PaliGemma, rows: Rows, out: Path, say: Callable[[str], None]) -> Sight | None:
+    """Validation by generation: of the validation rows, or (for the examples of the report) of a few trained on."""
+    count = options.validation_rows if options.validation is not None else 12
+    some = [row for row in chosen(rows, count) if row.pictures]
+    if not some:
+        say("note: no picture in the rows to look at, so no answers are generated and measured")
+        return None
+    return Sight(pg, some, options.metric, out / "validation", min(16, options.batch), budget_for(some, pg), say)
+
+
+def finish(
+    options: Options,
+    pg: PaliGemma,
+    out: Path,
+    sight: Sight | None,
+    measured: bool,
+    seconds: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Final figures, report.html, finished.json."""
+    pg.model.eval()
+    log = read_log(out)
+    report: Report | None = None
+    examples: list[Any] = []
+    if sight is not None:
+        report, examples = sight.measure("final")
+    steps = [entry for entry in log if "loss" in entry]
+    trained = sum(entry["seconds"] for entry in steps)
+    summary = {
+        "steps": steps[-1]["step"] if steps else 0,
+        "rows seen": (steps[-1]["step"] if steps else 0) * options.batch,
+        "last loss": number(steps[-1]["loss"]) if steps else None,
+        "seconds of training": round(trained, 1),
+        "rows skipped": sum("skipped" in entry for entry in log),
+        "peak memory": f"{peak_memory() / 1e9:.2f} GB",
+    }
+    about = "validation" if measured else "rows it was trained on"
+    write_report(
+        out / "report.html",
+        f"{options.model} fine-tuned on {Path(options.data).name}",
+        {key: f"{value:,}" if isinstance(value, (int, float)) else str(value) for key, value in summary.items()},
+        log,
+        report.figures if report is not None and measured else [],
+        examples,
+        asdict(options),
+        f"Figures and examples are of the saved model: greedy answers to {len(sight.rows) if sight else 0} rows of "
+        f"{options.validation}."
+        if measured
+        else "There was no validation data; the examples are rows it was trained on.",
+    )
+    figures = [vars(figure) for figure in report.figures] if report is not None else []
+    content = {"summary": summary, "figures of": about, "figures": figures}
+    write_json(out / FINISHED, content)
+    for figure in report.figures if report is not None and measured else []:
+        if figure.value is not None:
+            say(f"{figure.task}: {figure.name} {figure.value:.3f} ({figure.rows} rows)")
+    say(f"the {'adapter' if options.lora else 'model'} is in {out}; look at {out / 'report.html'}")
+    return content
+
+
+def peak_memory() -> float:
+    """Bytes: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)
+
+
+# --- small things -------------------------------------------------------------------------------------------------
+
+
+def to_stderr(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def quietly(text: str) -> None:
+    pass
+
+
+def is_full(error: BaseException) -> bool:
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()

@@ -1,0 +1,139 @@
+"""The folder of a run: what it was started with, so that it only goes on with the same.
+
+runs/mine/
+  settings.json       the options of the command, what the data and the weights were, versions
+  log.jsonl           loss, learning rate, validation, skipped rows
+  checkpoints/        the last state of training
+  validation/         answers, figures and pictures, step by step
+  tensorboard/
+  report.html         everything in one page, at the end
+  finished.json       the final figures, written last
+  config.json, model.safetensors, ...    the fine-tuned model (or the adapter) itself
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from paligemma.files import written_whole
+from paligemma.train import checkpointing
+
+SETTINGS, FINISHED = "settings.json", "finished.json"
+# What a run may be given differently when it goes on: none of it changes the losses.
+FREE = {"data", "validation", "out", "resume", "strict", "save_every", "device", "accumulate", "checkpoint_gradients"}
+DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+MODEL_FILES = (
+    "config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
+    "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "preprocessor_config.json", "mask_codec.npz",
+)  # fmt: skip
+
+
+def fingerprint_of_data(path: str | os.PathLike[str]) -> str:
+    """Of a file its content; of a folder the names, sizes and contents of its data files (not of its pictures)."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_FILES)
+    digest = hashlib.sha256()
+    for file in files:
+        if file != path:
+            digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def open_run(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], resume: bool) -> bool:
+    """True if the folder holds a run with the same settings and facts, which is to go on; False if it is new (or made
+    new, with resume=False).
+
+    settings: the options. facts: what they stood for: fingerprints of data and weights.
+    ValueError that names what differs, and for a folder of something else; FileExistsError for a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file, expected a folder to write the run to")
+    known = (out / SETTINGS).is_file()
+    if not known and out.is_dir() and any(file for file in out.iterdir() if not file.name.startswith(".")):
+        raise ValueError(f"{out} is not empty and holds no run: choose another --out")
+    if not known or not resume:
+        if known:
+            clear(out)
+        return False
+    try:
+        saved = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{out / SETTINGS} is not JSON ({error}): choose another --out, or --no-resume") from None
+    there = _compared(saved.get("settings", {}), saved.get("facts", {}))
+    here = _compared(json.loads(json.dumps(dict(settings))), json.loads(json.dumps(dict(facts))))
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if differing:
+        named = "; ".join(f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
+        raise ValueError(
+            f"{out} holds a run with other settings: {named}. Give the same ones to go on with it, choose "
+            "another --out, or begin anew with --no-resume, which removes it"
+        )
+    return True
+
+
+def _compared(settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in FREE} | facts
+
+
+def write_settings(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    environment = {
+        "machine": platform.platform(),
+        "versions": {name: version(name) for name in ("paligemma", "torch", "numpy", "pillow")},
+    }
+    write_json(out / SETTINGS, {"settings": dict(settings), "facts": dict(facts), "environment": environment})
+
+
+def write_json(path: Path, content: Any) -> None:
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def clear(out: Path) -> None:
+    """Remove a run, its settings first; other files in the folder stay."""
+    for name in (SETTINGS, FINISHED, "log.jsonl", "report.html"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "validation", "tensorboard"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for pattern in MODEL_FILES:
+        for file in out.glob(pattern):
+            file.unlink()
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """The entries of the log; half a line of a run that was killed is none."""
+    entries = []
+    path = out / "log.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def append_to_log(out: Path, entry: Mapping[str, Any]) -> None:
+    with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(entry)) + "\n")
+
+
+def last_checkpoint_step(out: Path) -> int:
+    found = checkpointing.checkpoints(out / "checkpoints")
+    return int(found[-1].name.rpartition("-")[2]) if found else 0
+
+
+def last_checkpoint(out: Path) -> str:
+    """In words, for the end of a message."""
+    found = checkpointing.checkpoints(out / "checkpoints")
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"

@@ -1,0 +1,195 @@
+"""What can be seen of a run while it goes on: the metric on answers that the model writes, pictures, TensorBoard.
+
+A loss can fall while every answer stays empty: it is measured with the right tokens in front of it. So validation
+lets the model *generate* and measures the answers, exactly as `paligemma evaluate` does: same prompts, same measures.
+
+    validation/step-00000200/predictions.jsonl, results.json    all answers; the figures
+                             examples/00.png ...                 truth beside answer, the same rows each time
+                             worst/                              where it is furthest off
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paligemma.evaluate import Example, Measure, Prediction, Region, evaluate
+from paligemma.evaluate.measures import MEASURES
+from paligemma.evaluate.pictures import compare
+from paligemma.evaluate.report import Report
+from paligemma.grammar import parse
+from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
+from paligemma.processing_paligemma import load_image
+from paligemma.train.data import Row, Rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MEASURE_OF = {"detect": "detect", "segment": "segment", "caption": "caption", "ocr": "reading"}  # all others: exact
+EXAMPLES = 12  # rows that are drawn at every validation
+
+
+def measure_of(prompt: str, metric: str = "auto") -> str:
+    """The name of the measure for a prompt: by its first word, or `metric`. ValueError for a metric that is none."""
+    if metric == "auto":
+        return MEASURE_OF.get(prompt.strip().partition(" ")[0], "exact")
+    if metric not in MEASURES:
+        raise ValueError(f"there is no metric {metric!r}; there are: auto, {', '.join(MEASURES)}")
+    return metric
+
+
+def chosen(rows: Rows, count: int, seed: int = 0) -> list[Row]:
+    """`count` rows drawn by lot (always the same), in their order; all of them if there are no more."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in sorted(order[:count].tolist())]
+
+
+def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
+    """A row with its picture opened. What its suffix says of boxes and masks becomes regions."""
+    regions: list[Region] = []
+    if MEASURES[measure].regions:
+        masks = measure == "segment"
+        size = (picture[0] if isinstance(picture, tuple) else picture).size
+        parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
+        found = parsed.segments if masks else parsed.detections
+        regions = [Region(item.label, item.box, getattr(item, "mask", None)) for item in found]
+    answers = () if regions else (row.suffix,)
+    return Example(str(row.number), picture, row.prefix, measure, answers, regions)
+
+
+@dataclass
+class Sight:
+    """Validation of one run. rows: to be answered. budget: see `budget_for`."""
+
+    pg: PaliGemma
+    rows: list[Row]
+    metric: str
+    folder: Path
+    batch_size: int
+    budget: int | None
+    say: Callable[[str], None]
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, Any]:
+        """The figures of the model as it is, for the log: {"exact": 0.93, ...}."""
+        report, _ = self.measure(f"step-{step:08d}")
+        figures = figures_of(report)
+        self.say(f"step {step}: " + ", ".join(f"{name} {shown(value)}" for name, value in figures.items()))
+        return figures
+
+    def measure(self, name: str) -> tuple[Report, list[tuple[Example, Prediction]]]:
+        """The figures, and the rows that are drawn with what the model answered."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here and does it again
+        drawn = {str(row.number) for row in self.rows[:: max(1, len(self.rows) // EXAMPLES)][:EXAMPLES]}
+        pictures: dict[str, Example] = {}
+        missing: list[str] = []
+
+        def examples() -> Iterator[Example]:
+            """Opened one at a time: not all pictures lie in memory together."""
+            for row in self.rows:
+                try:
+                    opened = tuple(load_image(picture) for picture in row.pictures)
+                except (OSError, ValueError):
+                    missing.append(row.source)
+                    continue
+                example = to_example(
+                    row, measure_of(row.prefix, self.metric), opened if len(opened) > 1 else opened[0], self.pg
+                )
+                if example.id in drawn:
+                    pictures[example.id] = example
+                yield example
+
+        measures: dict[str, Measure] = MEASURES
+        report = evaluate(
+            self.pg,
+            examples(),
+            measures,
+            batch_size=self.batch_size,
+            out_folder=folder,
+            max_new_tokens=self.budget,
+            progress=False,
+        )
+        if missing:
+            self.say(
+                f"{len(missing)} rows of validation were left out, their pictures cannot be read: {missing[0]}, ..."
+            )
+        (folder / "examples").mkdir(exist_ok=True)
+        answered = list(predictions_of(folder, pictures))
+        for k, (example, prediction) in enumerate(answered):
+            compare(example, prediction).save(folder / "examples" / f"{k:02d}.png")
+        return report, answered
+
+
+def predictions_of(folder: Path, examples: dict[str, Example]) -> Iterator[tuple[Example, Prediction]]:
+    """Saved predictions of these examples (by id), in the order of the examples."""
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    found = {entry["id"]: entry for entry in map(json.loads, lines)}
+    for name, example in examples.items():
+        yield example, Prediction.from_dict(found[name])
+
+
+def figures_of(report: Report) -> dict[str, Any]:
+    """Name -> value; with several measures the name says which: "detect/recall"."""
+    several = len(report.counts) > 1
+    return {f"{f.task}/{f.name}" if several else f.name: f.value for f in report.figures}
+
+
+def shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def budget_for(rows: list[Row], pg: PaliGemma) -> int:
+    """New tokens that an answer may have: twice the longest right one and some, at most what inference allows. A model
+    that has not learned to stop would otherwise cost 512 tokens a row."""
+    encode = pg.processor.tokenizer.encode
+    longest = max(len(encode(row.suffix)) for row in rows)
+    most = BOX_BUDGET if any(MEASURES[measure_of(row.prefix)].regions for row in rows) else TEXT_BUDGET
+    return min(most, 2 * longest + 8)
+
+
+class TensorBoard:
+    """Scalars and pictures for TensorBoard; nothing, said once, where it is not installed or cannot write."""
+
+    def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
+        self.folder, self.say = folder, say
+        self.writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            say("no TensorBoard: pip install 'paligemma[train]' (log.jsonl has the same figures)")
+            return
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        """An entry of the log."""
+        if self.writer is None:
+            return
+        named = entry.get("validation")
+        scalars = {f"validation/{key}": value for key, value in named.items()} if named else entry
+        try:
+            for name, value in scalars.items():
+                if isinstance(value, (int, float)) and name not in ("step", "time"):
+                    self.writer.add_scalar(name if named else f"train/{name}", value, entry["step"])
+            if named:
+                self.pictures(
+                    self.folder.parent / "validation" / f"step-{entry['step']:08d}" / "examples", entry["step"]
+                )
+        except OSError as error:  # a full disk ends the events, not the run
+            self.say(f"TensorBoard ends here: {error}")
+            self.writer = None
+
+    def pictures(self, folder: Path, step: int) -> None:
+        import numpy as np
+
+        for path in sorted(folder.glob("*.png"))[:4]:
+            self.writer.add_image(f"examples/{path.stem}", np.asarray(load_image(path)), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
