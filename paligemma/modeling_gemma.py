@@ -407,13 +407,21 @@ class Gemma2DecoderLayer(nn.Module):
 # ---------------------------------------------------------------------------------------------- the language model
 
 
+class GemmaEmbedding(nn.Embedding):
+    """The table of tokens, [V, D], read in both directions: rows on the way in, all of it as the head on the way out."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]: how well each token's row fits."""
+        return F.linear(hidden, self.weight)
+
+
 class GemmaModel(nn.Module):
     """Embeddings, layers and the last norm."""
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = GemmaEmbedding(config.vocab_size, config.hidden_size)
         layer_class = Gemma2DecoderLayer if config.model_type == "gemma2" else GemmaDecoderLayer
         self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -421,8 +429,8 @@ class GemmaModel(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings times sqrt(D): int64 [B, S] -> [B, S, D]. The output head uses them unscaled."""
         # The factor is rounded to the weights' dtype, as in training: in bfloat16 sqrt(2048) is 45.25, not 45.2548.
-        scale = torch.tensor(math.sqrt(self.config.hidden_size), dtype=self.embed_tokens.weight.dtype)
-        return self.embed_tokens(input_ids) * scale.to(input_ids.device)
+        x = self.embed_tokens(input_ids)
+        return x * torch.tensor(math.sqrt(self.config.hidden_size), dtype=x.dtype).to(x.device)
 
     def forward(
         self,
@@ -459,7 +467,7 @@ class GemmaForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], soft-capped where the configuration says so."""
-        logits = F.linear(hidden, self.model.embed_tokens.weight)
+        logits = self.model.embed_tokens.logits(hidden)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
@@ -501,11 +509,11 @@ class PaliGemmaForConditionalGeneration(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language_model.model.embed_tokens.weight.dtype
+        return self.language_model.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.language_model.model.embed_tokens.weight.device
+        return self.language_model.model.norm.weight.device
 
     def set_explicit_attention(self, explicit: bool = True) -> None:
         """Writes attention out instead of using the fused kernel, everywhere. Soft-capped layers always do."""
