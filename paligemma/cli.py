@@ -439,7 +439,7 @@ def finetune(
     language: Annotated[str, typer.Option(help="In prompts made of questions and captions.")] = "en",
     every_label: Annotated[bool, typer.Option("--every-label", help="COCO: ask for all labels in every row.")] = False,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="To compute in: bfloat16 or float32. Default: by size.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="To compute and save in: bfloat16 or float32.")] = None,
     revision: Revision = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or remove it.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a picture that cannot be read.")] = False,

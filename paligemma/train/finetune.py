@@ -9,8 +9,8 @@ loaded and told which parts of it learn; every row is checked; what is going to 
 with a look at generated answers now and then (`sight.py`); the model is saved as checkpoints are published (an adapter
 with LoRA); its final figures and a report are written.
 
-Numbers: what learns is kept in float32 whatever it is computed in, since a step of 1e-5 of a weight is lost in the
-eight bits of bfloat16. It is saved in the dtype it was loaded in.
+Numbers: what learns is kept in float32 whatever it is computed in, since a small step is lost in the eight bits of
+bfloat16: a weight of 0.02 does not move by 1e-5. It is saved in the dtype it was loaded in, which is computed in, too.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from paligemma.checkpoints import parse_dtype, published_name, save_pretrained
-from paligemma.evaluate.report import Report, number
+from paligemma.checkpoints import parse_dtype, save_pretrained
+from paligemma.evaluate.report import Report
 from paligemma.evaluate.runner import fingerprint
 from paligemma.inference import CODEC_FILE, PaliGemma, load
 from paligemma.train import distributed, parts
@@ -53,7 +53,7 @@ from paligemma.train.run_folder import (
     write_settings,
 )
 from paligemma.train.run_report import write_report
-from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, measure_of
+from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of, measure_of
 
 # What the check finds that need not keep a run from beginning.
 BEARABLE = ("missing picture", "box outside")
@@ -178,7 +178,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     if distributed.from_the_first(float(resumed and (out / FINISHED).is_file())):
         return json.loads((out / FINISHED).read_text(encoding="utf-8"))
 
-    stored, compute = pg.model.dtype, compute_dtype(pg, options)
+    dtype = pg.model.dtype
     prepare(pg.model, options)
     limit = options.max_length or pg.model.config.text_config.max_position_embeddings
     steps = steps_of(options, len(rows))
@@ -190,7 +190,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
             if measured is not None:
                 check_rows(measured, pg, limit, options.strict, say)
             write_settings(out, settings, facts)
-        for line in announcement(options, rows, pg, steps, compute, stored):
+        for line in announcement(options, rows, pg, steps, dtype):
             say(line)
     distributed.wait_for_all()
 
@@ -216,7 +216,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         clip=options.clip,
         accumulate=options.accumulate,
         label_smoothing=options.label_smoothing,
-        autocast=compute if compute != torch.float32 else None,
+        autocast=dtype if dtype != torch.float32 else None,
         ema=options.ema,
         seed=options.seed,
         save_every=options.save_every,
@@ -235,7 +235,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         )
         if rank:
             return last
-        save_model(pg, options, out, stored)
+        save_model(pg, options, out, dtype)
         if board is not None:
             board.close()
         return finish(options, pg, out, sight, measured is not None, time.monotonic() - begun, say)
@@ -281,12 +281,6 @@ def own_device(world: int) -> str | None:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if world > 1 and torch.cuda.is_available() else None
 
 
-def compute_dtype(pg: PaliGemma, options: Options) -> torch.dtype:
-    """As asked for; else bfloat16 for the published sizes, float32 for small models, for which it is no slower."""
-    asked = parse_dtype(options.dtype)
-    return asked or (torch.bfloat16 if published_name(pg.model.config) else torch.float32)
-
-
 def prepare(model: Any, options: Options) -> None:
     """Which weights learn, and how."""
     torch.manual_seed(options.seed)  # what LoRA begins with
@@ -324,9 +318,7 @@ def check_rows(rows: Rows, pg: PaliGemma, limit: int, strict: bool, say: Callabl
         say(f"note: {name}: {count:,} of {len(rows):,} rows, {what}; the first is {first.source}: {first.message}")
 
 
-def announcement(
-    options: Options, rows: Rows, pg: PaliGemma, steps: int, compute: torch.dtype, stored: torch.dtype
-) -> list[str]:
+def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype: torch.dtype) -> list[str]:
     """What is going to happen."""
     some = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 200))]
     sample = pg.processor.lay_out(
@@ -354,8 +346,8 @@ def announcement(
         f"learns  {how}{listed}: {sum(learned.values()):,} of {sum(total.values()):,} parameters",
         f"steps   {long} of {options.batch} rows; {options.optimizer}, learning rate {options.peak:g}, "
         f"{options.warmup:.0%} warm-up, then {options.schedule}",
-        f"numbers computed in {name_of(compute)}, what learns is kept in float32, saved in "
-        f"{'float32' if options.lora else name_of(stored)}; {next(pg.model.parameters()).device}",
+        f"numbers computed in {name_of(dtype)}, what learns is kept in float32 and saved in "
+        f"{'float32' if options.lora else name_of(dtype)}; on {pg.model.device}",
     ]
 
 
@@ -366,14 +358,14 @@ def name_of(dtype: torch.dtype) -> str:
 # --- after --------------------------------------------------------------------------------------------------------
 
 
-def save_model(pg: PaliGemma, options: Options, out: Path, stored: torch.dtype) -> None:
+def save_model(pg: PaliGemma, options: Options, out: Path, dtype: torch.dtype) -> None:
     """The model as checkpoints are published, with its processor and, if it has its own, its mask codec."""
     if options.lora:
-        from paligemma.train import adapters
+        from paligemma.adapters import save_adapter
 
-        adapters.save_adapter(pg.model, out, options.model, pg.processor)
+        save_adapter(pg.model, out, options.model, pg.processor)
         return
-    pg.model.to(stored)
+    pg.model.to(dtype)
     save_pretrained(pg.model, out, pg.processor)
     if pg._codec is not None:
         pg._codec.save(out / CODEC_FILE)
@@ -406,11 +398,15 @@ def finish(
     if sight is not None:
         report, examples = sight.measure("final")
     steps = [entry for entry in log if "loss" in entry]
+    if measured and report is not None and steps:  # the end of the curve
+        entry = {"step": steps[-1]["step"], "validation": figures_of(report), "time": time.time()}
+        append_to_log(out, entry)
+        log.append(entry)
     trained = sum(entry["seconds"] for entry in steps)
     summary = {
         "steps": steps[-1]["step"] if steps else 0,
         "rows seen": (steps[-1]["step"] if steps else 0) * options.batch,
-        "last loss": number(steps[-1]["loss"]) if steps else None,
+        "last loss": round(steps[-1]["loss"], 4) if steps else None,
         "seconds of training": round(trained, 1),
         "rows skipped": sum("skipped" in entry for entry in log),
         "peak memory": f"{peak_memory() / 1e9:.2f} GB",

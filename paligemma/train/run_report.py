@@ -34,7 +34,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2re
 .sub { color: #59636e; margin: .2rem 0 1.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; }
 th { color: #59636e; font-weight: 500; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-tr + tr td { border-top: 1px solid #e4e8ec; }
+tr + tr > * { border-top: 1px solid #e4e8ec; }
 .charts { display: flex; flex-wrap: wrap; gap: 1.2rem; } figure { margin: 0; }
 figcaption { font-size: .9rem; color: #59636e; margin-bottom: .2rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1rem; }
@@ -159,7 +159,7 @@ def chart(
     low, high = bounds or (min(0.0, ys[0]), ys[min(len(ys) - 1, int(0.995 * len(ys)))])  # a spike may leave the chart
     ticks = nice_ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
-    first, last = min(xs), max(max(xs), min(xs) + 1)
+    first, last = 0.0, max(max(xs), 1.0)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT)
