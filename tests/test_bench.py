@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from paligemma.bench.contestant import Spec
 from paligemma.bench.report import cells, growth_lines, markdown, spread, summarise, table
 from paligemma.bench.run import benchmark
 from paligemma.checkpoints import load_model, published_config
+from paligemma.empty import empty_weights
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +292,30 @@ def test_the_command_measures_the_embedded_model(tmp_path):
     limits, figures = record["summary"]["limits"], record["summary"]["contestants"]["plain"]
     assert limits["read_gb_s"]["median"] > 0.1 and limits["bf16_gflop_s"]["median"] > 0.1
     assert figures["share_of_reading"] > 0 and math.isfinite(figures["decode_tokens_s"]["median"])
+
+
+# ---------------------------------------------------------------------------------------------- cold start
+
+
+def test_a_short_command_does_not_import_the_compiler():
+    """`torch._dynamo` takes longer than everything else that a short command does beyond importing torch."""
+    code = """
+import sys
+from pathlib import Path
+from paligemma.inference import load
+load("tiny").generate(sys.argv[1], "caption en", max_new_tokens=2)
+assert not {"torch._dynamo", "sympy", "pandas", "matplotlib", "transformers"} & set(sys.modules)
+"""
+    picture = Path(__file__).parent.parent / "examples" / "scene.png"
+    done = subprocess.run([sys.executable, "-c", code, str(picture)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_empty_weights_draw_no_random_numbers():
+    state = torch.get_rng_state()
+    with empty_weights():
+        layers = [torch.nn.Linear(3, 4), torch.nn.Embedding(3, 4), torch.nn.Conv2d(3, 4, 2), torch.nn.LayerNorm(3)]
+    assert {parameter.device.type for layer in layers for parameter in layer.parameters()} == {"meta"}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.nn.Linear(3, 4).weight.device.type == "cpu"  # nothing lasts beyond the block
+    assert not torch.equal(torch.get_rng_state(), state)
