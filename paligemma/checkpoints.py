@@ -58,6 +58,7 @@ COMPANIONS = (
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WHOLE_NUMBERS = {"I8": torch.int8, "U8": torch.uint8}  # in quantised checkpoints only
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -134,7 +135,7 @@ def our_name(key: str) -> str:
     return name
 
 
-def _check(
+def check_tensors(
     where: str,
     found: Mapping[str, tuple[Shape, torch.dtype | str]],
     expected: dict[str, Shape],
@@ -207,7 +208,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if (path / WEIGHTS).is_file():
             return _open_safetensors(path, [path / WEIGHTS])
         if (path / INDEX).is_file():
-            return _open_safetensors(path, _files_of_index(path / INDEX))
+            return _open_safetensors(path, files_of_index(path / INDEX))
         archives = _archives(path)
         if len(archives) == 1:
             return _open_npz(path, archives[0])
@@ -244,7 +245,7 @@ def _no_weights(path: Path) -> Exception:
 # ------------------------------------------------------------------------------------------------ safetensors
 
 
-def _files_of_index(index: Path) -> list[Path]:
+def files_of_index(index: Path) -> list[Path]:
     """The shards that an index names, all of them there and in its own folder."""
     try:
         names: list[Any] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -264,6 +265,12 @@ def _files_of_index(index: Path) -> list[Path]:
 
 
 def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
+    settings = _json(files[0].parent / "config.json")
+    if isinstance(settings, dict) and settings.get("quantization_config") is not None:
+        raise ValueError(
+            f"{path} holds quantised weights, which can be run but not changed: start from the checkpoint they were "
+            "made of"
+        )
     config = PaliGemmaConfig.from_pretrained(files[0].parent)
     place: dict[str, tuple[Path, str]] = {}  # our name -> file and its own name there
     found: dict[str, tuple[Shape, torch.dtype | str]] = {}
@@ -289,7 +296,7 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
                 "embedding; a checkpoint in which the two were trained apart cannot be loaded"
             )
         del place[HEAD], found[HEAD]
-    _check(str(path), found, expected_shapes(config))
+    check_tensors(str(path), found, expected_shapes(config))
 
     maps: dict[Path, Any] = {}
 
@@ -446,7 +453,7 @@ def _open_npz(path: Path, parts: list[Path]) -> Checkpoint:
     if not config.image_token_index <= rows <= config.text_config.vocab_size:
         rows = config.text_config.vocab_size
     table = bigvision_table(config, rows)
-    _check(str(path), archive.arrays, {row.key: row.shape for row in table})
+    check_tensors(str(path), archive.arrays, {row.key: row.shape for row in table})
 
     place: dict[str, tuple[Row, int | None, int]] = {}
     tensors: dict[str, tuple[Shape, torch.dtype]] = {}
@@ -591,7 +598,13 @@ def save_pretrained(
     """
     state = model.state_dict()
     tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    _check("the model to save", tensors, expected_shapes(model.config), "Merge or take out what was added to it first.")
+    if not all(dtype.is_floating_point for _, dtype in tensors.values()):
+        raise ValueError(
+            "the model is quantised and is not saved: load it without `quantize`, or write a quantised checkpoint with "
+            "`paligemma quantize`"
+        )
+    hint = "Merge or take out what was added to it first."
+    check_tensors("the model to save", tensors, expected_shapes(model.config), hint)
     with folder_written_whole(Path(folder)) as staging:
         if processor is not None:
             processor.save_pretrained(staging)
@@ -659,8 +672,35 @@ def convert(
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, OSError):
         return None
+
+
+def write_folder(
+    folder: Path,
+    companions: Path,
+    config: dict[str, Any],
+    tensors: dict[str, tuple[Shape, torch.dtype]],
+    read: Callable[[str], Tensor],
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Writes any tensors as a checkpoint folder, each read when its turn has come: all of it, or nothing.
+
+    companions: the folder whose tokenizer and the like are taken along. config: what `config.json` is to hold.
+    """
+    total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
+    with folder_written_whole(folder) as staging, _bar(f"writing {folder}", total) as advance:
+
+        def counted(name: str) -> Tensor:
+            tensor = read(name)
+            advance(tensor.nbytes)
+            return tensor
+
+        for name in COMPANIONS:
+            if (companions / name).is_file():
+                shutil.copyfile(companions / name, staging / name)
+        _write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
+        _write_safetensors(staging, list(tensors), tensors, counted, max_shard_size)
 
 
 @contextlib.contextmanager
@@ -734,7 +774,7 @@ def _write_safetensors(
     if len(shards) > 1:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
 
-    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    codes = {dtype: code for code, dtype in (SAFETENSORS_DTYPES | WHOLE_NUMBERS).items()}
     with contextlib.ExitStack() as stack:
         place: dict[str, tuple[Any, int]] = {}
         for file_name, names in zip(files, shards):
