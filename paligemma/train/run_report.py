@@ -157,7 +157,7 @@ def chart(
     xs = [x for points in lines.values() for x, _ in points]
     ys = sorted(y for points in lines.values() for _, y in points if math.isfinite(y))
     low, high = bounds or (min(0.0, ys[0]), ys[min(len(ys) - 1, int(0.995 * len(ys)))])  # a spike may leave the chart
-    ticks = nice_ticks(low, high)
+    ticks = nice_ticks(low, high if high > low else low + 1)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
     first, last = 0.0, max(max(xs), 1.0)
 
@@ -202,7 +202,7 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`."""
     span = max(high - low, 1e-9)
     step = 10.0 ** math.floor(math.log10(span / about))
-    step *= next((factor for factor in (1, 2, 5) if span / (step * factor) <= about), 10)
+    step *= next((factor for factor in (1, 2, 5) if span / (step * factor) <= about + 1e-6), 10)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(k * step, 12) for k in range(first, last + 1)]
 

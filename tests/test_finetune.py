@@ -1,0 +1,543 @@
+"""`paligemma train`: from rows to a folder that everything opens, through interruptions and bad data."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from test_train import COLORS, make_model, make_processor
+from typer.testing import CliRunner
+
+import paligemma
+from paligemma.checkpoints import save_pretrained
+from paligemma.cli import app
+from paligemma.train import checkpointing, run_report
+from paligemma.train.batches import MOST_SKIPPED, RowBatches
+from paligemma.train.data import Row
+from paligemma.train.finetune import Options, finetune
+from paligemma.train.sight import measure_of, to_example
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A checkpoint with random weights: 28 x 28 pixels, 4 image tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    processor = make_processor(tmp_path_factory.mktemp("tokenizer"))
+    save_pretrained(make_model(processor), folder, processor)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write_data(tmp_path / "data")
+
+
+def write_data(folder: Path) -> str:
+    """Eight rows: two pictures of each of four colours, asked for in different words."""
+    folder.mkdir()
+    lines = []
+    for i in range(8):
+        name, color = list(COLORS.items())[i % 4]
+        Image.new("RGB", (28, 28), color).save(folder / f"{i}.png")
+        lines.append(
+            {"image": f"{i}.png", "prefix": f"answer en what color is it{' now' * (i // 4)} ?", "suffix": name}
+        )
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder / "rows.jsonl")
+
+
+SMALL = {"steps": 6, "batch": 4, "lr": 3e-3, "save_every": 0.0}  # a checkpoint after every step
+
+
+def run(base: str, data: str, out: Path, **others) -> list[str]:
+    """What was said."""
+    said: list[str] = []
+    finetune(Options(model=base, data=data, out=str(out), **{**SMALL, **others}), said.append)
+    return said
+
+
+def log_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    entries = [entry for entry in log_of(out) if "loss" in entry]
+    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    return [entry["loss"] for entry in entries]
+
+
+# ------------------------------------------------------------------------------------------------- from rows to a model
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run to its end, with validation on the rows it learns by heart."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = write_data(folder / "data")
+    wanted = {"steps": 60, "batch": 8, "lr": 1e-2, "validation": data, "validate_every": 20, "save_every": 100.0}
+    return folder / "run", run(base, data, folder / "run", **wanted)
+
+
+def test_the_task_is_learned_and_the_folder_opens(finished):
+    out, _ = finished
+    pg = paligemma.load(str(out))
+    for name, color in COLORS.items():
+        picture = np.full((28, 28, 3), color, np.uint8)
+        assert pg.ask(picture, "what color is it ?").text == name
+
+
+def test_it_is_said_what_will_happen_before_the_first_step(finished):
+    _, said = finished
+    everything = "\n".join(said)
+    assert re.search(r"data .* 8 rows; a row has \d+ tokens .* of them the answer", everything)
+    assert re.search(r"learns .*vision [\d,]+, projector [\d,]+, decoder [\d,]+: ([\d,]+) of \1 parameters", everything)
+    assert re.search(r"steps .* 60 steps \(60 epochs\) of 8 rows; adamw, learning rate 0.01, 5% warm-up", everything)
+    assert re.search(r"computed in float32", everything)
+    assert said.index(next(line for line in said if line.startswith("steps"))) < said.index(
+        next(line for line in said if line.startswith("step 20:"))
+    )
+
+
+def test_generated_answers_are_measured_on_the_way_and_drawn(finished):
+    out, said = finished
+    measured = {entry["step"]: entry["validation"]["exact"] for entry in log_of(out) if "validation" in entry}
+    assert list(measured) == [20, 40, 60] and measured[60] == 1.0
+    assert "exact: exact 1.000 (8 rows)" in said
+    for name in ("step-00000020", "step-00000040", "final"):
+        folder = out / "validation" / name
+        assert len(list((folder / "examples").glob("*.png"))) == 8
+        assert len((folder / "predictions.jsonl").read_text().splitlines()) == 8
+    result = json.loads((out / "finished.json").read_text())
+    assert result["figures"][0]["value"] == 1.0 and result["summary"]["steps"] == 60
+
+
+def test_the_report_is_one_page_with_curves_figures_and_examples(finished):
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") >= 4 and page.count('src="data:image/jpeg;base64,') == 8
+    assert "answer en what color is it ?" in page and "<td>exact</td>" in page and "<code>0.01</code>" in page
+    assert not re.search(r'(src|href)="(?!data:)', page), "it needs nothing else"
+
+
+def test_tensorboard_has_the_curves(finished):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 61))
+    assert [event.step for event in events.Scalars("validation/exact")] == [20, 40]
+    assert "examples/00" in events.Tags()["images"]
+
+
+def test_without_tensorboard_it_is_said_once(base, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said = run(base, data, tmp_path / "run", steps=2)
+    assert sum("TensorBoard" in line for line in said) == 1
+
+
+def test_a_finished_run_is_left_alone(finished, base):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    options = json.loads((out / "settings.json").read_text())["settings"]
+    said: list[str] = []
+    again = finetune(Options(**{**options, "freeze": (), "lora": ()}), said.append)
+    assert "finished already" in said[0] and again["summary"]["steps"] == 60
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_frozen_parts_stay(base, data, tmp_path):
+    said = run(base, data, tmp_path / "run", freeze=("vision", "embedding"), steps=2)
+    assert any("learns  projector" in line for line in said)
+    before, after = (paligemma.load(str(folder)).model.state_dict() for folder in (base, tmp_path / "run"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "multi_modal_projector.linear.weight" in changed and any("layers.0.mlp" in name for name in changed)
+    assert not any("vision_tower" in name or "embed_tokens" in name for name in changed)
+
+
+def test_dtype_and_mask_codec_are_those_of_the_base(data, tmp_path):
+    said = run("tiny", data, tmp_path / "run", steps=1, batch=1)
+    assert any("computed in bfloat16, what learns is kept in float32 and saved in bfloat16" in line for line in said)
+    pg, tiny = paligemma.load(str(tmp_path / "run")), paligemma.load("tiny")
+    assert pg.model.dtype == torch.bfloat16
+    codes = torch.arange(16)[None]
+    assert torch.equal(pg.codec.decode(codes), tiny.codec.decode(codes))
+
+
+def test_how_long_it_trains(base, data, tmp_path):
+    run(base, data, tmp_path / "epochs", steps=None, epochs=1.25, batch=4)  # 10 rows in batches of 4
+    assert len(losses(tmp_path / "epochs")) == 3
+    run(base, data, tmp_path / "minutes", steps=None, minutes=0.005)
+    assert len(losses(tmp_path / "minutes")) >= 1
+    rates = [entry["lr"] for entry in log_of(tmp_path / "minutes") if "loss" in entry]
+    assert rates[-1] < 0.9
+
+
+def test_the_command(base, data, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["train", "--model", base, "--data", data, "--out", str(out), "--steps", "2", "--batch", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--freeze", "vision, projector"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "", "stdout is for answers"
+    settings = json.loads((out / "settings.json").read_text())["settings"]
+    assert settings["freeze"] == ["vision", "projector"] and settings["batch"] == 2
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"dropout": 1.0}, "dropout is 1"),
+        ({"epochs": 1.0}, "steps and epochs"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"lora": ("decoder",), "freeze": ("vision",)}, "LoRA freezes"),
+        ({"dtype": "float16"}, "float16"),
+        ({"metric": "beauty"}, "no metric 'beauty'; there are: auto, exact"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(wrong, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        Options(**{"model": "tiny", "data": "d", "out": "o", "steps": 3, **wrong})
+
+
+# ------------------------------------------------------------------------------------------------------- going on
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(base, data, tmp_path, monkeypatch):
+    """Dropout is on: random numbers have to be the same too."""
+    run(base, data, tmp_path / "whole", dropout=0.2, save_every=100.0)
+
+    made = RowBatches.__call__
+
+    def interrupted(self, step, *part):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return made(self, step, *part)
+
+    monkeypatch.setattr(RowBatches, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 4, which is saved; the same command goes on"):
+        run(base, data, tmp_path / "cut", dropout=0.2, save_every=100.0)
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "finished.json").exists()
+    said = run(base, data, tmp_path / "cut", dropout=0.2, save_every=100.0)
+    assert any("going on" in line and "step-00000004" in line for line in said)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    one, other = (paligemma.load(str(tmp_path / name)).model.state_dict() for name in ("cut", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_goes_on_only_with_the_same_settings_and_data(base, data, tmp_path):
+    out = tmp_path / "run"
+    run(base, data, out)
+    with pytest.raises(ValueError, match=r"other settings: batch 4 there, 2 here; seed 0 there, 5 here.*--no-resume"):
+        run(base, data, out, batch=2, seed=5)
+    path = Path(data)
+    path.write_text(path.read_text().replace('"red"', '"blue"', 1))
+    with pytest.raises(ValueError, match="other settings: data '"):
+        run(base, data, out)
+    run(base, data, out, resume=False, steps=2)
+    assert len(losses(out)) == 2, "begun anew"
+
+
+def test_moved_data_are_the_same_data(base, data, tmp_path):
+    run(base, data, tmp_path / "run")
+    Path(data).parent.rename(tmp_path / "elsewhere")
+    assert "finished already" in run(base, str(tmp_path / "elsewhere" / "rows.jsonl"), tmp_path / "run")[0]
+
+
+def test_a_folder_of_something_else_is_not_touched(base, data, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds no run"):
+        run(base, data, tmp_path)
+
+
+KILLED = """
+import os, random, signal, sys, time
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_finetune import Options, SMALL, finetune
+from paligemma.train import checkpointing
+
+base, data, out = sys.argv[1:]
+options = Options(model=base, data=data, out=out, **{{**SMALL, "steps": 40, "dropout": 0.1, "ema": 0.9}})
+moments, kills = random.Random(7), 0
+for attempt in range(200):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        finetune(options)
+        os._exit(0)
+    wait = moments.uniform(0.05, 1.2) if kills < 20 else 60.0
+    deadline = time.monotonic() + wait
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    if done[0]:
+        assert done[1] == 0, done
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    kills += 1
+    for place in checkpointing.checkpoints(Path(out) / "checkpoints"):
+        checkpointing.load(place)  # whatever the moment: what has its name is whole
+print(kills)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(base, data, tmp_path):
+    """A process forks a run and kills it, again and again; in the end the losses are those of a run left alone."""
+    run(base, data, tmp_path / "whole", steps=40, dropout=0.1, ema=0.9, save_every=100.0)
+    script = KILLED.format(tests=str(Path(__file__).parent))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, base, data, str(tmp_path / "killed")],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 20
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    one, other = (paligemma.load(str(tmp_path / name)).model.state_dict() for name in ("killed", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------------- bad data
+
+
+def during(action):
+    """A `say` that acts when the announcement is over, when the rows were checked and nothing was trained yet."""
+
+    def say(line: str) -> None:
+        if line.startswith("numbers"):
+            action()
+
+    return say
+
+
+def test_a_picture_that_vanishes_is_skipped_and_counted(base, data, tmp_path):
+    options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 8, "steps": 3})
+    result = finetune(options, during((Path(data).parent / "3.png").unlink))
+    assert result["summary"]["rows skipped"] == 3  # once in each epoch
+    skipped = [entry for entry in log_of(tmp_path / "run") if "skipped" in entry]
+    assert {entry["skipped"] for entry in skipped} == {f"{data}:4"}
+    assert sorted(entry["step"] for entry in skipped) == [1, 2, 3]
+    assert "rows.jsonl:4" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_or_it_is_an_error_with_strict(base, data, tmp_path):
+    options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 8}, strict=True)
+    with pytest.raises(FileNotFoundError, match=r"3\.png"):
+        finetune(options, during((Path(data).parent / "3.png").unlink))
+
+
+def test_missing_before_the_first_step(base, data, tmp_path):
+    (Path(data).parent / "3.png").unlink()
+    said = run(base, data, tmp_path / "run")
+    assert any("missing picture: 1 of 8 rows, they are skipped; the first is" in line for line in said)
+    with pytest.raises(ValueError, match=r"missing picture: 1 row.*\n.*rows\.jsonl:4: no picture at"):
+        run(base, data, tmp_path / "strict", strict=True)
+
+
+def test_a_disk_that_went_away_ends_the_run(base, tmp_path):
+    processor = paligemma.load(base).processor
+    rows = [{"image": str(tmp_path / f"{i}.png"), "prefix": "a", "suffix": "b"} for i in range(2 * MOST_SKIPPED)]
+    told = []
+    batches = RowBatches(rows, processor, 32, on_skip=lambda *skipped: told.append(skipped))
+    with pytest.raises(OSError, match=f"pictures of {MOST_SKIPPED} rows one after the other"):
+        for step in range(10):
+            assert batches(step) is None
+    assert len(told) == MOST_SKIPPED
+
+
+def test_a_step_without_any_readable_row_is_passed_over(base, data, tmp_path):
+    options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 1, "steps": 8})
+    finetune(options, during((Path(data).parent / "3.png").unlink))
+    steps = [entry["step"] for entry in log_of(tmp_path / "run") if "loss" in entry]
+    assert len(steps) == 7 and checkpointing.load_last(tmp_path / "run" / "checkpoints")["step"] == 8
+
+
+def test_a_suffix_that_is_too_long_is_named_before_the_first_step(base, data, tmp_path):
+    with open(data, "a") as file:
+        file.write(json.dumps({"image": "0.png", "prefix": "caption en", "suffix": "red " * 40}) + "\n")
+    with pytest.raises(ValueError, match=r"suffix too long: 1 row.*\n.*rows\.jsonl:9: \d+ tokens, max_length is 40"):
+        run(base, data, tmp_path / "run", max_length=40)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:10: 9010 tokens, max_length is 8192"
+    ):  # without max_length the limit is what the model has
+        with open(data, "a") as file:
+            file.write(json.dumps({"image": "0.png", "prefix": "caption en", "suffix": "red " * 9000}) + "\n")
+        run(base, data, tmp_path / "run", max_length=None)
+
+
+def test_rows_that_are_none_are_named(base, data, tmp_path):
+    with open(data, "a") as file:
+        file.write('{"image": "0.png", "prefix": "caption en"}\n')
+    with pytest.raises(ValueError, match=r"missing key: 1 row.*\n.*rows\.jsonl:9: no suffix"):
+        run(base, data, tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_stops_and_names_step_and_rows(base, data, tmp_path):
+    with pytest.raises(FloatingPointError) as stopped:
+        run(base, data, tmp_path / "run", lr=1e30, warmup=0.0, steps=20)
+    message = str(stopped.value)
+    step = int(re.search(r"of step (\d+) is (nan|inf)", message)[1])
+    rows = {int(number) for number in re.findall(r"rows\.jsonl:(\d+)", message)}
+    batches = RowBatches(range(8), paligemma.load(base).processor, 4)
+    assert rows == {1 + batches._row(place) for place in range(4 * step, 4 * step + 4)}
+    assert f"step-{step:08d}" in message, "the last good checkpoint is of the step before"
+    state = checkpointing.load_last(tmp_path / "run" / "checkpoints")
+    assert state["step"] == step and all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("where", ["tensors", "rename", "log"])
+def test_a_full_disk_leaves_the_last_good_checkpoint(base, data, tmp_path, monkeypatch, where):
+    out = tmp_path / "run"
+    reached = []
+
+    def full(function, error):
+        def fails(*arguments, **named):
+            if (out / "checkpoints" / "step-00000003").exists():
+                reached.append(arguments)
+                raise error
+            return function(*arguments, **named)
+
+        return fails
+
+    no_space = OSError(28, "No space left on device")
+    if where == "tensors":  # safetensors has an error of its own
+        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        monkeypatch.setattr(checkpointing, "save_file", full(checkpointing.save_file, error))
+    elif where == "rename":
+        monkeypatch.setattr(os, "replace", full(os.replace, no_space))
+    else:
+        monkeypatch.setattr("paligemma.train.loop.Log.write", full(lambda *_: None, no_space))
+    with pytest.raises(OSError, match=r"disk is full .* the last good checkpoint is .*step-00000003: make room"):
+        run(base, data, out)
+    assert reached
+    monkeypatch.undo()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003"]
+    assert checkpointing.load_last(out / "checkpoints")["step"] == 3
+    run(base, data, out)
+    assert checkpointing.load_last(out / "checkpoints")["step"] == 6
+
+
+# ------------------------------------------------------------------------------------------- the commonest complaints
+
+
+def batch_of(processor, prefix: str, suffix: str, pictures: int = 1, max_length: int | None = None):
+    picture = np.full((28, 28, 3), 200, np.uint8)
+    row = {"image": (picture,) * pictures, "prefix": prefix, "suffix": suffix}
+    return RowBatches([row], processor, 1, max_length=max_length)(0)
+
+
+def test_labels_end_in_eos_and_hold_nothing_of_the_prompt(base):
+    processor = paligemma.load(base).processor
+    batch = batch_of(processor, "answer en what ?", "a red car")
+    labels = batch["labels"][0]
+    tokenizer = processor.tokenizer
+    learned = labels[labels != -100].tolist()
+    assert learned == [*tokenizer.encode("a red car"), tokenizer.eos_token_id]
+    assert (labels[batch["token_type_ids"][0] == 0] == -100).all()
+
+
+def test_the_mask_does_not_leak_the_answer(base):
+    """Another token in the answer changes what is predicted after it, and nothing before it or in the prompt."""
+    pg = paligemma.load(base)
+    batch = batch_of(pg.processor, "answer en what ?", "a red car and a blue car")
+    first = int((batch["labels"][0] != -100).nonzero()[0])
+    changed = first + 2
+
+    def logits(ids):
+        with torch.no_grad():
+            return pg.model(ids, batch["pixel_values"], batch["attention_mask"], batch["token_type_ids"]).logits[0]
+
+    other = batch["input_ids"].clone()
+    other[0, changed] = pg.processor.tokenizer.encode("green")[0]
+    assert other[0, changed] != batch["input_ids"][0, changed]
+    one, two = logits(batch["input_ids"]), logits(other)
+    torch.testing.assert_close(one[:changed], two[:changed], rtol=0, atol=0)
+    assert ((one[changed:] - two[changed:]).abs().amax(-1) > 1e-4).all()
+    # And the prompt is read whole: its last token changes what stands at its first.
+    prompt = batch["input_ids"].clone()
+    prompt[0, first - 2] = pg.processor.tokenizer.encode("green")[0]
+    assert (one[0] - logits(prompt)[0]).abs().max() > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*suffixes were cut")
+def test_image_tokens_are_never_cut(base):
+    """Whatever max_length: either all of them are there, or the row is refused."""
+    processor = paligemma.load(base).processor
+    for pictures in (1, 2):
+        whole = pictures * 4
+        for max_length in range(1, 30):
+            try:
+                batch = batch_of(processor, "caption en", "a red car", pictures, max_length)
+            except ValueError as error:
+                assert "never cut" in str(error)
+                continue
+            assert int((batch["input_ids"] == processor.tokenizer.image_token_id).sum()) == whole
+
+
+# ------------------------------------------------------------------------------------------------------- sight
+
+
+@pytest.mark.parametrize(
+    "prompt, measure",
+    [
+        ("detect dog ; cat", "detect"),
+        ("segment dog", "segment"),
+        ("caption en", "caption"),
+        ("ocr", "reading"),
+        ("answer en how many ?", "exact"),
+    ],
+)
+def test_the_prompt_says_how_its_answers_are_measured(prompt, measure):
+    assert measure_of(prompt) == measure
+    assert measure_of(prompt, "anls") == "anls"
+
+
+def test_boxes_of_the_suffix_are_the_truth():
+    pg = paligemma.load("tiny")
+    picture = Image.new("RGB", (200, 100))
+    row = Row("a.png", "detect dog", "<loc0512><loc0000><loc0768><loc0512> dog", 3, "rows.jsonl:4")
+    example = to_example(row, "detect", picture, pg)
+    (region,) = example.regions
+    assert (region.label, region.box) == ("dog", (0.0, 50.0, 100.0, 75.0)) and not example.answers
+    codes = "".join(f"<seg{i:03d}>" for i in range(16))
+    row = Row("a.png", "segment dog", f"<loc0512><loc0000><loc0768><loc0512>{codes} dog", 3, "rows.jsonl:4")
+    assert to_example(row, "segment", picture, pg).regions[0].mask.shape == (100, 200)
+    nothing = to_example(Row("a.png", "detect dog", "", 3, "rows.jsonl:4"), "detect", picture, pg)
+    assert nothing.answers == ("",) and not nothing.regions
+
+
+def test_what_others_wrote_cannot_break_the_page(tmp_path):
+    from paligemma.evaluate import Example, Prediction
+
+    example = Example("1", Image.new("RGB", (8, 8)), "<script>alert(1)</script>", "exact", ("<b>",))
+    log = [{"step": k, "loss": 1.0 / k, "lr": 1.0} for k in range(1, 2000)]
+    log += [{"step": 3, "skipped": "<i>.jsonl:3", "error": "&"}, {"step": 4, "validation": {"CIDEr-D": 1.7, "x": None}}]
+    path = tmp_path / "report.html"
+    run_report.write_report(path, "<title>", {}, log, [], [(example, Prediction("</p><img src=x>"))], {"a": "<u>"})
+    page = path.read_text()
+    assert not re.search(r"<script|<b>\W|<i>|<u>|<img src=x", page.replace("<b>prompt", "").replace("<b>truth", ""))
+    assert "&lt;script&gt;" in page and "CIDEr-D" in page
+    longest = max(len(points.split()) for points in re.findall(r'points="([^"]*)"', page))
+    assert longest <= run_report.MOST_POINTS * 2, "a curve of a million steps is thinned"
+
+
+@pytest.mark.parametrize(
+    "low, high, ticks",
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 7.3, [0, 2, 4, 6, 8]), (0, 1e-5, [0, 2e-6, 4e-6, 6e-6, 8e-6, 1e-5])],
+)
+def test_ticks_are_round_numbers(low, high, ticks):
+    assert run_report.nice_ticks(low, high) == pytest.approx(ticks)
