@@ -3,10 +3,19 @@
     save(folder, step, state)      # folder/step-00001200/ ; older ones are removed
     state = load_last(folder)      # None if there is none
 
-`state` is nested dicts and lists of tensors and plain values, such as a model's and an optimizer's `state_dict()`.
-Tensors go to `tensors.safetensors`, the rest with their names to `state.json`: no pickle. A checkpoint is written
-into a folder beside its place and renamed when it is complete, so a run that is killed at any moment leaves its last
-good checkpoint and at most one `.part`.
+`state` is nested dicts and lists of tensors and plain values, such as a model's and an optimizer's `state_dict()`. No
+pickle: a checkpoint is
+
+    state.json                             the structure, plain values, names in the places of tensors
+    tensors.safetensors                    the tensors
+    rows-00000-of-00002.safetensors ...    of a sharded model (see `sharding.py`): its tensors' rows, a file a process
+
+It is written into a folder beside its place and renamed when it is complete, so a run that is killed at any moment
+leaves its last good checkpoint and at most one `.part`.
+
+Where a row lies is seen from the files themselves: the rows of one follow those of the one before. So a checkpoint of
+two processes can be read by three, each of which takes the rows that are now its own, or by one, which takes them all.
+All processes must see the same folder.
 """
 
 from __future__ import annotations
@@ -18,29 +27,60 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from paligemma.train.distributed import is_sharded, own_rows, together
+from paligemma.train.sharding import from_own_rows, places_of_own_rows
+
 NAME = re.compile(r"step-(\d+)$")
+ROWS = re.compile(r"rows-(\d+)-of-(\d+)\.safetensors$")
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = 1) -> Path:
-    """Write `folder/step-N` and remove all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `folder/step-N` and remove all but the newest `keep`.
+
+    A state with sharded tensors has to be saved by all processes together; if one of them cannot write, all raise
+    OSError.
+    """
     place, beside = folder / f"step-{step:08d}", folder / f"step-{step:08d}.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
     tensors: dict[str, Tensor] = {}
-    plain = _take_tensors(state, "", tensors)
-    save_file(tensors, beside / "tensors.safetensors")
-    (beside / "state.json").write_text(json.dumps(plain))
-    for path in beside.iterdir():  # on the disk before the name says so
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(place, ignore_errors=True)  # the same step saved again: after a resume that had lost its successors
-    os.replace(beside, place)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    rows: dict[str, Tensor] = {}
+    plain = _take_tensors(state, "", tensors, rows)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if rows else (0, 1)
+
+    def make_room() -> None:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+
+    def write() -> None:
+        if rows:
+            _write(rows, beside / f"rows-{rank:05d}-of-{world:05d}.safetensors")
+        if rank == 0:
+            _write(tensors, beside / "tensors.safetensors")
+            (beside / "state.json").write_text(json.dumps(plain))
+            _flush(beside / "state.json")
+
+    def put_in_place() -> None:
+        if rank:
+            return
+        if rows and len(_files_of_rows(beside)) != world:
+            raise OSError(f"{beside} does not have the files of all {world} processes: do all of them see this folder?")
+        aside = folder / f"{place.name}.old"
+        if place.exists():  # the same step again, by the end of a run or one that had lost its successors
+            os.replace(place, aside)
+        os.replace(beside, place)
+        shutil.rmtree(aside, ignore_errors=True)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    for act in (make_room, write, put_in_place):
+        together(act) if rows else act()
     return place
 
 
@@ -49,34 +89,84 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if NAME.search(path.name))
 
 
-def load_last(folder: Path) -> dict[str, Any] | None:
+def load_last(folder: Path, mesh: Any = None) -> dict[str, Any] | None:
     """The state in the newest checkpoint, or None."""
     found = checkpoints(folder)
-    return load(found[-1]) if found else None
+    return load(found[-1], mesh) if found else None
 
 
-def load(place: Path) -> dict[str, Any]:
-    tensors = load_file(place / "tensors.safetensors")
-    return _put_tensors(json.loads((place / "state.json").read_text()), tensors)
+def load(place: Path, mesh: Any = None) -> dict[str, Any]:
+    """The state of a checkpoint, with whole tensors. With a DeviceMesh every process reads its own rows alone, and
+    tensors are sharded over it (but for single numbers), whatever they were when they were saved."""
+    names = _files_of_rows(place)
+    if names and len(names) != int(ROWS.search(names[0].name)[2]):  # type: ignore[index]
+        raise ValueError(f"{place} is not complete: {len(names)} files of rows, beginning with {names[0].name}")
+    files = {True: [safe_open(name, "pt") for name in names], False: [safe_open(place / "tensors.safetensors", "pt")]}
+    plain = json.loads((place / "state.json").read_text())
+    return _put_tensors(plain, lambda name, sharded: _read(files[sharded], name, mesh))
 
 
-def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The same structure with {"tensor": name} in the places of tensors, which are collected. Int keys become pairs."""
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in seen:
+            tensors[name] = tensor.clone()  # safetensors refuses tensors that share memory
+        seen.add(memory)
+    save_file(tensors, path)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """It has to be on the disk before the folder's name says so."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _files_of_rows(place: Path) -> list[Path]:
+    return sorted(path for path in place.glob("rows-*.safetensors") if ROWS.search(path.name))
+
+
+def _read(files: list[Any], name: str, mesh: Any) -> Tensor:
+    """One tensor, whose rows lie one after the other in the files. With a mesh only the rows of this process."""
+    if mesh is None and len(files) == 1:
+        return files[0].get_tensor(name)
+    parts = [file.get_slice(name) for file in files]
+    shapes = [part.get_shape() for part in parts]
+    if not shapes[0]:  # a single number
+        return files[0].get_tensor(name)
+    rows = sum(shape[0] for shape in shapes)
+    first, end = places_of_own_rows(rows, mesh) if mesh is not None else (0, rows)
+    own, before = [], 0
+    for part, shape in zip(parts, shapes):
+        begin, stop = max(first - before, 0), min(end - before, shape[0])
+        if begin < stop:
+            own.append(part[begin:stop])
+        before += shape[0]
+    tensor = torch.cat(own) if own else files[0].get_tensor(name)[:0]
+    return from_own_rows(tensor, rows, mesh) if mesh is not None else tensor
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor], rows: dict[str, Tensor]) -> Any:
+    """The same structure with {"tensor": name} in the places of tensors, {"rows": name} in those of sharded ones. Both
+    are collected. Int keys become pairs."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
-        return {"tensor": name}
+        sharded = is_sharded(value)
+        (rows if sharded else tensors)[name] = own_rows(value).detach().cpu().contiguous()
+        return {"rows" if sharded else "tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, _take_tensors(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+        return {"dict": [[key, _take_tensors(item, f"{name}/{key}", tensors, rows)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return [_take_tensors(item, f"{name}/{i}", tensors) for i, item in enumerate(value)]
+        return [_take_tensors(item, f"{name}/{i}", tensors, rows) for i, item in enumerate(value)]
     return value
 
 
-def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _put_tensors(value: Any, read: Any) -> Any:
     if isinstance(value, dict):
-        if "tensor" in value:
-            return tensors[value["tensor"]]
-        return {key: _put_tensors(item, tensors) for key, item in value["dict"]}
+        if "dict" not in value:
+            ((kind, name),) = value.items()
+            return read(name, kind == "rows")
+        return {key: _put_tensors(item, read) for key, item in value["dict"]}
     if isinstance(value, list):
-        return [_put_tensors(item, tensors) for item in value]
+        return [_put_tensors(item, read) for item in value]
     return value

@@ -1,20 +1,29 @@
 """Several processes that train one model: each works on its part of the batch, then gradients are added up.
 
     torchrun --nproc-per-node 2 train.py         # sets RANK, WORLD_SIZE, ...; without it everything here is a no-op
+    accelerate launch --num_processes 2 train.py # sets the same
 
 Gradients are *added*, not averaged: a part with few answer tokens must not count as much as a part with many. The sum
 is divided by the weight of the whole batch afterwards (see `loop.py`), so two processes do what one would do with the
 whole batch.
+
+Here every process holds the whole model. `sharding.py` is for models that are too large for that.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+# The others wait while the first one validates, or reads a disk that is slow.
+PATIENCE = timedelta(hours=2)
 
 
 def start() -> tuple[int, int]:
@@ -22,7 +31,11 @@ def start() -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENCE)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -34,25 +47,63 @@ def same_everywhere(model: nn.Module) -> None:
 
 
 def add_up(parameters: Iterable[nn.Parameter], numbers: Sequence[float]) -> list[float]:
-    """Sum the gradients and some numbers over all processes, in place and as the result. One message for all of it.
+    """Sum the gradients and some numbers over all processes, in place and as the result.
 
     A parameter without a gradient on one process (a text-only part leaves the vision tower alone) counts as zero there.
+    The gradients of a sharded model are left as they are: adding them up was part of the backward pass.
     """
     if not dist.is_initialized():
         return list(numbers)
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad and not is_sharded(parameter)]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    device = parameters[0].device
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(summed.view_as(gradient))
-    totals = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+    if gradients:
+        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(summed.view_as(gradient))
+    totals = torch.tensor(list(numbers), dtype=torch.float64)
     dist.all_reduce(totals)
     return totals.tolist()
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
+    """Scale the gradients down to a norm of at most `most`. Returns the norm that they had, over all processes."""
+    parameters = list(parameters)
+    if not any(map(is_sharded, parameters)):
+        return float(nn.utils.clip_grad_norm_(parameters, most))
+    gradients = [own_rows(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = math.sqrt(add_up((), [float(nn.utils.get_total_norm(gradients)) ** 2])[0])
+    if norm > most:
+        for gradient in gradients:
+            gradient.mul_(most / norm)
+    return norm
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether processes hold rows of it each: a DTensor. (To import that class would take seconds.)"""
+    return hasattr(tensor, "to_local")
+
+
+def own_rows(tensor: Any) -> Tensor:
+    """The rows that this process holds of a sharded tensor, in the same memory; any other tensor as it is."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+
+
+def together(action: Callable[[], None]) -> None:
+    """Do something on every process, and fail on all of them if one of them fails. Nobody is left waiting."""
+    error: Exception | None = None
+    try:
+        action()
+    except Exception as failed:
+        error = failed
+    failures = add_up((), [float(error is not None)])[0]
+    if error is not None:
+        raise error
+    if failures:
+        raise OSError(f"{failures:.0f} of {dist.get_world_size()} processes failed, see what they say")
 
 
 def from_the_first(number: float) -> float:
@@ -60,8 +111,6 @@ def from_the_first(number: float) -> float:
     if not dist.is_initialized():
         return number
     tensor = torch.tensor(number, dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        tensor = tensor.cuda()
     dist.broadcast(tensor, 0)
     return tensor.item()
 

@@ -4,7 +4,8 @@
     train(pg.model, batches, TrainConfig(steps=1000, lr=1e-5), out="runs/mine")
 
 Run the same line again after an interruption and it goes on where it was, with the losses it would have had. Under
-`torchrun --nproc-per-node N` every process takes its part of each batch.
+`torchrun --nproc-per-node N` every process takes its part of each batch, and with `shard` keeps only its part of the
+model as well.
 
 What is unusual:
 - a batch is a function of the step (`batches(step, part, parts)`), and so is what dropout draws: resuming needs
@@ -41,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma.files import written_whole
-from paligemma.train import checkpointing, distributed
+from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
 
 
@@ -74,6 +75,7 @@ class TrainConfig:
     validate_every: int = 0  # steps; 0: only at the end
     validate_last: bool = True  # at the end too
     minutes: float | None = None  # a budget of time: the schedule and the run end with it, if not with the steps
+    shard: bool = False  # each of several processes keeps its part of weights, gradients and optimizer (`sharding.py`)
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "linear", "constant"):
@@ -158,6 +160,8 @@ def train(
     on_log:     is called with everything that goes to the log, on the first process.
 
     Checkpoints hold what is trained; frozen parameters are as the caller has them, also when a run goes on.
+    With `shard` the model is whole again on the first process when `validate` is called and at the end; elsewhere, and
+    after an exception, it has no weights left. A run may go on with another number of processes.
     Ctrl-C (or SIGTERM) finishes the step, saves and raises KeyboardInterrupt; a second one stops at once.
 
     Raises FloatingPointError at the first loss or gradient that is not a finite number; the last checkpoint is from
@@ -166,6 +170,11 @@ def train(
     out = Path(out)
     rank, world = distributed.start()
     device = next(model.parameters()).device
+    whole, shard = model, config.shard and world > 1
+    if shard:
+        if optimizers is not None:
+            raise ValueError("optimizers of your own hold the parameters of the whole model: leave them out, or shard")
+        model = sharding.shard(model)  # type: ignore[arg-type]  # says so if it is another model
     loss = loss or suffix_loss(config.label_smoothing)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optimizers is None:
@@ -176,7 +185,8 @@ def train(
 
     step, elapsed, last = 0, 0.0, {}
     sums: dict[str, float] = {}
-    state = checkpointing.load_last(out / "checkpoints") if resume else None
+    mesh = sharding.mesh_of(model) if shard else None
+    state = checkpointing.load_last(out / "checkpoints", mesh) if resume else None
     if state is not None:
         load_trained(model, state["model"])
         for optimizer, values in zip(optimizers, state["optimizers"]):
@@ -184,15 +194,17 @@ def train(
         if average is not None and state["average"] is not None:
             average = {name: value.to(device) for name, value in state["average"].items()}
         step, elapsed, sums = state["step"], state["elapsed"], state.get("sums", {})
+        state = None  # a second copy of the weights
     elif rank == 0 and not resume:
         (out / "log.jsonl").unlink(missing_ok=True)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    distributed.same_everywhere(model)
+    if not shard:
+        distributed.same_everywhere(model)
     log = Log(out / "log.jsonl", step, on_log) if rank == 0 else None
 
     def save(finished: bool = False) -> None:
         values = [optimizer.state_dict() for optimizer in optimizers]  # on all ranks: a sharded one gathers here
-        if rank == 0:
+        if rank == 0 or shard:
             state = {
                 "model": trained_state(model),
                 "optimizers": values,
@@ -203,6 +215,15 @@ def train(
                 "finished": finished,
             }
             checkpointing.save(out / "checkpoints", step, state)
+
+    def look(step: int) -> dict[str, Any]:
+        assert validate is not None
+        if not shard:
+            return validated(model, average, validate, step, log) if rank == 0 else {}
+        sharding.gather(model, whole, average)
+        figures = validated(whole, None, validate, step, log) if rank == 0 else {}
+        sharding.empty(whole)
+        return figures
 
     begun = saved = logged = ended = time.monotonic()
     pace = 0.0  # tokens a second, lately
@@ -226,8 +247,9 @@ def train(
             for piece in range(config.accumulate):
                 part = rank + piece * world
                 batch = batches(step, part, config.accumulate * world)
-                if batch is None:
+                if batch is None and not shard:
                     continue
+                batch = batch or sharding.nothing()
                 torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + part) % 2**63)
                 if "attention_mask" in batch:
                     here["tokens"] += float(batch["attention_mask"].sum())
@@ -247,7 +269,7 @@ def train(
                 for parameter in trained:
                     if parameter.grad is not None:
                         parameter.grad /= here["weight"]
-            norm = float(nn.utils.clip_grad_norm_(trained, config.clip))
+            norm = distributed.clip(trained, config.clip)
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient of step {step} is {norm}: try a lower learning rate")
             here["gradient"] = here["weight"] * norm
@@ -277,8 +299,8 @@ def train(
             )
             # Before saving: a run that is killed in between makes it up.
             due = bool(config.validate_every) and step % config.validate_every == 0 and step < config.steps
-            if validate and rank == 0 and due:
-                last |= validated(model, average, validate, step, log)
+            if validate and due:
+                last |= look(step)
             if stop or distributed.from_the_first(now - saved) > config.save_every:
                 save()
                 saved = time.monotonic()
@@ -288,8 +310,11 @@ def train(
     save(finished=True)
     if average is not None:
         load_trained(model, average)
+        average = None
+    if shard:
+        sharding.gather(model, whole)
     if validate and rank == 0 and config.validate_last:
-        last |= validated(model, None, validate, step, log)
+        last |= validated(whole, None, validate, step, log)
     return last
 
 
