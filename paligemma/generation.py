@@ -181,9 +181,23 @@ def prefill(
     return logits, cache
 
 
+def decode(
+    model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache, only: Tensor | None = None
+) -> Tensor:
+    """Reads the next tokens of each row, int64 [N, k], into the cache: the logits of the token after them, [N, V].
+
+    only: int64 [n], the ids that may come next. The rows of the head for all others are not read, a fifth of the bytes
+    of a decoded token where a location is to follow; their logits are -inf.
+    """
+    logits = model(tokens, cache=cache, logits_to_keep=1, logits_of=only).logits[:, -1]
+    if only is None:
+        return logits
+    return logits.new_full((len(tokens), model.config.text_config.vocab_size), -math.inf).index_copy_(1, only, logits)
+
+
 def decode_one_token(model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache) -> Tensor:
     """Reads one more token per row, int64 [N], into the cache: the logits of the token after it, [N, V]."""
-    return model(tokens[:, None], cache=cache, logits_to_keep=1).logits[:, -1]
+    return decode(model, tokens[:, None], cache)
 
 
 # ---------------------------------------------------------------------------------------------- what is allowed
@@ -208,31 +222,40 @@ def never_produced(config: PaliGemmaConfig, num_tokens: int | None, suppress_tok
     return never
 
 
+def allowed_ids(
+    constraints: Sequence[Constraint | None], generated: Sequence[Sequence[int]], remaining: int, vocab_size: int
+) -> list[Tensor | None]:
+    """What each row's constraint allows next, None for anything. Raises ValueError for ids that do not exist."""
+    allowed: list[Tensor | None] = []
+    for row, constraint in enumerate(constraints):
+        ids = constraint(generated[row], remaining) if constraint else None
+        if ids is not None and ids.numel() and (int(ids[0]) < 0 or int(ids[-1]) >= vocab_size):
+            raise ValueError(f"a constraint allows ids {int(ids[0])} to {int(ids[-1])}, the model has {vocab_size}")
+        allowed.append(ids)
+    return allowed
+
+
 def allowed_logits(
     logits: Tensor,
     never: Tensor,
-    constraints: Sequence[Constraint | None],
+    allowed: Sequence[Tensor | None],
     generated: Sequence[Sequence[int]],
     remaining: int,
 ) -> Tensor:
     """The logits in float32 with -inf wherever a token is not allowed: [N, V] -> [N, V], a copy.
 
-    never: bool [V]. constraints, generated: one per row of `logits`.
-    Raises ValueError when a constraint leaves nothing that may be produced.
+    never: bool [V]. allowed: from `allowed_ids`, one per row of `logits`. generated, remaining: what led there, for the
+    error. Raises ValueError when a constraint leaves nothing that may be produced.
     """
     scores = logits.float().masked_fill(never, -math.inf)
-    constrained = False
-    for row, constraint in enumerate(constraints):
-        ids = constraint(generated[row], remaining) if constraint else None
+    for row, ids in enumerate(allowed):
         if ids is None:
             continue
-        constrained = True
-        if ids.numel() and (int(ids[0]) < 0 or int(ids[-1]) >= len(never)):  # a negative one would count from the end
-            raise ValueError(f"a constraint allows ids {int(ids[0])} to {int(ids[-1])}, the model has {len(never)}")
         ids = ids.to(scores.device)
         kept = scores[row, ids]
         scores[row] = -math.inf
         scores[row, ids] = kept
+    constrained = any(ids is not None for ids in allowed)
     if constrained and -math.inf in (best := scores.amax(-1).tolist()):
         stuck = list(generated[best.index(-math.inf)])
         raise ValueError(
@@ -240,6 +263,28 @@ def allowed_logits(
             "it must always leave a token, at the end eos"
         )
     return scores
+
+
+FEW = 16  # ids are few if they are at most V / 16; gathering more rows of the head than that does not pay
+
+
+def next_logits(
+    model: PaliGemmaForConditionalGeneration, unread: Tensor, cache: KVCache, allowed: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """The logits of each row's next token [N, V], for as little work as what is allowed permits.
+
+    unread: int64 [N, k], tokens that were chosen and not read yet. Returns those that are unread still: where every row
+    has only one way to go on there is nothing to ask the model, and its token is read together with the next.
+    """
+    V, few = model.config.text_config.vocab_size, None
+    if all(ids is not None and ids.numel() for ids in allowed):
+        rows = [ids.to(unread.device) for ids in allowed if ids is not None]
+        if all(ids.numel() == 1 for ids in rows):
+            forced = torch.full((len(rows), V), -math.inf, device=unread.device)
+            return forced.scatter_(1, torch.stack(rows), 0.0), unread
+        together = torch.cat(rows).unique()
+        few = together if FEW * together.numel() <= V else None
+    return decode(model, unread, cache, only=few), unread[:, :0]
 
 
 def _constraints(given: Constraint | Sequence[Constraint | None] | None, rows: int) -> list[Constraint | None]:
@@ -435,14 +480,13 @@ def _steps(task: _Task) -> Iterator[list[Generated]]:
     answers = [Generated() for _ in range(task.rows)]
     running = list(range(task.rows))  # the rows behind the N rows of logits and cache
     logits, cache = prefill(model, task.prompt, options.max_new_tokens)
+    unread = task.prompt["input_ids"][:, :0]  # [N, k], chosen and not in the cache yet
     for remaining in range(options.max_new_tokens, 0, -1):
-        scores = allowed_logits(
-            logits,
-            task.never,
-            [task.constraints[row] for row in running],
-            [answers[row].token_ids for row in running],
-            remaining,
-        )
+        generated = [answers[row].token_ids for row in running]
+        allowed = allowed_ids([task.constraints[row] for row in running], generated, remaining, len(task.never))
+        if remaining < options.max_new_tokens:
+            logits, unread = next_logits(model, unread, cache, allowed)
+        scores = allowed_logits(logits, task.never, allowed, generated, remaining)
         tokens = choose(scores, options, [task.generators[row] for row in running] if options.do_sample else [])
         logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
         bins = _watched_bins(scores, options.watch)
@@ -453,12 +497,12 @@ def _steps(task: _Task) -> Iterator[list[Generated]]:
         kept = [n for n, row in enumerate(running) if not answers[row].finished]
         if not kept or remaining == 1:
             return
+        unread = torch.cat([unread, tokens[:, None]], dim=1)
         if len(kept) < len(running):
             running = [running[n] for n in kept]
             rows = torch.tensor(kept, device=tokens.device)
-            tokens = tokens[rows]
+            unread = unread[rows]
             cache.select(rows)
-        logits = decode_one_token(model, tokens, cache)
 
 
 # ---------------------------------------------------------------------------------------------- beams
@@ -493,13 +537,9 @@ def _beam_search(task: _Task) -> list[Generated]:
     logits, cache = prefill(model, task.prompt, options.max_new_tokens)
     for length in range(1, options.max_new_tokens + 1):
         remaining = options.max_new_tokens + 1 - length
-        scores = allowed_logits(
-            logits,
-            task.never,
-            [task.constraints[beam.row] for beam in beams],
-            [beam.answer.token_ids for beam in beams],
-            remaining,
-        )
+        generated = [beam.answer.token_ids for beam in beams]
+        allowed_next = allowed_ids([task.constraints[b.row] for b in beams], generated, remaining, len(task.never))
+        scores = allowed_logits(logits, task.never, allowed_next, generated, remaining)
         values, ids = (t.tolist() for t in scores.topk(min(2 * width, scores.shape[-1])))  # each N lists of 2 * width
         whole, allowed = logits.float().logsumexp(-1).tolist(), scores.logsumexp(-1).tolist()
         bins = _watched_bins(scores, options.watch)

@@ -408,11 +408,11 @@ class Gemma2DecoderLayer(nn.Module):
 
 
 class GemmaEmbedding(nn.Embedding):
-    """The table of tokens, [V, D], read in both directions: rows on the way in, all of it as the head on the way out."""
+    """The table of tokens, [V, D], read in both directions: rows on the way in, as the head on the way out."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V]: how well each token's row fits."""
-        return F.linear(hidden, self.weight)
+    def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., V]: how well each token's row fits. ids: int64 [n], of these rows only, [..., n]."""
+        return F.linear(hidden, self.weight if ids is None else self.weight[ids])
 
 
 class GemmaModel(nn.Module):
@@ -465,9 +465,10 @@ class GemmaForCausalLM(nn.Module):
         self.config = config
         self.model = GemmaModel(config)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], soft-capped where the configuration says so."""
-        logits = self.model.embed_tokens.logits(hidden)
+    def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+        """[..., D] -> [..., V], soft-capped where the configuration says so. ids: int64 [n], of these tokens only."""
+        embedding = self.model.embed_tokens
+        logits = embedding.logits(hidden) if ids is None else embedding.logits(hidden, ids)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
@@ -564,6 +565,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int | None = 0,
         output_hidden_states: bool = False,
+        logits_of: Tensor | None = None,
     ) -> PaliGemmaOutput:
         """One pass over a batch of rows, or over the next tokens of cached rows.
 
@@ -576,6 +578,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         cache: extended in place. The prefix must come in one piece, since it sees itself in both directions.
         logits_to_keep: 0 all positions, n the last n; None: no logits, and the loss is computed on the labelled
             positions alone. (The head is 257,216 wide: on every position of a batch it outweighs everything else.)
+        logits_of: int64 [n], the tokens whose logits are wanted, [B, S, n] in their order; not together with labels.
 
         The loss is the mean cross-entropy over all labelled tokens of the batch, in float32.
         Raises ValueError on shapes that do not fit together.
@@ -603,7 +606,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         if logits_to_keep is None:
             logits = None
         else:
-            logits = self.language_model.logits(x[:, -logits_to_keep:])  # -0 keeps all
+            logits = self.language_model.logits(x[:, -logits_to_keep:], logits_of)  # -0 keeps all
         loss = None
         if labels is not None:
             loss = self._loss(x, logits if logits_to_keep == 0 else None, labels)

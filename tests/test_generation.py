@@ -278,7 +278,7 @@ def test_masks_and_types_have_defaults_and_other_keys_are_ignored():
 def count_calls(monkeypatch, model, name):
     calls = []
     original = getattr(model, name)
-    monkeypatch.setattr(model, name, lambda x: (calls.append(tuple(x.shape)), original(x))[1])
+    monkeypatch.setattr(model, name, lambda x, *more: (calls.append(tuple(x.shape)), original(x, *more))[1])
     return calls
 
 
@@ -320,6 +320,82 @@ def test_the_last_token_needs_no_pass(monkeypatch):
     heads = count_calls(monkeypatch, model.language_model, "logits")
     generate(model, ragged(model), max_new_tokens=1)
     assert len(heads) == 1
+
+
+# -- doing less --
+
+
+def plain_steps(monkeypatch):
+    """Generation without its two short cuts: every token has a pass of its own, and the whole head is read."""
+
+    def next_logits(model, unread, cache, allowed):
+        return decode_one_token(model, unread[:, -1], cache), unread[:, :0]
+
+    monkeypatch.setattr("paligemma.generation.next_logits", next_logits)
+
+
+def same_answers(answers, expected):
+    assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+    assert [a.finished for a in answers] == [a.finished for a in expected]
+    for answer, other in zip(answers, expected):
+        found = torch.tensor([*answer.token_logprobs, answer.eos_logprob or 0.0])
+        torch.testing.assert_close(found, torch.tensor([*other.token_logprobs, other.eos_logprob or 0.0]))
+        torch.testing.assert_close(torch.tensor(answer.bins), torch.tensor(other.bins), equal_nan=True)
+
+
+def few_and_forced(generated, remaining):
+    """Of 320 ids: a choice of 12, one of 2, two that are forced, and so on; at last eos, which is forced too."""
+    place = len(generated) % 4
+    if remaining == 1:
+        return torch.tensor([1])
+    if place < 2:
+        return torch.arange(40, 52) if place == 0 else torch.tensor([7, 200])
+    return torch.tensor([100 + place])
+
+
+@both_families  # in Gemma 2 the logits of few ids are capped, too
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 3, "temperature": 2.0}])
+def test_few_ids_and_forced_tokens_change_no_answer(monkeypatch, shape, sampling):
+    model = make_ours(shape)
+    options = {"constraint": few_and_forced, "watch": (40, 12), **sampling}
+    answers = generate(model, ragged(model), 11, **options)
+    assert all(len(a.token_ids) == 10 and a.finished for a in answers)
+    plain_steps(monkeypatch)
+    same_answers(answers, generate(model, ragged(model), 11, **options))
+
+
+def test_rows_that_differ_in_what_they_allow_change_no_answer(monkeypatch):
+    """One row free, one with few ids, one at another place of the pattern: nothing can be left out for all of them."""
+    model = make_ours()
+    shifted = lambda generated, remaining: few_and_forced([0, *generated], remaining)  # noqa: E731
+    for constraints in ([few_and_forced, shifted, shifted, few_and_forced], [few_and_forced, None, shifted, None]):
+        answers = generate(model, ragged(model), 9, constraint=constraints)
+        with monkeypatch.context() as patch:
+            plain_steps(patch)
+            same_answers(answers, generate(model, ragged(model), 9, constraint=constraints))
+
+
+def test_forced_tokens_have_no_pass_of_their_own_and_few_ids_few_rows_of_the_head(monkeypatch):
+    model = make_ours()
+    inputs = next(rows_of(ragged(model)))
+    passes, heads = [], []
+    run, logits = model.language_model.model.forward, model.language_model.logits
+
+    def count_pass(x, *more):
+        passes.append(x.shape[1])
+        return run(x, *more)
+
+    def count_head(x, ids=None):
+        heads.append(None if ids is None else ids.tolist())
+        return logits(x, ids)
+
+    monkeypatch.setattr(model.language_model.model, "forward", count_pass)
+    monkeypatch.setattr(model.language_model, "logits", count_head)
+    (answer,) = generate(model, inputs, 10, constraint=few_and_forced)
+    assert len(answer.token_ids) == 9 and answer.finished
+    # The prompt; then the second token; the fifth, with two forced ones and what led to them in one pass of three; ...
+    assert passes[1:] == [1, 3, 1, 3]
+    assert heads == [None, [7, 200], [*range(40, 52)], [7, 200], [*range(40, 52)]]
 
 
 # -- which tokens may come --
@@ -709,6 +785,7 @@ def test_an_empty_answer_streams_nothing(speaker, tokenizer):
 def test_a_stream_gives_each_piece_at_once_and_leaves_no_mode_behind(speaker, tokenizer, monkeypatch):
     row = next(rows_of(ragged(speaker)))
     heads = count_calls(monkeypatch, speaker.language_model, "logits")
+    plain_steps(monkeypatch)  # else what is spelled would be taken without asking the model
     ids = tokenizer.encode("a red car on the street")
     pieces = stream(speaker, row, tokenizer, constraint=spelling(ids, tokenizer.eos_token_id))
     assert next(pieces) == "a re" and len(heads) == 2  # when " red" has come; the "d" might still get an accent
@@ -854,7 +931,7 @@ def test_allowed_logits_leaves_its_input_alone():
     logits = torch.randn(2, 10)
     before = logits.clone()
     never = torch.zeros(10, dtype=torch.bool)
-    scores = allowed_logits(logits, never, [lambda g, r: torch.tensor([3]), None], [[], []], 5)
+    scores = allowed_logits(logits, never, [torch.tensor([3]), None], [[], []], 5)
     assert torch.equal(logits, before)
     assert scores[0].isfinite().nonzero().tolist() == [[3]] and torch.equal(scores[1], logits[1])
 
