@@ -678,7 +678,7 @@ def _json(path: Path) -> Any:
 
 def write_folder(
     folder: Path,
-    companions: Path,
+    companions: Sequence[Path],
     config: dict[str, Any],
     tensors: dict[str, tuple[Shape, torch.dtype]],
     read: Callable[[str], Tensor],
@@ -686,7 +686,8 @@ def write_folder(
 ) -> None:
     """Writes any tensors as a checkpoint folder, each read when its turn has come: all of it, or nothing.
 
-    companions: the folder whose tokenizer and the like are taken along. config: what `config.json` is to hold.
+    companions: folders whose tokenizer and the like are taken along, the first's where several have one. config: what
+    `config.json` is to hold.
     """
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
     with folder_written_whole(folder) as staging, _bar(f"writing {folder}", total) as advance:
@@ -697,8 +698,8 @@ def write_folder(
             return tensor
 
         for name in COMPANIONS:
-            if (companions / name).is_file():
-                shutil.copyfile(companions / name, staging / name)
+            if found := next((place / name for place in companions if (place / name).is_file()), None):
+                shutil.copyfile(found, staging / name)
         _write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
         _write_safetensors(staging, list(tensors), tensors, counted, max_shard_size)
 

@@ -284,6 +284,26 @@ def merge(
 
 
 @app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A hub id, a folder (an adapter's too) or an .npz.")],
+    target: Annotated[Path, typer.Argument(help="A folder.")],
+    int8: Annotated[bool, typer.Option("--int8", help="8 bits a weight: half the size, hardly a difference.")] = False,
+    int4: Annotated[bool, typer.Option("--int4", help="4 bits in the decoder, 8 elsewhere: a third of it.")] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Write a checkpoint with rounded weights: smaller, and several times faster on a CPU."""
+    if int8 == int4:
+        raise typer.BadParameter("choose one of --int8 and --int4")
+
+    from paligemma.quantization import quantize_checkpoint
+    from paligemma.utils import open_model, resolve
+
+    checkpoint, folders = open_model(resolve(source, revision=revision), dtype)
+    quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders)
+
+
+@app.command()
 def download(
     model: Annotated[str, typer.Argument(help="A hub id, e.g. google/paligemma2-3b-mix-224.")],
     revision: Revision = None,

@@ -14,10 +14,19 @@ from pathlib import Path
 import torch
 
 from paligemma.adapters import CONFIG, folded, is_adapter, open_adapter
-from paligemma.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype
+from paligemma.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype, published_name
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.npz import npz_parts
 from paligemma.processing_paligemma import Tokenizer, check_tokenizer, load_tokenizer
+from paligemma.quantization import (
+    STORED,
+    QuantizedCheckpoint,
+    check_mode,
+    load_quantizing,
+    open_quantized,
+    stored_mode,
+)
+from paligemma.quantization import quantize as quantize_model
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
@@ -40,27 +49,42 @@ def load_hf_model(
     adapter is folded into its base, and takes the base's tokenizer where it has none of its own.
     device: default CUDA, else MPS, else CPU. dtype: a torch.dtype or its name; default bfloat16 for the published
     sizes, the checkpoint's own for small ones. revision: branch, tag or commit of a hub id. image_size: another
-    resolution than the checkpoint's, for which its table of positions is resampled.
+    resolution than the checkpoint's, for which its table of positions is resampled. quantize: "int8" or "int4" rounds
+    the weights as they are read, "bnb-int8" or "nf4" through bitsandbytes; a checkpoint may be quantised already. On a
+    CPU the published sizes take "bf16" by themselves, which changes no weight (see `quantization.py`).
 
     Raises ValueError or OSError (FileNotFoundError, PermissionError for a gated repository, ...) in a line or two that
     say what to do.
     """
     device, wanted = pick_device(device), parse_dtype(dtype)
     if quantize is not None:
-        raise ValueError(f"quantize is {quantize!r}: there are no quantised weights yet, leave it out")
+        check_mode(quantize, device)
     path = resolve(model_path, revision, wanted)
     checkpoint, folders = open_model(path, wanted)  # headers only: what does not fit shows before gigabytes are read
     tokenizer = load_tokenizer(first_with(folders, "tokenizer.json", "tokenizer.model") or folders[-1])
     check_tokenizer(tokenizer, checkpoint.config)
-    return load_model(checkpoint, device, wanted, image_size), tokenizer
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        check_mode(checkpoint.mode, device)
+        return checkpoint.load(quantize, wanted, image_size), tokenizer
+    if quantize is not None and quantize in STORED:
+        return load_quantizing(checkpoint, quantize, wanted, image_size), tokenizer
+    model = load_model(checkpoint, device, wanted, image_size)
+    if quantize is None and device.type == "cpu" and published_name(model.config) and model.dtype == torch.bfloat16:
+        quantize = "bf16"  # the same weights, read faster
+    return (model if quantize is None else quantize_model(model, quantize)), tokenizer
 
 
-def open_model(path: Path, dtype: torch.dtype | str | None = None) -> tuple[Checkpoint, list[Path]]:
+def open_model(
+    path: Path, dtype: torch.dtype | str | None = None
+) -> tuple[Checkpoint | QuantizedCheckpoint, list[Path]]:
     """Opens a checkpoint, or an adapter folded into its base; and the folders in which tokenizer and the like may lie.
 
     The adapter's own folder comes before that of its base. path, dtype: see `resolve`, which also finds the base.
     Raises as `resolve`, `open_checkpoint` and `open_adapter` do.
     """
+    if stored_mode(path) is not None:
+        quantized = open_quantized(path)
+        return quantized, [quantized.folder]
     if not is_adapter(path):
         checkpoint = open_checkpoint(path)
         return checkpoint, [checkpoint.folder]
@@ -99,6 +123,7 @@ def merge(
     if not is_adapter(path):
         raise ValueError(f"{path} is no adapter: it has no {CONFIG}, so there is nothing to merge")
     checkpoint, folders = open_model(path, parse_dtype(dtype))
+    assert isinstance(checkpoint, Checkpoint)  # an adapter's base is never quantised
     convert(checkpoint, target, dtype, "safetensors", folders=folders)
 
 

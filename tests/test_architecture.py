@@ -22,7 +22,7 @@ ROOT = Path(paligemma.__file__).parent
 LAYERS = [
     # the leaves: each can be read alone
     "files empty configuration attention_mask kv_cache modeling_siglip processing_paligemma mask_codec grammar draw "
-    "formats npz",
+    "formats npz linear_kernels",
     "modeling_gemma",
     "generation checkpoints quantization adapters",
     "utils info",
@@ -208,7 +208,7 @@ def test_every_public_name_exists():
         paligemma.laod  # noqa: B018
 
 
-COMMANDS = ["", "run", "info", "convert", "merge", "download", "tiny", "tiny scenes", "tiny train"]
+COMMANDS = ["", "run", "info", "convert", "merge", "quantize", "download", "tiny", "tiny scenes", "tiny train"]
 
 
 def test_help_does_not_import_torch():

@@ -73,9 +73,9 @@ def test_dtype_and_resolution(folder):
         load_hf_model(folder, "cpu", dtype="int4")
 
 
-def test_nothing_is_quantised_yet(folder):
-    with pytest.raises(ValueError, match="quantize is 'int8'"):
-        load_hf_model(folder, "cpu", quantize="int8")
+def test_an_unknown_quantisation_is_refused(folder):
+    with pytest.raises(ValueError, match="quantize is 'int3', expected one of bf16, int8, int4"):
+        load_hf_model(folder, "cpu", quantize="int3")
 
 
 def test_devices(monkeypatch):

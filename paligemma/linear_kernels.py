@@ -1,0 +1,171 @@
+"""Linear layers in C++ for CPUs with AVX-512: `linear_kernels.cpp` compiled on first use, kept, and called.
+
+    if kernel_available():
+        y = linear_int8(x, weight, scale, bias)
+
+Nobody has to have a compiler: without one, or without such a CPU, `kernel_available()` is False, a line on stderr says
+why, and the layers of `quantization.py` use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that.
+
+The library speaks plain C and is called through `ctypes`. PyTorch's own extension loader would do as well, but it needs
+ninja and setuptools at run time and half a minute to get through PyTorch's headers; this takes about four seconds, once
+per machine. What it takes to be safe is checked here: the C++ side trusts its arguments.
+
+Letters: M rows of activations, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paligemma.files import written_whole
+
+SOURCE = Path(__file__).parent / "linear_kernels.cpp"
+GROUP = 64  # 4-bit weights that share a scale, as in the C++ file
+# No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-w"]
+
+# Functions, the number of their pointers (the rest are M, N, K and the number of threads).
+FUNCTIONS = {"linear_bf16": 4, "linear_int8_bf16": 5, "linear_int8_f32": 5, "linear_int4_bf16": 5, "linear_int4_f32": 5}
+
+
+def kernel_available() -> bool:
+    """Whether the compiled layers can be used. The first time on a machine this compiles them and says so on stderr."""
+    return os.environ.get("PALIGEMMA_KERNEL") != "0" and _library() is not None
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries lie: beside those of PyTorch's own extensions."""
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(given) if given else home / "torch_extensions") / "paligemma"
+
+
+def missing_for_kernel() -> str | None:
+    """What keeps this machine from having the compiled layers, None if nothing does."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return "they are written for Linux on x86-64"
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or " avx512_vnni" not in _cpu_flags():
+        return "this CPU has no AVX-512 with 8-bit dot products (VNNI)"
+    if compiler() is None:
+        return "there is no C++ compiler (g++, or what CXX names)"
+    return None
+
+
+def compiler() -> str | None:
+    """The C++ compiler: CXX, or the usual names."""
+    return next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
+
+
+def _cpu_flags() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    return next((line for line in text.splitlines() if line.startswith("flags")), "")
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    missing = missing_for_kernel()
+    if missing is None:
+        try:
+            return _load(compile_kernel())
+        except subprocess.CalledProcessError as error:
+            missing = f"{error.cmd[0]} failed: {(error.stderr.strip() or 'no message').splitlines()[0]}"
+        except (OSError, subprocess.SubprocessError) as error:
+            missing = str(error)
+    print(f"note: linear layers run in plain PyTorch, not in compiled kernels: {missing}", file=sys.stderr)
+    return None
+
+
+def compile_kernel() -> Path:
+    """The compiled library, from the cache where it is there. Raises CalledProcessError or OSError.
+
+    Named after the source, the flags and the CPU: a home folder may be shared by machines of several kinds.
+    """
+    source = SOURCE.read_bytes()
+    key = hashlib.sha256(source + " ".join([*FLAGS, compiler() or "", _cpu_flags()]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"linear_kernels-{key}.so"
+    if not path.exists():
+        print("note: compiling the kernels for this CPU, once (some seconds)", file=sys.stderr)
+        with written_whole(path) as beside:
+            command = [str(compiler()), *FLAGS, "-c", str(SOURCE), "-o", f"{beside}.o"]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+                # Linked without -fopenmp: the threads are then PyTorch's own. Two pools would wait for each other.
+                link = [str(compiler()), "-shared", f"{beside}.o", "-o", str(beside)]
+                subprocess.run(link, check=True, capture_output=True, text=True, timeout=300)
+            finally:
+                Path(f"{beside}.o").unlink(missing_ok=True)
+    return path
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name, pointers in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * 4
+        function.restype = None
+    return library
+
+
+# ------------------------------------------------------------------------------------------------ calling
+
+
+def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for few rows, all in bfloat16: x [..., K], weight [N, K], bias [N] -> [..., N]. Float32 sums."""
+    _expect(weight.dtype == torch.bfloat16 and x.dtype == torch.bfloat16, x, weight)
+    return _call("linear_bf16", x, weight, None, bias, weight.shape[0], weight.shape[1])
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], bfloat16 or float32, rounded to 8 bits a row; int8 weight [N, K], float32 scale [N] -> [..., N]."""
+    N, K = weight.shape
+    _expect(weight.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (N,), x, weight)
+    return _call("linear_int8", x, weight, scale, bias, N, K)
+
+
+def linear_int4(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same for two weights a byte: uint8 weight [N, K / 2], bfloat16 scale [N, K / 64]; K a multiple of 128."""
+    N, K = weight.shape[0], weight.shape[1] * 2
+    _expect(weight.dtype == torch.uint8 and scale.dtype == torch.bfloat16 and K % 128 == 0, x, weight)
+    _expect(scale.shape == (N, K // GROUP), x, weight)
+    return _call("linear_int4", x, weight, scale, bias, N, K)
+
+
+def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
+    if not fits:
+        raise ValueError(f"no kernel for x {x.dtype} {list(x.shape)} and a weight {weight.dtype} {list(weight.shape)}")
+
+
+def _call(name: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, N: int, K: int) -> Tensor:
+    library = _library()
+    if library is None:
+        raise RuntimeError("the compiled layers are not available here: ask kernel_available() first")
+    _expect(x.shape[-1] == K and max(N, K) < 2**31, x, weight)
+    _expect(all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in (weight, scale)), x, weight)
+    if name != "linear_bf16":
+        _expect(x.dtype in (torch.bfloat16, torch.float32), x, weight)
+        name += "_bf16" if x.dtype == torch.bfloat16 else "_f32"
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+        _expect(bias.shape == (N,), x, weight)
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
+    M = x.numel() // K if K else 0
+    if M and N:
+        tensors = [x, weight, bias, y] if scale is None else [x, weight, scale, bias, y]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        getattr(library, name)(*pointers, M, N, K, torch.get_num_threads())
+    return y

@@ -1,0 +1,579 @@
+"""Smaller weights and faster linear layers, put into a finished model from outside.
+
+    quantize(model, "int8")                          a built model, in place
+    load_quantized(path) / load_hf_model(..., quantize="int8")
+    quantize_checkpoint("official/", "small/", "int8")   on disk, tensor by tensor; `load` then maps the result
+
+    mode   decoder          eye, projector, head   bytes of a 3b   arithmetic
+    bf16   as it is         as it is               5.8 GB          exact products, float32 sums, rounded once
+    int8   int8 / channel   int8                   2.9 GB          8-bit activations, exact integer sums
+    int4   int4 / 64        int8                   2.0 GB          8-bit activations, exact integer sums per group
+
+"/ channel": one scale for each output, "/ 64": one for every 64 inputs of each output. Norms, softmax, the stream
+between the layers, biases and the patch embedding stay in the model's dtype.
+
+Activations are rounded to 8 bits with a scale per token, `round_activations`. Trained networks have a few channels a
+hundred times larger than the rest (arXiv 2208.07339), and a scale that reaches these leaves nothing for the others.
+So what lies beyond 16 times the mean of its token is clipped, and what was clipped is multiplied apart in float32.
+
+Two ways to compute the same: the kernels of `linear_kernels.py`, or PyTorch's own operators where those can't be had.
+The model's files know nothing of all this: modules are swapped, and what they are is seen in `swap` alone.
+
+bitsandbytes, for CUDA, is taken as it is: modes "bnb-int8" and "nf4".
+
+Letters: M tokens, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from paligemma import checkpoints, linear_kernels
+from paligemma.checkpoints import Checkpoint, Shape, empty_model, expected_shapes, open_checkpoint
+from paligemma.linear_kernels import GROUP, kernel_available
+from paligemma.modeling_gemma import GemmaEmbedding, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.npz import damaged
+
+STORED = ("int8", "int4")  # modes that a checkpoint on disk can have
+MODES = ("bf16", *STORED, "bnb-int8", "nf4")
+OUTLIER = 16  # in means of the absolute values of a token, as in linear_kernels.cpp
+FEW_ROWS = 16  # up to here a product is limited by reading the weights; beyond, PyTorch's matrix product is better
+
+# ---------------------------------------------------------------------------------------------- rounding weights
+
+
+def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """8 bits with a scale per row: [N, K] -> int8 [N, K] in [-127, 127], float32 [N]; weight = int8 * scale + error.
+
+    The error of a weight is at most half its scale, 1/254 of the largest weight of its row.
+    """
+    rounded = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32)
+    for part, out, out_scale in zip(weight.split(4096), rounded.split(4096), scale.split(4096)):
+        part = part.float()  # a part at a time: the embedding alone would be 2 GB in float32
+        out_scale.copy_(part.abs().amax(-1) / 127)
+        out.copy_((part / out_scale.clamp(min=1e-30)[:, None]).round())
+    return rounded, scale
+
+
+def round_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """4 bits with a scale per 64 inputs: [N, K], K a multiple of 128 -> uint8 [N, K / 2], bfloat16 [N, K / 64].
+
+    A weight is (n - 8) * scale with n in 0 .. 15. Of 64 bytes (128 weights) the lower halves are the first group, the
+    upper halves the second. The scale is the one of eight candidates with the least squared error: clipping the one
+    largest weight of a group a little serves the 63 others.
+    """
+    N, K = weight.shape
+    rounded = torch.empty(N, K // 2, dtype=torch.uint8)
+    scale = torch.empty(N, K // GROUP, dtype=torch.bfloat16)
+    for part, out, out_scale in zip(weight.split(1024), rounded.split(1024), scale.split(1024)):
+        groups = part.float().unflatten(-1, (-1, GROUP))  # [n, K / 64, 64]
+        # The largest weight gets -8, the one number that has no opposite: the scale has its sign turned.
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+        best, best_error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+        for shrink in (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72):
+            candidate = (largest * (shrink / -8)).bfloat16().float()
+            error = (_to_steps(groups, candidate) * candidate - groups).square().sum(-1, keepdim=True)
+            best = torch.where(error < best_error, candidate, best)
+            best_error = torch.minimum(error, best_error)
+        steps = (_to_steps(groups, best) + 8).to(torch.uint8).unflatten(-2, (-1, 2))  # [n, K / 128, 2, 64]
+        out.copy_((steps[:, :, 0] | steps[:, :, 1] << 4).flatten(1))
+        out_scale.copy_(best[..., 0])
+    return rounded, scale
+
+
+def _to_steps(groups: Tensor, scale: Tensor) -> Tensor:
+    return (groups / torch.where(scale == 0, 1, scale)).round().clamp(-8, 7)
+
+
+def unpack(weight: Tensor) -> Tensor:
+    """uint8 [N, K / 2] -> int8 [N, K] in -8 .. 7, in the order of the inputs."""
+    both = weight.unflatten(-1, (-1, GROUP))  # [N, K / 128, 64]
+    return torch.stack((both & 15, both >> 4), dim=-2).flatten(1).to(torch.int8) - 8
+
+
+# ---------------------------------------------------------------------------------------------- rounding activations
+
+
+def round_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[M, K] -> int8 [M, K], scale float32 [M, 1], and what was clipped, float32 [M, K], None if nothing was.
+
+    x = int8 * scale + clipped, up to half a scale. A token's numbers depend on that token alone.
+    """
+    x = x.float()
+    size = x.abs()
+    total = size.sum(-1, keepdim=True)
+    outlier = size > total * (OUTLIER / x.shape[-1])
+    clips = bool(outlier.any())
+    largest = (size.masked_fill(outlier, 0) if clips else size).amax(-1, keepdim=True)
+    steps = (x * torch.where(largest > 0, 127 / largest, 0)).round().clamp(-127, 127)
+    # Not a number, or infinite: the sum tells, and the result is then no number either.
+    scale = torch.where(total.isfinite(), largest / 127, torch.nan)
+    clipped = (x - steps * scale).masked_fill(~outlier, 0) if clips else None
+    return steps.nan_to_num().to(torch.int8), scale, clipped
+
+
+# ---------------------------------------------------------------------------------------------- the layers
+
+
+class FastLinear(nn.Linear):
+    """A bfloat16 layer whose few-row products are computed as fast as memory can be read; all others as before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _few_rows(x, self.weight, self.bias)
+
+
+class FastEmbedding(GemmaEmbedding):
+    """The embedding with such a head."""
+
+    def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+        return _few_rows(hidden, self.weight if ids is None else self.weight[ids], None)
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype == weight.dtype == torch.bfloat16
+    if few and x.device.type == "cpu" and not torch.is_grad_enabled() and kernel_available():
+        return linear_kernels.linear_bf16(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear` with 8-bit weights: weight int8 [N, K], scale float32 [N], bias [N] or None."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.packed: Tensor | None = None  # a copy in the order that PyTorch's own product wants, made when first used
+
+    def forward(self, x: Tensor) -> Tensor:
+        if kernel_available():
+            return linear_kernels.linear_int8(x, self.weight, self.scale, self.bias)
+        rounded, scale, clipped = round_activations(x.reshape(-1, x.shape[-1]))
+        if self.packed is None:
+            self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        y = _int8_product(rounded, self.packed, self.scale) * scale
+        if clipped is not None:
+            columns = clipped.any(0).nonzero()[:, 0]  # a handful
+            y += clipped[:, columns] @ (self.weight[:, columns].float() * self.scale[:, None]).T
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight itself, float32 [..., K]."""
+        return self.weight[ids].float() * self.scale[ids][..., None]
+
+
+def _int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """int8 x [M, K], weight [N, K] as packed -> (x @ weight.T) * scale, float32 [M, N]; exact but for the scale."""
+    unsigned = (x.view(torch.uint8)) ^ 128  # the product takes its activations unsigned, with a zero at 128
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+class Int4Linear(nn.Module):
+    """`nn.Linear` with 4-bit weights: weight uint8 [N, K / 2], scale bfloat16 [N, K / 64], bias [N] or None."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.packed: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if kernel_available():
+            return linear_kernels.linear_int4(x, self.weight, self.scale, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= FEW_ROWS and len(self.weight) % 16 == 0:  # what that operator asks for
+            if self.packed is None:
+                steps = unpack(self.weight).int() + 8
+                scale = self.scale.T[..., None]  # [K / 64, N, 1]
+                self.packed = (
+                    torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, 1),
+                    torch.cat((scale, torch.zeros_like(scale)), dim=-1).contiguous(),
+                )
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.packed[0], GROUP, self.packed[1])
+        else:
+            y = rows @ self.dense(x.dtype).T  # layer by layer, never all of them
+        y = y.to(x.dtype)
+        return (y if self.bias is None else y + self.bias.to(x.dtype)).unflatten(0, x.shape[:-1])
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a matrix [N, K] of ordinary numbers."""
+        return (unpack(self.weight).unflatten(-1, (-1, GROUP)).to(dtype) * self.scale.to(dtype)[..., None]).flatten(1)
+
+
+class Int8Embedding(nn.Module):
+    """The table of tokens in 8 bits, rows in and logits out as in `GemmaEmbedding`."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.head = Int8Linear(weight, scale)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head.rows(ids).to(self.dtype)
+
+    def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
+        head = self.head if ids is None else Int8Linear(self.head.weight[ids], self.head.scale[ids])
+        logits: Tensor = head(hidden)
+        return logits
+
+
+# ---------------------------------------------------------------------------------------------- which layers
+
+
+def kinds(model: nn.Module, mode: str) -> dict[str, str]:
+    """What becomes of each module, by its name: "int8" or "int4" for every linear layer, "table" for the embedding.
+
+    4 bits are for the decoder, whose weights are read for every token; the eye reads an image once. A layer whose
+    inputs don't divide by 128 (no published decoder has one) keeps 8.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            small = mode == "int4" and name.startswith("language_model.") and module.in_features % (2 * GROUP) == 0
+            found[name] = "int4" if small else "int8"
+        elif isinstance(module, GemmaEmbedding):
+            found[name] = "table"
+    return found
+
+
+def parts_of(name: str, kind: str) -> tuple[str, str]:
+    """The names of the two tensors that the weight of module `name` becomes."""
+    stem = f"{name}.head" if kind == "table" else name
+    return f"{stem}.weight", f"{stem}.scale"
+
+
+def rounded_parts(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return round_groups(weight) if kind == "int4" else round_rows(weight)
+
+
+def rounded_shapes(shape: tuple[int, ...], kind: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of these two tensors, for a weight of the given shape."""
+    N, K = shape
+    if kind == "int4":
+        return [((N, K // 2), torch.uint8), ((N, K // GROUP), torch.bfloat16)]
+    return [((N, K), torch.int8), ((N,), torch.float32)]
+
+
+def swap(model: nn.Module, name: str, kind: str, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    """Puts a quantised module in the place of module `name`, with its bias."""
+    old = model.get_submodule(name)
+    new: nn.Module
+    if kind == "table":
+        new = Int8Embedding(weight, scale, dtype)
+    else:
+        bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
+        new = (Int4Linear if kind == "int4" else Int8Linear)(weight, scale, bias)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new.train(old.training))
+
+
+def check_mode(mode: str, device: torch.device) -> None:
+    """ValueError for a mode that does not exist, or not on this device."""
+    if mode not in MODES:
+        raise ValueError(f"quantize is {mode!r}, expected one of {', '.join(MODES)}")
+    if mode in ("bf16", *STORED) and device.type != "cpu":
+        raise ValueError(f"quantize={mode!r} is for the CPU, not for {device}: use bnb-int8 or nf4 there")
+
+
+# ---------------------------------------------------------------------------------------------- a built model
+
+
+def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaForConditionalGeneration:
+    """Swaps the linear layers of a built model, in place, one after the other. Returns the model.
+
+    mode: "bf16" changes how bfloat16 layers are computed, not what; "int8" and "int4" round the weights (see the head
+    of this file); "bnb-int8" and "nf4" use bitsandbytes. A quantised model is for answering: it can't be trained.
+    Raises ValueError for an unknown mode, a model that is quantised already or is not on the CPU.
+    """
+    check_mode(mode, model.device)
+    if is_quantized(model):
+        raise ValueError("the model is quantised already: load it anew to choose another mode")
+    if mode in ("bnb-int8", "nf4"):
+        return _with_bitsandbytes(model, mode)
+    if mode == "bf16":
+        return _with_fast_rows(model)
+    dtype = model.dtype
+    for name, kind in kinds(model, mode).items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        swap(model, name, kind, *rounded_parts(weight.detach(), kind), dtype)
+    return model.requires_grad_(False)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some layers hold rounded weights, ours or those of bitsandbytes."""
+    ours = (Int8Linear, Int4Linear)
+    return any(isinstance(m, ours) or type(m).__module__.startswith("bitsandbytes") for m in model.modules())
+
+
+def _with_fast_rows(model: PaliGemmaForConditionalGeneration) -> PaliGemmaForConditionalGeneration:
+    for name in kinds(model, "bf16"):
+        old = model.get_submodule(name)
+        # Only what is computed changes: the class. Parameters, their names and hooks stay what and where they are.
+        if type(old) is nn.Linear:
+            old.__class__ = FastLinear
+        elif type(old) is GemmaEmbedding:
+            old.__class__ = FastEmbedding
+    return model
+
+
+def _with_bitsandbytes(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaForConditionalGeneration:
+    """LLM.int8() or nf4 (arXiv 2305.14314) of bitsandbytes, for every linear layer; the tied embedding stays."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ImportError(f"quantize={mode!r} needs bitsandbytes: pip install bitsandbytes") from None
+    device, dtype = model.device, model.dtype
+    for name, kind in kinds(model, mode).items():
+        old = model.get_submodule(name)
+        if kind == "table" or not isinstance(old, nn.Linear):
+            continue
+        sizes, bias = (old.in_features, old.out_features), old.bias is not None
+        weight = old.weight.detach().cpu()  # they are rounded when they are moved to the device
+        new: Any
+        if mode == "nf4":
+            new = bitsandbytes.nn.Linear4bit(*sizes, bias=bias, compute_dtype=dtype, quant_type="nf4", device="meta")
+            new.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        else:
+            new = bitsandbytes.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, device="meta")
+            new.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        new.bias = old.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new.to(device).train(old.training))
+    return model.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------- a checkpoint
+
+QUANT_METHOD = "paligemma"  # in `quantization_config` of config.json
+
+
+def stored_tensors(config: PaliGemmaConfig, mode: str, dtype: torch.dtype) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Name, shape and dtype of every tensor of a quantised checkpoint, in the order in which it is written."""
+    layers = kinds(empty_model(config), mode)
+    stored: dict[str, tuple[Shape, torch.dtype]] = {}
+    for name, shape in expected_shapes(config).items():
+        kind = layers.get(module := name.removesuffix(".weight"))
+        if kind is None:
+            stored[name] = shape, dtype
+        else:
+            stored.update(zip(parts_of(module, kind), rounded_shapes(shape, kind)))
+    return stored
+
+
+def rounded_reader(checkpoint: Checkpoint, mode: str, dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Reads the tensors of `stored_tensors` by rounding those of a checkpoint, each when it is asked for."""
+    layers = kinds(empty_model(checkpoint.config), mode)
+    source = {part: (name, kind) for name, kind in layers.items() for part in parts_of(name, kind)}
+    kept: dict[str, Tensor] = {}  # the scales of the weight just rounded: asked for next
+
+    def read(name: str) -> Tensor:
+        if name in kept:
+            return kept.pop(name)
+        if name not in source:
+            return checkpoint.read(name).to(dtype)
+        module, kind = source[name]
+        parts = parts_of(module, kind)
+        rounded = dict(zip(parts, rounded_parts(checkpoint.read(f"{module}.weight"), kind)))
+        kept.clear()
+        kept.update({part: tensor for part, tensor in rounded.items() if part != name})
+        return rounded[name]
+
+    return read
+
+
+def quantize_checkpoint(
+    source: Checkpoint | QuantizedCheckpoint | str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    mode: str,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    folders: Sequence[Path] = (),
+) -> None:
+    """Writes a quantised checkpoint into a folder, tensor by tensor; `load` maps it and needs no work on it.
+
+    source: a folder, a `.safetensors` file, a big_vision `.npz`, or one of these opened. mode: "int8" or "int4".
+    dtype: of what is not rounded; default bfloat16 for the published sizes, the checkpoint's own for all others.
+    folders: where tokenizer and the like are taken from, the first that has one; default the source's own.
+    In memory at any time: one matrix, as it was and as it becomes. If anything fails, the folder is as it was.
+    Raises ValueError and OSError as `open_checkpoint` and `convert` do.
+    """
+    if mode not in STORED:
+        raise ValueError(f"mode is {mode!r}, expected {' or '.join(STORED)}: the others change nothing on disk")
+    if isinstance(source, QuantizedCheckpoint):
+        raise ValueError(f"{source.folder} is quantised already: start from the checkpoint that it was made of")
+    checkpoint, folder = source if isinstance(source, Checkpoint) else open_checkpoint(source), Path(target)
+    folders = folders or [checkpoint.folder]
+    if folder.resolve() in [place.resolve() for place in (checkpoint.folder, *folders)]:
+        raise ValueError(f"{folder} is where the source lies: choose another folder, so that it stays whole")
+    kept = checkpoints.parse_dtype(dtype) or checkpoints.default_dtype(checkpoint)
+    settings = {
+        **checkpoint.config.to_dict(),
+        "torch_dtype": str(kept).removeprefix("torch."),
+        "quantization_config": {"quant_method": QUANT_METHOD, "mode": mode, "group_size": GROUP},
+    }
+    stored, read = stored_tensors(checkpoint.config, mode, kept), rounded_reader(checkpoint, mode, kept)
+    checkpoints.write_folder(folder, folders, settings, stored, read, max_shard_size)
+
+
+def load_quantizing(
+    checkpoint: Checkpoint, mode: str, dtype: torch.dtype | str | None = None, image_size: int | None = None
+) -> PaliGemmaForConditionalGeneration:
+    """A checkpoint -> the quantised model, rounding matrix by matrix as they are read. mode: "int8" or "int4".
+
+    dtype, image_size: as for `load_model`.
+    """
+    if image_size is not None:
+        checkpoint = checkpoints.at_image_size(checkpoint, image_size)
+    kept = checkpoints.parse_dtype(dtype) or checkpoints.default_dtype(checkpoint)
+    names = stored_tensors(checkpoint.config, mode, kept)
+    return _assemble(checkpoint.config, mode, kept, names, rounded_reader(checkpoint, mode, kept))
+
+
+def stored_mode(path: Path) -> str | None:
+    """The mode of a quantised checkpoint of ours, None for all others. ValueError for one that others quantised."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # whatever is wrong with it, `open_checkpoint` says it better
+    if given is None:
+        return None
+    method = given.get("quant_method") if isinstance(given, dict) else given
+    if method != QUANT_METHOD:
+        raise ValueError(
+            f"{folder} holds weights that were quantised by {method!r}, whose format is not read here: take the "
+            "checkpoint they were made of, and `--quantize int8`"
+        )
+    mode, group = given.get("mode"), given.get("group_size")
+    if mode not in STORED or group != GROUP:
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config has mode {mode!r} and group_size {group!r}, expected "
+            f"{' or '.join(STORED)} and {GROUP}: write it anew with `paligemma quantize`"
+        )
+    return str(mode)
+
+
+@dataclass
+class QuantizedCheckpoint:
+    """An opened and checked checkpoint of ours: where each tensor lies. It can be loaded, and nothing else."""
+
+    folder: Path
+    config: PaliGemmaConfig
+    mode: str
+    dtype: torch.dtype
+    place: dict[str, Path]
+
+    def load(
+        self, mode: str | None = None, dtype: torch.dtype | str | None = None, image_size: int | None = None
+    ) -> PaliGemmaForConditionalGeneration:
+        """The model, in evaluation mode: its weights are views of the files, read when they are first used.
+
+        mode: what was asked for; ValueError if the files hold something else. dtype, image_size: as for `load_model`.
+        """
+        if mode not in (None, self.mode):
+            raise ValueError(f"{self.folder} holds {self.mode} weights, not {mode}: leave out `quantize`")
+        kept, config = checkpoints.parse_dtype(dtype) or self.dtype, self.config
+        if image_size is not None:
+            config = replace(config, vision_config=replace(config.vision_config, image_size=image_size))
+        maps = {file: safe_open(file, "pt") for file in set(self.place.values())}
+        not_rounded = expected_shapes(config)
+
+        def read(name: str) -> Tensor:
+            tensor: Tensor = maps[self.place[name]].get_tensor(name)
+            if name == checkpoints.POSITIONS and image_size is not None:
+                tensor = checkpoints.resample_positions(tensor, config.vision_config.num_patches)
+            return tensor.to(kept) if name in not_rounded and tensor.is_floating_point() else tensor
+
+        return _assemble(config, self.mode, kept, list(self.place), read)
+
+
+def open_quantized(path: Path) -> QuantizedCheckpoint:
+    """Opens a folder that `quantize_checkpoint` wrote, and reads headers only.
+
+    Raises ValueError or FileNotFoundError, naming what does not fit, all of it at once.
+    """
+    folder = path if path.is_dir() else path.parent
+    config, mode = _config_of(folder), stored_mode(folder)
+    assert mode is not None
+    files = [folder / checkpoints.WEIGHTS]
+    if not files[0].is_file() and (folder / checkpoints.INDEX).is_file():
+        files = checkpoints.files_of_index(folder / checkpoints.INDEX)
+    if not files[0].is_file():
+        raise FileNotFoundError(f"{folder} holds no weights: expected {checkpoints.WEIGHTS} or {checkpoints.INDEX}")
+    dtypes = checkpoints.SAFETENSORS_DTYPES | checkpoints.WHOLE_NUMBERS
+    place: dict[str, Path] = {}
+    found: dict[str, tuple[Shape, torch.dtype | str]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a dictionary)
+                    header = opened.get_slice(name)
+                    if name in place:
+                        raise ValueError(f"{folder} holds {name} twice, in {place[name].name} and in {file.name}")
+                    place[name] = file
+                    found[name] = tuple(header.get_shape()), dtypes.get(header.get_dtype(), header.get_dtype())
+        except SafetensorError as error:
+            raise damaged(file, error) from None
+    norm = found.get("language_model.model.norm.weight", ((), torch.bfloat16))[1]
+    dtype = norm if isinstance(norm, torch.dtype) and norm.is_floating_point else torch.bfloat16
+    expected = stored_tensors(config, mode, dtype)
+    checkpoints.check_tensors(str(folder), found, {name: shape for name, (shape, _) in expected.items()})
+    for name, (_, kind) in expected.items():
+        if found[name][1] != kind:
+            raise ValueError(f"{folder}: {name} is {found[name][1]}, expected {kind}: write it anew")
+    return QuantizedCheckpoint(folder, config, mode, dtype, {name: place[name] for name in expected})
+
+
+def _config_of(folder: Path) -> PaliGemmaConfig:
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del settings["quantization_config"]  # read already; the model's own configuration knows nothing of it
+    try:
+        return PaliGemmaConfig.from_dict(settings)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _assemble(
+    config: PaliGemmaConfig, mode: str, dtype: torch.dtype, names: Iterable[str], read: Callable[[str], Tensor]
+) -> PaliGemmaForConditionalGeneration:
+    """The quantised model, built empty and filled with one tensor after the other."""
+    model, shapes = empty_model(config), expected_shapes(config)
+    for name, kind in kinds(model, mode).items():
+        shape = shapes[f"{name}.weight"]
+        weight, scale = (torch.empty(size, dtype=d, device="meta") for size, d in rounded_shapes(shape, kind))
+        swap(model, name, kind, weight, scale, dtype)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        module, tensor = model.get_submodule(parent), read(name)
+        if leaf in module._parameters:
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        else:
+            setattr(module, leaf, tensor)
+    return model.eval()
