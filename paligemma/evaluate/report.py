@@ -18,7 +18,8 @@ from paligemma.files import written_whole
 @dataclass(frozen=True)
 class Figure:
     """low, high: 95% interval. baseline: of always giving the commonest right answer. target: set by the caller.
-    None where there is none (a value of None has nothing to divide by: precision without predictions)."""
+    published: by the authors of the model, after its transfer. None where there is none (a value of None has nothing to
+    divide by: precision without predictions)."""
 
     task: str
     name: str
@@ -28,6 +29,7 @@ class Figure:
     rows: int
     baseline: float | None = None
     target: float | None = None
+    published: float | None = None
     lower_is_better: bool = False
 
     @property
@@ -84,7 +86,9 @@ class Report:
         table = Table(title=", ".join(f"{key} {value}" for key, value in self.about.items()), title_justify="left")
         table.add_column("task")
         table.add_column("figure")
-        for column in ("value", "95% interval", "commonest answer", "target", "rows"):
+        targets, others = (any(getattr(f, part) is not None for f in self.figures) for part in ("target", "published"))
+        columns = ["value", "95% interval", "commonest answer", *["target"] * targets, *["published"] * others, "rows"]
+        for column in columns:
             table.add_column(column, justify="right")
         task = None
         for figure in self.figures:
@@ -99,7 +103,8 @@ class Report:
                 show(figure.value) + mark,
                 interval,
                 "" if figure.baseline is None else show(figure.baseline),
-                target,
+                *[target] * targets,
+                *["" if figure.published is None else show(figure.published)] * others,
                 str(figure.rows),
             )
             task = figure.task

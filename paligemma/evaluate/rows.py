@@ -18,6 +18,7 @@ class Example:
     answers: right answers, or the answers of several people; for a caption its references.
     regions: the objects that a `detect` or `segment` answer should list, in pixels of the image.
     group:   rows of one group (of one picture, say) are not independent; "" stands for a group of its own.
+    kind:    which part of the data set, where parts are reported apart ("yes/no", "simple").
     """
 
     id: str
@@ -27,6 +28,7 @@ class Example:
     answers: Sequence[str] = ()
     regions: Sequence[Region] = ()
     group: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)

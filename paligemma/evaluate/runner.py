@@ -59,11 +59,13 @@ def evaluate(
     about: Mapping[str, Any] | None = None,
     constrained: bool = True,
     max_new_tokens: int | None = None,
+    beams: int = 1,
+    published: Mapping[tuple[str, str], float] | None = None,
     worst: int = 20,
     progress: bool = True,
     total: int | None = None,
 ) -> Report:
-    """Greedy answers to every example, measured task by task.
+    """Answers to every example, greedy or by beams, measured task by task.
 
     measures:       how each task is measured.
     out_folder:     see above. Rows that are in its `predictions.jsonl` are not run again.
@@ -73,6 +75,8 @@ def evaluate(
     constrained:    decode `detect` and `segment` under the grammar, as `pg.detect` does; False: freely, as published
                     figures are made.
     max_new_tokens: default 512 for `detect` and `segment`, 128 for the rest.
+    beams:          2 or more: the likeliest answer that a search with so many finds, without a penalty for length.
+    published:      (task, figure) -> what others have published, to be shown beside ours.
     worst:          how many of the worst rows to draw into the folder.
     total:          how many rows there are, about, for the progress bar; a list tells it itself.
 
@@ -80,6 +84,8 @@ def evaluate(
     one id, for no examples, and for a folder of another run.
     """
     about = {**(about or {}), "constrained": constrained, "max_new_tokens": max_new_tokens, "weights": fingerprint(pg)}
+    if beams > 1:
+        about["beams"] = beams
     folder = Path(out_folder) if out_folder is not None else None
     saved = open_folder(folder, about) if folder else {}
     rows: list[Scored] = []
@@ -119,7 +125,7 @@ def evaluate(
     started = time.perf_counter()
     with _progress(progress, len(examples) if isinstance(examples, Sized) else total) as bar:
         for batch in batches(fresh(bar), batch_size):
-            predictions = answer(pg, batch, constrained, max_new_tokens)
+            predictions = answer(pg, batch, constrained, max_new_tokens, beams)
             if folder:
                 append(folder / "predictions.jsonl", batch, predictions)
             for example, prediction in zip(batch, predictions):
@@ -129,7 +135,7 @@ def evaluate(
         raise ValueError("there are no examples to evaluate")
 
     rows.sort(key=lambda row: place[row.example.id])
-    report = summarize(rows, measures, targets or {}, about)
+    report = summarize(rows, measures, targets or {}, about, published)
     report = replace(report, environment=_environment(time.perf_counter() - started))
     if folder:
         report = replace(report, worst=worst_rows.draw(folder / "worst"))
@@ -153,10 +159,15 @@ def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 
 
 def answer(
-    pg: PaliGemma, batch: Sequence[Example], constrained: bool = True, max_new_tokens: int | None = None
+    pg: PaliGemma,
+    batch: Sequence[Example],
+    constrained: bool = True,
+    max_new_tokens: int | None = None,
+    beams: int = 1,
 ) -> list[Prediction]:
-    """Greedy answers to a batch."""
+    """Answers to a batch."""
     prompts = [example.prompt for example in batch]
+    search: dict[str, Any] = {"num_beams": beams, "length_penalty": 0.0} if beams > 1 else {}
     regions = any(prompt.split(" ")[0] in ("detect", "segment") for prompt in prompts)
     masks = any(prompt.split(" ")[0] == "segment" for prompt in prompts)
     answers = pg.generate(
@@ -166,6 +177,7 @@ def answer(
         constrained=constrained,
         batch_size=len(batch),
         codec=pg.codec if masks else None,
+        **search,
     )
     return [Prediction.of(a) for a in answers]
 
@@ -273,6 +285,7 @@ def summarize(
     measures: Mapping[str, Measure],
     targets: Mapping[tuple[str, str], float],
     about: Mapping[str, Any],
+    published: Mapping[tuple[str, str], float] | None = None,
 ) -> Report:
     """Figures task by task, in the order of `measures`."""
     figures: list[Figure] = []
@@ -299,6 +312,7 @@ def summarize(
                     rows=len(own),
                     baseline=baselines.get(name),
                     target=targets.get((task, name)),
+                    published=(published or {}).get((task, name)),
                     lower_is_better=name in measure.lower_is_better,
                 )
             )

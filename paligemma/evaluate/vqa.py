@@ -68,3 +68,12 @@ def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
         text, *given = map(normalize, (text, *given))
     same = [answer == text for answer in given]
     return sum(min(1.0, (sum(same) - left_out) / 3) for left_out in same) / len(same)
+
+
+def agreement(text: str, answers: Sequence[str]) -> float:
+    """min(1, people who gave exactly this answer / 3), in [0, 1]: the simple VQA accuracy.
+
+    Nobody is left out and nothing is normalised: so are OK-VQA, A-OKVQA and VizWiz measured by big_vision
+    (`transfers/vqa.py`) and A-OKVQA by its own script. White space around the text does not count.
+    """
+    return min(1.0, sum(text.strip() == answer.strip() for answer in answers) / 3)
