@@ -172,6 +172,25 @@ def test_dtype_and_mask_codec_are_those_of_the_base(data, tmp_path):
     assert torch.equal(pg.codec.decode(codes), tiny.codec.decode(codes))
 
 
+def test_lora_leaves_an_adapter_that_opens_like_a_model(base, data, tmp_path):
+    pytest.importorskip("peft")
+    out = tmp_path / "run"
+    wanted = {"lora": ("decoder",), "rank": 4, "lora_dropout": 0.1, "lr": 3e-2, "steps": 30, "batch": 8}
+    said = run(base, data, out, validation=data, **wanted)
+    learns = next(line for line in said if line.startswith("learns"))
+    assert learns.startswith("learns  LoRA of rank 4 in decoder ") and "vision" not in learns
+    assert not list(out.glob("model*")) and "the adapter is in" in said[-1]
+    before, after = (paligemma.load(str(folder)).model.state_dict() for folder in (base, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("language_model.model.layers") for name in changed)
+    state = checkpointing.load_last(out / "checkpoints")
+    assert all("lora_" in name for name in state["model"]), "the base is not in the checkpoints"
+    exact = json.loads((out / "finished.json").read_text())["figures"][0]["value"]
+    pg = paligemma.load(str(out))
+    colors = [(np.full((28, 28, 3), color, np.uint8), name) for name, color in COLORS.items()]
+    assert exact == 1.0 and all(pg.ask(picture, "what color is it ?").text == name for picture, name in colors)
+
+
 def test_how_long_it_trains(base, data, tmp_path):
     run(base, data, tmp_path / "epochs", steps=None, epochs=1.25, batch=4)  # 10 rows in batches of 4
     assert len(losses(tmp_path / "epochs")) == 3
@@ -199,6 +218,7 @@ def test_the_command(base, data, tmp_path):
         ({"epochs": 1.0}, "steps and epochs"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
         ({"lora": ("decoder",), "freeze": ("vision",)}, "LoRA freezes"),
+        ({"lora": ("decoder",), "image_size": 56}, "keeps its resolution"),
         ({"dtype": "float16"}, "float16"),
         ({"metric": "beauty"}, "no metric 'beauty'; there are: auto, exact"),
     ],
@@ -429,6 +449,42 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(base, data, tmp_path, monke
     assert checkpointing.load_last(out / "checkpoints")["step"] == 3
     run(base, data, out)
     assert checkpointing.load_last(out / "checkpoints")["step"] == 6
+
+
+MEASURED = """
+import re, sys
+import torch
+torch.set_num_threads(1)
+from paligemma.train import finetune
+
+def memory(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+load = finetune.load
+def loaded(*arguments):
+    pg = load(*arguments)
+    print(memory("VmRSS"))
+    return pg
+
+finetune.load = loaded
+base, data, out = sys.argv[1:]
+finetune.finetune(finetune.Options(model=base, data=data, out=out, steps=100, batch=4))
+print(memory("VmHWM"))
+"""
+
+
+@pytest.mark.official
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_a_million_rows_need_little_memory(base, data, tmp_path):
+    """All rows checked, 100 steps, in a process of its own."""
+    with open(data, "a") as file:
+        for i in range(1_000_000):
+            file.write(json.dumps({"image": f"{i % 8}.png", "prefix": f"answer en {i} ?", "suffix": f"{i}"}) + "\n")
+    command = [sys.executable, "-c", MEASURED, base, data, str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=1800)
+    with_model, most = map(float, done.stdout.split())
+    assert most - with_model < 300, "megabytes; a gigabyte is what it must never be"
 
 
 # ------------------------------------------------------------------------------------------- the commonest complaints

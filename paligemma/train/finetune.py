@@ -31,6 +31,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from paligemma.adapters import save_adapter
 from paligemma.checkpoints import parse_dtype, save_pretrained
 from paligemma.evaluate.report import Report
 from paligemma.evaluate.runner import fingerprint
@@ -135,6 +136,8 @@ class Options:
             raise ValueError("muon is for whole matrices, and LoRA trains thin ones: choose adamw")
         if self.freeze and self.lora:
             raise ValueError("LoRA freezes all that it is not put beside: leave out --freeze")
+        if self.lora and self.image_size is not None:
+            raise ValueError("an adapter's base keeps its resolution: leave out --image-size, or train the whole model")
         if parse_dtype(self.dtype) == torch.float16:
             raise ValueError("gradients underflow in float16: train in bfloat16 or float32")
         measure_of("", self.metric)
@@ -361,12 +364,12 @@ def name_of(dtype: torch.dtype) -> str:
 def save_model(pg: PaliGemma, options: Options, out: Path, dtype: torch.dtype) -> None:
     """The model as checkpoints are published, with its processor and, if it has its own, its mask codec."""
     if options.lora:
-        from paligemma.adapters import save_adapter
-
+        network: Any = pg.model  # with what peft has put into it
+        network.peft_config["default"].revision = options.revision
         save_adapter(pg.model, out, options.model, pg.processor)
-        return
-    pg.model.to(dtype)
-    save_pretrained(pg.model, out, pg.processor)
+    else:
+        pg.model.to(dtype)
+        save_pretrained(pg.model, out, pg.processor)
     if pg._codec is not None:
         pg._codec.save(out / CODEC_FILE)
 
@@ -412,6 +415,11 @@ def finish(
         "peak memory": f"{peak_memory() / 1e9:.2f} GB",
     }
     about = "validation" if measured else "rows it was trained on"
+    note = "There was no validation data; the examples are rows it was trained on."
+    if measured and sight is not None:
+        what = "adapter" if options.lora else "model"
+        note = f"Figures and examples are of the {what} as it was saved: greedy answers to {len(sight.rows)} rows of "
+        note += f"{options.validation}."
     write_report(
         out / "report.html",
         f"{options.model} fine-tuned on {Path(options.data).name}",
@@ -420,10 +428,7 @@ def finish(
         report.figures if report is not None and measured else [],
         examples,
         asdict(options),
-        f"Figures and examples are of the saved model: greedy answers to {len(sight.rows) if sight else 0} rows of "
-        f"{options.validation}."
-        if measured
-        else "There was no validation data; the examples are rows it was trained on.",
+        note,
     )
     figures = [vars(figure) for figure in report.figures] if report is not None else []
     content = {"summary": summary, "figures of": about, "figures": figures}
