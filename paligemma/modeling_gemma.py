@@ -583,6 +583,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         The loss is the mean cross-entropy over all labelled tokens of the batch, in float32.
         Raises ValueError on shapes that do not fit together.
         """
+        if labels is not None and logits_of is not None:
+            raise ValueError("pass labels or logits_of, not both: the loss is over the whole vocabulary")
         if pixel_values is not None:
             if image_features is not None:
                 raise ValueError("pass pixel_values or image_features, not both")

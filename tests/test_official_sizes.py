@@ -144,3 +144,67 @@ def test_an_official_size_answers_within_its_own_memory(name, image_size, tmp_pa
     assert len(facts["tokens"]) == 4 and all(0 <= token < 257152 for token in facts["tokens"])
     assert all(math.isfinite(logprob) for logprob in facts["logprobs"])
     assert facts["times the weights"] <= 1.1
+
+
+# ---------------------------------------------------------------------------------------------- larger than memory
+
+
+def write_sparse(config: PaliGemmaConfig, folder: Path) -> int:
+    """A checkpoint in bfloat16 that is all zeros and takes no disk: a header, and a hole. Returns its bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in expected_shapes(config).items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    folder.mkdir()
+    _write_config(folder, config, torch.bfloat16)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+# In a process of its own. RssAnon is memory that is no page of a file: what would not come back by reading it again.
+ONE_TOKEN = """
+import json, sys, time
+import torch
+
+def own():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+facts = {"torch": own()}
+import paligemma.generation
+from paligemma.checkpoints import load_model
+
+start = time.time()
+model = load_model(sys.argv[1])
+facts["loaded"], facts["seconds to load"] = own(), time.time() - start
+config = model.config
+ids = torch.tensor([[config.image_token_index] * config.vision_config.num_patches + [2, 21209, 659, 108]])
+size = config.vision_config.image_size
+start = time.time()
+(answer,) = paligemma.generation.generate(
+    model, {"input_ids": ids, "pixel_values": torch.zeros(1, 3, size, size)}, max_new_tokens=1, suppress_tokens=[1]
+)
+facts["answered"], facts["seconds to answer"] = own(), time.time() - start
+facts["dtype"], facts["tokens"] = str(model.dtype), answer.token_ids
+print(json.dumps(facts))
+"""
+
+
+@pytest.mark.official
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_checkpoint_nearly_as_large_as_the_machine_runs_from_its_file(tmp_path):
+    """19.3 GB, of which nothing is copied: whatever does not fit is read from the file again."""
+    folder = tmp_path / "paligemma2-10b"
+    weights = write_sparse(published_config("paligemma2-10b", 224), folder)
+    assert weights == PARAMETERS["paligemma2-10b"][1]
+    result = subprocess.run([sys.executable, "-c", ONE_TOKEN, str(folder)], capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    print(f"\npaligemma2-10b: {json.dumps(facts, indent=2)}")
+    assert facts["dtype"] == "torch.bfloat16" and len(facts["tokens"]) == 1
+    assert facts["loaded"] - facts["torch"] < 0.2e9
+    assert facts["answered"] - facts["torch"] < 0.1 * weights  # activations, and the workspace of the products
