@@ -112,6 +112,9 @@ def test_an_adapter_of_ours_loads_through_peft_beside_transformers(base, parts, 
     on_ours = sum(p.numel() for name, p in ours.named_parameters() if "lora_" in name)
     on_theirs = sum(p.numel() for name, p in theirs.named_parameters() if "lora_" in name)
     assert on_ours == on_theirs, "and nothing more, such as layers of the eye that nobody has asked for"
+    theirs.save_pretrained(tmp_path / "theirs")
+    names = [set(load_file(tmp_path / folder / TENSORS)) for folder in ("adapter", "theirs")]
+    assert names[0] == names[1], "peft would find older names too; these are its own"
 
 
 def test_transformers_finds_the_base_of_an_adapter_by_itself(gemma, tmp_path):

@@ -10,6 +10,7 @@ from reference import make_inputs, make_pair
 from paligemma.checkpoints import empty_model, published_config
 from paligemma.generation import generate
 from paligemma.kv_cache import KVCache
+from paligemma.quantization import quantize
 from paligemma.train.loop import TrainConfig, suffix_loss, train
 from paligemma.train.parts import add_lora, checkpoint_gradients, freeze, set_dropout
 
@@ -180,6 +181,38 @@ def test_numbers_that_make_no_sense(settings):
 def test_lora_is_added_once():
     with pytest.raises(ValueError, match="has LoRA already"):
         add_lora(add_lora(make_model()))
+
+
+def test_layers_that_let_no_gradient_through_are_refused():
+    model = quantize(make_model().bfloat16().eval(), "int8")
+    with pytest.raises(ValueError, match=r"q_proj is Int8Linear, which is for answering alone: load .* without"):
+        add_lora(model)
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes without a GPU has a lot to say
+def test_lora_beside_four_bits_learns_as_beside_the_rounded_weights():
+    """QLoRA on a CPU: the gradients of a model whose weights are those four bits, written out."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vision_hidden_size": 64, "vision_intermediate_size": 64}
+    rounded = quantize(make_pair("gemma", **sizes)[0], "nf4")
+    plain = make_pair("gemma", **sizes)[0]
+    for name, layer in plain.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            four_bits = rounded.get_submodule(name).weight
+            layer.weight.data = bitsandbytes.functional.dequantize_4bit(four_bits.data, four_bits.quant_state)
+    gradients = []
+    for model in (rounded, plain):
+        torch.manual_seed(0)
+        add_lora(model)
+        checkpoint_gradients(model.train())
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        gradients.append(loss_and_gradients(model)[1])
+    assert gradients[0].keys() == gradients[1].keys() == learning(rounded)
+    for name, gradient in gradients[1].items():
+        assert (gradients[0][name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
 
 # ------------------------------------------------------------------------------------------------ dropout

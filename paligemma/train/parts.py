@@ -16,13 +16,14 @@ own files know nothing of training. The parts have these names:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
@@ -67,10 +68,12 @@ def add_lora(
 
     A is random, B zero, so at first the model answers as before. From now on A and B alone learn; they are float32
     whatever the model is. alpha: default `rank`, a factor of 1. dropout: of what A reads, in training. Returns the
-    model. `adapters.save_adapter` writes what was learned.
+    model. `adapters.save_adapter` writes what was learned. A model loaded with quantize="nf4" (bitsandbytes) is taken
+    too: QLoRA, arXiv 2305.14314.
 
     Follows arXiv 2106.09685, through the library `peft`. Raises ValueError for a name that is no part with linear
-    layers, for numbers that make no sense, and for a model that has LoRA already; ImportError without `peft`.
+    layers, for numbers that make no sense, for a model that has LoRA already, and for one whose layers are rounded in a
+    way that lets no gradient through; ImportError without `peft`.
     """
     names = _names(parts, LINEAR_LAYERS, "can be given LoRA")
     if not names:
@@ -83,6 +86,13 @@ def add_lora(
         )
     if hasattr(model, "peft_config"):
         raise ValueError("the model has LoRA already: load it anew to start again")
+    pattern = "|".join(LINEAR_LAYERS[name] for name in names)
+    for name, layer in model.named_modules():
+        if re.fullmatch(pattern, name) and not isinstance(layer, nn.Linear):
+            raise ValueError(
+                f"{name} is {type(layer).__name__}, which is for answering alone: load the model without quantize, or "
+                "with quantize='nf4'"
+            )
     try:
         import peft
     except ImportError:
@@ -92,7 +102,7 @@ def add_lora(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int and divides
         lora_dropout=dropout,
-        target_modules="|".join(LINEAR_LAYERS[name] for name in names),
+        target_modules=pattern,
         task_type="CAUSAL_LM",
     )
     peft.inject_adapter_in_model(config, model)  # also freezes all the rest
