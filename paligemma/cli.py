@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 tiny_app = typer.Typer(help="The small world and the model that ships.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tiny_app, name="tiny")
+data_app = typer.Typer(help="Your data, before a model sees them.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
 
 notes = Console(stderr=True, highlight=False)
 BATCH = 16  # pictures answered at a time
@@ -35,6 +37,12 @@ Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a f
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Default: the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: by the size of the model.")]
+Kind = Annotated[str | None, typer.Option(help="What the data is, where its content does not say.")]
+Images = Annotated[str | None, typer.Option(help="The folder that names of pictures are relative to.")]
+Annotations = Annotated[str | None, typer.Option(help="VQA: the file with the answers.")]
+ImageName = Annotated[str | None, typer.Option(help="The picture's name by other fields: '{image_id}.jpg'.")]
+Split = Annotated[str | None, typer.Option(help="Which one, in a folder with several.")]
+Data = Annotated[str, typer.Argument(help="JSON lines, CSV, COCO, VQA, parquet, or a folder with one of them.")]
 
 
 def version(show: bool) -> None:
@@ -317,37 +325,88 @@ def download(
 @app.command()
 def evaluate(
     model: Model = "tiny",
-    data: Annotated[str, typer.Option(help="tiny, tiny:heldout or tiny:twemoji: scenes of the small world.")] = "tiny",
-    count: Annotated[int, typer.Option(min=1, help="Scenes; each is asked everything that it allows.")] = 1000,
+    data: Annotated[
+        str,
+        typer.Option(help="tiny, tiny:heldout, tiny:twemoji (the small world), your rows, or a benchmark's folder."),
+    ] = "tiny",
+    task: Annotated[
+        str | None, typer.Option(help="A benchmark (textvqa, nlvr2, ...), or a metric for your rows (vqa, exact, ...).")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a benchmark, or of a folder with several.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="The first rows alone; scenes: 1000 by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Predictions, results and the worst rows; go on there.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default 128; 512 for detect and segment.")] = None,
     free: Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")] = False,
+    kind: Kind = None,
+    images: Images = None,
+    annotations: Annotations = None,
+    image_name: ImageName = None,
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="The results as one JSON object.")] = False,
 ) -> None:
-    """Measure a model: a table of metrics with 95% intervals, baselines and targets."""
-    world, _, split = data.partition(":")
-    if world != "tiny" or split not in ("", "test", "heldout", "twemoji"):
-        raise typer.BadParameter(f"--data is {data!r}, expected tiny, tiny:heldout or tiny:twemoji")
+    """Measure a model: a table of metrics with 95% intervals, beside baselines, targets and published figures.
 
-    from paligemma.evaluate import evaluate as run_evaluation
+    On scenes of the small world; on your own rows (as for `train`), by the metric that --task names; or on a published
+    benchmark in the folder --data, with the prompt, decoding and metric of PaliGemma's transfers.
+    """
+    from paligemma.evaluate.benchmarks import BENCHMARKS, evaluate_benchmark, resolved_split
     from paligemma.inference import load
-    from paligemma.tiny.evaluation import MEASURES, ROWS_PER_SCENE, targets, tiny_examples
 
-    split = split or "test"
-    report = run_evaluation(
-        load(model, device=device, dtype=dtype, revision=revision),
-        tiny_examples(count, split),
-        MEASURES,
-        batch_size=batch_size,
-        out_folder=out,
-        targets=targets(split),
-        about={"model": model, "data": f"tiny:{split}", "dtype": dtype},
-        constrained=not free,
-        total=round(count * ROWS_PER_SCENE),
-    )
+    options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
+    about = {"model": model, "data": data, "dtype": dtype}
+    scenes = data.partition(":")[0] == "tiny" and not Path(data).exists()
+    if task in BENCHMARKS and not scenes:
+        if free or max_new_tokens or kind or images or annotations or image_name:
+            raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")
+        split = resolved_split(task, split)
+        if split in BENCHMARKS[task].hidden and out is None:
+            raise typer.BadParameter(
+                f"the answers to {task}/{split} are kept on a server: --out FOLDER saves the predictions to send there"
+            )
+        pg = load(model, device=device, dtype=dtype, revision=revision)
+        report = evaluate_benchmark(pg, task, data, split, count=count, about=about, **options)
+    elif scenes:
+        from paligemma.evaluate import evaluate as run_evaluation
+        from paligemma.tiny.evaluation import MEASURES, ROWS_PER_SCENE, targets, tiny_examples
+
+        world = data.partition(":")[2] or "test"
+        if world not in ("test", "heldout", "twemoji"):
+            raise typer.BadParameter(f"--data is {data!r}, expected tiny, tiny:heldout or tiny:twemoji")
+        if task or split:
+            raise typer.BadParameter("the small world has its own tasks: --task and --split are for other --data")
+        count = count or 1000
+        report = run_evaluation(
+            load(model, device=device, dtype=dtype, revision=revision),
+            tiny_examples(count, world),
+            MEASURES,
+            targets=targets(world),
+            about={**about, "data": f"tiny:{world}"},
+            constrained=not free,
+            max_new_tokens=max_new_tokens,
+            total=round(count * ROWS_PER_SCENE),
+            **options,
+        )
+    else:
+        from paligemma.train.data import open_rows
+        from paligemma.train.measuring import evaluate_rows, metric_of
+
+        metric = metric_of(task)
+        source: dict[str, Any] = {
+            "images": images,
+            "annotations": annotations,
+            "image_name": image_name,
+            "split": split,
+        }
+        rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
+        pg = load(model, device=device, dtype=dtype, revision=revision)
+        if rows.kind == "coco-segment":
+            rows = open_rows(data, kind, codec=pg.codec, **source)
+        report = evaluate_rows(
+            pg, rows, metric, count=count, about=about, constrained=not free, max_new_tokens=max_new_tokens, **options
+        )
     if as_json:
         echo_json(report.to_dict())
     else:
@@ -446,6 +505,9 @@ def finetune(
     checkpoint_gradients: Annotated[
         bool, typer.Option("--checkpoint-gradients", help="Less memory, a third more time.")
     ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: share weights and optimizer out among the processes.")
+    ] = False,
     seed: int = 0,
     max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a row, pictures included.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Another resolution than the checkpoint's.")] = None,
@@ -464,23 +526,106 @@ def finetune(
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or remove it.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a picture that cannot be read.")] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 120.0,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say how much memory it would need.")] = False,
 ) -> None:
     """Fine-tune a model on your rows: pictures, prompts, answers.
 
     The same command again goes on where it was cut off. Ctrl-C saves first.
     """
     given = dict(locals())
-    from paligemma.train.finetune import Options
+    from paligemma.train.finetune import Options, plan_of
     from paligemma.train.finetune import finetune as run_finetune
 
+    del given["plan"]
     named = {
         name: tuple(part.strip() for part in given[name].split(",") if part.strip()) for name in ("freeze", "lora")
     }
+    options = Options(**{**given, **named, "out": str(out)})
+    if plan:
+        Console().print(plan_of(options).table())
+        return
     try:
-        run_finetune(Options(**{**given, **named, "out": str(out)}))
+        run_finetune(options)
     except KeyboardInterrupt as stop:
         note(str(stop) or "stopped")
         raise typer.Exit(130) from None
+
+
+@data_app.command("check")
+def data_check(
+    data: Data,
+    images: Images = None,
+    kind: Kind = None,
+    annotations: Annotations = None,
+    image_name: ImageName = None,
+    split: Split = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also count tokens, as this model's tokenizer does.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a row, pictures included; needs --model.")
+    ] = None,
+    open_pictures: Annotated[bool, typer.Option("--open-pictures", help="Also open every picture.")] = False,
+    show: Annotated[int, typer.Option(min=1, help="Rows to name for each problem.")] = 3,
+    revision: Revision = None,
+) -> None:
+    """Look for what is wrong in every row. Exit code 1 if something is."""
+    if max_length is not None and model is None:
+        raise typer.BadParameter("--max-length is in tokens, and counting them takes --model")
+    from paligemma.train.data import open_rows
+    from paligemma.train.data_check import check
+    from paligemma.train.data_show import processor_of
+
+    processor, codec = processor_of(model, revision) if model is not None else (None, None)
+    with notes.status(Text(f"reading {data}")) as status:
+        rows = open_rows(
+            data, kind, images=images, annotations=annotations, image_name=image_name, split=split, codec=codec
+        )
+        report = check(
+            rows, processor, max_length, open_pictures, show,
+            progress=lambda done: status.update(Text(f"{done:,} of {len(rows):,} rows")),
+        )  # fmt: skip
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@data_app.command("show")
+def data_show(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="A picture of all the rows, or a folder for one of each.")],
+    rows: Annotated[str | None, typer.Option(help="Their numbers, from 0: 7,12. Default: some from all over.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many, without --rows.")] = 4,
+    model: Model = "tiny",
+    max_length: Annotated[int | None, typer.Option(min=1, help="Cut rows there, as training would.")] = None,
+    images: Images = None,
+    kind: Kind = None,
+    annotations: Annotations = None,
+    image_name: ImageName = None,
+    split: Split = None,
+    revision: Revision = None,
+) -> None:
+    """Draw rows as the model will see them: picture, tokens, labels and mask."""
+    numbers = [part.strip() for part in (rows or "").split(",") if part.strip()]
+    if not all(number.isdecimal() for number in numbers):
+        raise typer.BadParameter(f"--rows is {rows!r}, expected numbers of rows such as 7,12")
+    drawing_paths(out, [])  # a name that no picture can have is told at once
+    from paligemma.train.data import open_rows
+    from paligemma.train.data_show import processor_of, show_rows
+
+    processor, codec = processor_of(model, revision)
+    found = open_rows(
+        data, kind, images=images, annotations=annotations, image_name=image_name, split=split, codec=codec
+    )
+    chosen = [int(number) for number in numbers] or [k * len(found) // count for k in range(min(count, len(found)))]
+    for number in chosen:
+        if number >= len(found):
+            raise typer.BadParameter(f"there is no row {number}: {data} has {len(found):,}, counted from 0")
+    sheets = [chosen] if out.suffix and not out.is_dir() else [[number] for number in chosen]
+    for sheet in sheets:
+        path = out if sheet is chosen else out / f"row-{sheet[0]:06d}.png"
+        save_picture(show_rows([found[k] for k in sheet], processor, codec, max_length=max_length), path)
+        note(f"drawn: {path}")
 
 
 @tiny_app.command()

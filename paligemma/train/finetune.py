@@ -23,22 +23,24 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
 from paligemma.adapters import save_adapter
-from paligemma.checkpoints import parse_dtype, save_pretrained
+from paligemma.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
 from paligemma.evaluate.report import Report
 from paligemma.evaluate.runner import fingerprint
 from paligemma.inference import CODEC_FILE, PaliGemma, load
+from paligemma.modeling_gemma import PaliGemmaConfig
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
 from paligemma.train import distributed, parts
-from paligemma.train.batches import RowBatches
-from paligemma.train.data import Rows, open_rows
+from paligemma.train.batches import Batch, RowBatches
+from paligemma.train.data import Row, Rows, open_rows
 from paligemma.train.data_check import check
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
@@ -55,6 +57,10 @@ from paligemma.train.run_folder import (
 )
 from paligemma.train.run_report import write_report
 from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of, measure_of
+from paligemma.utils import resolve
+
+if TYPE_CHECKING:
+    from paligemma.train.plan import Plan
 
 # What the check finds that need not keep a run from beginning.
 BEARABLE = ("missing picture", "box outside")
@@ -100,6 +106,7 @@ class Options:
     alpha: float | None = None
     lora_dropout: float = 0.0
     checkpoint_gradients: bool = False
+    shard: bool = False
     image_size: int | None = None
     device: str | None = None
     dtype: str | None = None
@@ -134,6 +141,8 @@ class Options:
             raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.lora:
             raise ValueError("muon is for whole matrices, and LoRA trains thin ones: choose adamw")
+        if self.optimizer == "muon" and self.shard:
+            raise ValueError("muon needs whole matrices, and sharding cuts them up: choose adamw")
         if self.freeze and self.lora:
             raise ValueError("LoRA freezes all that it is not put beside: leave out --freeze")
         if self.lora and self.image_size is not None:
@@ -227,11 +236,11 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         validate_every=options.validate_every if measured is not None else 0,
         validate_last=False,  # but once the model is as it is saved
         minutes=options.minutes,
+        shard=options.shard,
     )
     optimizers = None
     if options.optimizer == "muon":
         optimizers = muon_and_adamw(pg.model, options.peak, options.peak, options.weight_decay)
-    begun = time.monotonic()
     try:
         last = train(
             pg.model, batches, config, out, optimizers=optimizers, validate=sight, on_log=board, resume=resumed
@@ -241,7 +250,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         save_model(pg, options, out, dtype)
         if board is not None:
             board.close()
-        return finish(options, pg, out, sight, measured is not None, time.monotonic() - begun, say)
+        return finish(options, pg, out, sight, measured is not None, say)
     except FloatingPointError as error:
         step = max((entry["step"] for entry in read_log(out) if "loss" in entry), default=0)
         named = ", ".join(batches.sources(step))
@@ -299,6 +308,54 @@ def prepare(model: Any, options: Options) -> None:
         parts.checkpoint_gradients(model)
 
 
+def plan_of(options: Options) -> Plan:
+    """What memory the run would need, from the configuration and a sample of the rows; weights are not loaded (nor
+    downloaded). Raises as `finetune` does for data and options."""
+    from paligemma.train.plan import estimate
+
+    path = resolve(options.model, options.revision, options.dtype, weights=False)
+    try:
+        checkpoint = open_checkpoint(path)
+        config, dtype = checkpoint.config, default_dtype(checkpoint)
+    except FileNotFoundError:  # of a hub id there are the settings alone
+        config, dtype = PaliGemmaConfig.from_pretrained(path), torch.bfloat16
+    if options.image_size is not None:
+        config = replace(config, vision_config=replace(config.vision_config, image_size=options.image_size))
+    dtype = parse_dtype(options.dtype) or dtype
+    rows = rows_of(options, options.data)
+    folder = path if path.is_dir() else path.parent
+    vision = config.vision_config
+    some, sample = lay_out_some(rows, PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size))
+    return estimate(
+        config,
+        batch=options.batch,
+        length=int(sample["attention_mask"].sum(-1).max()),
+        answer=int(sample["token_type_ids"].sum(-1).max()),
+        images=max(len(row.pictures) for row in some),
+        accumulate=options.accumulate,
+        freeze=options.freeze,
+        lora=options.lora,
+        rank=options.rank,
+        lora_dropout=options.lora_dropout,
+        dropout=options.dropout,
+        stored=dtype if options.lora else torch.float32,
+        compute=dtype,
+        optimizer=options.optimizer,
+        checkpoint_gradients=options.checkpoint_gradients,
+        ema=bool(options.ema),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        shard=options.shard,
+        foreach=torch.cuda.is_available(),
+    )
+
+
+def lay_out_some(rows: Rows, processor: PaliGemmaProcessor, count: int = 200) -> tuple[list[Row], Batch]:
+    """About `count` rows from all over the data, and their tokens."""
+    some = [rows[i] for i in range(0, len(rows), max(1, len(rows) // count))]
+    prefixes, suffixes = [row.prefix for row in some], [row.suffix for row in some]
+    return some, processor.lay_out(prefixes, [len(row.pictures) for row in some], suffixes)
+
+
 def steps_of(options: Options, rows: int) -> int:
     if options.steps is not None:
         return options.steps
@@ -323,10 +380,7 @@ def check_rows(rows: Rows, pg: PaliGemma, limit: int, strict: bool, say: Callabl
 
 def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype: torch.dtype) -> list[str]:
     """What is going to happen."""
-    some = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 200))]
-    sample = pg.processor.lay_out(
-        [row.prefix for row in some], [len(row.pictures) for row in some], [row.suffix for row in some]
-    )
+    some, sample = lay_out_some(rows, pg.processor)
     tokens, answer = (float(sample[name].sum()) / len(some) for name in ("attention_mask", "token_type_ids"))
     longest = int(sample["attention_mask"].sum(-1).max())
 
@@ -390,7 +444,6 @@ def finish(
     out: Path,
     sight: Sight | None,
     measured: bool,
-    seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Final figures, report.html, finished.json."""

@@ -28,7 +28,18 @@ from paligemma.train import checkpointing
 
 SETTINGS, FINISHED = "settings.json", "finished.json"
 # What a run may be given differently when it goes on: none of it changes the losses.
-FREE = {"data", "validation", "out", "resume", "strict", "save_every", "device", "accumulate", "checkpoint_gradients"}
+FREE = {
+    "data",
+    "validation",
+    "out",
+    "resume",
+    "strict",
+    "save_every",
+    "device",
+    "accumulate",
+    "checkpoint_gradients",
+    "shard",
+}
 DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
