@@ -169,7 +169,7 @@ def run(
         raise typer.Exit(1)
 
 
-def drawing_paths(save: Path, images: list[str]) -> list[Path]:
+def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list[Path]:
     """Where the drawing of each picture goes: `save` itself, or a PNG in the folder `save`, named after the picture and
     numbered where two would have one name. No drawing replaces a picture that is read."""
     read = {Path(name).resolve() for name in images if name != "-"}
@@ -179,7 +179,7 @@ def drawing_paths(save: Path, images: list[str]) -> list[Path]:
         if len(images) > 1:
             raise typer.BadParameter(f"--save {save} names one file for {len(images)} pictures; name a folder")
         if Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
-            raise typer.BadParameter(f"--save {save}: no picture is written as {save.suffix}; try .png")
+            raise typer.BadParameter(f"{option} {save}: no picture is written as {save.suffix}; try .png")
         if save.resolve() in read:
             raise typer.BadParameter(f"--save {save} would replace the picture itself; choose another name")
         return [save]
@@ -609,7 +609,7 @@ def data_show(
     numbers = [part.strip() for part in (rows or "").split(",") if part.strip()]
     if not all(number.isdecimal() for number in numbers):
         raise typer.BadParameter(f"--rows is {rows!r}, expected numbers of rows such as 7,12")
-    drawing_paths(out, [])  # a name that no picture can have is told at once
+    drawing_paths(out, [], "--out")  # a name that no picture can have is told at once
     from paligemma.train.data import open_rows
     from paligemma.train.data_show import processor_of, show_rows
 

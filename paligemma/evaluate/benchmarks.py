@@ -233,8 +233,8 @@ def benchmark_examples(task: str, folder: str | Path, split: str | None = None, 
     split: default the first of `BENCHMARKS[task].splits`. side: of the model's picture. ValueError for an unknown task
     or split and for files that are not in the published format; FileNotFoundError names a missing file.
     """
-    benchmark, split = _named(task, split)
-    folder = Path(folder)
+    split = resolved_split(task, split)
+    benchmark, folder = BENCHMARKS[task], Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with the published files of {task}")
     try:
@@ -259,7 +259,8 @@ def evaluate_benchmark(
 
     The report has the published figure beside ours where model, resolution and split are the same.
     """
-    benchmark, split = _named(task, split)
+    split = resolved_split(task, split)
+    benchmark = BENCHMARKS[task]
     measure = benchmark.measure
     if split in benchmark.hidden:
         measure = NOTHING
@@ -291,11 +292,11 @@ def variant(pg: PaliGemma) -> str:
     return widths.get(pg.model.config.text_config.hidden_size, "")
 
 
-def _named(task: str, split: str | None) -> tuple[Benchmark, str]:
+def resolved_split(task: str, split: str | None) -> str:
+    """The split, or the default one. ValueError for a benchmark or a split that there is not."""
     if task not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {task!r}; there are: {', '.join(BENCHMARKS)}")
-    benchmark = BENCHMARKS[task]
-    split = split or benchmark.splits[0]
-    if split not in benchmark.splits:
-        raise ValueError(f"{task} has no split {split!r}; it has {', '.join(benchmark.splits)}")
-    return benchmark, split
+    splits = BENCHMARKS[task].splits
+    if split is not None and split not in splits:
+        raise ValueError(f"{task} has no split {split!r}; it has {', '.join(splits)}")
+    return split or splits[0]

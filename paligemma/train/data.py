@@ -17,7 +17,7 @@
 
 In the first five a record says what the model reads and writes in one of three ways; what else it has is ignored:
 
-    {"image": "7.png", "prefix": "answer en what is it ?", "suffix": "a dog"}
+    {"image": "7.png", "prefix": "answer en what is it ?", "suffix": "a dog"}     (or "answers" instead of a suffix)
     {"image": "7.png", "question": "what is it ?", "answers": ["a dog", "dog", "a dog"]}     -> the commonest answer
     {"image": "7.png", "caption": "a dog asleep"}
 
@@ -49,7 +49,8 @@ KINDS = ("jsonl", "json", "csv", "parquet", "arrow", "coco-detect", "coco-segmen
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `image`: one picture, a tuple of several that the row sees together, or None."""
+    """One example. `image`: one picture, a tuple of several that the row sees together, or None. `suffix` is what is
+    trained on; `answers` are all that count as right when answers are measured, where the data have several."""
 
     image: Picture | tuple[Picture, ...] | None
     prefix: str
@@ -58,6 +59,7 @@ class Row:
     source: str  # where it stands: "my.jsonl:12"
     size: tuple[int, int] | None = None  # width and height as the annotation gives them
     boxes: tuple[Box, ...] = field(default=(), repr=False)  # as annotated, in pixels, before they are cut and rounded
+    answers: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -165,7 +167,9 @@ class RecordReader:
 def to_row(record: dict[str, Any], folder: str, language: str, image_name: str | None, number: int, where: str) -> Row:
     """A record in one of the three forms at the head of this file -> a row. RowError for any other."""
     prefix, suffix = record.get("prefix"), record.get("suffix")
-    if suffix is None and prefix is None:
+    if suffix is None and prefix is not None:
+        suffix = best_answer(record)
+    elif suffix is None:
         caption = next((record[key] for key in ("caption", "text") if record.get(key) is not None), None)
         if record.get("question") is not None:
             prefix = f"answer {language} {record['question']}"
@@ -204,7 +208,7 @@ def to_row(record: dict[str, Any], folder: str, language: str, image_name: str |
         picture: Any = tuple(_picture(item, folder, where) for item in value) or None
     else:
         picture = None if value is None else _picture(value, folder, where)
-    return Row(picture, prefix, suffix, number, where)  # type: ignore[arg-type]
+    return Row(picture, prefix, suffix, number, where, answers=all_answers(record))  # type: ignore[arg-type]
 
 
 def _picture(value: Any, folder: str, where: str) -> Picture:
@@ -228,15 +232,29 @@ def best_answer(record: dict[str, Any]) -> Any:
     for key in ("multiple_choice_answer", "suffix", "answer"):
         if record.get(key) is not None:
             return record[key]
+    answers = _answers(record)
+    if not isinstance(answers, list) or not answers:
+        return answers or None
+    if not all(isinstance(text, str) for text in answers):
+        return answers
+    return Counter(answers).most_common(1)[0][0]
+
+
+def all_answers(record: dict[str, Any]) -> tuple[str, ...]:
+    """Every right answer, or every caption, of a record that has a list of them; () for others."""
+    for found in (_answers(record), record.get("caption"), record.get("text")):
+        if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
+            return tuple(found)
+    return ()
+
+
+def _answers(record: dict[str, Any]) -> Any:
     answers = record.get("answers")
     if isinstance(answers, dict):  # SQuAD and relatives
         answers = answers.get("text")
-    if not isinstance(answers, list) or not answers:
-        return answers or None
-    texts = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
-    if not all(isinstance(text, str) for text in texts):
-        return texts
-    return Counter(texts).most_common(1)[0][0]
+    if isinstance(answers, list):  # VQA's answers are objects
+        return [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    return answers
 
 
 class JsonRecords:
@@ -279,7 +297,7 @@ class QuestionReader:
         where = f"{self.questions.pieces.path} questions[{i}]"
         question = self.questions.element("questions", i)
         answers = self.answers.element("annotations", int(self.order[i]))
-        question["answer"] = best_answer(answers)
+        question["answer"], question["answers"] = best_answer(answers), answers.get("answers")
         return to_row(question, self.folder, self.language, self.image_name, i, where)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,18 @@ PICTURE = 320  # pixels; a smaller square is enlarged to about this, so that lab
 MASK = 150
 MOST = 500  # tokens drawn of a row
 IMAGE_ROWS = 4  # the mask shows so many of the tokens of each picture
+
+
+def processor_of(model: str, revision: str | None = None) -> tuple[PaliGemmaProcessor, MaskCodec | None]:
+    """The processor of a checkpoint, and its own mask codec if it brings one. Its weights are not looked at."""
+    from paligemma.inference import CODEC_FILE
+    from paligemma.mask_codec import MaskCodec
+    from paligemma.utils import resolve
+
+    path = resolve(model, revision=revision, weights=False)
+    folder: Path = path if path.is_dir() else path.parent
+    codec = MaskCodec.load(folder / CODEC_FILE) if (folder / CODEC_FILE).is_file() else None
+    return PaliGemmaProcessor.from_pretrained(folder), codec
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
         parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
         found = parsed.segments if masks else parsed.detections
         regions = [Region(item.label, item.box, getattr(item, "mask", None)) for item in found]
-    answers = () if regions else (row.suffix,)
+    answers = () if regions else row.answers or (row.suffix,)
     return Example(str(row.number), picture, row.prefix, measure, answers, regions)
 
 
