@@ -23,7 +23,7 @@ from paligemma.evaluate.intervals import bootstrap
 from paligemma.evaluate.regions import instance_ious, match_boxes
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.text import anls, character_errors, edit_distance, exact_match, relaxed_match, word_errors
-from paligemma.evaluate.vqa import vqa_accuracy
+from paligemma.evaluate.vqa import normalize, vqa_accuracy
 from paligemma.evaluate.yes_no import pope_counts
 
 if TYPE_CHECKING:
@@ -55,6 +55,9 @@ def _exact(example: Example, prediction: Prediction) -> Ratios:
 
 
 def _vqa(example: Example, prediction: Prediction) -> Ratios:
+    """A single answer has nobody to agree with, so its accuracy would be 0: it is right or wrong, once normalised."""
+    if len(example.answers) == 1:
+        return {"VQA accuracy": (normalize(prediction.text) == normalize(example.answers[0]), 1)}
     return {"VQA accuracy": (vqa_accuracy(prediction.text, example.answers), 1)}
 
 

@@ -2,9 +2,10 @@
 
     report = evaluate_rows(pg, open_rows("test.jsonl"), "vqa", out_folder="runs/measured")
 
-Right is what the suffix says, or any of the row's `answers` if it has several (ten people's, for VQA accuracy). For
-captions all rows that ask the same of the same picture are one, with all their captions as references. Boxes and masks
-are those that the suffix's tokens stand for: rounded to a thousandth of the picture, and masks as the codec keeps them.
+Right is what the suffix says, or any of the row's `answers` if it has several. VQA accuracy is made for the answers of
+ten people: three have to agree, so two or three spellings of one answer are better measured as "exact". For captions
+all rows that ask the same of the same picture are one, with all their captions as references. Boxes and masks are those
+that the suffix's tokens stand for: rounded to a thousandth of the picture, and masks as the codec keeps them.
 """
 
 from __future__ import annotations

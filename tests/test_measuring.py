@@ -1,0 +1,192 @@
+"""Measuring on one's own rows: which answers count, how captions are gathered, what the command takes."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from paligemma import cli
+from paligemma.grammar import Detection
+from paligemma.inference import Answer, load
+from paligemma.train.data import open_rows
+from paligemma.train.measuring import evaluate_rows, examples_of, metric_of
+
+
+class Says:
+    """A stand-in for a model: an answer for every prompt."""
+
+    loc_scale, codec = 1024, None
+
+    def __init__(self, answers: dict[str, str], detections: dict[str, list[Detection]] | None = None):
+        self.answers, self.detections, self.asked = answers, detections or {}, []
+
+    def generate(self, images, prompts, max_new_tokens, **options):
+        self.asked += zip(images, prompts)
+        return [Answer(self.answers[p], [], [], 0.5, True, self.detections.get(p, []), [], []) for p in prompts]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (100, 50), "red").save(tmp_path / name)
+    return tmp_path
+
+
+def write(folder: Path, *rows: dict) -> Path:
+    path = folder / "test.jsonl"
+    path.write_text("".join(json.dumps({"image": "a.png", **row}) + "\n" for row in rows))
+    return path
+
+
+def test_every_answer_of_a_row_counts(folder: Path):
+    people = ["dog"] * 2 + ["puppy"] * 8
+    path = write(
+        folder,
+        {"question": "what ?", "answers": people},
+        {"prefix": "answer en who ?", "answers": [{"answer": answer} for answer in people]},
+        {"prefix": "answer en where ?", "suffix": "here"},
+    )
+    rows = open_rows(path)
+    assert [row.suffix for row in rows] == ["puppy", "puppy", "here"], "trained on the commonest"
+    pg = Says({"answer en what ?": "dog", "answer en who ?": "a puppy", "answer en where ?": "Here."})
+    report = evaluate_rows(pg, rows, "vqa", progress=False)
+    # Two of ten agree: .6. Eight: 1, without the article. One alone is right or wrong.
+    assert report["vqa", "VQA accuracy"].value == pytest.approx((0.6 + 1 + 1) / 3)
+    assert evaluate_rows(pg, rows, "exact", progress=False)["exact", "exact"].value == pytest.approx(1 / 3)
+    assert evaluate_rows(pg, rows, "exact", count=1, progress=False)["exact", "exact"].rows == 1
+
+
+def test_the_metric_follows_from_the_prompt_unless_named(folder: Path):
+    path = write(
+        folder,
+        {"prefix": "detect dog", "suffix": "<loc0000><loc0000><loc0512><loc0512> dog"},
+        {"prefix": "ocr", "suffix": "STOP"},
+        {"prefix": "answer en what ?", "suffix": "a dog"},
+        {"prefix": "caption en", "suffix": "a dog"},
+    )
+    dog = Detection("dog", (0, 0, 50, 25), 0.9)  # half of the picture each way, in its pixels
+    pg = Says(
+        {"detect dog": "...", "ocr": "STOP", "answer en what ?": "a cat", "caption en": "a dog"}, {"detect dog": [dog]}
+    )
+    report = evaluate_rows(pg, open_rows(path), progress=False)
+    assert report["detect", "recall"].value == report["detect", "mean IoU of matches"].value == 1
+    assert report["reading", "exact"].value == 1 and report["exact", "exact"].value == 0
+    assert report["caption", "BLEU-1"].value == pytest.approx(1)
+    assert metric_of("ocr") == "reading" and metric_of(None) == "auto" and metric_of("vqa") == "vqa"
+    with pytest.raises(
+        ValueError, match=r"no task 'dance'. Metrics for your own rows: ocr, exact, .*Benchmarks: vqav2"
+    ):
+        metric_of("dance")
+
+
+def test_captions_of_one_picture_are_one_row(folder: Path):
+    path = write(
+        folder,
+        {"caption": "a dog"},
+        {"caption": "a hound", "image": "b.png"},
+        {"caption": "the dog"},
+        {"caption": ["one", "two"], "image": "b.png"},
+    )
+    found = list(examples_of(open_rows(path), "auto", Says({})))
+    assert [list(example.answers) for example in found] == [["a dog", "the dog"], ["a hound", "one", "two"]]
+    assert [example.prompt for example in found] == ["caption en"] * 2
+
+
+def test_a_row_that_cannot_be_measured_is_named(folder: Path):
+    with pytest.raises(FileNotFoundError, match=r"test.jsonl:2: .*gone.png: no such file"):
+        rows = open_rows(
+            write(folder, {"prefix": "x", "suffix": "y"}, {"image": "gone.png", "prefix": "x", "suffix": "y"})
+        )
+        evaluate_rows(Says({"x": "y"}), rows, progress=False)
+    with pytest.raises(ValueError, match=r"test.jsonl:1: a row without a picture"):
+        evaluate_rows(Says({}), open_rows(write(folder, {"image": None, "prefix": "x", "suffix": "y"})), progress=False)
+
+
+def test_vqa_files_keep_all_ten_answers(folder: Path):
+    (folder / "questions.json").write_text(
+        json.dumps({"questions": [{"question_id": 1, "image_id": 7, "question": "what ?"}], "data_subtype": "val2014"})
+    )
+    answers = [{"answer": "dog"}, {"answer": "dog"}, {"answer": "cat"}]
+    (folder / "answers.json").write_text(json.dumps({"annotations": [{"question_id": 1, "answers": answers}]}))
+    (row,) = open_rows(folder / "questions.json", annotations=folder / "answers.json")
+    assert row.answers == ("dog", "dog", "cat") and row.suffix == "dog"
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paligemma(folder: Path, monkeypatch, capsys):
+    """Runs a command in this process: `code, out, err = paligemma("evaluate", ...)`."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["paligemma", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            sys.exit(0)
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_evaluate_your_rows(paligemma, folder: Path):
+    """`paligemma evaluate --model M --data test.jsonl --task vqa`, on the embedded model."""
+    write(folder, {"question": "what color is the background ?", "answers": ["red"] * 10})
+    command = ("evaluate", "--data", "test.jsonl", "--task", "vqa", "--out", "run", "--json")
+    code, out, _ = paligemma(*command)
+    report = json.loads(out)
+    (figure,) = report["figures"]
+    prompt = "answer en what color is the background ?"
+    answer = load("tiny").generate("a.png", prompt).text
+    assert code == 0 and figure["name"] == "VQA accuracy" and figure["value"] == (answer == "red")
+    (line,) = (folder / "run/predictions.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"] == answer
+    assert report["about"]["metric"] == "vqa" and report["about"]["data"] == "test.jsonl"
+
+
+def test_evaluate_a_benchmark(paligemma, folder: Path):
+    pope = [
+        {"image": "a.png", "text": "answer en is there a dog ?", "label": label, "question_id": k}
+        for k, label in enumerate(("yes", "no"))
+    ]
+    (folder / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in pope))
+    (folder / "val2014").mkdir()
+    (folder / "a.png").rename(folder / "val2014/a.png")
+    code, out, err = paligemma("evaluate", "--task", "pope", "--split", "random", "--data", ".", "--json")
+    assert code == 0, err
+    figures = {figure["name"]: figure["value"] for figure in json.loads(out)["figures"]}
+    assert figures["accuracy"] == 0.5 and figures["valid"] == 1, "one of two opposite answers is right"
+    code, out, _ = paligemma("evaluate", "--task", "pope", "--split", "random", "--data", ".")
+    assert code == 0 and "pope" in out and "accuracy" in out and "published" not in out, "none of this model"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "tiny:moon"], 2, "expected tiny, tiny:heldout or tiny:twemoji"),
+        (["--data", "tiny", "--task", "vqa"], 2, "has its own tasks"),
+        (["--data", ".", "--task", "gqa", "--free"], 2, "leave out the options for rows"),
+        (["--data", ".", "--task", "vqav2", "--split", "test"], 2, "kept on a server: --out FOLDER"),
+        (["--data", ".", "--task", "gqa", "--split", "dev"], 1, "gqa has no split 'dev'"),
+        (["--data", ".", "--task", "gqa"], 1, "no testdev_balanced_questions.json"),
+        (["--data", "gone.jsonl", "--task", "vqa"], 1, "gone.jsonl: no such file or folder"),
+        (["--data", "gone.jsonl", "--task", "dance"], 1, "no task 'dance'"),
+    ],
+)
+def test_mistakes_are_told(paligemma, arguments: list[str], code: int, message: str):
+    found, out, err = paligemma("evaluate", *arguments)
+    assert (found, out) == (code, "") and message in " ".join(err.replace("│", " ").split())
