@@ -62,7 +62,7 @@ class OfficialIds:
 
 
 def official_model() -> torch.nn.Module:
-    model = empty_model(published_config("paligemma-3b", 224)).to_empty(device="cpu").bfloat16()
+    model = empty_model(published_config("paligemma-3b", 224)).bfloat16().to_empty(device="cpu")
     pattern = torch.randn(2**20).bfloat16() * 0.02
     with torch.no_grad():
         for parameter in model.parameters():

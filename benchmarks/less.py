@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import statistics
@@ -38,8 +39,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def official_steps() -> dict[str, dict[str, float]]:
-    model = official_model()
+def official_steps(model: Any) -> dict[str, dict[str, float]]:
     cache = KVCache(model.config.text_config, 1, 266 + 5 * STEPS, torch.bfloat16)
     model(torch.randint(3, 256000, (1, 266)), cache=cache, logits_to_keep=1)
     locations, token = torch.arange(256000, 257024), torch.tensor([[5929]])
@@ -95,17 +95,27 @@ def embedded_answers() -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=["official", "embedded"], help="measure one, keep the other of the record")
+    part = parser.parse_args().part
     date = datetime.date.today().isoformat()
-    record = {
+    path = Path(__file__).with_name(f"less-{date}.json")
+    record = json.loads(path.read_text()) if part and path.exists() else {}
+    record |= {
         "what": "milliseconds; passes: through the decoder, prompt included, over all answers",
         "date": date,
         "command": "python benchmarks/less.py",
         **describe_machine(),
-        "embedded model": embedded_answers(),
-        "decode step, official size": official_steps(),
     }
+    record["threads of each part"] = record.get("threads of each part", {})
+    for name in [part] if part else ["official", "embedded"]:
+        record["threads of each part"][name] = record["threads"]
+    if part != "embedded":
+        record["decode step, official size"] = official_steps(official_model())
+    if part != "official":
+        record["embedded model"] = embedded_answers()
     print(json.dumps(record, indent=1))
-    Path(__file__).with_name(f"less-{date}.json").write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""Puts the figures of a record of `paligemma bench` into docs/speed.md, between its two marks.
+
+python benchmarks/speed_table.py [RECORD]        # default: the newest of paligemma-3b-pt-224
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from paligemma.bench.report import footer, growth_lines, markdown, title
+from paligemma.files import written_whole
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "speed.md"
+BEGIN, END = "<!-- figures: written by benchmarks/speed_table.py -->", "<!-- end of figures -->"
+
+
+def section(record: dict, path: Path) -> str:
+    lines = [
+        f"**{title(record)}** ([record](../benchmarks/{path.name}))",
+        "",
+        markdown(record),
+        "",
+        f"{footer(record)}.",
+    ]
+    if path.with_suffix(".png").exists():
+        lines += ["", f"![share of the machine's limits](../benchmarks/{path.stem}.png)"]
+    if growth := growth_lines(record):
+        lines += ["", *(f"- {line}" for line in growth)]
+    if record["failed"]:
+        lines += ["", *(f"- failed: {one['what']}: {one['why']}" for one in record["failed"])]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    records = [Path(name) for name in sys.argv[1:]] or sorted(HERE.glob("speed-paligemma-3b-pt-224-*.json"))
+    if not records:
+        sys.exit("no record of paligemma-3b-pt-224 in benchmarks/: run `paligemma bench` first")
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    figures = section(json.loads(records[-1].read_text()), records[-1])
+    with written_whole(PAGE) as beside:
+        beside.write_text(f"{before}{BEGIN}\n{figures}\n{END}{after}", encoding="utf-8")
+    print(f"{PAGE} has the figures of {records[-1].name}")
+
+
+if __name__ == "__main__":
+    main()
