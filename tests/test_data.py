@@ -16,6 +16,7 @@ from make_tokenizer import build_tokenizer
 from PIL import Image
 
 import paligemma
+import paligemma.cli
 from paligemma.mask_codec import MaskCodec
 from paligemma.train import data_files
 from paligemma.train.batches import RowBatches
@@ -23,7 +24,7 @@ from paligemma.train.data import Row, open_rows
 from paligemma.train.data_check import PROBLEMS, check
 from paligemma.train.data_coco import fill, mask_of, unpacked
 from paligemma.train.data_files import CsvFile, JsonFile, JsonLines, RowError
-from paligemma.train.data_show import COLORS, show, show_rows
+from paligemma.train.data_show import COLORS, processor_of, show, show_rows
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -641,6 +642,11 @@ def test_every_problem_is_found_in_its_row_alone(folder, problem):
     assert not report.ok and PROBLEMS[problem] in str(report)
 
 
+def test_every_problem_has_a_test():
+    elsewhere = {"box outside", "box or mask", "unreadable picture", "suffix too long", "no room"}
+    assert set(PROBLEMS) == set(BAD) | elsewhere
+
+
 def test_what_is_right_is_not_complained_about(folder, processor):
     report = check(open_rows(write_lines(folder, *FINE)), processor, max_length=100, open_pictures=True)
     assert report.ok and report.not_checked == [] and report.rows == len(FINE)
@@ -812,3 +818,71 @@ def test_the_mask_is_that_of_training(folder, processor):
 def test_a_long_row_is_cut_short_and_says_so(folder, processor):
     row = open_rows(write_lines(folder, good(suffix="1 2 3 " * 700)))[0]
     assert show(row, processor).height < 40 * 502
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+@pytest.fixture
+def paligemma_command(monkeypatch, capsys):
+    """Runs `paligemma ...` in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["paligemma", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            paligemma.cli.main()
+            sys.exit(0)
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_the_command_check_names_bad_rows_and_fails(folder, paligemma_command):
+    path = write_lines(folder, good(), good(image="gone.png"), good(suffix=""), good())
+    code, out, _ = paligemma_command("data", "check", path)
+    assert code == 1
+    assert f"{path}:2: no picture at" in out and f"{path}:3: the suffix is empty" in out
+    assert "2 of 4 rows have a problem" in out and "rows/s" in out
+    code, out, _ = paligemma_command("data", "check", write_lines(folder, good(), good(), name="fine.jsonl"))
+    assert code == 0 and "0 of 2 rows have a problem" in out
+
+
+def test_the_command_check_counts_tokens_and_opens_pictures_if_asked(folder, paligemma_command):
+    (folder / "text.png").write_text("no picture")
+    other = folder / "other"
+    other.mkdir()
+    path = write_lines(other, good(image="text.png"), good(suffix="a dog " * 40))
+    asked = ("data", "check", path, "--images", folder)
+    assert paligemma_command(*asked)[0] == 0
+    code, out, _ = paligemma_command(*asked, "--open-pictures", "--model", "tiny", "--max-length", "100")
+    assert code == 1
+    assert f"{path}:1: {folder / 'text.png'} is not a picture" in out
+    assert "suffix too long: 1 row" in out and f"{path}:2: " in out and "max_length is 100" in out
+    code, _, err = paligemma_command(*asked, "--max-length", "100")
+    assert code == 2 and "--model" in err
+    code, _, err = paligemma_command("data", "check", folder / "nothing.jsonl")
+    assert code == 1 and "no such file" in err
+
+
+def test_the_command_show_draws_a_sheet_or_a_folder(folder, paligemma_command):
+    path = write_lines(folder, *[good(prefix="detect dog", suffix=f"{BOX} dog") for _ in range(6)])
+    code, out, err = paligemma_command("data", "show", path, "--out", folder / "sheet.png", "--rows", "0,5")
+    assert (code, out) == (0, "") and "drawn: " in err
+    with Image.open(folder / "sheet.png") as sheet:
+        processor, codec = processor_of("tiny")
+        rows = open_rows(path)
+        expected = show_rows([rows[0], rows[5]], processor, codec)
+        assert np.array_equal(np.asarray(sheet), np.asarray(expected))
+    assert paligemma_command("data", "show", path, "--out", folder / "each", "--count", "3")[0] == 0
+    assert sorted(p.name for p in (folder / "each").iterdir()) == [f"row-00000{k}.png" for k in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--out", "x.xyz"], "--out x.xyz: no picture is written as .xyz"),
+    (["--out", "x.png", "--rows", "9"], "there is no row 9"),
+    (["--out", "x.png", "--rows", "first"], "expected numbers of rows"),
+])  # fmt: skip
+def test_what_show_cannot_draw(folder, paligemma_command, options, message):
+    path = write_lines(folder, good())
+    code, _, err = paligemma_command("data", "show", path, *options)
+    assert code == 2 and message in " ".join(err.replace("│", " ").split())
