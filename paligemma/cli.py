@@ -455,7 +455,7 @@ def bench(
             command="paligemma " + " ".join(sys.argv[1:]),
             say=lambda text: status.update(Text(text)),
         )
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)  # a file is as wide as the table
     console.print(table(record))
     for line in growth_lines(record):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

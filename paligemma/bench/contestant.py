@@ -27,10 +27,10 @@ PRECISIONS = ("plain", "bf16", "int8", "int4", "bf16-torch", "int8-torch", "int4
 class Spec:
     """What one process does.
 
-    name: "transformers"; "plain" (bfloat16, the model as it is loaded); or a mode of `quantize` ("bf16" lays the
-    weights out anew), with "-torch" to do without the compiled kernel. rows: sizes of the batches to run, all rows
-    about one image, encoded once. tokens: of each answer. passes: measured runs of each. warm: one unmeasured answer
-    first; else the prompt alone, which is cheaper.
+    name: "transformers"; "plain" (bfloat16, nothing done to the model); or a mode of `quantize`, with "-torch" to do
+    without the compiled kernels. folder: a checkpoint, which may be quantised in that mode already. rows: sizes of the
+    batches to run, all rows about one image, encoded once. tokens: of each answer. passes: measured runs of each.
+    warm: one unmeasured answer first; else the prompt alone, which is cheaper.
     """
 
     name: str
@@ -109,17 +109,16 @@ def run(spec: Spec) -> dict[str, Any]:
         torch.set_num_threads(spec.threads)
     facts["import_torch_s"], of_torch = time.perf_counter() - START, peak_memory()
 
-    from paligemma.modeling_gemma import PaliGemmaConfig
-
-    config = PaliGemmaConfig.from_pretrained(spec.folder)
     begun = time.perf_counter()
     model: Any
     if spec.name == TRANSFORMERS:
         from paligemma.bench.peer import answer_transformers, load_transformers
+        from paligemma.modeling_gemma import PaliGemmaConfig
 
         if spec.rows != (1,) or spec.image_size is not None or not spec.warm:
             raise ValueError("transformers is timed on one row at the checkpoint's own resolution")
         model = load_transformers(spec.folder)
+        config = PaliGemmaConfig.from_pretrained(spec.folder)
 
         def answer(inputs: dict[str, Any], tokens: int) -> None:
             answer_transformers(model, inputs, tokens)
@@ -133,6 +132,7 @@ def run(spec: Spec) -> dict[str, Any]:
             generate(model, inputs, max_new_tokens=tokens, suppress_tokens=[config.eos_token_id])
 
     facts["load_s"] = time.perf_counter() - begun  # imports of what loads it included
+    facts |= bytes_of(model)
     clock = Clock(model)
     side = config.vision_config.image_size
     pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -157,14 +157,30 @@ def run(spec: Spec) -> dict[str, Any]:
 
 
 def load(spec: Spec) -> Any:
+    """Ours, as `paligemma.load` loads it: a quantised checkpoint as it is, any other by the contestant's name."""
     from paligemma.checkpoints import load_model
+    from paligemma.quantization import open_quantized, quantize, stored_mode
 
-    model = load_model(spec.folder, dtype="bfloat16", image_size=spec.image_size)
-    if spec.name != "plain":
-        from paligemma.quantization import quantize
+    mode = spec.name.removesuffix("-torch")
+    folder = Path(spec.folder)
+    if stored_mode(folder) is not None:
+        return open_quantized(folder).load(None, None, spec.image_size)
+    model = load_model(folder, dtype="bfloat16", image_size=spec.image_size)
+    return model if mode == "plain" else quantize(model, mode)
 
-        quantize(model, spec.name.removesuffix("-torch"))
-    return model
+
+def bytes_of(model: Any) -> dict[str, int]:
+    """weight_bytes: of all weights, scales included. token_bytes: of what a decoded token reads: the decoder's."""
+    sizes = {"weight_bytes": 0, "token_bytes": 0}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen:
+            continue  # a tied head is listed twice by transformers
+        seen.add(tensor.data_ptr())
+        sizes["weight_bytes"] += tensor.nbytes
+        if "language_model." in name:
+            sizes["token_bytes"] += tensor.nbytes
+    return sizes
 
 
 if __name__ == "__main__":

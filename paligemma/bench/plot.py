@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from paligemma.bench.report import BYTES_PER_WEIGHT, title
+from paligemma.bench.report import title
 from paligemma.files import written_whole
 
 OURS, THEIRS, LIMIT = "#3b6fb6", "#9a9a9a", "#c8452d"
@@ -19,7 +19,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         raise ImportError("the picture needs matplotlib: pip install matplotlib") from None
 
     summary = record["summary"]
-    contestants, limits, work = summary["contestants"], summary["limits"], record["work"]
+    contestants = summary["contestants"]
     if not contestants:
         raise ValueError("the record holds no finished run: there is nothing to draw")
     names = list(contestants)
@@ -39,14 +39,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
             whisker = [[value - figures["min"]], [figures["max"] - value]]
             colour = THEIRS if name == "transformers" else OURS
             axes.barh(place, value, xerr=whisker, height=0.62, color=colour, ecolor="#444", capsize=2)
-            precision = name.removesuffix("-torch")
-            if key == "decode_tokens_s":
-                limit = limits["read_gb_s"]["median"] * 1e9 / (work["decoder_weights"] * BYTES_PER_WEIGHT[precision])
-            else:
-                rate = limits["int8_gop_s" if precision in ("int8", "int4") else "bf16_gflop_s"]
-                if rate is None:
-                    continue
-                limit = work["first_token_flops"] / rate["median"] / 1e9
+            limit = contestants[name].get(
+                "decode_limit_tokens_s" if key == "decode_tokens_s" else "first_token_limit_s"
+            )
+            if limit is None:
+                continue
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color=LIMIT, linewidth=2)
         axes.plot([], [], color=LIMIT, linewidth=2, label="the machine's limit, measured in the same run")
         axes.set_yticks(range(len(names)), names)

@@ -11,9 +11,6 @@ from paligemma.bench.contestant import TRANSFORMERS
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Bytes a weight takes in memory, without the scales of a quantised one: what has to be read for a token at least.
-BYTES_PER_WEIGHT = {TRANSFORMERS: 2.0, "plain": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
-
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
     """min, median and max of what there is; None if there is nothing."""
@@ -27,9 +24,10 @@ def summarise(record: dict[str, Any]) -> dict[str, Any]:
     """The figures of a record: the limits, every contestant's, and how they grow.
 
     Of a contestant: load_s, first_answer_s (to the first token in the fresh process, pages read for the first time),
-    vision_s, prefill_s, first_token_s, decode_tokens_s, peak_bytes (less what importing torch costs), and of the
-    medians peak_of_weights, share_of_reading and share_of_multiplying (of the limit), decode_ratio and
-    first_token_ratio (times transformers, above 1 is better).
+    vision_s, prefill_s, first_token_s, decode_tokens_s, peak_bytes (less what importing torch costs), weight_bytes (as
+    it holds them), token_bytes (of the decoder: what a token reads). From the medians: peak_of_weights, the limits and
+    its shares of them (share_of_reading, share_of_multiplying), and times transformers (decode_ratio,
+    first_token_ratio; above 1 is better).
     """
     rounds = record["rounds"]
     limits = {name: spread(done["limits"][name] for done in rounds) for name in (rounds[0]["limits"] if rounds else ())}
@@ -57,16 +55,18 @@ def _contestant(name: str, facts: list[dict[str, Any]], work: dict[str, Any], li
         "decode_tokens_s": spread(_tokens_per_second(run) for run in runs),
         "peak_bytes": spread(one["peak_bytes"] - one["torch_bytes"] for one in facts if "peak_bytes" in one),
     }
-    weights = work["parameters"] * BYTES_PER_WEIGHT[precision]
+    figures |= {name: facts[0][name] for name in ("weight_bytes", "token_bytes")}
     if figures["peak_bytes"] is not None:
-        figures["peak_of_weights"] = round(figures["peak_bytes"]["median"] / weights, 3)
+        figures["peak_of_weights"] = round(figures["peak_bytes"]["median"] / figures["weight_bytes"], 3)
     multiply = limits["int8_gop_s" if precision in ("int8", "int4") else "bf16_gflop_s"]
     if multiply is not None:
-        least = work["first_token_flops"] / multiply["median"] / 1e9
-        figures["share_of_multiplying"] = round(least / figures["first_token_s"]["median"], 3)
+        figures["first_token_limit_s"] = round(work["first_token_flops"] / multiply["median"] / 1e9, 4)
+        share = figures["first_token_limit_s"] / figures["first_token_s"]["median"]
+        figures["share_of_multiplying"] = round(share, 3)
+    figures["decode_limit_tokens_s"] = round(limits["read_gb_s"]["median"] * 1e9 / figures["token_bytes"], 4)
     if figures["decode_tokens_s"] is not None:
-        read = figures["decode_tokens_s"]["median"] * work["decoder_weights"] * BYTES_PER_WEIGHT[precision] / 1e9
-        figures["share_of_reading"] = round(read / limits["read_gb_s"]["median"], 3)
+        share = figures["decode_tokens_s"]["median"] / figures["decode_limit_tokens_s"]
+        figures["share_of_reading"] = round(share, 3)
     return figures
 
 
@@ -122,6 +122,7 @@ def _growth(grow: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- tables
 
 FIGURES = {
+    "weights": "weights, GB",
     "load_s": "load, s",
     "first_answer_s": "first token after that, s",
     "peak": "peak memory, GB",
@@ -151,6 +152,8 @@ def _cell(figures: dict[str, Any], key: str, between: str) -> str:
     if key == "peak":
         peak = figures["peak_bytes"]
         return f"{peak['median'] / 1e9:.2f}" if peak else "-"
+    if key == "weights":
+        return f"{figures['weight_bytes'] / 1e9:.2f}"
     value = figures.get(key)
     if value is None:
         return "-"

@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from paligemma.bench.report import summarise
 from paligemma.bench.shapes import TEXT_TOKENS, published_shape, work_in, write_random_checkpoint
 from paligemma.files import written_whole
 from paligemma.modeling_gemma import PaliGemmaConfig
+from paligemma.quantization import STORED, quantize_checkpoint, stored_mode
 from paligemma.utils import resolve
 
 TIMEOUT = 900  # seconds for one contestant in one round: far more than any needs, so that nothing hangs for ever
@@ -72,7 +74,8 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
 
-    with _weights(model, work, say) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_weights(model, work, say))
         config = PaliGemmaConfig.from_pretrained(folder)
         record: dict[str, Any] = {
             "what": "seconds, bytes and tokens a second; every run is in `rounds`, `summary` is made of them",
@@ -103,6 +106,17 @@ def benchmark(
                 say(f"failed: {what}: {error}")
             keep()
 
+        # Rounded once, and from then on loaded as a user loads them. (A mode that cannot be written fails by itself.)
+        stored: dict[str, Path] = {}
+        for mode in {spec.name.removesuffix("-torch") for spec in specs} & set(STORED):
+            if stored_mode(folder) is None:
+                say(f"writing {mode} weights")
+                begun = time.perf_counter()
+                stored[mode] = Path(stack.enter_context(_temporary(work))) / mode
+                quantize_checkpoint(folder, stored[mode], mode, dtype="bfloat16")
+                record.setdefault("quantize_s", {})[mode] = round(time.perf_counter() - begun, 2)
+        specs = [replace(spec, folder=str(stored.get(spec.name.removesuffix("-torch"), folder))) for spec in specs]
+
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}: the machine's limits")
             done: dict[str, Any] = {"limits": measure_limits(quick), "contestants": []}
@@ -110,15 +124,15 @@ def benchmark(
             # There and back, so that nobody always runs behind the same neighbour.
             for spec in specs if number % 2 == 0 else specs[::-1]:
                 what = f"round {number + 1} of {rounds}: {spec.name}"
-                compete(replace(spec, folder=str(folder)), done["contestants"], what)
+                compete(spec, done["contestants"], what)
 
         if grow:
-            for name, spec in _growth(config, replace(specs[-len(precisions)], folder=str(folder)), quick).items():
+            for name, spec in _growth(config, specs[-len(precisions)], quick).items():
                 compete(spec, record["grow"].setdefault(name, []), f"how it grows: {name}")
     if grow and model.removeprefix("google/").startswith("paligemma-3b"):
         other = "paligemma2-3b-pt-224"
         with _weights(other, work, say) as folder:
-            for spec in specs[: 2 if transformers else 1]:
+            for spec in specs[: 2 if transformers else 1]:  # an int8 or int4 one is rounded as it is loaded
                 spec = replace(spec, folder=str(folder), passes=1)
                 compete(spec, record["grow"].setdefault(other, []), f"{other}: {spec.name}")
     keep()
@@ -158,6 +172,12 @@ def _in_its_own_process(spec: Spec) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def _temporary(work: Path | None) -> tempfile.TemporaryDirectory[str]:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="paligemma-bench-", dir=work)
+
+
 @contextlib.contextmanager
 def _weights(model: str, work: Path | None, say: Say) -> Iterator[Path]:
     """The folder of a checkpoint: the user's own, or random weights in a published shape, gone at the end."""
@@ -168,9 +188,7 @@ def _weights(model: str, work: Path | None, say: Say) -> Iterator[Path]:
             raise ValueError(f"{model} is a file: the benchmark wants a folder, a hub id or a published name")
         yield path
         return
-    if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="paligemma-bench-", dir=work) as folder:
+    with _temporary(work) as folder:
         say(f"writing random weights in the shape of {model}")
         write_random_checkpoint(config, Path(folder))
         yield Path(folder)
