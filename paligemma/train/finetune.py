@@ -211,6 +211,9 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         board = TensorBoard(out / "tensorboard", last_checkpoint_step(out), say)
         sight = look(options, pg, rows if measured is None else measured, out, say)
 
+    # All processes have to know when one looks: with a sharded model they all help to put it together.
+    looks = measured is not None and bool(distributed.from_the_first(float(sight is not None)))
+
     def skip(step: int, source: str, error: Exception) -> None:
         """Into the log of the step, so that a run that goes on counts every row once."""
         to_stderr(f"skipped {source}: {error}")
@@ -233,7 +236,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         seed=options.seed,
         save_every=options.save_every,
         log_every=1,
-        validate_every=options.validate_every if measured is not None else 0,
+        validate_every=options.validate_every if looks else 0,
         validate_last=False,  # but once the model is as it is saved
         minutes=options.minutes,
         shard=options.shard,
@@ -243,7 +246,14 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         optimizers = muon_and_adamw(pg.model, options.peak, options.peak, options.weight_decay)
     try:
         last = train(
-            pg.model, batches, config, out, optimizers=optimizers, validate=sight, on_log=board, resume=resumed
+            pg.model,
+            batches,
+            config,
+            out,
+            optimizers=optimizers,
+            validate=sight or no_figures,
+            on_log=board,
+            resume=resumed,
         )
         if rank:
             return last
@@ -510,6 +520,10 @@ def peak_memory() -> float:
 
 def to_stderr(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def no_figures(model: Any, step: int) -> dict[str, Any]:
+    return {}
 
 
 def quietly(text: str) -> None:
