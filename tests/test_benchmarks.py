@@ -515,6 +515,18 @@ def test_every_benchmark_has_a_case_and_names_its_source():
         assert not set(benchmark.hidden) & set(benchmark.published), name
 
 
+def test_the_page_lists_them_all():
+    page = (Path(__file__).parent.parent / "docs/measuring.md").read_text(encoding="utf-8")
+    listed = {row[1].strip(): row for row in (line.split("|") for line in page.splitlines()) if len(row) == 8}
+    for name, benchmark in BENCHMARKS.items():
+        _, _, _, budget, _, splits, source, _ = listed[name]
+        assert budget.strip() == f"{benchmark.max_new_tokens}" + f", {benchmark.beams}" * (benchmark.beams > 1)
+        assert source.strip() == f"`{benchmark.source}`"
+        first = benchmark.splits[: 3 if "..." in splits else None]
+        stars = [split + "*" * (split in benchmark.hidden) for split in first]
+        assert splits.strip().removesuffix(", ...").split(", ") == stars
+
+
 def test_published_figures_are_named_as_ours(tmp_path: Path):
     """Each stands beside a figure that the measure makes, and is a fraction (CIDEr: of ten)."""
     for number, case in enumerate(CASES):

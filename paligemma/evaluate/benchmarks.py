@@ -83,7 +83,7 @@ def _pg2(name: str, *values: float) -> dict[tuple[str, int], dict[str, float]]:
 
 
 # PaliGemma's figures: big_vision/configs/proj/paligemma/README.md, those whose split anybody can measure. (Others come
-# from test servers.) PaliGemma 2's: arXiv 2412.03555.
+# from test servers.) PaliGemma 2's: arXiv 2412.03555, from notes, not compared with the paper a second time.
 BENCHMARKS: dict[str, Benchmark] = {
     # questions, ten people's answers
     "vqav2": Benchmark(
