@@ -1,0 +1,284 @@
+"""How much memory a training run will need, before it begins: a rehearsal with tensors that have shapes and no content.
+
+    plan = estimate(published_config("paligemma-3b"), lora=("decoder",), stored=torch.bfloat16, batch=4, length=300)
+    plan.total                          # bytes
+    rich.print(plan.table())
+
+One whole step is made, forward, backward and optimizer, by the real code: the same model, LoRA, optimizer. Only the
+tensors are PyTorch's "fake" ones, which know their size and hold nothing. Whenever one comes or goes its bytes are
+counted, with what was being done when it came. So there is no formula here that could be forgotten when the model
+changes, and the plan knows what is in memory at the fullest moment of the step.
+
+What is unusual:
+- gradients and the activations of the forward pass are not there at the same time: while the one grows, the other goes.
+  The sum of all parts' own peaks would be too much;
+- nothing is known of what kernels need inside, and of the allocator's waste: that is a few percent. Python and PyTorch
+  themselves need a few hundred megabytes of ordinary memory beside it.
+
+Letters: B batch, S sequence, A answer tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from paligemma.attention_mask import prefix_lm_mask
+from paligemma.empty import empty_weights
+from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.train import parts
+from paligemma.train.loop import decayed_apart
+from paligemma.train.optimizer import muon_and_adamw
+
+WEIGHTS, CAST, GRADIENTS = "weights", "weights, rounded for the products", "gradients"
+OPTIMIZER, AVERAGE, MESSAGE = "optimizer", "running average", "gradients in one message"
+EYE, DECODER, LOGITS = "activations of the eye", "activations of the decoder", "logits of the answers"
+WHOLE, WORKSPACE = "layers that are whole for a moment", "workspace"
+ORDER = (WEIGHTS, CAST, GRADIENTS, OPTIMIZER, AVERAGE, EYE, DECODER, LOGITS, MESSAGE, WHOLE, WORKSPACE)
+SHARED_OUT = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE)  # by `sharding.py`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes in the memory of one process at the fullest moment of a step.
+
+    components: what they are for. moment: what is being done then.
+    """
+
+    components: dict[str, int]
+    moment: str
+
+    @property
+    def total(self) -> int:
+        return sum(self.components.values())
+
+    def table(self) -> Table:
+        """For `rich` to print."""
+        table = Table(title="memory of a step", title_justify="left", show_footer=True)
+        table.add_column("at its fullest moment: " + self.moment, footer="in all")
+        table.add_column("GB", justify="right", footer=f"{self.total / 1e9:.2f}")
+        for name, size in self.components.items():
+            table.add_row(name, f"{size / 1e9:.2f}")
+        return table
+
+
+def estimate(
+    config: PaliGemmaConfig,
+    *,
+    batch: int,
+    length: int,
+    answer: int,
+    images: int = 1,
+    accumulate: int = 1,
+    freeze: Sequence[str] = (),
+    lora: Sequence[str] = (),
+    rank: int = 8,
+    lora_dropout: float = 0.0,
+    dropout: float = 0.0,
+    stored: torch.dtype = torch.float32,
+    compute: torch.dtype = torch.bfloat16,
+    optimizer: str = "adamw",
+    checkpoint_gradients: bool = False,
+    ema: bool = False,
+    processes: int = 1,
+    shard: bool = False,
+    foreach: bool = False,
+) -> Plan:
+    """What one process needs for a step of training.
+
+    batch:      rows of a step, over all pieces and processes. length: tokens of its longest row, pictures included.
+                answer: tokens of a row that are learned, the end included. images: in a row.
+    freeze, lora, rank, lora_dropout, dropout, checkpoint_gradients: see `parts.py`.
+    stored:     dtype of the weights. compute: of the matrix products (autocast).
+    optimizer:  "adamw" or "muon".
+    shard:      the processes share the weights out (`sharding.py`), instead of having all of them each.
+    foreach:    the optimizer works on all weights at once, as it does on a GPU.
+
+    Raises ValueError for a row that has no room for its pictures and its answer, and what `parts.py` raises.
+    """
+    tokens = images * config.vision_config.num_patches
+    if length < tokens + answer or answer < 1:
+        raise ValueError(f"a row of {length} tokens has no room for {tokens} of pictures and {answer} of the answer")
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imports the compiler
+
+    rows = -(-batch // (accumulate * processes))
+    pieces = min(2, accumulate)  # of which the second one finds gradients there already; more change nothing
+    with empty_weights():
+        model = PaliGemmaForConditionalGeneration(config).to(stored).train()
+        if lora:
+            parts.add_lora(model, lora, rank, dropout=lora_dropout)
+        elif freeze:
+            parts.freeze(model, freeze)
+    if dropout:
+        parts.set_dropout(model, dropout)
+    if checkpoint_gradients:
+        parts.checkpoint_gradients(model)
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                # Up to here on the meta device, which other code paths (attention, autocast) know nothing of.
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizers: list[torch.optim.Optimizer] = (
+            muon_and_adamw(model, 1.0, 1.0)
+            if optimizer == "muon"
+            else [torch.optim.AdamW(decayed_apart(model, 0.0), foreach=foreach)]
+        )
+
+        share = processes if shard else 1
+        memory = Memory({kind: 1 / share for kind in SHARED_OUT})
+        memory.hold(model.parameters(), WEIGHTS)
+        outside = parameters_outside_of_layers(model)
+        if share > 1:
+            memory.held[WHOLE] = bytes_of_whole_layers(model, outside)
+        with memory:
+            with memory.of(AVERAGE):
+                average = [parameter.detach().clone() for parameter in trained] if ema else []
+            with memory.of(OPTIMIZER):  # its state, from the step before
+                for parameter in trained:
+                    parameter.grad = torch.zeros_like(parameter)
+                for each in optimizers:
+                    each.step()
+                    each.zero_grad(set_to_none=True)
+            memory.fullest = Counter()
+
+            def gradient_is_there(parameter: Tensor) -> None:
+                # Sharded, those of the layers have been shared out by now, those outside stay whole to the end.
+                memory.hold([parameter.grad], WHOLE if share > 1 and id(parameter) in outside else GRADIENTS)
+
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(gradient_is_there)
+            for _ in range(pieces):
+                with memory.at("the forward pass"):
+                    loss = forward(model, memory, rows, length, answer, images, compute)
+                with memory.at("the backward pass"):
+                    loss.backward()
+                del loss
+            if processes > 1 and not shard:
+                with memory.at("adding up gradients"), memory.of(MESSAGE):
+                    flat = torch.cat([p.grad.flatten().float() for p in trained if p.grad is not None])
+                    del flat
+            with memory.at("the optimizer's step"):
+                nn.utils.clip_grad_norm_(trained, 1.0)
+                for each in optimizers:
+                    each.step()
+            del average
+    components = {kind: round(memory.fullest[kind]) for kind in ORDER if round(memory.fullest[kind])}
+    return Plan(components, memory.moment)
+
+
+def forward(
+    model: PaliGemmaForConditionalGeneration,
+    memory: Memory,
+    rows: int,
+    length: int,
+    answer: int,
+    images: int,
+    compute: torch.dtype,
+) -> Tensor:
+    """What `loop.suffix_loss` does, without looking at the content of a tensor: there is none."""
+    config = model.config
+    side, text = config.vision_config.image_size, config.text_config
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    real = torch.ones(rows, length, dtype=torch.bool)
+    with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+        with memory.of(EYE):
+            features = model.encode_image(torch.zeros(rows * images, 3, side, side)) if images else None
+        with memory.of(DECODER):
+            x = model.language_model.model.embed(ids)  # [B, S, D]
+            if features is not None:
+                x = x.masked_scatter(real[..., None], features.to(x.dtype))
+            windows = {text.window(layer) for layer in range(text.num_hidden_layers)}
+            masks = {window: prefix_lm_mask(ids, real, window) for window in windows}
+            streams: list[Tensor] = []
+            x = model.language_model.model(x, ids, masks, None, streams)
+        with memory.of(LOGITS):
+            logits = model.language_model.logits(x[:, -answer:].flatten(0, 1)).float()  # [B * A, V]
+            return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum")
+
+
+def parameters_outside_of_layers(model: PaliGemmaForConditionalGeneration) -> set[int]:
+    """The identities of the embedding's parameters, the projector's and those of all else that belongs to no layer."""
+    layers = nn.ModuleList([*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers])
+    return {id(parameter) for parameter in model.parameters()} - {id(parameter) for parameter in layers.parameters()}
+
+
+def bytes_of_whole_layers(model: PaliGemmaForConditionalGeneration, outside: set[int]) -> int:
+    """What a process holds of a sharded model beyond its share: all that belongs to no layer; and the largest layer and
+    the one that is on its way, with their gradients."""
+    layers = [*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers]
+    largest = max(
+        sum(p.numel() * p.element_size() * (2 if p.requires_grad else 1) for p in layer.parameters())
+        for layer in layers
+    )
+    return 2 * largest + sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in outside)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, by what they are for.
+
+    The bytes of a kind are multiplied with its `weight`, if it has one. `fullest` is how much of each there was at the
+    fullest moment so far.
+    """
+
+    def __init__(self, weight: dict[str, float]):
+        super().__init__()
+        self.weight = weight
+        self.held: Counter[str] = Counter()  # by kind
+        self.kinds: dict[int, str] = {}  # by the identity of a storage
+        self.fullest: Counter[str] = Counter()
+        self.moment, self._doing, self._kind = "", "", WORKSPACE
+
+    @contextmanager
+    def at(self, moment: str) -> Iterator[None]:
+        """Say what is being done."""
+        self._doing = moment
+        yield
+
+    @contextmanager
+    def of(self, kind: str) -> Iterator[None]:
+        """What comes inside is of this kind."""
+        before, self._kind = self._kind, kind
+        yield
+        self._kind = before
+
+    def hold(self, tensors: Any, kind: str) -> None:
+        """Count tensors, or count them anew as another kind."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            size = storage.nbytes() * self.weight.get(kind, 1.0)
+            known = self.kinds.get(id(storage))
+            if known is None:
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+            else:
+                self.held[known] -= storage.nbytes() * self.weight.get(known, 1.0)
+            self.kinds[id(storage)] = kind
+            self.held[kind] += size
+        if sum(self.held.values()) > sum(self.fullest.values()):
+            self.fullest, self.moment = self.held.copy(), self._doing
+
+    def _gone(self, identity: int, size: int) -> None:
+        kind = self.kinds.pop(identity)
+        self.held[kind] -= size * self.weight.get(kind, 1.0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.kinds:
+                rounded = func is torch.ops.aten._to_copy.default and self._is_weight(args[0])
+                self.hold([tensor], CAST if rounded else self._kind)
+        return out
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return self.kinds.get(id(tensor.untyped_storage())) == WEIGHTS
