@@ -1,4 +1,6 @@
-// Linear layers on a CPU with AVX-512, for weights in bfloat16, 8 bits or 4 bits:  y[m, n] = sum over k of x[m, k] * w[n, k]
+// Linear layers on a CPU with AVX-512, for weights in bfloat16, 8 bits or 4 bits:
+//
+//     y[m, n] = sum over k of x[m, k] * w[n, k]
 //
 // Writing an answer token by token reads every weight of the model once per token and multiplies it with a single row
 // of activations: what limits it is how fast memory can be read. All that a kernel can do is to keep memory busy and to
@@ -6,8 +8,8 @@
 // multiplications per instruction counts, and 8-bit ones come four to a lane.
 //
 // One idea serves both. Weights lie as in the checkpoint, a row of K numbers for each output, so the file is used as it
-// is mapped. Every output is a dot product of two rows that both run along K, so a tile of MR rows of x and four rows of
-// w is held in registers, one vector of partial sums for each pair, and summed up across the vector at the very end:
+// is mapped. Every output is a dot product of two rows that both run along K. So a tile of MR rows of x and four rows
+// of w is held in registers, one vector of partial sums for each pair, and summed up across the vector at the very end:
 //
 //              w row 0   w row 1   w row 2   w row 3
 //     x row 0  acc[0][0] acc[0][1] acc[0][2] acc[0][3]      each 16 partial sums; a step along K loads 4 + MR vectors
@@ -42,7 +44,7 @@ static const int NR = 4;         // rows of w
 static const int GROUP = 64;     // 4-bit weights that share a scale
 static const float OUTLIER = 16; // in means of the absolute values of a row
 
-// ------------------------------------------------------------------------------------------------ numbers
+// ---------------------------------------------------------------------------------------------- numbers
 
 static inline float number(float v) { return v; }
 
@@ -58,7 +60,7 @@ static inline void put(float v, float* to) { *to = v; }
 static inline void put(float v, bf16* to) { // to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &v, 4);
-    *to = v != v ? 0x7fc0 : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    *to = v != v ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 static inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
@@ -66,6 +68,10 @@ static inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
 static inline __m512 load16(const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }
+
+// Keeps a loaded vector in its register. Left alone, the compiler loads it anew for each of the four instructions that
+// use it, and then loading is what limits a tile.
+#define KEEP(vector) asm("" : "+v"(vector))
 
 // The sums of four vectors, side by side.
 static inline __m128 sums(const __m512 v[4]) {
@@ -98,7 +104,7 @@ struct Buffer {
     }
 };
 
-// ------------------------------------------------------------------------------------------------ bfloat16
+// ---------------------------------------------------------------------------------------------- bfloat16
 
 #ifdef __AVX512BF16__
 static inline __m512 multiply_add(__m512 acc, __m512i w, __m512i x) {
@@ -107,8 +113,10 @@ static inline __m512 multiply_add(__m512 acc, __m512i w, __m512i x) {
 #else
 static inline __m512 multiply_add(__m512 acc, __m512i w, __m512i x) { // a bfloat16 is the upper half of a float32
     const __m512i upper = _mm512_set1_epi32(0xffff0000);
-    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), acc);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, upper)), _mm512_castsi512_ps(_mm512_and_si512(x, upper)), acc);
+    const __m512i odd_w = _mm512_and_si512(w, upper), odd_x = _mm512_and_si512(x, upper);
+    const __m512i even_w = _mm512_slli_epi32(w, 16), even_x = _mm512_slli_epi32(x, 16);
+    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(even_w), _mm512_castsi512_ps(even_x), acc);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(odd_w), _mm512_castsi512_ps(odd_x), acc);
 }
 #endif
 
@@ -120,13 +128,17 @@ static void tile_bf16(const bf16* x, const bf16* const* w, int K, float (*out)[N
         UNROLL
         for (int n = 0; n < NR; n++) acc[m][n] = _mm512_setzero_ps();
     for (int k = 0; k < K; k += 32) {
-        __mmask32 inside = K - k >= 32 ? 0xffffffffu : (1u << (K - k)) - 1;
+        const bool whole = K - k >= 32;
+        const __mmask32 inside = whole ? 0xffffffffu : (1u << (K - k)) - 1;
         __m512i row[NR];
         UNROLL
-        for (int n = 0; n < NR; n++) row[n] = _mm512_maskz_loadu_epi16(inside, w[n] + k);
+        for (int n = 0; n < NR; n++)
+            row[n] = whole ? _mm512_loadu_si512(w[n] + k) : _mm512_maskz_loadu_epi16(inside, w[n] + k);
         UNROLL
         for (int m = 0; m < R; m++) {
-            __m512i v = _mm512_maskz_loadu_epi16(inside, x + size_t(m) * K + k);
+            const bf16* from = x + size_t(m) * K + k;
+            __m512i v = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(inside, from);
+            KEEP(v);
             UNROLL
             for (int n = 0; n < NR; n++) acc[m][n] = multiply_add(acc[m][n], row[n], v);
         }
@@ -135,7 +147,7 @@ static void tile_bf16(const bf16* x, const bf16* const* w, int K, float (*out)[N
     for (int m = 0; m < R; m++) _mm_storeu_ps(out[m], sums(acc[m]));
 }
 
-// ------------------------------------------------------------------------------------------------ activations in 8 bits
+// ---------------------------------------------------------------------------------------------- activations in 8 bits
 
 struct Outlier {
     int slot;   // which of the columns with outliers
@@ -223,7 +235,7 @@ static Rows round_rows(const T* x, int M, int K, int threads) {
     return rows;
 }
 
-// ------------------------------------------------------------------------------------------------ weights in 8 bits
+// ---------------------------------------------------------------------------------------------- weights in 8 bits
 
 template <int R>
 static void tile_int8(const Rows& rows, int m0, const int8_t* const* w, float (*out)[NR]) {
@@ -235,13 +247,20 @@ static void tile_int8(const Rows& rows, int m0, const int8_t* const* w, float (*
         UNROLL
         for (int n = 0; n < NR; n++) acc[m][n] = _mm512_load_si512(rows.start + 16 * (m0 + m));
     for (int k = 0; k < rows.K; k += 64) {
-        __mmask64 inside = rows.K - k >= 64 ? ~0ull : (1ull << (rows.K - k)) - 1;
         __m512i row[NR];
+        if (rows.K - k >= 64) {
+            UNROLL
+            for (int n = 0; n < NR; n++) row[n] = _mm512_loadu_si512(w[n] + k);
+        } else {
+            UNROLL
+            for (int n = 0; n < NR; n++) row[n] = _mm512_maskz_loadu_epi8((1ull << (rows.K - k)) - 1, w[n] + k);
+        }
         UNROLL
-        for (int n = 0; n < NR; n++) row[n] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, w[n] + k), plus128);
+        for (int n = 0; n < NR; n++) row[n] = _mm512_xor_si512(row[n], plus128);
         UNROLL
         for (int m = 0; m < R; m++) {
             __m512i v = _mm512_load_si512(x + size_t(m) * rows.stride + k);
+            KEEP(v);
             UNROLL
             for (int n = 0; n < NR; n++) acc[m][n] = _mm512_dpbusd_epi32(acc[m][n], row[n], v);
         }
@@ -250,7 +269,7 @@ static void tile_int8(const Rows& rows, int m0, const int8_t* const* w, float (*
     for (int m = 0; m < R; m++) _mm_storeu_ps(out[m], _mm_cvtepi32_ps(sums(acc[m])));
 }
 
-// ------------------------------------------------------------------------------------------------ weights in 4 bits
+// ---------------------------------------------------------------------------------------------- weights in 4 bits
 
 // 64 bytes hold 128 weights: the lower halves are the first 64 of them, one group; the upper halves the next 64.
 template <int R>
@@ -294,7 +313,7 @@ static void tile_int4(const Rows& rows, int m0, const uint8_t* const* w, const b
     for (int m = 0; m < R; m++) _mm_storeu_ps(out[m], sums(acc[m]));
 }
 
-// ------------------------------------------------------------------------------------------------ whole layers
+// ---------------------------------------------------------------------------------------------- whole layers
 
 // Calls body(R, m) for tiles of R = MR rows and one of what is left over, R being a constant in each.
 template <class Body>
@@ -310,67 +329,87 @@ static inline void tiles_of_rows(int M, Body body) {
     }
 }
 
+// The four rows of w in a tile are not neighbours but a quarter of the matrix apart. So a thread reads four streams of
+// memory from end to end, each in its own pages, and the processor, which watches pages, fetches ahead in all of them.
+// (With neighbours, which share a page where rows are short, 4-bit weights came at half the speed.)
+static int rows_apart(int N) { return (N + NR - 1) / NR; } // the last tiles may do the last row again
+
 // bias: [N] or null. x: [M, K], w: [N, K], y: [M, N].
 extern "C" void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
+    const int apart = rows_apart(N);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int n = 0; n < N; n += NR) {
-        const bf16* row[NR]; // a tile at the edge repeats the last row
-        for (int i = 0; i < NR; i++) row[i] = w + size_t(std::min(n + i, N - 1)) * K;
+    for (int first = 0; first < apart; first++) {
+        int n[NR];
+        const bf16* row[NR];
+        for (int i = 0; i < NR; i++) n[i] = std::min(first + i * apart, N - 1), row[i] = w + size_t(n[i]) * K;
         tiles_of_rows(M, [&](auto R, int m) {
             float out[R()][NR];
             tile_bf16<R()>(x + size_t(m) * K, row, K, out);
             for (int r = 0; r < R(); r++)
-                for (int i = 0; i < NR && n + i < N; i++)
-                    put(out[r][i] + (bias ? number(bias[n + i]) : 0), y + size_t(m + r) * N + n + i);
+                for (int i = 0; i < NR; i++)
+                    put(out[r][i] + (bias ? number(bias[n[i]]) : 0), y + size_t(m + r) * N + n[i]);
         });
     }
 }
 
-// scale: [N] for 8 bits; [N, K / GROUP] for 4. weight(n, k): one weight as float32, without the scale of its row.
+// scale: [N], or null where the tile has multiplied by it. weight(n, k): one weight as far as the tile scales it.
 template <class T, class Tile, class Weight>
-static void linear(const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Tile tile, Weight weight) {
-    const int columns = int(rows.columns.size());
+static void linear(
+    const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Tile tile, Weight weight) {
+    const int apart = rows_apart(N), columns = int(rows.columns.size());
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int n = 0; n < N; n += NR) {
-        std::vector<float> apart(size_t(columns) * NR); // the weights that outliers meet
-        for (int c = 0; c < columns; c++)
-            for (int i = 0; i < NR && n + i < N; i++) apart[c * NR + i] = weight(n + i, rows.columns[c]);
+    for (int first = 0; first < apart; first++) {
+        int n[NR];
+        float scales[NR], biases[NR];
+        for (int i = 0; i < NR; i++) {
+            n[i] = std::min(first + i * apart, N - 1);
+            scales[i] = scale ? scale[n[i]] : 1, biases[i] = bias ? number(bias[n[i]]) : 0;
+        }
+        static thread_local Buffer buffer;
+        float* met = (float*)buffer.of(size_t(columns + 1) * sizeof(float[NR])); // the weights that outliers meet
         tiles_of_rows(rows.M, [&](auto R, int m) {
             float out[R()][NR];
             tile(R, m, n, out);
+            if (m == 0) // only now: picked out before, they would break the streams
+                for (int c = 0; c < columns; c++)
+                    for (int i = 0; i < NR; i++) met[c * NR + i] = weight(n[i], rows.columns[c]);
             for (int r = 0; r < R(); r++) {
-                float rest[NR] = {};
+                __m128 sum = _mm_setzero_ps();
                 for (const Outlier& outlier : rows.outliers[m + r])
-                    for (int i = 0; i < NR; i++) rest[i] += outlier.rest * apart[outlier.slot * NR + i];
-                for (int i = 0; i < NR && n + i < N; i++) {
-                    float sum = (out[r][i] * rows.scale[m + r] + rest[i]) * (scale ? scale[n + i] : 1);
-                    put(sum + (bias ? number(bias[n + i]) : 0), y + size_t(m + r) * N + n + i);
-                }
+                    sum = _mm_add_ps(sum, _mm_mul_ps(_mm_set1_ps(outlier.rest), _mm_load_ps(met + outlier.slot * NR)));
+                float rest[NR];
+                _mm_storeu_ps(rest, sum);
+                T result[NR];
+                for (int i = 0; i < NR; i++)
+                    put(out[r][i] * scales[i] * rows.scale[m + r] + rest[i] * scales[i] + biases[i], result + i);
+                for (int i = 0; i < NR; i++) y[size_t(m + r) * N + n[i]] = result[i];
             }
         });
     }
 }
 
 template <class T>
-static void linear_int8(const T* x, const int8_t* w, const float* scale, const T* bias, T* y, int M, int N, int K, int threads) {
+static void linear_int8(
+    const T* x, const int8_t* w, const float* scale, const T* bias, T* y, int M, int N, int K, int threads) {
     const Rows rows = round_rows(x, M, K, threads);
-    auto tile = [&](auto R, int m, int n, float (*out)[NR]) {
+    auto tile = [&](auto R, int m, const int* n, float (*out)[NR]) {
         const int8_t* row[NR];
-        for (int i = 0; i < NR; i++) row[i] = w + size_t(std::min(n + i, N - 1)) * K;
+        for (int i = 0; i < NR; i++) row[i] = w + size_t(n[i]) * K;
         tile_int8<R()>(rows, m, row, out);
     };
     linear(rows, scale, bias, y, N, threads, tile, [&](int n, int k) { return float(w[size_t(n) * K + k]); });
 }
 
 template <class T>
-static void linear_int4(const T* x, const uint8_t* w, const bf16* scale, const T* bias, T* y, int M, int N, int K, int threads) {
+static void linear_int4(
+    const T* x, const uint8_t* w, const bf16* scale, const T* bias, T* y, int M, int N, int K, int threads) {
     const Rows rows = round_rows(x, M, K, threads);
-    auto tile = [&](auto R, int m, int n, float (*out)[NR]) {
+    auto tile = [&](auto R, int m, const int* n, float (*out)[NR]) {
         const uint8_t* row[NR];
         const bf16* row_scale[NR];
         for (int i = 0; i < NR; i++) {
-            size_t index = std::min(n + i, N - 1);
-            row[i] = w + index * (K / 2), row_scale[i] = scale + index * (K / GROUP);
+            row[i] = w + size_t(n[i]) * (K / 2);
+            row_scale[i] = scale + size_t(n[i]) * (K / GROUP);
         }
         tile_int4<R()>(rows, m, row, row_scale, out);
     };
@@ -382,18 +421,24 @@ static void linear_int4(const T* x, const uint8_t* w, const bf16* scale, const T
     linear(rows, nullptr, bias, y, N, threads, tile, weight);
 }
 
-extern "C" void linear_int8_bf16(const bf16* x, const int8_t* w, const float* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
+extern "C" void linear_int8_bf16(
+    const bf16* x, const int8_t* w, const float* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
     linear_int8(x, w, scale, bias, y, M, N, K, threads);
 }
 
-extern "C" void linear_int8_f32(const float* x, const int8_t* w, const float* scale, const float* bias, float* y, int M, int N, int K, int threads) {
+extern "C" void linear_int8_f32(
+    const float* x, const int8_t* w, const float* scale, const float* bias, float* y, int M, int N, int K,
+    int threads) {
     linear_int8(x, w, scale, bias, y, M, N, K, threads);
 }
 
-extern "C" void linear_int4_bf16(const bf16* x, const uint8_t* w, const bf16* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
+extern "C" void linear_int4_bf16(
+    const bf16* x, const uint8_t* w, const bf16* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
     linear_int4(x, w, scale, bias, y, M, N, K, threads);
 }
 
-extern "C" void linear_int4_f32(const float* x, const uint8_t* w, const bf16* scale, const float* bias, float* y, int M, int N, int K, int threads) {
+extern "C" void linear_int4_f32(
+    const float* x, const uint8_t* w, const bf16* scale, const float* bias, float* y, int M, int N, int K,
+    int threads) {
     linear_int4(x, w, scale, bias, y, M, N, K, threads);
 }
