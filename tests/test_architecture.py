@@ -208,7 +208,20 @@ def test_every_public_name_exists():
         paligemma.laod  # noqa: B018
 
 
-COMMANDS = ["", "run", "bench", "info", "convert", "merge", "quantize", "download", "tiny", "tiny scenes", "tiny train"]
+COMMANDS = [
+    "",
+    "run",
+    "train",
+    "bench",
+    "info",
+    "convert",
+    "merge",
+    "quantize",
+    "download",
+    "tiny",
+    "tiny scenes",
+    "tiny train",
+]
 
 
 def test_help_does_not_import_torch():

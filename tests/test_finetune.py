@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,7 @@ def test_the_command(base, data, tmp_path):
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
         ({"lora": ("decoder",), "freeze": ("vision",)}, "LoRA freezes"),
         ({"lora": ("decoder",), "image_size": 56}, "keeps its resolution"),
+        ({"optimizer": "muon", "shard": True}, "sharding cuts them up"),
         ({"dtype": "float16"}, "float16"),
         ({"metric": "beauty"}, "no metric 'beauty'; there are: auto, exact"),
     ],
@@ -328,6 +330,37 @@ def test_killed_at_twenty_random_moments(base, data, tmp_path):
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     one, other = (paligemma.load(str(tmp_path / name)).model.state_dict() for name in ("killed", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [(), ("--shard",)])
+def test_two_processes_do_what_one_does(base, data, tmp_path, shard):
+    """The command under torchrun, with a look at answers on the way; dropout draws the same in the same part."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run(base, data, tmp_path / "one", dropout=0.1, accumulate=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command += ["-m", "paligemma", "train", "--model", base, "--data", data, "--out", str(tmp_path / "two"), *shard]
+    command += ["--validation", data, "--validate-every", "3", "--steps", "6", "--batch", "4", "--lr", "3e-3"]
+    done = subprocess.run(
+        [*command, "--dropout", "0.1"], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert [entry["step"] for entry in log_of(tmp_path / "two") if "validation" in entry] == [3, 6]
+    one, two = (paligemma.load(str(tmp_path / name)).model.state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+def test_the_plan_is_told_and_nothing_done(data, tmp_path):
+    pytest.importorskip("paligemma.train.plan")
+    arguments = ["train", "--data", data, "--out", str(tmp_path / "run"), "--plan", "--batch", "2", "--lora", "decoder"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"activations of the decoder", done.stdout) and re.search(r"in all .*0\.\d\d", done.stdout)
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- bad data
