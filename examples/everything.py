@@ -20,13 +20,13 @@ questions = ["how many objects are there ?", "what color is the background ?", "
 for question, answer in zip(questions, pg.ask(picture, questions)):
     print(f"{question:32} {answer.text:10} {answer.score:.2f}")
 
-print("a choice    ", pg.ask(picture, "is there a cat ?", choices=["yes", "no"]).text)
+print("a choice    ", pg.ask(picture, "is there a house ?", choices=["yes", "no"]).text)
 
-found = pg.detect(picture, ["heart", "cat"])
+found = pg.detect(picture, ["book", "umbrella", "house", "ball"])
 for item in found:
     print(f"{item.label:12} {[round(edge) for edge in item.box]}  score {item.score:.2f}")
 
-masks = pg.segment(picture, "heart")
+masks = pg.segment(picture, "book")
 for item in masks:
     print(f"{item.label:12} {int(item.mask.sum())} pixels")
 

@@ -29,17 +29,16 @@ def read_curves(logs: Sequence[Path], names: Sequence[str]) -> Series:
     return curves
 
 
-def draw_curves(panels: Sequence[tuple[str, Series]], width: int = 360, height: int = 240) -> Image.Image:
-    """Panels side by side, each with its title, axes from 0, and a line per series."""
+def draw_curves(panels: Sequence[Series], width: int = 360, height: int = 240) -> Image.Image:
+    """Panels side by side, each with axes from 0, a line per series and above it their names in the lines' colours."""
     picture = Image.new("RGB", (width * len(panels), height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    for i, (title, series) in enumerate(panels):
+    for i, series in enumerate(panels):
         left, top, right, bottom = i * width + 44, 30, (i + 1) * width - 14, height - 34
         points = [point for line in series.values() for point in line]
         if not points:
             continue
         x_most, y_most = max(x for x, _ in points) or 1.0, max(y for _, y in points) or 1.0
-        draw.text((left, 8), title, "black", font)
         draw.line((left, top, left, bottom, right, bottom), (120, 120, 120))
         for share in (0.0, 0.5, 1.0):
             y = bottom - share * (bottom - top)
@@ -48,13 +47,15 @@ def draw_curves(panels: Sequence[tuple[str, Series]], width: int = 360, height: 
             draw.text((x, bottom + 4), f"{share * x_most:.0f}", (90, 90, 90), font, anchor="ma")
             draw.line((left, y, right, y), (230, 230, 230))
         draw.text(((left + right) / 2, height - 14), "minutes", (90, 90, 90), font, anchor="ma")
+        place_of_name = float(left)
         for k, (name, line) in enumerate(series.items()):
             color = COLORS[k % len(COLORS)]
             place = [
                 (left + x / x_most * (right - left), bottom - min(y / y_most, 1.0) * (bottom - top)) for x, y in line
             ]
             draw.line(place, color, 2)
-            draw.text((right, top + 4 + 14 * k), name, color, font, anchor="ra")
+            draw.text((place_of_name, 8), name, color, font)
+            place_of_name += draw.textlength(name + "   ", font)
     return picture
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--values", nargs="+", default=["talk", "words"], help="one panel each; a+b share a panel")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    panels = [(value.replace("+", ", "), read_curves(args.logs, value.split("+"))) for value in args.values]
+    panels = [read_curves(args.logs, value.split("+")) for value in args.values]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw_curves(panels).save(args.out)
 

@@ -47,21 +47,21 @@ ROWS_ALONE = 3  # rows of a picture in a step with the true mask
 
 # How often which task is drawn, where the scene allows it.
 TASK_WEIGHTS = {
-    "caption": 0.8,
-    "what": 0.8,
-    "largest": 0.8,
-    "color": 1.8,
-    "background": 0.3,
-    "exists": 2.5,
+    "caption": 1.0,
+    "what": 0.5,
+    "largest": 0.6,
+    "color": 1.4,
+    "background": 0.2,
+    "exists": 2.0,
     "count": 1.6,
-    "count_all": 0.5,
-    "left_right": 1.6,
+    "count_all": 0.7,
+    "left_right": 2.2,
     "left_of": 1.3,
     "detect_one": 2.5,
-    "detect_all": 0.9,
+    "detect_all": 1.4,
     "detect_absent": 0.4,
-    "segment": 0.4,
-    "ocr": 0.5,
+    "segment": 0.8,
+    "ocr": 1.0,
 }
 
 
