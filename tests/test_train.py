@@ -302,6 +302,20 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(proc
     assert checkpointing.load_last(tmp_path / "checkpoints")["step"] == 2
 
 
+def test_a_gradient_that_is_no_number_stops_before_it_does_harm(processor, tmp_path):
+    """The root of zero is a fine loss, and its slope is infinite."""
+    model = make_model(processor)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def steep(model, batch):
+        total, tokens, figures = suffix_loss()(model, batch)
+        return total + torch.sqrt(0 * total), tokens, figures
+
+    with pytest.raises(FloatingPointError, match="the gradient of step 0 is nan"):
+        train(model, RowBatches(make_rows(), processor, batch_size=4), TrainConfig(**SMALL), tmp_path, loss=steep)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------------------- learning
 
 
