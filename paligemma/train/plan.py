@@ -21,7 +21,7 @@ Letters: B batch, S sequence, A answer tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,7 +137,7 @@ def estimate(
         )
 
         share = processes if shard else 1
-        memory = Memory({kind: 1 / share for kind in SHARED_OUT})
+        memory = Memory(dict.fromkeys(SHARED_OUT, 1 / share))
         memory.hold(model.parameters(), WEIGHTS)
         outside = parameters_outside_of_layers(model)
         if share > 1:
@@ -151,7 +151,7 @@ def estimate(
                 for each in optimizers:
                     each.step()
                     each.zero_grad(set_to_none=True)
-            memory.fullest = Counter()
+            memory.fullest = {}
 
             def gradient_is_there(parameter: Tensor) -> None:
                 # Sharded, those of the layers have been shared out by now, those outside stay whole to the end.
@@ -174,7 +174,7 @@ def estimate(
                 for each in optimizers:
                     each.step()
             del average
-    components = {kind: round(memory.fullest[kind]) for kind in ORDER if round(memory.fullest[kind])}
+    components = {kind: round(memory.fullest[kind]) for kind in ORDER if round(memory.fullest.get(kind, 0))}
     return Plan(components, memory.moment)
 
 
@@ -235,9 +235,9 @@ class Memory(TorchDispatchMode):
     def __init__(self, weight: dict[str, float]):
         super().__init__()
         self.weight = weight
-        self.held: Counter[str] = Counter()  # by kind
+        self.held: dict[str, float] = defaultdict(float)  # by kind
         self.kinds: dict[int, str] = {}  # by the identity of a storage
-        self.fullest: Counter[str] = Counter()
+        self.fullest: dict[str, float] = {}
         self.moment, self._doing, self._kind = "", "", WORKSPACE
 
     @contextmanager
@@ -266,7 +266,7 @@ class Memory(TorchDispatchMode):
             self.kinds[id(storage)] = kind
             self.held[kind] += size
         if sum(self.held.values()) > sum(self.fullest.values()):
-            self.fullest, self.moment = self.held.copy(), self._doing
+            self.fullest, self.moment = dict(self.held), self._doing
 
     def _gone(self, identity: int, size: int) -> None:
         kind = self.kinds.pop(identity)
