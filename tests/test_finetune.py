@@ -411,6 +411,15 @@ def test_a_disk_that_went_away_ends_the_run(base, tmp_path):
     assert len(told) == MOST_SKIPPED
 
 
+def test_single_rows_may_be_missing_for_ever(base, tmp_path):
+    picture = np.zeros((28, 28, 3), np.uint8)
+    rows = [{"image": image, "prefix": "a", "suffix": "b"} for image in (picture, str(tmp_path / "gone.png"))]
+    told = []
+    batches = RowBatches(rows, paligemma.load(base).processor, 2, on_skip=lambda *skipped: told.append(skipped))
+    assert all(len(batches(step)["input_ids"]) == 1 for step in range(2 * MOST_SKIPPED))
+    assert len(told) == 2 * MOST_SKIPPED
+
+
 def test_a_step_without_any_readable_row_is_passed_over(base, data, tmp_path):
     options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 1, "steps": 8})
     finetune(options, during((Path(data).parent / "3.png").unlink))
