@@ -108,7 +108,8 @@ def unpack(weight: Tensor) -> Tensor:
 def round_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """[M, K] -> int8 [M, K], scale float32 [M, 1], and what was clipped, float32 [M, K], None if nothing was.
 
-    x = int8 * scale + clipped, up to half a scale. A token's numbers depend on that token alone.
+    x = int8 * scale + clipped, up to half a scale, which is at most 16/254 of the mean of the token's absolute values.
+    A token's numbers depend on that token alone.
     """
     x = x.float()
     size = x.abs()
@@ -164,29 +165,48 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if kernel_available():
             return linear_kernels.linear_int8(x, self.weight, self.scale, self.bias)
-        rounded, scale, clipped = round_activations(x.reshape(-1, x.shape[-1]))
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._exact_product(rows) if has_dot_products() else self._weight_only(rows)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _exact_product(self, x: Tensor) -> Tensor:
+        """What the kernel computes, in PyTorch's own operators: x [M, K] -> float32 [M, N]."""
+        rounded, scale, clipped = round_activations(x)
         if self.packed is None:
             self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
         y = _int8_product(rounded, self.packed, self.scale) * scale
         if clipped is not None:
             columns = clipped.any(0).nonzero()[:, 0]  # a handful
-            y += clipped[:, columns] @ (self.weight[:, columns].float() * self.scale[:, None]).T
-        if self.bias is not None:
-            y += self.bias
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+            y += (clipped[:, columns] @ self.weight[:, columns].float().T) * self.scale
+        return y
+
+    def _weight_only(self, x: Tensor) -> Tensor:
+        """For CPUs whose 8-bit products overflow (in 16 bits, silently): activations stay as they are. [M, N]"""
+        if len(x) <= FEW_ROWS:
+            y: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale.bfloat16())
+            return y.float()
+        return (x @ self.weight.to(x.dtype).T).float() * self.scale  # layer by layer, never all of them
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight itself, float32 [..., K]."""
         return self.weight[ids].float() * self.scale[ids][..., None]
 
 
+def has_dot_products() -> bool:
+    """Whether this CPU multiplies and sums 8-bit numbers without overflow (VNNI)."""
+    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+
+
 def _int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """int8 x [M, K], weight [N, K] as packed -> (x @ weight.T) * scale, float32 [M, N]; exact but for the scale."""
-    unsigned = (x.view(torch.uint8)) ^ 128  # the product takes its activations unsigned, with a zero at 128
+    unsigned = x.view(torch.uint8) ^ 128  # the product takes its activations unsigned, with a zero at 128
     zeros = torch.zeros(len(scale), dtype=torch.int64)
-    return torch.ops.onednn.qlinear_pointwise(
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
         unsigned, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
+    return y
 
 
 class Int4Linear(nn.Module):
@@ -268,7 +288,10 @@ def parts_of(name: str, kind: str) -> tuple[str, str]:
     return f"{stem}.weight", f"{stem}.scale"
 
 
-def rounded_parts(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def rounded_parts(name: str, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The two tensors. ValueError for a weight with numbers that are not finite, for which there is no scale."""
+    if not all(bool(part.isfinite().all()) for part in weight.split(4096)):
+        raise ValueError(f"{name}.weight has numbers that are not finite: the checkpoint is damaged")
     return round_groups(weight) if kind == "int4" else round_rows(weight)
 
 
@@ -322,7 +345,7 @@ def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaFo
     for name, kind in kinds(model, mode).items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        swap(model, name, kind, *rounded_parts(weight.detach(), kind), dtype)
+        swap(model, name, kind, *rounded_parts(name, weight.detach(), kind), dtype)
     return model.requires_grad_(False)
 
 
@@ -400,7 +423,7 @@ def rounded_reader(checkpoint: Checkpoint, mode: str, dtype: torch.dtype) -> Cal
             return checkpoint.read(name).to(dtype)
         module, kind = source[name]
         parts = parts_of(module, kind)
-        rounded = dict(zip(parts, rounded_parts(checkpoint.read(f"{module}.weight"), kind)))
+        rounded = dict(zip(parts, rounded_parts(module, checkpoint.read(f"{module}.weight"), kind)))
         kept.clear()
         kept.update({part: tensor for part, tensor in rounded.items() if part != name})
         return rounded[name]
@@ -508,7 +531,7 @@ class QuantizedCheckpoint:
         def read(name: str) -> Tensor:
             tensor: Tensor = maps[self.place[name]].get_tensor(name)
             if name == checkpoints.POSITIONS and image_size is not None:
-                tensor = checkpoints.resample_positions(tensor, config.vision_config.num_patches)
+                tensor = checkpoints.resample_positions(tensor, config.vision_config.num_patches).to(tensor.dtype)
             return tensor.to(kept) if name in not_rounded and tensor.is_floating_point() else tensor
 
         return _assemble(config, self.mode, kept, list(self.place), read)

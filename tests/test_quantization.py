@@ -1,0 +1,742 @@
+"""Smaller weights: what is rounded and by how much, the compiled kernels against plain arithmetic, whole models, files.
+
+What the kernels promise: sums of 8-bit products are exact, so where nothing is clipped a float32 result is equal to the
+bit; 4-bit and bfloat16 results are float32 sums in some order, and stay within the bound of such.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference import make_inputs, randomize, tiny_config
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import paligemma
+from paligemma import linear_kernels, quantization
+from paligemma.checkpoints import convert, open_checkpoint, save_pretrained
+from paligemma.cli import app
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.quantization import (
+    GROUP,
+    FastLinear,
+    Int4Linear,
+    Int8Linear,
+    load_quantizing,
+    open_quantized,
+    quantize,
+    quantize_checkpoint,
+    round_activations,
+    round_groups,
+    round_rows,
+    stored_mode,
+    unpack,
+)
+from paligemma.tiny.world import render
+from paligemma.utils import TINY, load_hf_model
+
+KERNEL = linear_kernels.missing_for_kernel() is None  # whether this machine can have it; nothing is compiled yet
+needs_kernel = pytest.mark.skipif(not KERNEL, reason="no compiler, or no AVX-512 with VNNI")
+
+
+@pytest.fixture(params=[pytest.param("kernel", marks=needs_kernel), "plain"])
+def way(request, monkeypatch):
+    """Both ways to compute the same."""
+    monkeypatch.setenv("PALIGEMMA_KERNEL", "1" if request.param == "kernel" else "0")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def relative(error: torch.Tensor, of: torch.Tensor) -> float:
+    return float(error.double().norm() / of.double().norm())
+
+
+# ---------------------------------------------------------------------------------------------- rounding
+
+
+def test_8_bits_are_off_by_half_a_step_at_most():
+    weight = torch.randn(7, 50) * torch.logspace(-3, 3, 7)[:, None]
+    weight[3] = 0
+    rounded, scale = round_rows(weight)
+    assert rounded.dtype == torch.int8 and rounded.abs().amax(-1).tolist() == [127, 127, 127, 0, 127, 127, 127]
+    assert ((rounded * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+    torch.testing.assert_close(scale, weight.abs().amax(-1) / 127)
+
+
+def test_4_bits_come_back_in_the_order_of_the_inputs():
+    """Weights that 16 steps can express are not changed, whichever half of which byte they go to."""
+    steps = torch.randint(-8, 8, (5, 256), dtype=torch.int8)
+    steps[:, ::GROUP] = -8  # the full range is used in every group
+    scale = torch.tensor([0.5, -2.0, 0.125, 1.0]).expand(5, 4)
+    weight = (steps.unflatten(-1, (-1, GROUP)) * scale[..., None]).flatten(1)
+    packed, found = round_groups(weight)
+    assert packed.shape == (5, 128) and packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed), steps) and torch.equal(found.float(), scale)
+    assert torch.equal(Int4Linear(packed, found).dense(torch.float32), weight)
+
+
+def test_4_bits_lose_less_than_plain_rounding_would():
+    weight = torch.randn(32, 512)
+    weight[4, :GROUP] = 0
+    packed, scale = round_groups(weight)
+    groups = weight.unflatten(-1, (-1, GROUP))
+    step = groups.abs().amax(-1, keepdim=True) / 7
+    plain = ((groups / step.clamp(min=1e-9)).round() * step).flatten(1)
+    dense = Int4Linear(packed, scale).dense(torch.float32)
+    assert relative(dense - weight, weight) < 0.9 * relative(plain - weight, weight) < 0.1
+    assert (dense[4, :GROUP] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_named(mode, bad):
+    model = make_model()
+    model.language_model.model.layers[1].mlp.up_proj.weight[3, 5] = bad
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has numbers that are not finite"):
+        quantize(model, mode)
+
+
+def test_activations_are_rounded_per_token():
+    x = torch.randn(4, 100) * torch.tensor([1e-3, 1, 1e3, 0])[:, None]
+    rounded, scale, clipped = round_activations(x)
+    assert clipped is None and rounded.abs().amax(-1).tolist() == [127, 127, 127, 0]
+    assert ((rounded * scale - x).abs() <= 0.5001 * scale).all()
+
+
+def test_outliers_are_carried_apart():
+    x = torch.randn(3, 512)
+    x[1, [7, 300]] = torch.tensor([150.0, -90.0])
+    rounded, scale, clipped = round_activations(x)
+    assert clipped.nonzero().tolist() == [[1, 7], [1, 300]]
+    whole = rounded * scale + clipped
+    assert ((whole - x).abs() <= 0.5001 * scale).all()
+    assert scale.max() < 5 / 127  # that of the ordinary numbers
+    torch.testing.assert_close(whole[1, [7, 300]], x[1, [7, 300]])  # and not rounded at all
+
+
+# ---------------------------------------------------------------------------------------------- the kernels
+
+
+def shapes():
+    """Tiles of the kernels are 6 x 4 with vectors of 32, 64 and 128 inputs: whole ones, and every kind of edge."""
+    return [(1, 8, 128), (2, 5, 256), (3, 1, 128), (4, 33, 384), (5, 3, 640), (6, 4, 128), (7, 18, 256), (19, 31, 128)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("M", "N", "K"), [*shapes(), (1, 2, 1), (3, 9, 17), (8, 6, 63), (13, 7, 4304 // 16)])
+def test_8_bit_kernel_is_exact_to_the_bit(M, N, K, bias):
+    """Against whole numbers in float64, where these sums are exact."""
+    x = torch.rand(M, K) * 2 - 1  # nothing to clip
+    weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+    weight[0] = -128  # never written by `round_rows`, but a file may hold it
+    scale, offset = torch.rand(N) + 0.5, torch.randn(N) if bias else None
+    rounded, token_scale, clipped = round_activations(x)
+    assert clipped is None
+    sums = rounded.double() @ weight.double().T
+    expected = sums.float() * scale * token_scale + (offset if bias else 0)
+    assert torch.equal(linear_kernels.linear_int8(x, weight, scale, offset), expected)
+    half = linear_kernels.linear_int8(x.bfloat16(), weight, scale, offset)
+    rounded, token_scale, _ = round_activations(x.bfloat16())
+    offset = offset.bfloat16() if bias else 0
+    expected = (rounded.double() @ weight.double().T).float() * scale * token_scale + offset
+    assert torch.equal(half, expected.bfloat16())
+
+
+@needs_kernel
+def test_8_bit_sums_do_not_overflow():
+    """The longest row of any published model, all weights and activations at their largest."""
+    K = 36864
+    x, weight = torch.ones(1, K), torch.full((4, K), -127, dtype=torch.int8)
+    assert linear_kernels.linear_int8(x, weight, torch.ones(4))[0].tolist() == [-127.0 * K] * 4
+
+
+@needs_kernel
+@pytest.mark.parametrize(("M", "N", "K"), shapes())
+def test_4_bit_kernel_within_the_bound_of_float32_sums(M, N, K):
+    x = torch.rand(M, K) * 2 - 1
+    weight = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
+    scale, bias = (torch.rand(N, K // GROUP) + 0.5).bfloat16(), torch.randn(N)
+    dense = Int4Linear(weight, scale).dense(torch.float64)
+    rounded, token_scale, _ = round_activations(x)
+    seen = rounded.double() * token_scale.double()
+    bound = (seen.abs() @ dense.abs().T + 8 * seen.abs() @ dense.abs().T + 4) * (K // 16 + 8) * 2.0**-24
+    error = (linear_kernels.linear_int4(x, weight, scale, bias).double() - (seen @ dense.T + bias)).abs()
+    assert (error <= bound).all()
+    assert error.max() < 1e-4 * (seen @ dense.T).abs().max()  # what it is in fact
+    low = linear_kernels.linear_int4(x.bfloat16(), weight, scale, bias).float()
+    assert relative(low - (x.double() @ dense.T + bias), low) < 0.02
+
+
+@needs_kernel
+@pytest.mark.parametrize(("M", "N", "K"), [*shapes(), (1, 2, 1), (3, 9, 17), (8, 6, 63)])
+def test_bfloat16_kernel_within_the_bound_of_float32_sums(M, N, K):
+    """|y - exact| <= half a unit in the last place of bfloat16, at most 2^-8 of y, and K float32 roundings."""
+    x, weight, bias = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16()
+    exact = x.double() @ weight.double().T + bias.double()
+    sums = (x.double().abs() @ weight.double().abs().T + bias.double().abs()) * (K + 2) * 2.0**-24
+    y = linear_kernels.linear_bf16(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    assert ((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + sums * 1.01).all()
+    # and without a bias
+    exact -= bias.double()
+    y = linear_kernels.linear_bf16(x, weight)
+    assert ((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + sums * 1.01).all()
+
+
+@needs_kernel
+def test_kernels_refuse_what_they_would_misread():
+    x, weight, scale = torch.randn(2, 128), torch.zeros(4, 128, dtype=torch.int8), torch.ones(4)
+    for wrong in (
+        lambda: linear_kernels.linear_int8(x[:, :64], weight, scale),
+        lambda: linear_kernels.linear_int8(x.half(), weight, scale),
+        lambda: linear_kernels.linear_int8(x, weight, scale[:3]),
+        lambda: linear_kernels.linear_int8(x, weight, scale.double()),
+        lambda: linear_kernels.linear_int8(x, weight.T.contiguous().T, scale),
+        lambda: linear_kernels.linear_int8(x, weight, scale, torch.ones(5)),
+        lambda: linear_kernels.linear_bf16(x, weight.bfloat16()),
+        lambda: linear_kernels.linear_int4(x, torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1).bfloat16()),
+        lambda: linear_kernels.linear_int4(x[:, :96], torch.zeros(4, 48, dtype=torch.uint8), torch.ones(4, 1)),
+    ):
+        with pytest.raises(ValueError, match="no kernel for x"):
+            wrong()
+    assert linear_kernels.linear_int8(x[:0], weight, scale).shape == (0, 4)
+    columns = torch.randn(128, 2).T  # not contiguous: copied
+    assert torch.equal(
+        linear_kernels.linear_int8(columns, weight, scale), linear_kernels.linear_int8(columns.clone(), weight, scale)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+def layers(dtype: torch.dtype = torch.float32, N: int = 48, K: int = 512):
+    weight, bias = torch.randn(N, K), torch.randn(N).to(dtype)
+    return weight, bias, Int8Linear(*round_rows(weight), bias), Int4Linear(*round_groups(weight), bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", [1, 40])
+def test_layers_compute_what_they_round(way, dtype, M):
+    weight, bias, eight, four = layers(dtype)
+    x = torch.randn(1, M, 512).to(dtype)
+    exact = x.double() @ weight.double().T + bias.double()
+    for layer, most in ((eight, 0.015), (four, 0.11)):
+        y = layer(x)
+        assert y.dtype == dtype and y.shape == (1, M, 48)
+        assert most / 10 < relative(y - exact, exact) < most
+    in_four_bits = x.double() @ four.dense(torch.float64).T + bias.double()
+    assert relative(four(x) - in_four_bits, in_four_bits) < 0.01  # beside the weights next to nothing is rounded
+
+
+@needs_kernel
+@pytest.mark.skipif(not quantization.has_dot_products(), reason="another plain path")
+def test_both_ways_are_equal_to_the_bit_where_nothing_is_clipped(monkeypatch):
+    _, _, eight, _ = layers()
+    x = torch.rand(9, 512) - 0.5
+    monkeypatch.setenv("PALIGEMMA_KERNEL", "1")
+    compiled = eight(x)
+    monkeypatch.setenv("PALIGEMMA_KERNEL", "0")
+    assert torch.equal(eight(x), compiled)
+
+
+@pytest.mark.parametrize("M", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planted_outliers_do_no_harm(way, M, dtype):
+    """Six channels a hundred times larger than the rest, as in real checkpoints, and a token with one of its own."""
+    weight, bias, eight, four = layers(dtype)
+    x = torch.randn(M, 512)
+    x[:, [3, 99, 100, 255, 256, 511]] = 100 * torch.tensor([1, -1.2, 0.8, 1.5, -0.7, -1]) + torch.randn(M, 6)
+    x[-1, 40] = -300
+    x = x.to(dtype)
+    # What they multiply is as good as it can be: the outliers reach the output, so it is compared without them, too.
+    ordinary = x.clone()
+    ordinary[:, [3, 40, 99, 100, 255, 256, 511]] = 0
+    exact = x.double() @ weight.double().T + bias.double()
+    for layer, most in ((eight, 0.015), (four, 0.12)):
+        assert relative(layer(x) - exact, exact) < most
+    if dtype == torch.float32 and (way == "kernel" or quantization.has_dot_products()):
+        # The ordinary channels alone: with one scale for all, as without the clipping, four fifths of them would be 0.
+        dense = eight.weight.double() * eight.scale.double()[:, None]
+        of_outliers = (x - ordinary).double() @ dense.T + bias.double()
+        assert relative(eight(x) - of_outliers - ordinary.double() @ dense.T, ordinary.double() @ dense.T) < 0.02
+        naive = (x / (x.abs().amax(-1, keepdim=True) / 127)).round() * (x.abs().amax(-1, keepdim=True) / 127)
+        lost = naive.double() @ dense.T - x.double() @ dense.T
+        assert relative(lost, ordinary.double() @ dense.T) > 0.2
+
+
+def test_a_token_does_not_depend_on_its_neighbours(way):
+    _, _, eight, four = layers()
+    x = torch.randn(40, 512)
+    x[::3, 17] *= 200
+    for layer, same in ((eight, 1e-5), (four, 1e-5 if way == "kernel" else 0.01)):
+        alone = torch.cat([layer(row[None]) for row in x])
+        assert relative(layer(x) - alone, alone) < same  # the plain 4-bit product rounds few rows to bfloat16
+
+
+def test_no_number_comes_out_where_none_went_in(way):
+    _, _, eight, four = layers()
+    for layer in (eight, four):
+        for bad in (math.nan, math.inf):
+            x = torch.randn(2, 512)
+            x[1, 5] = bad
+            y = layer(x)
+            assert y[0].isfinite().all() and not y[1].isfinite().any()
+        assert layer(torch.zeros(1, 512))[0].tolist() == layer.bias.tolist()
+
+
+def test_a_cpu_without_8_bit_products(monkeypatch):
+    """Weights stay small there, activations stay as they are."""
+    monkeypatch.setenv("PALIGEMMA_KERNEL", "0")
+    monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
+    weight, bias, eight, _ = layers()
+    for M in (1, 40):
+        x = torch.randn(M, 512)
+        exact = x.double() @ weight.double().T + bias.double()
+        assert relative(eight(x) - exact, exact) < 0.01
+
+
+# ---------------------------------------------------------------------------------------------- without a kernel
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing compiled yet: no library is loaded, and none lies in the cache."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.delenv("PALIGEMMA_KERNEL", raising=False)
+    linear_kernels._library.cache_clear()
+    yield tmp_path / "extensions"
+    linear_kernels._library.cache_clear()
+
+
+def answers_still(capfd, reason: str):
+    weight, bias, eight, _ = layers()
+    x = torch.randn(2, 512)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert relative(eight(x) - exact, exact) < 0.02
+    eight(x)
+    noted = capfd.readouterr()
+    assert noted.out == "" and noted.err.count("plain PyTorch") == 1 and reason in noted.err
+
+
+@needs_kernel
+def test_a_compiler_that_fails_is_noted_once_and_done_without(fresh, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", "false")
+    answers_still(capfd, "false failed")
+    assert list(fresh.rglob("*.so")) == []
+
+
+@needs_kernel
+def test_a_source_that_does_not_compile_is_noted_once_and_done_without(fresh, monkeypatch, capfd, tmp_path):
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main( {")
+    monkeypatch.setattr(linear_kernels, "SOURCE", broken)
+    answers_still(capfd, "error")
+
+
+@needs_kernel
+def test_a_library_that_does_not_load_is_noted_once_and_done_without(fresh, monkeypatch, capfd):
+    monkeypatch.setattr(linear_kernels, "compile_kernel", lambda: linear_kernels.SOURCE)
+    answers_still(capfd, "linear_kernels.cpp")
+
+
+def test_no_compiler_at_all(fresh, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    answers_still(capfd, "compiler" if KERNEL else "")
+
+
+def test_another_cpu(fresh, monkeypatch, capfd):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    answers_still(capfd, "AVX-512" if KERNEL else "")
+
+
+def test_nothing_is_compiled_for_the_model_that_ships_unless_asked(monkeypatch):
+    def must_not():
+        raise AssertionError("asked for the compiled library")
+
+    monkeypatch.setattr(linear_kernels, "_library", must_not)
+    pg = paligemma.load("tiny", device="cpu")
+    assert pg.caption(render(1, "test", 128).image).text
+    assert not any(isinstance(module, FastLinear) for module in pg.model.modules())
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def make_model(kind: str = "gemma", dtype: torch.dtype = torch.float32, **sizes) -> PaliGemmaForConditionalGeneration:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, **sizes}
+    model = PaliGemmaForConditionalGeneration(tiny_config(kind, **sizes)).eval()
+    randomize(model)
+    return model.to(dtype)
+
+
+def kl(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    p, q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+@pytest.mark.parametrize(("mode", "most"), [("int8", 0.01), ("int4", 0.3)])
+def test_a_rounded_model_predicts_nearly_the_same(way, kind, mode, most):
+    """Random weights: nothing in them is as robust as in a trained model."""
+    model = make_model(kind)
+    inputs = make_inputs(model.config, prefix=[6, 9], suffix=[8, 3])
+    before = model(**inputs).logits
+    assert quantize(model, mode) is model
+    after = model(**inputs).logits
+    assert after.dtype == before.dtype and after.shape == before.shape
+    assert 0 < kl(after, before) < most
+    if mode == "int8":
+        assert (after.argmax(-1) == before.argmax(-1)).float().mean() > 0.9
+
+
+def test_what_is_rounded_and_what_is_not():
+    model = quantize(make_model(dtype=torch.bfloat16), "int4")
+    of = {name: type(module) for name, module in model.named_modules()}
+    assert of["language_model.model.layers.0.self_attn.q_proj"] is Int4Linear
+    assert of["language_model.model.layers.1.mlp.down_proj"] is Int4Linear
+    assert of["vision_tower.vision_model.encoder.layers.0.mlp.fc1"] is Int8Linear
+    assert of["multi_modal_projector.linear"] is Int8Linear
+    assert not any(
+        isinstance(module, torch.nn.Linear | torch.nn.Embedding) for module in model.language_model.modules()
+    )
+    kept = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.bfloat16}
+    assert "language_model.model.norm.weight" in kept
+    assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in kept
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_whose_inputs_do_not_divide_by_128_keeps_8_bits():
+    model = quantize(make_model(intermediate_size=192), "int4")
+    assert isinstance(model.language_model.model.layers[0].mlp.down_proj, Int8Linear)
+    assert isinstance(model.language_model.model.layers[0].mlp.up_proj, Int4Linear)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+def test_the_head_of_some_rows_only(way, mode):
+    model = quantize(make_model(dtype=torch.bfloat16), mode)
+    hidden, ids = torch.randn(1, 1, 128).bfloat16(), torch.tensor([0, 5, 7, 300])
+    head = model.language_model.model.embed_tokens
+    torch.testing.assert_close(head.logits(hidden, ids), head.logits(hidden)[..., ids])
+
+
+def test_the_fast_rows_of_bfloat16_are_the_same_arithmetic(way):
+    model = make_model(dtype=torch.bfloat16)
+    inputs = make_inputs(model.config, prefix=[6])
+    plain = [answer.token_ids for answer in paligemma.generate(model, inputs, max_new_tokens=12)]
+    logits = model(**inputs).logits
+    names = set(model.state_dict())
+    quantize(model, "bf16")
+    assert set(model.state_dict()) == names
+    assert isinstance(model.language_model.model.layers[0].mlp.up_proj, FastLinear)
+    fast = model(**inputs).logits
+    assert kl(fast, logits) < 1e-3
+    assert [answer.token_ids for answer in paligemma.generate(model, inputs, max_new_tokens=12)] == plain
+
+
+def test_a_model_with_fast_rows_can_be_trained_and_saved(tmp_path):
+    model = quantize(make_model(dtype=torch.bfloat16), "bf16")
+    inputs = make_inputs(model.config, prefix=[3], suffix=[2], labels=True)
+    with torch.enable_grad():
+        model(**inputs).loss.backward()
+    assert model.language_model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    assert model.language_model.model.embed_tokens.weight.grad.abs().sum() > 0
+    save_pretrained(model, tmp_path / "saved")
+    assert open_checkpoint(tmp_path / "saved").dtype == torch.bfloat16
+
+
+@needs_kernel
+def test_one_token_goes_through_the_kernel_and_many_do_not(monkeypatch):
+    called = []
+    real = linear_kernels.linear_bf16
+    monkeypatch.setattr(linear_kernels, "linear_bf16", lambda x, *rest: called.append(x.shape) or real(x, *rest))
+    model = quantize(make_model(dtype=torch.bfloat16), "bf16")
+    layer = model.language_model.model.layers[0].mlp.up_proj
+    layer(torch.randn(1, 1, 128).bfloat16()), layer(torch.randn(1, 200, 128).bfloat16())
+    assert called == [(1, 1, 128)]
+    with torch.enable_grad():
+        layer(torch.randn(1, 1, 128).bfloat16())
+    assert len(called) == 1  # the kernel knows no gradients
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_the_model_that_ships_answers_mostly_the_same(way, mode):
+    whole, small = (paligemma.load("tiny", device="cpu", quantize=q) for q in (None, mode))
+    images = [render(seed, "test", 256).image for seed in range(40, 46)]
+    prompts = ["caption en", "answer en what color is the background ?", "detect car"]
+    same = total = 0
+    for prompt in prompts:
+        for a, b in zip(whole.generate(images, prompt, 40), small.generate(images, prompt, 40)):
+            total += 1
+            same += a.text.partition("<loc")[0] == b.text.partition("<loc")[0]
+    assert total == 18 and same >= (17 if mode == "int8" else 14)
+
+
+# ---------------------------------------------------------------------------------------------- on disk
+
+
+@pytest.fixture(params=["int8", "int4"])
+def mode(request):
+    return request.param
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A checkpoint in bfloat16, in several files."""
+    save_pretrained(make_model("gemma2", torch.bfloat16), tmp_path / "source", max_shard_size=200_000)
+    assert len(list((tmp_path / "source").glob("model-*.safetensors"))) > 2
+    return tmp_path / "source"
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_saved_at_load_and_in_place_are_the_same_model(source, mode, tmp_path):
+    quantize_checkpoint(source, tmp_path / "small", mode, max_shard_size=150_000)
+    assert len(list((tmp_path / "small").glob("model-*.safetensors"))) > 1
+    assert stored_mode(tmp_path / "small") == mode and stored_mode(source) is None
+    saved = open_quantized(tmp_path / "small").load()
+    at_load = load_quantizing(open_checkpoint(source), mode)
+    in_place = quantize(paligemma.checkpoints.load_model(source), mode)
+    states = [model.state_dict() for model in (saved, at_load, in_place)]
+    assert len({tuple(state) for state in map(sorted, states)}) == 1
+    for name, tensor in states[0].items():
+        assert all(torch.equal(tensor, state[name]) and tensor.dtype == state[name].dtype for state in states), name
+    inputs = make_inputs(saved.config, prefix=[4, 6])
+    logits = [model(**inputs).logits for model in (saved, at_load, in_place)]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert not saved.training and saved.config == at_load.config
+
+
+def test_it_is_as_small_as_it_says(tmp_path):
+    size = {"whole": TINY}
+    for mode in ("int8", "int4"):
+        size[mode] = tmp_path / mode
+        quantize_checkpoint(TINY, size[mode], mode)
+    bytes_of = {name: (folder / "model.safetensors").stat().st_size for name, folder in size.items()}
+    assert bytes_of["int8"] < 0.53 * bytes_of["whole"] and bytes_of["int4"] < 0.41 * bytes_of["whole"]
+    assert (tmp_path / "int8" / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+
+
+def test_a_saved_one_is_loaded_by_its_path_and_stays_in_the_file(tmp_path, mode):
+    quantize_checkpoint(TINY, tmp_path, mode)
+    pg = paligemma.load(tmp_path, device="cpu")
+    image = render(3, "test", 256).image
+    assert pg.caption(image).text == paligemma.load("tiny", device="cpu", quantize=mode).caption(image).text
+    weight = pg.model.language_model.model.layers[0].mlp.up_proj.weight
+    if sys.platform == "linux":
+        maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        places = [[int(end, 16) for end in line[0].split("-")] for line in maps if line[-1].startswith(str(tmp_path))]
+        assert any(start <= weight.data_ptr() < end for start, end in places)
+
+
+def test_other_sizes_and_dtypes_of_a_saved_one(tmp_path):
+    quantize_checkpoint(TINY, tmp_path, "int8")
+    model, _ = load_hf_model(tmp_path, "cpu", dtype="float32", image_size=160)
+    assert model.dtype == torch.float32 and model.config.vision_config.num_patches == 100
+    reference, _ = load_hf_model("tiny", "cpu", dtype="float32", quantize="int8", image_size=160)
+    inputs = make_inputs(model.config, prefix=[3])
+    assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
+
+
+def test_from_big_visions_file(source, tmp_path):
+    convert(source, tmp_path / "big" / "model.npz")
+    quantize_checkpoint(tmp_path / "big" / "model.npz", tmp_path / "from_npz", "int8")
+    quantize_checkpoint(source, tmp_path / "direct", "int8")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("from_npz", "direct"))
+    assert set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_failure_leaves_everything_as_it_was(source, tmp_path, monkeypatch):
+    target = tmp_path / "small"
+    quantize_checkpoint(source, target, "int8")
+    before = files(target)
+    calls = []
+
+    def fails_later(weight):
+        calls.append(weight.shape)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        return round_rows(weight)
+
+    monkeypatch.setattr(quantization, "round_rows", fails_later)
+    with pytest.raises(OSError, match="No space left"):
+        quantize_checkpoint(source, target, "int8")
+    assert files(target) == before
+    calls.clear()
+    with pytest.raises(OSError, match="No space left"):
+        quantize_checkpoint(source, tmp_path / "new", "int8")
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_matrix_at_a_time(source, tmp_path, monkeypatch):
+    """Each is read once, and none is kept when the next is read."""
+    checkpoint = open_checkpoint(source)
+    real, alive, read = checkpoint.read, [], []
+
+    def watched(name, mapped=False):
+        import weakref
+
+        assert sum(reference() is not None for reference in alive) <= 1
+        assert not mapped
+        tensor = real(name, mapped).clone()
+        alive.append(weakref.ref(tensor))
+        read.append(name)
+        return tensor
+
+    checkpoint.read = watched
+    quantize_checkpoint(checkpoint, tmp_path / "small", "int4")
+    assert sorted(read) == sorted(checkpoint.tensors)
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def test_unknown_modes(source, tmp_path):
+    for call in (lambda: quantize(make_model(), "int3"), lambda: load_hf_model("tiny", "cpu", quantize="int3")):
+        with pytest.raises(ValueError, match="quantize is 'int3', expected one of bf16, int8, int4, bnb-int8, nf4"):
+            call()
+    for mode in ("bf16", "nf4", "int3"):
+        with pytest.raises(ValueError, match=f"mode is '{mode}', expected int8 or int4"):
+            quantize_checkpoint(source, tmp_path / "small", mode)
+    assert not (tmp_path / "small").exists()
+
+
+def test_another_device():
+    with torch.device("meta"):
+        model = PaliGemmaForConditionalGeneration(tiny_config("gemma"))
+    with pytest.raises(ValueError, match="quantize='int8' is for the CPU, not for meta: use bnb-int8 or nf4 there"):
+        quantize(model, "int8")
+
+
+def test_twice(source, tmp_path, mode):
+    model = quantize(make_model(), mode)
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize(model, "int8")
+    quantize_checkpoint(source, tmp_path / "small", mode)
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize_checkpoint(open_quantized(tmp_path / "small"), tmp_path / "smaller", "int4")
+    with pytest.raises(ValueError, match="quantised"):
+        quantize_checkpoint(tmp_path / "small", tmp_path / "smaller", "int4")
+    with pytest.raises(ValueError, match="choose another folder"):
+        quantize_checkpoint(source, source, mode)
+
+
+def test_a_rounded_model_is_neither_saved_nor_converted(source, tmp_path, mode):
+    with pytest.raises(ValueError, match="the model is quantised and is not saved"):
+        save_pretrained(quantize(make_model(), mode), tmp_path / "saved")
+    quantize_checkpoint(source, tmp_path / "small", mode)
+    with pytest.raises(ValueError, match="holds quantised weights, which can be run but not changed"):
+        convert(tmp_path / "small", tmp_path / "converted")
+    assert not (tmp_path / "saved").exists() and not (tmp_path / "converted").exists()
+
+
+def test_files_that_do_not_fit(source, tmp_path):
+    target = tmp_path / "small"
+    quantize_checkpoint(source, target, "int8")
+    layer = "language_model.model.layers.0.mlp.up_proj"
+    tensors = load_file(target / "model.safetensors")
+
+    def refused(match, **changes):
+        changed = {**tensors, **{name.replace("/", "."): value for name, value in changes.items()}}
+        save_file({n: t for n, t in changed.items() if t is not None}, target / "model.safetensors")
+        with pytest.raises(ValueError, match=match):
+            open_quantized(target)
+
+    refused(r"1 missing: .*up_proj\.scale", **{f"{layer}.scale": None})
+    refused(r"1 unexpected: strange", strange=torch.zeros(1))
+    refused(
+        r"1 of another shape: .*up_proj\.weight is \[1, 128\]", **{f"{layer}.weight": tensors[f"{layer}.weight"][:1]}
+    )
+    refused(
+        r"up_proj\.weight is torch\.uint8, expected torch\.int8",
+        **{f"{layer}.weight": tensors[f"{layer}.weight"].byte()},
+    )
+    refused(r"up_proj\.scale is torch\.float64, expected", **{f"{layer}.scale": tensors[f"{layer}.scale"].double()})
+    refused(r"not floating point|I64", **{f"{layer}.scale": tensors[f"{layer}.scale"].long()})
+    (target / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        open_quantized(target)
+    (target / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        load_hf_model(target, "cpu")
+
+
+def test_settings_that_do_not_fit(source, tmp_path):
+    target = tmp_path / "small"
+    quantize_checkpoint(source, target, "int4")
+    settings = json.loads((target / "config.json").read_text())
+    assert settings["quantization_config"] == {"quant_method": "paligemma", "mode": "int4", "group_size": GROUP}
+
+    def refused(match, **changes):
+        changed = {**settings, "quantization_config": {**settings["quantization_config"], **changes}}
+        (target / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=match):
+            load_hf_model(target, "cpu")
+
+    refused("quantised by 'bitsandbytes', whose format is not read here", quant_method="bitsandbytes")
+    refused("mode 'int2'", mode="int2")
+    refused("group_size 32", group_size=32)
+    refused("mode .'int4'.", mode=["int4"])
+    refused("of another shape: language_model", mode="int8")  # the files hold 4 bits
+    (target / "config.json").write_text(json.dumps({**settings, "quantization_config": "int8"}))
+    with pytest.raises(ValueError, match="quantised by 'int8'"):
+        load_hf_model(target, "cpu")
+    (target / "config.json").write_text(json.dumps({**settings, "hidden_size_of_text": 3, "model_type": "llava"}))
+    with pytest.raises(ValueError, match=r"config\.json: model_type is 'llava'"):
+        load_hf_model(target, "cpu")
+
+
+def test_another_mode_than_the_files_hold(tmp_path):
+    quantize_checkpoint(TINY, tmp_path, "int8")
+    assert load_hf_model(tmp_path, "cpu", quantize="int8")[0].dtype == torch.bfloat16
+    for other in ("int4", "nf4", "bf16"):
+        with pytest.raises(ValueError, match=f"holds int8 weights, not {other}: leave out `quantize`"):
+            load_hf_model(tmp_path, "cpu", quantize=other)
+
+
+def test_bitsandbytes_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for mode in ("bnb-int8", "nf4"):
+        with pytest.raises(ImportError, match=f"quantize='{mode}' needs bitsandbytes: pip install"):
+            quantize(make_model(), mode)
+
+
+@pytest.mark.parametrize(("mode", "most"), [("bnb-int8", 0.02), ("nf4", 0.4)])
+def test_bitsandbytes(mode, most):
+    pytest.importorskip("bitsandbytes")
+    model = make_model(dtype=torch.bfloat16)
+    inputs = make_inputs(model.config, prefix=[6, 9])
+    before = model(**inputs).logits
+    quantize(model, mode)
+    assert 0 < kl(model(**inputs).logits, before) < most
+    with pytest.raises(ValueError, match="quantised already"):
+        quantize(model, "int8")
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command(tmp_path):
+    runner = CliRunner()
+    for options in ([], ["--int8", "--int4"]):
+        result = runner.invoke(app, ["quantize", "tiny", str(tmp_path / "small"), *options])
+        assert result.exit_code == 2 and "choose one of --int8 and --int4" in result.output
+    result = runner.invoke(app, ["quantize", "tiny", str(tmp_path / "small"), "--int4"])
+    assert result.exit_code == 0 and result.stdout == ""
+    assert stored_mode(tmp_path / "small") == "int4"
+    render_to = tmp_path / "scene.png"
+    paligemma.load_image(render(5, "test", 256).image).save(render_to)
+    result = runner.invoke(app, ["run", "caption en", str(render_to), "-m", str(tmp_path / "small")])
+    assert result.exit_code == 0 and result.stdout.endswith("background\n")
