@@ -1,8 +1,10 @@
 """The training loop: the reference's loss, batches that add up, runs that survive."""
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -280,6 +282,35 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     loaded = checkpointing.load_last(tmp_path)
     assert torch.equal(loaded["a"], state["a"]) and torch.equal(loaded["nested"][0]["b"], torch.ones(2))
     assert loaded["nested"][1:] == [1.5, None] and loaded["numbers"][0]["step"] == 3
+
+
+@pytest.mark.parametrize("second", [1, 2], ids=["the same step again", "the next step"])
+@pytest.mark.parametrize("moment", range(6))
+def test_killed_while_names_change_hands(tmp_path, monkeypatch, second, moment):
+    """Between any two renames and in the middle of any removal: what has a checkpoint's name can be read."""
+    checkpointing.save(tmp_path, 1, {"x": torch.ones(2), "step": 1})
+    left = iter(range(moment, -1, -1))
+
+    def killed_in(act, removes):
+        def acting(path, *rest, **options):
+            if next(left, -1) == 0:
+                if removes and Path(path).exists():
+                    next(iter(sorted(Path(path).iterdir()))).unlink()  # half removed
+                raise KeyboardInterrupt
+            return act(path, *rest, **options)
+
+        return acting
+
+    monkeypatch.setattr("paligemma.train.checkpointing.shutil.rmtree", killed_in(shutil.rmtree, True))
+    monkeypatch.setattr("paligemma.train.checkpointing.os.replace", killed_in(os.replace, False))
+    with contextlib.suppress(KeyboardInterrupt):
+        checkpointing.save(tmp_path, second, {"x": torch.full((2,), 2.0), "step": second})
+    monkeypatch.undo()
+    for place in checkpointing.checkpoints(tmp_path):
+        assert checkpointing.load(place)["x"].tolist() in ([1.0, 1.0], [2.0, 2.0])
+    assert checkpointing.load_last(tmp_path) is not None
+    checkpointing.save(tmp_path, 3, {"x": torch.zeros(2), "step": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_only_the_newest_checkpoint_is_kept(tmp_path):

@@ -11,7 +11,7 @@ pickle: a checkpoint is
     rows-00000-of-00002.safetensors ...    of a sharded model (see `sharding.py`): its tensors' rows, a file a process
 
 It is written into a folder beside its place and renamed when it is complete, so a run that is killed at any moment
-leaves its last good checkpoint and at most one `.part`.
+leaves its last good checkpoint and at most one `.part` and a few `.old`, which the next one removes.
 
 Where a row lies is seen from the files themselves: the rows of one follow those of the one before. So a checkpoint of
 two processes can be read by three, each of which takes the rows that are now its own, or by one, which takes them all.
@@ -71,13 +71,13 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 1) -> Path:
             return
         if rows and len(_files_of_rows(beside)) != world:
             raise OSError(f"{beside} does not have the files of all {world} processes: do all of them see this folder?")
-        aside = folder / f"{place.name}.old"
         if place.exists():  # the same step again, by the end of a run or one that had lost its successors
-            os.replace(place, aside)
+            _set_aside(place)
         os.replace(beside, place)
-        shutil.rmtree(aside, ignore_errors=True)
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _set_aside(old)
+        for left in (*folder.glob("step-*.old"), *folder.glob("step-*.part")):  # of runs that were killed, too
+            shutil.rmtree(left, ignore_errors=True)
 
     for act in (make_room, write, put_in_place):
         together(act) if rows else act()
@@ -86,7 +86,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 1) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if NAME.search(path.name))
+    complete = sorted(path for path in folder.glob("step-*") if NAME.search(path.name))
+    # None: a run was killed after the same step's first checkpoint was set aside and before the second had its name.
+    return complete or sorted(folder.glob("step-*.old"))
 
 
 def load_last(folder: Path, mesh: Any = None) -> dict[str, Any] | None:
@@ -104,6 +106,13 @@ def load(place: Path, mesh: Any = None) -> dict[str, Any]:
     files = {True: [safe_open(name, "pt") for name in names], False: [safe_open(place / "tensors.safetensors", "pt")]}
     plain = json.loads((place / "state.json").read_text())
     return _put_tensors(plain, lambda name, sharded: _read(files[sharded], name, mesh))
+
+
+def _set_aside(place: Path) -> None:
+    """Takes its name from a checkpoint. Removing takes a moment, and half a checkpoint must not be called one."""
+    aside = place.with_name(f"{place.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(place, aside)
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
