@@ -70,30 +70,23 @@ def round_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     """4 bits with a scale per 64 inputs: [N, K], K a multiple of 128 -> uint8 [N, K / 2], bfloat16 [N, K / 64].
 
     A weight is (n - 8) * scale with n in 0 .. 15. Of 64 bytes (128 weights) the lower halves are the first group, the
-    upper halves the second. The scale is the one of eight candidates with the least squared error: clipping the one
-    largest weight of a group a little serves the 63 others.
+    upper halves the second. The largest weight of a group gets -8, the one step that has no opposite, so a scale may be
+    negative; the error is at most half a scale, 1/16 of that weight, and at most a whole one at the other end.
+
+    (Searching for the scale of least squared error gives smaller errors and, measured, no better predictions.)
     """
     N, K = weight.shape
     rounded = torch.empty(N, K // 2, dtype=torch.uint8)
     scale = torch.empty(N, K // GROUP, dtype=torch.bfloat16)
     for part, out, out_scale in zip(weight.split(1024), rounded.split(1024), scale.split(1024)):
         groups = part.float().unflatten(-1, (-1, GROUP))  # [n, K / 64, 64]
-        # The largest weight gets -8, the one number that has no opposite: the scale has its sign turned.
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        best, best_error = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
-        for shrink in (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72):
-            candidate = (largest * (shrink / -8)).bfloat16().float()
-            error = (_to_steps(groups, candidate) * candidate - groups).square().sum(-1, keepdim=True)
-            best = torch.where(error < best_error, candidate, best)
-            best_error = torch.minimum(error, best_error)
-        steps = (_to_steps(groups, best) + 8).to(torch.uint8).unflatten(-2, (-1, 2))  # [n, K / 128, 2, 64]
+        out_scale.copy_(largest[..., 0] / -8)
+        divisor = out_scale.float()[..., None]  # as it is stored, rounded to bfloat16
+        steps = (groups / torch.where(divisor == 0, 1, divisor)).round().clamp(-8, 7)
+        steps = (steps + 8).to(torch.uint8).unflatten(-2, (-1, 2))  # [n, K / 128, 2, 64]
         out.copy_((steps[:, :, 0] | steps[:, :, 1] << 4).flatten(1))
-        out_scale.copy_(best[..., 0])
     return rounded, scale
-
-
-def _to_steps(groups: Tensor, scale: Tensor) -> Tensor:
-    return (groups / torch.where(scale == 0, 1, scale)).round().clamp(-8, 7)
 
 
 def unpack(weight: Tensor) -> Tensor:
