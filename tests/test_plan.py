@@ -22,7 +22,7 @@ from paligemma.train import parts
 from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
-from paligemma.train.plan import Memory, Plan, estimate
+from paligemma.train.plan import UNSEEN, Memory, Plan, estimate
 
 WORDS, ANSWER = 40, 8  # of a row: text tokens, and how many of them are learned
 LORA = {"lora": ("decoder",), "stored": torch.bfloat16, "compute": torch.bfloat16}
@@ -116,7 +116,8 @@ def test_the_rehearsal_needs_what_the_run_needs(tmp_path, kind, run):
     memory = Memory({})
     with memory:
         train_as_planned(config, options, tmp_path)
-    assert planned(config, options).total == pytest.approx(sum(memory.fullest.values()), rel=0.03)
+    plan = planned(config, options)
+    assert plan.total - plan.components[UNSEEN] == pytest.approx(sum(memory.fullest.values()), rel=0.03)
 
 
 def test_the_parts_of_a_plan():
@@ -192,11 +193,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     "options", [{}, {"checkpoint_gradients": True}, LORA], ids=["full", "recomputed layers", "LoRA"]
 )
 def test_a_process_needs_what_is_planned(tmp_path, options):
-    """And 28 to 45 MB more when this was written, whatever the plan: buffers of kernels, holes between small blocks."""
+    """No more, and not much less. What cannot be seen in a rehearsal was 28 to 45 MB when this was written."""
     options = {"batch": 2, **options}
     plan, need = planned(MID_SIZE, options), measured(MID_SIZE, options, tmp_path)
     print(f"planned {plan.total / 1e6:.0f} MB, measured {need / 1e6:.0f} MB")
-    assert 0.98 * plan.total <= need <= plan.total + 64e6
+    assert plan.total - plan.components[UNSEEN] <= need <= plan.total
 
 
 @linux
@@ -208,4 +209,4 @@ def test_lora_on_the_3b_size(tmp_path):
     rich.print(plan.table())
     need = measured(config, options, tmp_path, steps=3, threads=2)
     print(f"planned {plan.total / 1e9:.2f} GB, measured {need / 1e9:.2f} GB")
-    assert need == pytest.approx(plan.total, rel=0.15)
+    assert 0.85 * plan.total <= need <= plan.total
