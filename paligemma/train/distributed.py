@@ -1,7 +1,7 @@
 """Several processes that train one model: each works on its part of the batch, then gradients are added up.
 
     torchrun --nproc-per-node 2 train.py         # sets RANK, WORLD_SIZE, ...; without it everything here is a no-op
-    accelerate launch --num_processes 2 train.py # sets the same
+    accelerate launch --multi_gpu --num_processes 2 train.py     # does the same, on a CPU too
 
 Gradients are *added*, not averaged: a part with few answer tokens must not count as much as a part with many. The sum
 is divided by the weight of the whole batch afterwards (see `loop.py`), so two processes do what one would do with the

@@ -141,7 +141,7 @@ def append_to_log(out: Path, entry: Mapping[str, Any]) -> None:
 
 def last_checkpoint_step(out: Path) -> int:
     found = checkpointing.checkpoints(out / "checkpoints")
-    return int(found[-1].name.rpartition("-")[2]) if found else 0
+    return int(found[-1].name.removesuffix(".old").rpartition("-")[2]) if found else 0
 
 
 def last_checkpoint(out: Path) -> str:
