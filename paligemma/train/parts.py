@@ -98,9 +98,10 @@ def add_lora(
     except ImportError:
         raise ImportError("LoRA needs the package peft: pip install 'paligemma[train]'") from None
 
+    strength: Any = alpha  # peft says int, and divides
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int and divides
+        lora_alpha=strength,
         lora_dropout=dropout,
         target_modules=pattern,
         task_type="CAUSAL_LM",
