@@ -17,7 +17,10 @@
 //     x row 5  acc[5][0] acc[5][1] acc[5][2] acc[5][3]
 //
 // 8-bit products are summed as integers, which is exact. The instruction multiplies unsigned with signed numbers:
-// weights are made unsigned by adding 128 (or 8 for 4 bits), and what that adds to the sum is taken away again.
+// weights are made unsigned by adding 128, and what that adds to the sum is taken away again.
+//
+// A 4-bit weight is (n - 8) * step: n in 0 .. 15 its own, the step, in -15 .. 15, of its group of 64. That is an 8-bit
+// number too, so it is summed like one, as exactly; a table of 16 bytes for each step makes it with one instruction.
 //
 // Activations are rounded to 8 bits with a scale per row of x. Trained networks have a few channels a hundred times
 // larger than the rest; a scale that reaches them leaves no bits to the others. So a number larger than OUTLIER times
@@ -41,7 +44,8 @@ typedef uint16_t bf16;
 
 static const int MR = 6;         // rows of x in a tile: 6 * 4 partial sums + 4 weights + 1 of the 32 registers
 static const int NR = 4;         // rows of w
-static const int GROUP = 64;     // 4-bit weights that share a scale
+static const int BLOCK = 16;     // results that are written together: a row of y is long, and every row another page
+static const int GROUP = 64;     // 4-bit weights that share a step
 static const float OUTLIER = 16; // in means of the absolute values of a row
 
 // ---------------------------------------------------------------------------------------------- numbers
@@ -158,9 +162,7 @@ struct Rows {
     int M, K, stride;    // stride: K, rounded up to whole vectors
     int8_t* q;           // [M, stride], zeros behind K
     float* scale;        // [M]
-    int32_t* start;      // [M, 16]: -128 times the sum of each lane, where an 8-bit dot product begins
-    float* group_sum;    // [M, groups]: -8 times the sum of each group, likewise for 4 bits
-    int groups;          // stride / GROUP
+    int32_t* start;      // [M, 16]: -128 times the sum of each lane, where a dot product begins
     std::vector<std::vector<Outlier>> outliers; // of each row
     std::vector<int> columns;                   // in which they stand
 };
@@ -202,24 +204,19 @@ static void round_row(const T* x, Rows& rows, int m, std::vector<std::pair<int, 
 
     __m512i lanes = _mm512_setzero_si512();
     const __m512i ones = _mm512_set1_epi8(1);
-    for (int g = 0; g < rows.groups; g++) {
-        __m512i lane = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_load_si512(q + g * GROUP));
-        rows.group_sum[size_t(m) * rows.groups + g] = -8.f * _mm512_reduce_add_epi32(lane);
-        lanes = _mm512_add_epi32(lanes, lane);
-    }
+    for (k = 0; k < rows.stride; k += 64) lanes = _mm512_dpbusd_epi32(lanes, ones, _mm512_load_si512(q + k));
     lanes = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(lanes, 7));
     _mm512_store_si512(rows.start + 16 * m, lanes);
 }
 
 template <class T>
 static Rows round_rows(const T* x, int M, int K, int threads) {
-    static thread_local Buffer q, scale, start, group_sum;
+    static thread_local Buffer q, scale, start;
     Rows rows;
-    rows.M = M, rows.K = K, rows.stride = (K + 127) / 128 * 128, rows.groups = rows.stride / GROUP;
+    rows.M = M, rows.K = K, rows.stride = (K + 127) / 128 * 128;
     rows.q = (int8_t*)q.of(size_t(M) * rows.stride);
     rows.scale = (float*)scale.of(M * sizeof(float));
     rows.start = (int32_t*)start.of(size_t(M) * 64);
-    rows.group_sum = (float*)group_sum.of(size_t(M) * rows.groups * sizeof(float) + 64);
     std::vector<std::vector<std::pair<int, float>>> found(M);
 #pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
     for (int m = 0; m < M; m++) round_row(x + size_t(m) * K, rows, m, found[m]);
@@ -271,46 +268,47 @@ static void tile_int8(const Rows& rows, int m0, const int8_t* const* w, float (*
 
 // ---------------------------------------------------------------------------------------------- weights in 4 bits
 
+// What each step makes of the 16 numbers, plus 128. (Steps beyond 15 are in no file that is what it should be.)
+struct Tables {
+    alignas(64) uint8_t of[256][16];
+    Tables() {
+        for (int step = 0; step < 256; step++)
+            for (int n = 0; n < 16; n++) of[step][n] = uint8_t((n - 8) * int8_t(step) + 128);
+    }
+};
+static const Tables tables;
+
 // 64 bytes hold 128 weights: the lower halves are the first 64 of them, one group; the upper halves the next 64.
+static inline void spread(const uint8_t* w, const int8_t* steps, __m512i* first, __m512i* second) {
+    const __m512i lower = _mm512_set1_epi8(15), both = _mm512_loadu_si512(w);
+    auto table = [](int8_t step) { return _mm512_broadcast_i32x4(_mm_load_si128((__m128i*)tables.of[uint8_t(step)])); };
+    *first = _mm512_shuffle_epi8(table(steps[0]), _mm512_and_si512(both, lower));
+    *second = _mm512_shuffle_epi8(table(steps[1]), _mm512_and_si512(_mm512_srli_epi16(both, 4), lower));
+}
+
 template <int R>
-static void tile_int4(const Rows& rows, int m0, const uint8_t* const* w, const bf16* const* scale, float (*out)[NR]) {
-    const __m512i lower = _mm512_set1_epi8(15);
+static void tile_int4(const Rows& rows, int m0, const uint8_t* const* w, const int8_t* const* steps, float (*out)[NR]) {
     const int8_t* x = rows.q + size_t(m0) * rows.stride;
-    __m512 acc[R][NR];
+    __m512i acc[R][NR];
     UNROLL
     for (int m = 0; m < R; m++)
         UNROLL
-        for (int n = 0; n < NR; n++) acc[m][n] = _mm512_setzero_ps();
-    for (int g = 0; g < rows.groups; g += 16) { // what adding 8 to every weight adds to the sums
-        __mmask16 inside = rows.groups - g >= 16 ? 0xffff : (1u << (rows.groups - g)) - 1;
-        UNROLL
-        for (int m = 0; m < R; m++) {
-            __m512 sum = _mm512_maskz_loadu_ps(inside, rows.group_sum + size_t(m0 + m) * rows.groups + g);
-            UNROLL
-            for (int n = 0; n < NR; n++) {
-                __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, scale[n] + g));
-                acc[m][n] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), sum, acc[m][n]);
-            }
-        }
-    }
-    for (int k = 0; k < rows.K; k += 128)
+        for (int n = 0; n < NR; n++) acc[m][n] = _mm512_load_si512(rows.start + 16 * (m0 + m));
+    for (int k = 0; k < rows.K; k += 128) {
         UNROLL
         for (int n = 0; n < NR; n++) {
-            __m512i both = _mm512_loadu_si512(w[n] + k / 2);
-            __m512i first = _mm512_and_si512(both, lower), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), lower);
-            __m512 first_scale = _mm512_set1_ps(number(scale[n][k / GROUP]));
-            __m512 second_scale = _mm512_set1_ps(number(scale[n][k / GROUP + 1]));
+            __m512i first, second;
+            spread(w[n] + k / 2, steps[n] + k / GROUP, &first, &second);
             UNROLL
             for (int m = 0; m < R; m++) {
                 const int8_t* v = x + size_t(m) * rows.stride + k;
-                __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, _mm512_load_si512(v));
-                acc[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), first_scale, acc[m][n]);
-                sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), second, _mm512_load_si512(v + 64));
-                acc[m][n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), second_scale, acc[m][n]);
+                acc[m][n] = _mm512_dpbusd_epi32(acc[m][n], first, _mm512_load_si512(v));
+                acc[m][n] = _mm512_dpbusd_epi32(acc[m][n], second, _mm512_load_si512(v + 64));
             }
         }
+    }
     UNROLL
-    for (int m = 0; m < R; m++) _mm_storeu_ps(out[m], sums(acc[m]));
+    for (int m = 0; m < R; m++) _mm_storeu_ps(out[m], _mm_cvtepi32_ps(sums(acc[m])));
 }
 
 // ---------------------------------------------------------------------------------------------- whole layers
@@ -352,39 +350,50 @@ extern "C" void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16
     }
 }
 
-// scale: [N], or null where the tile has multiplied by it. weight(n, k): one weight as far as the tile scales it.
+// tile(R, m, n, out): the sums of R rows of x from m on with the four rows n of w. weight(n, k): one number of w.
 template <class T, class Tile, class Weight>
 static void linear(
     const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Tile tile, Weight weight) {
-    const int apart = rows_apart(N), columns = int(rows.columns.size());
+    const int M = rows.M, apart = rows_apart(N), columns = int(rows.columns.size());
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int first = 0; first < apart; first++) {
-        int n[NR];
-        float scales[NR], biases[NR];
-        for (int i = 0; i < NR; i++) {
-            n[i] = std::min(first + i * apart, N - 1);
-            scales[i] = scale ? scale[n[i]] : 1, biases[i] = bias ? number(bias[n[i]]) : 0;
-        }
-        static thread_local Buffer buffer;
-        float* met = (float*)buffer.of(size_t(columns + 1) * sizeof(float[NR])); // the weights that outliers meet
-        tiles_of_rows(rows.M, [&](auto R, int m) {
-            float out[R()][NR];
-            tile(R, m, n, out);
-            if (m == 0) // only now: picked out before, they would break the streams
-                for (int c = 0; c < columns; c++)
-                    for (int i = 0; i < NR; i++) met[c * NR + i] = weight(n[i], rows.columns[c]);
-            for (int r = 0; r < R(); r++) {
-                __m128 sum = _mm_setzero_ps();
-                for (const Outlier& outlier : rows.outliers[m + r])
-                    sum = _mm_add_ps(sum, _mm_mul_ps(_mm_set1_ps(outlier.rest), _mm_load_ps(met + outlier.slot * NR)));
-                float rest[NR];
-                _mm_storeu_ps(rest, sum);
-                T result[NR];
-                for (int i = 0; i < NR; i++)
-                    put(out[r][i] * scales[i] * rows.scale[m + r] + rest[i] * scales[i] + biases[i], result + i);
-                for (int i = 0; i < NR; i++) y[size_t(m + r) * N + n[i]] = result[i];
+    for (int block = 0; block < apart; block += BLOCK) {
+        const int wide = std::min(BLOCK, apart - block);
+        static thread_local Buffer of_met, of_results;
+        float* met = (float*)of_met.of(size_t(columns + 1) * sizeof(float[NR])); // the weights that outliers meet
+        T* results = (T*)of_results.of(size_t(M) * NR * BLOCK * sizeof(T));      // [M, NR, BLOCK]
+        for (int b = 0; b < wide; b++) {
+            int n[NR];
+            float scales[NR], biases[NR];
+            for (int i = 0; i < NR; i++) {
+                n[i] = std::min(block + b + i * apart, N - 1);
+                scales[i] = scale[n[i]], biases[i] = bias ? number(bias[n[i]]) : 0;
             }
-        });
+            tiles_of_rows(M, [&](auto R, int m) {
+                float out[R()][NR];
+                tile(R, m, n, out);
+                if (m == 0) // only now: picked out before, they would break the streams
+                    for (int c = 0; c < columns; c++)
+                        for (int i = 0; i < NR; i++) met[c * NR + i] = weight(n[i], rows.columns[c]);
+                for (int r = 0; r < R(); r++) {
+                    __m128 sum = _mm_setzero_ps();
+                    for (const Outlier& outlier : rows.outliers[m + r]) {
+                        __m128 product = _mm_mul_ps(_mm_set1_ps(outlier.rest), _mm_load_ps(met + outlier.slot * NR));
+                        sum = _mm_add_ps(sum, product);
+                    }
+                    float rest[NR];
+                    _mm_storeu_ps(rest, sum);
+                    T result[NR];
+                    for (int i = 0; i < NR; i++)
+                        put(out[r][i] * scales[i] * rows.scale[m + r] + rest[i] * scales[i] + biases[i], result + i);
+                    for (int i = 0; i < NR; i++) results[(size_t(m + r) * NR + i) * BLOCK + b] = result[i];
+                }
+            });
+        }
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < NR; i++) {
+                const int n = block + i * apart, inside = std::min(wide, N - n);
+                if (inside > 0) std::copy_n(results + (size_t(m) * NR + i) * BLOCK, inside, y + size_t(m) * N + n);
+            }
     }
 }
 
@@ -400,25 +409,41 @@ static void linear_int8(
     linear(rows, scale, bias, y, N, threads, tile, [&](int n, int k) { return float(w[size_t(n) * K + k]); });
 }
 
+static thread_local Buffer widened; // not inside the tile below, of which every R has its own
+
 template <class T>
 static void linear_int4(
-    const T* x, const uint8_t* w, const bf16* scale, const T* bias, T* y, int M, int N, int K, int threads) {
+    const T* x, const uint8_t* w, const int8_t* steps, const float* scale, const T* bias, T* y, int M, int N, int K,
+    int threads) {
     const Rows rows = round_rows(x, M, K, threads);
     auto tile = [&](auto R, int m, const int* n, float (*out)[NR]) {
         const uint8_t* row[NR];
-        const bf16* row_scale[NR];
+        const int8_t* row_steps[NR];
         for (int i = 0; i < NR; i++) {
             row[i] = w + size_t(n[i]) * (K / 2);
-            row_scale[i] = scale + size_t(n[i]) * (K / GROUP);
+            row_steps[i] = steps + size_t(n[i]) * (K / GROUP);
         }
-        tile_int4<R()>(rows, m, row, row_scale, out);
+        if (M <= 2 * MR) return tile_int4<R()>(rows, m, row, row_steps, out);
+        // For many rows the weights are made 8 bits wide once, and then multiplied as such: the same sums.
+        int8_t* wide = (int8_t*)widened.of(size_t(NR) * K);
+        const int8_t* wide_row[NR];
+        for (int i = 0; i < NR; i++) {
+            wide_row[i] = wide + size_t(i) * K;
+            for (int k = 0; m == 0 && k < K; k += 128) {
+                __m512i first, second;
+                spread(row[i] + k / 2, row_steps[i] + k / GROUP, &first, &second);
+                _mm512_store_si512(wide + size_t(i) * K + k, _mm512_xor_si512(first, _mm512_set1_epi8(-128)));
+                _mm512_store_si512(wide + size_t(i) * K + k + 64, _mm512_xor_si512(second, _mm512_set1_epi8(-128)));
+            }
+        }
+        tile_int8<R()>(rows, m, wide_row, out);
     };
     auto weight = [&](int n, int k) {
         int byte = w[size_t(n) * (K / 2) + k / 128 * 64 + k % 64];
-        int nibble = k % 128 < 64 ? byte & 15 : byte >> 4;
-        return (nibble - 8) * number(scale[size_t(n) * (K / GROUP) + k / GROUP]);
+        int number = k % 128 < 64 ? byte & 15 : byte >> 4;
+        return float(int8_t((number - 8) * steps[size_t(n) * (K / GROUP) + k / GROUP]));
     };
-    linear(rows, nullptr, bias, y, N, threads, tile, weight);
+    linear(rows, scale, bias, y, N, threads, tile, weight);
 }
 
 extern "C" void linear_int8_bf16(
@@ -433,12 +458,13 @@ extern "C" void linear_int8_f32(
 }
 
 extern "C" void linear_int4_bf16(
-    const bf16* x, const uint8_t* w, const bf16* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
-    linear_int4(x, w, scale, bias, y, M, N, K, threads);
+    const bf16* x, const uint8_t* w, const int8_t* steps, const float* scale, const bf16* bias, bf16* y, int M, int N,
+    int K, int threads) {
+    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
 }
 
 extern "C" void linear_int4_f32(
-    const float* x, const uint8_t* w, const bf16* scale, const float* bias, float* y, int M, int N, int K,
-    int threads) {
-    linear_int4(x, w, scale, bias, y, M, N, K, threads);
+    const float* x, const uint8_t* w, const int8_t* steps, const float* scale, const float* bias, float* y, int M,
+    int N, int K, int threads) {
+    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
 }

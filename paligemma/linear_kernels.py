@@ -31,12 +31,12 @@ from torch import Tensor
 from paligemma.files import written_whole
 
 SOURCE = Path(__file__).parent / "linear_kernels.cpp"
-GROUP = 64  # 4-bit weights that share a scale, as in the C++ file
+GROUP = 64  # 4-bit weights that share a step, as in the C++ file
 # No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-w"]
 
 # Functions, the number of their pointers (the rest are M, N, K and the number of threads).
-FUNCTIONS = {"linear_bf16": 4, "linear_int8_bf16": 5, "linear_int8_f32": 5, "linear_int4_bf16": 5, "linear_int4_f32": 5}
+FUNCTIONS = {"linear_bf16": 4, "linear_int8_bf16": 5, "linear_int8_f32": 5, "linear_int4_bf16": 6, "linear_int4_f32": 6}
 
 
 def kernel_available() -> bool:
@@ -126,22 +126,26 @@ def _load(path: Path) -> ctypes.CDLL:
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for few rows, all in bfloat16: x [..., K], weight [N, K], bias [N] -> [..., N]. Float32 sums."""
     _expect(weight.dtype == torch.bfloat16 and x.dtype == torch.bfloat16, x, weight)
-    return _call("linear_bf16", x, weight, None, bias, weight.shape[0], weight.shape[1])
+    return _call("linear_bf16", x, [weight], bias, weight.shape[0], weight.shape[1])
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K], bfloat16 or float32, rounded to 8 bits a row; int8 weight [N, K], float32 scale [N] -> [..., N]."""
     N, K = weight.shape
     _expect(weight.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (N,), x, weight)
-    return _call("linear_int8", x, weight, scale, bias, N, K)
+    return _call("linear_int8", x, [weight, scale], bias, N, K)
 
 
-def linear_int4(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same for two weights a byte: uint8 weight [N, K / 2], bfloat16 scale [N, K / 64]; K a multiple of 128."""
+def linear_int4(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same for two weights a byte: uint8 weight [N, K / 2], int8 steps [N, K / 64], float32 scale [N].
+
+    A weight is (n - 8) * step * scale; K is a multiple of 128.
+    """
     N, K = weight.shape[0], weight.shape[1] * 2
-    _expect(weight.dtype == torch.uint8 and scale.dtype == torch.bfloat16 and K % 128 == 0, x, weight)
-    _expect(scale.shape == (N, K // GROUP), x, weight)
-    return _call("linear_int4", x, weight, scale, bias, N, K)
+    _expect(weight.dtype == torch.uint8 and K % (2 * GROUP) == 0, x, weight)
+    _expect(steps.dtype == torch.int8 and steps.shape == (N, K // GROUP), x, weight)
+    _expect(scale.dtype == torch.float32 and scale.shape == (N,), x, weight)
+    return _call("linear_int4", x, [weight, steps, scale], bias, N, K)
 
 
 def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
@@ -149,23 +153,22 @@ def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"no kernel for x {x.dtype} {list(x.shape)} and a weight {weight.dtype} {list(weight.shape)}")
 
 
-def _call(name: str, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, N: int, K: int) -> Tensor:
+def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
     library = _library()
     if library is None:
         raise RuntimeError("the compiled layers are not available here: ask kernel_available() first")
-    _expect(x.shape[-1] == K and max(N, K) < 2**31, x, weight)
-    _expect(all(t is None or (t.is_contiguous() and t.device.type == "cpu") for t in (weight, scale)), x, weight)
+    _expect(x.shape[-1] == K and max(N, K) < 2**31, x, weights[0])
+    _expect(all(t.is_contiguous() and t.device.type == "cpu" for t in weights), x, weights[0])
     if name != "linear_bf16":
-        _expect(x.dtype in (torch.bfloat16, torch.float32), x, weight)
+        _expect(x.dtype in (torch.bfloat16, torch.float32), x, weights[0])
         name += "_bf16" if x.dtype == torch.bfloat16 else "_f32"
     x = x.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-        _expect(bias.shape == (N,), x, weight)
+        _expect(bias.shape == (N,), x, weights[0])
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
     M = x.numel() // K if K else 0
     if M and N:
-        tensors = [x, weight, bias, y] if scale is None else [x, weight, scale, bias, y]
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, *weights, bias, y)]
         getattr(library, name)(*pointers, M, N, K, torch.get_num_threads())
     return y

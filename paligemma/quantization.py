@@ -6,11 +6,12 @@
 
     mode   decoder          eye, projector, head   bytes of a 3b   arithmetic
     bf16   as it is         as it is               5.8 GB          exact products, float32 sums, rounded once
-    int8   int8 / channel   int8                   2.9 GB          8-bit activations, exact integer sums
-    int4   int4 / 64        int8                   2.0 GB          8-bit activations, exact integer sums per group
+    int8   8 bits           8 bits                 2.9 GB          8-bit activations, exact integer sums
+    int4   4 bits           8 bits                 2.0 GB          8-bit activations, exact integer sums
 
-"/ channel": one scale for each output, "/ 64": one for every 64 inputs of each output. Norms, softmax, the stream
-between the layers, biases and the patch embedding stay in the model's dtype.
+8 bits: a whole number times the scale of its output. 4 bits: a number of 16 times the step of its group of 64 inputs,
+which is a whole number of 8 bits, times the scale of its output. Norms, softmax, the stream between the layers, biases
+and the patch embedding stay in the model's dtype.
 
 Activations are rounded to 8 bits with a scale per token, `round_activations`. Trained networks have a few channels a
 hundred times larger than the rest (arXiv 2208.07339), and a scale that reaches these leaves nothing for the others.
@@ -66,33 +67,35 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, scale
 
 
-def round_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """4 bits with a scale per 64 inputs: [N, K], K a multiple of 128 -> uint8 [N, K / 2], bfloat16 [N, K / 64].
+def round_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """4 bits: [N, K], K a multiple of 128 -> uint8 [N, K / 2], steps int8 [N, K / 64], scale float32 [N].
 
-    A weight is (n - 8) * scale with n in 0 .. 15. Of 64 bytes (128 weights) the lower halves are the first group, the
-    upper halves the second. The largest weight of a group gets -8, the one step that has no opposite, so a scale may be
-    negative; the error is at most half a scale, 1/16 of that weight, and at most a whole one at the other end.
-
-    (Searching for the scale of least squared error gives smaller errors and, measured, no better predictions.)
+    A weight is (n - 8) * step * scale: n in 0 .. 15 its own, the step, in -15 .. 15, of its group, the scale of its
+    row. Of 64 bytes (128 weights) the lower halves are the first group, the upper halves the second. The largest weight
+    of a group gets n = 0, for -8 is the one number without an opposite; so a step may be negative. (Searching for the
+    steps of least squared error gives smaller errors and, measured, no better predictions.)
     """
     N, K = weight.shape
-    rounded = torch.empty(N, K // 2, dtype=torch.uint8)
-    scale = torch.empty(N, K // GROUP, dtype=torch.bfloat16)
-    for part, out, out_scale in zip(weight.split(1024), rounded.split(1024), scale.split(1024)):
+    rounded, steps = torch.empty(N, K // 2, dtype=torch.uint8), torch.empty(N, K // GROUP, dtype=torch.int8)
+    scale = torch.empty(N, dtype=torch.float32)
+    for part, out, out_steps, out_scale in zip(*(t.split(1024) for t in (weight, rounded, steps, scale))):
         groups = part.float().unflatten(-1, (-1, GROUP))  # [n, K / 64, 64]
-        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        out_scale.copy_(largest[..., 0] / -8)
-        divisor = out_scale.float()[..., None]  # as it is stored, rounded to bfloat16
-        steps = (groups / torch.where(divisor == 0, 1, divisor)).round().clamp(-8, 7)
-        steps = (steps + 8).to(torch.uint8).unflatten(-2, (-1, 2))  # [n, K / 128, 2, 64]
-        out.copy_((steps[:, :, 0] | steps[:, :, 1] << 4).flatten(1))
-    return rounded, scale
+        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8  # [n, K / 64]
+        out_scale.copy_(largest.abs().amax(-1) / 15)
+        step = (largest / out_scale.clamp(min=1e-30)[:, None]).round()
+        step = torch.where(step == 0, 1, step)  # a group of small weights, beside large ones
+        out_steps.copy_(step)
+        n = (groups / (step * out_scale.clamp(min=1e-30)[:, None])[..., None]).round().clamp(-8, 7) + 8
+        halves = n.to(torch.uint8).unflatten(-2, (-1, 2))  # [n, K / 128, 2, 64]
+        out.copy_((halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1))
+    return rounded, steps, scale
 
 
-def unpack(weight: Tensor) -> Tensor:
-    """uint8 [N, K / 2] -> int8 [N, K] in -8 .. 7, in the order of the inputs."""
-    both = weight.unflatten(-1, (-1, GROUP))  # [N, K / 128, 64]
-    return torch.stack((both & 15, both >> 4), dim=-2).flatten(1).to(torch.int8) - 8
+def unpack(weight: Tensor, steps: Tensor) -> Tensor:
+    """uint8 [N, K / 2], steps [N, K / 64] -> the 8-bit numbers that they stand for, int8 [N, K]."""
+    halves = weight.unflatten(-1, (-1, GROUP))  # [N, K / 128, 64]
+    n = torch.stack((halves & 15, halves >> 4), dim=-2).flatten(1).to(torch.int8) - 8
+    return (n.unflatten(-1, (-1, GROUP)) * steps[..., None]).flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------- rounding activations
@@ -105,16 +108,21 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     A token's numbers depend on that token alone.
     """
     x = x.float()
-    size = x.abs()
-    total = size.sum(-1, keepdim=True)
-    outlier = size > total * (OUTLIER / x.shape[-1])
-    clips = bool(outlier.any())
-    largest = (size.masked_fill(outlier, 0) if clips else size).amax(-1, keepdim=True)
-    steps = (x * torch.where(largest > 0, 127 / largest, 0)).round().clamp(-127, 127)
+    total = torch.linalg.vector_norm(x, ord=1, dim=-1, keepdim=True)
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    largest = torch.maximum(-low, high)
+    bound = total * (OUTLIER / x.shape[-1])
+    outlier = None
+    if bool((largest > bound).any()):
+        outlier = x.abs() > bound
+        largest = x.abs().masked_fill(outlier, 0).amax(-1, keepdim=True)
+    steps = (x * torch.where(largest > 0, 127 / largest, 0)).round_()
     # Not a number, or infinite: the sum tells, and the result is then no number either.
     scale = torch.where(total.isfinite(), largest / 127, torch.nan)
-    clipped = (x - steps * scale).masked_fill(~outlier, 0) if clips else None
-    return steps.nan_to_num().to(torch.int8), scale, clipped
+    if outlier is None:
+        return steps.to(torch.int8), scale, None
+    steps.clamp_(-127, 127)
+    return steps.to(torch.int8), scale, (x - steps * scale).masked_fill_(~outlier, 0)
 
 
 # ---------------------------------------------------------------------------------------------- the layers
@@ -159,90 +167,96 @@ class Int8Linear(nn.Module):
         if kernel_available():
             return linear_kernels.linear_int8(x, self.weight, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        y = self._exact_product(rows) if has_dot_products() else self._weight_only(rows)
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
-
-    def _exact_product(self, x: Tensor) -> Tensor:
-        """What the kernel computes, in PyTorch's own operators: x [M, K] -> float32 [M, N]."""
-        rounded, scale, clipped = round_activations(x)
-        if self.packed is None:
-            self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
-        y = _int8_product(rounded, self.packed, self.scale) * scale
-        if clipped is not None:
-            columns = clipped.any(0).nonzero()[:, 0]  # a handful
-            y += (clipped[:, columns] @ self.weight[:, columns].float().T) * self.scale
-        return y
-
-    def _weight_only(self, x: Tensor) -> Tensor:
-        """For CPUs whose 8-bit products overflow (in 16 bits, silently): activations stay as they are. [M, N]"""
-        if len(x) <= FEW_ROWS:
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.weight, self.scale.bfloat16())
-            return y.float()
-        return (x @ self.weight.to(x.dtype).T).float() * self.scale  # layer by layer, never all of them
+        if has_dot_products():
+            if self.packed is None:
+                self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            y = exact_product(rows, self.weight, self.scale, self.packed)
+        elif len(rows) <= FEW_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
+        else:
+            y = weights_only(rows, self.weight, self.scale)
+        return with_bias(y, self.bias, x)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight itself, float32 [..., K]."""
         return self.weight[ids].float() * self.scale[ids][..., None]
 
 
+class Int4Linear(nn.Module):
+    """`nn.Linear` with 4-bit weights: what `round_groups` returns, and the bias [N] or None."""
+
+    weight: Tensor
+    steps: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("steps", steps)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.packed: tuple[Tensor, Tensor] | None = None  # as in Int8Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if kernel_available():
+            return linear_kernels.linear_int4(x, self.weight, self.steps, self.scale, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= FEW_ROWS and len(self.weight) % 16 == 0:  # what the operator for few rows asks for
+            if self.packed is None:
+                self.packed = self._pack()
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.packed[0], GROUP, self.packed[1])
+        else:
+            numbers = unpack(self.weight, self.steps)  # layer by layer, never all of them
+            if has_dot_products():
+                y = exact_product(rows, numbers, self.scale, torch.ops.onednn.qlinear_prepack(numbers, None))
+            else:
+                y = weights_only(rows, numbers, self.scale)
+        return with_bias(y, self.bias, x)
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        ones = torch.ones_like(self.steps)
+        scale = (self.steps * self.scale[:, None]).bfloat16().T[..., None]  # [K / 64, N, 1]
+        return (
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(self.weight, ones).int() + 8, 1),
+            torch.cat((scale, torch.zeros_like(scale)), dim=-1).contiguous(),
+        )
+
+
 def has_dot_products() -> bool:
-    """Whether this CPU multiplies and sums 8-bit numbers without overflow (VNNI)."""
+    """Whether this CPU multiplies and sums 8-bit numbers without overflow (VNNI). Others sum in 16 bits, silently."""
     return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
-def _int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """int8 x [M, K], weight [N, K] as packed -> (x @ weight.T) * scale, float32 [M, N]; exact but for the scale."""
-    unsigned = x.view(torch.uint8) ^ 128  # the product takes its activations unsigned, with a zero at 128
+def exact_product(x: Tensor, weight: Tensor, scale: Tensor, packed: Tensor) -> Tensor:
+    """What the kernels compute, in PyTorch's operators: x [M, K], int8 weight [N, K], also packed -> float32 [M, N]."""
+    rounded, token_scale, clipped = round_activations(x)
+    unsigned = rounded.view(torch.uint8) ^ 128  # the operator takes its activations unsigned, with a zero at 128
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         unsigned, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
+    y *= token_scale
+    if clipped is not None:
+        columns = clipped.any(0).nonzero()[:, 0]  # a handful
+        y += (clipped[:, columns] @ weight[:, columns].float().T) * scale
     return y
 
 
-class Int4Linear(nn.Module):
-    """`nn.Linear` with 4-bit weights: weight uint8 [N, K / 2], scale bfloat16 [N, K / 64], bias [N] or None."""
+def weights_only(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The same with activations as they are, for CPUs without 8-bit products."""
+    return (x @ weight.to(x.dtype).T).float() * scale
 
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-        self.packed: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if kernel_available():
-            return linear_kernels.linear_int4(x, self.weight, self.scale, self.bias)
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= FEW_ROWS and len(self.weight) % 16 == 0:  # what that operator asks for
-            if self.packed is None:
-                steps = unpack(self.weight).int() + 8
-                scale = self.scale.T[..., None]  # [K / 64, N, 1]
-                self.packed = (
-                    torch.ops.aten._convert_weight_to_int4pack_for_cpu(steps, 1),
-                    torch.cat((scale, torch.zeros_like(scale)), dim=-1).contiguous(),
-                )
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.packed[0], GROUP, self.packed[1])
-        else:
-            y = rows @ self.dense(x.dtype).T  # layer by layer, never all of them
-        y = y.to(x.dtype)
-        return (y if self.bias is None else y + self.bias.to(x.dtype)).unflatten(0, x.shape[:-1])
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a matrix [N, K] of ordinary numbers."""
-        return (unpack(self.weight).unflatten(-1, (-1, GROUP)).to(dtype) * self.scale.to(dtype)[..., None]).flatten(1)
+def with_bias(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """The rows y [M, N] in dtype and shape of the layer's input x [..., K]: [..., N]."""
+    return (y if bias is None else y + bias).to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 class Int8Embedding(nn.Module):
     """The table of tokens in 8 bits, rows in and logits out as in `GemmaEmbedding`."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype, weight: Tensor, scale: Tensor):
         super().__init__()
         self.head = Int8Linear(weight, scale)
         self.dtype = dtype
@@ -275,36 +289,36 @@ def kinds(model: nn.Module, mode: str) -> dict[str, str]:
     return found
 
 
-def parts_of(name: str, kind: str) -> tuple[str, str]:
-    """The names of the two tensors that the weight of module `name` becomes."""
+def parts_of(name: str, kind: str) -> list[str]:
+    """The names of the tensors that the weight of module `name` becomes."""
     stem = f"{name}.head" if kind == "table" else name
-    return f"{stem}.weight", f"{stem}.scale"
+    return [f"{stem}.{part}" for part in (("weight", "steps", "scale") if kind == "int4" else ("weight", "scale"))]
 
 
-def rounded_parts(name: str, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The two tensors. ValueError for a weight with numbers that are not finite, for which there is no scale."""
+def rounded_parts(name: str, weight: Tensor, kind: str) -> tuple[Tensor, ...]:
+    """These tensors. ValueError for a weight with numbers that are not finite, for which there is no scale."""
     if not all(bool(part.isfinite().all()) for part in weight.split(4096)):
         raise ValueError(f"{name}.weight has numbers that are not finite: the checkpoint is damaged")
     return round_groups(weight) if kind == "int4" else round_rows(weight)
 
 
-def rounded_shapes(shape: tuple[int, ...], kind: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of these two tensors, for a weight of the given shape."""
+def rounded_shapes(shape: Shape, kind: str) -> list[tuple[Shape, torch.dtype]]:
+    """Shape and dtype of these tensors, for a weight of the given shape."""
     N, K = shape
     if kind == "int4":
-        return [((N, K // 2), torch.uint8), ((N, K // GROUP), torch.bfloat16)]
+        return [((N, K // 2), torch.uint8), ((N, K // GROUP), torch.int8), ((N,), torch.float32)]
     return [((N, K), torch.int8), ((N,), torch.float32)]
 
 
-def swap(model: nn.Module, name: str, kind: str, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+def swap(model: nn.Module, name: str, kind: str, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Puts a quantised module in the place of module `name`, with its bias."""
     old = model.get_submodule(name)
-    new: nn.Module
+    new: Int8Embedding | Int8Linear | Int4Linear
     if kind == "table":
-        new = Int8Embedding(weight, scale, dtype)
+        new = Int8Embedding(dtype, *parts)
     else:
-        bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
-        new = (Int4Linear if kind == "int4" else Int8Linear)(weight, scale, bias)
+        new = Int4Linear(*parts) if kind == "int4" else Int8Linear(*parts)
+        new.bias = old.bias.detach() if isinstance(old.bias, Tensor) else None
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new.train(old.training))
 
@@ -338,7 +352,7 @@ def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaFo
     for name, kind in kinds(model, mode).items():
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        swap(model, name, kind, *rounded_parts(name, weight.detach(), kind), dtype)
+        swap(model, name, kind, rounded_parts(name, weight.detach(), kind), dtype)
     return model.requires_grad_(False)
 
 
@@ -407,7 +421,7 @@ def rounded_reader(checkpoint: Checkpoint, mode: str, dtype: torch.dtype) -> Cal
     """Reads the tensors of `stored_tensors` by rounding those of a checkpoint, each when it is asked for."""
     layers = kinds(empty_model(checkpoint.config), mode)
     source = {part: (name, kind) for name, kind in layers.items() for part in parts_of(name, kind)}
-    kept: dict[str, Tensor] = {}  # the scales of the weight just rounded: asked for next
+    kept: dict[str, Tensor] = {}  # what else the weight just rounded has become: asked for next
 
     def read(name: str) -> Tensor:
         if name in kept:
@@ -583,8 +597,8 @@ def _assemble(
     model, shapes = empty_model(config), expected_shapes(config)
     for name, kind in kinds(model, mode).items():
         shape = shapes[f"{name}.weight"]
-        weight, scale = (torch.empty(size, dtype=d, device="meta") for size, d in rounded_shapes(shape, kind))
-        swap(model, name, kind, weight, scale, dtype)
+        parts = [torch.empty(size, dtype=kept, device="meta") for size, kept in rounded_shapes(shape, kind)]
+        swap(model, name, kind, parts, dtype)
     for name in names:
         parent, _, leaf = name.rpartition(".")
         module, tensor = model.get_submodule(parent), read(name)
