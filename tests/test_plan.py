@@ -13,7 +13,7 @@ import pytest
 import rich.console
 import torch
 from reference import tiny_config
-from test_sharding import in_processes
+from test_sharding import end_with_parent, in_processes
 
 from paligemma.checkpoints import published_config
 from paligemma.empty import empty_weights
@@ -168,6 +168,7 @@ def measured(config: PaliGemmaConfig, options: dict[str, Any], out: Path, steps:
     receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
 
     def run() -> None:
+        end_with_parent()
         torch.set_num_threads(threads)
         give_back_freed_memory()
         train_as_planned(tiny_config("gemma"), {**options, "batch": 2}, out / "tiny")

@@ -3,9 +3,11 @@
 The processes are forked from this one, which has imported everything already, and talk over gloo.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -35,6 +37,12 @@ def processor(tmp_path_factory) -> PaliGemmaProcessor:
     return make_processor(tmp_path_factory.mktemp("tokenizer"))
 
 
+def end_with_parent() -> None:
+    """A process that was forked is killed when the one that forked it is."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def in_processes(count: int, run: Callable[[int], None]) -> None:
     """`run(rank)` in so many processes of one group, as torchrun starts them. All have to end well."""
     with socket.socket() as free:
@@ -42,6 +50,7 @@ def in_processes(count: int, run: Callable[[int], None]) -> None:
         port = str(free.getsockname()[1])
 
     def one(rank: int) -> None:
+        end_with_parent()
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         distributed.start()
         run(rank)
