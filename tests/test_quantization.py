@@ -740,7 +740,7 @@ def test_bitsandbytes_is_asked_for_by_name(monkeypatch):
 @pytest.mark.parametrize(("mode", "most"), [("bnb-int8", 0.02), ("nf4", 0.4)])
 def test_bitsandbytes(mode, most):
     pytest.importorskip("bitsandbytes")
-    model = make_model(dtype=torch.bfloat16)
+    model = make_model(dtype=torch.bfloat16, vision_hidden_size=64, vision_intermediate_size=128)
     inputs = make_inputs(model.config, prefix=[6, 9])
     before = model(**inputs).logits
     quantize(model, mode)
