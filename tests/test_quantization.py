@@ -215,6 +215,12 @@ def test_bfloat16_kernel_within_the_bound_of_float32_sums(M, N, K):
 
 
 @needs_kernel
+def test_results_between_two_bfloat16_numbers_go_to_the_even_one():
+    weight = torch.tensor([[256.0, 1.0], [256.0, 3.0], [-256.0, -1.0]]).bfloat16()
+    assert linear_kernels.linear_bf16(torch.ones(1, 2).bfloat16(), weight)[0].tolist() == [256, 260, -256]
+
+
+@needs_kernel
 def test_kernels_refuse_what_they_would_misread():
     x, weight, scale = torch.randn(2, 128), torch.zeros(4, 128, dtype=torch.int8), torch.ones(4)
     packed, steps = torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2, dtype=torch.int8)
