@@ -391,6 +391,7 @@ def evaluate(
         )
     else:
         from paligemma.train.data import open_rows
+        from paligemma.train.data_show import codec_of
         from paligemma.train.measuring import evaluate_rows, metric_of
 
         metric = metric_of(task)
@@ -400,10 +401,9 @@ def evaluate(
             "image_name": image_name,
             "split": split,
         }
+        source["codec"] = codec_of(model, revision, kind)
         rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
         pg = load(model, device=device, dtype=dtype, revision=revision)
-        if rows.kind == "coco-segment":
-            rows = open_rows(data, kind, codec=pg.codec, **source)
         report = evaluate_rows(
             pg, rows, metric, count=count, about=about, constrained=not free, max_new_tokens=max_new_tokens, **options
         )

@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 import paligemma
 from paligemma.checkpoints import save_pretrained
 from paligemma.cli import app
+from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
 from paligemma.train.data import Row
-from paligemma.train.finetune import Options, finetune
+from paligemma.train.finetune import Options, finetune, rows_of
 from paligemma.train.sight import measure_of, to_example
 
 
@@ -209,6 +210,15 @@ def test_the_command(base, data, tmp_path):
     assert done.stdout == "", "stdout is for answers"
     settings = json.loads((out / "settings.json").read_text())["settings"]
     assert settings["freeze"] == ["vision", "projector"] and settings["batch"] == 2
+
+
+def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path):
+    write_scenes(2, tmp_path / "scenes", size=128, progress=False)
+    data = str(tmp_path / "scenes" / "coco.json")
+    said = run("tiny", data, tmp_path / "run", kind="coco-segment", steps=1, batch=2)
+    assert any("2 rows" in line for line in said)
+    row = rows_of(Options(model="tiny", data=data, out="", kind="coco-segment"), data)[0]
+    assert row.prefix.startswith("segment ") and row.suffix.count("<seg") % 16 == 0 and "<seg" in row.suffix
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from PIL import Image
 from paligemma import cli
 from paligemma.grammar import Detection
 from paligemma.inference import Answer, load
+from paligemma.tiny.scenes import write_scenes
 from paligemma.train.data import open_rows
 from paligemma.train.measuring import evaluate_rows, examples_of, metric_of
 
@@ -156,6 +157,16 @@ def test_evaluate_your_rows(paligemma, folder: Path):
     (line,) = (folder / "run/predictions.jsonl").read_text().splitlines()
     assert json.loads(line)["text"] == answer
     assert report["about"]["metric"] == "vqa" and report["about"]["data"] == "test.jsonl"
+
+
+def test_evaluate_masks_of_a_coco_file(paligemma, folder: Path):
+    """The model's own codec makes tokens of the masks that are to be found."""
+    write_scenes(2, folder / "scenes", size=128, progress=False)
+    command = ("evaluate", "--data", "scenes/coco.json", "--kind", "coco-segment", "--count", "1", "--json")
+    code, out, err = paligemma(*command)
+    assert code == 0, err
+    figures = {(figure["task"], figure["name"]) for figure in json.loads(out)["figures"]}
+    assert ("segment", "mIoU") in figures
 
 
 def test_evaluate_a_benchmark(paligemma, folder: Path):

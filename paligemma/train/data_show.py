@@ -57,6 +57,16 @@ def processor_of(model: str, revision: str | None = None) -> tuple[PaliGemmaProc
     return PaliGemmaProcessor.from_pretrained(folder), codec
 
 
+def codec_of(model: str, revision: str | None, kind: str | None) -> MaskCodec | None:
+    """What makes tokens of the masks in COCO files: the model's own codec, or the official one, which is downloaded.
+    None for data of other kinds, which have no masks."""
+    from paligemma.mask_codec import MaskCodec
+
+    if kind != "coco-segment":
+        return None
+    return processor_of(model, revision)[1] or MaskCodec.load()
+
+
 @dataclass(frozen=True)
 class Chip:
     """A token, or a run of them, as it is drawn."""

@@ -43,6 +43,7 @@ from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.batches import Batch, RowBatches
 from paligemma.train.data import Row, Rows, open_rows
 from paligemma.train.data_check import check
+from paligemma.train.data_show import codec_of
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
 from paligemma.train.run_folder import (
@@ -296,6 +297,7 @@ def rows_of(options: Options, path: str) -> Rows:
         split=options.split,
         language=options.language,
         every_label=options.every_label,
+        codec=codec_of(options.model, options.revision, options.kind),
     )
 
 
