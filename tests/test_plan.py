@@ -6,6 +6,7 @@ pytest tests/test_plan.py -m official -s      # the 3b size: 8 GB, minutes
 import io
 import multiprocessing
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -164,26 +165,30 @@ def status(name: str) -> int:
 
 def measured(config: PaliGemmaConfig, options: dict[str, Any], out: Path, steps: int = 2, threads: int = 1) -> int:
     """What a real run needs at most, beyond a process that has run such a step with a tiny model before (PyTorch
-    imports parts of itself late). In a process of its own."""
-    receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-    def run() -> None:
-        end_with_parent()
-        torch.set_num_threads(threads)
-        give_back_freed_memory()
-        train_as_planned(tiny_config("gemma"), {**options, "batch": 2}, out / "tiny")
-        before = status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        train_as_planned(config, options, out / "run", steps)
-        send.send(status("VmHWM") - before)
-
-    process = multiprocessing.get_context("fork").Process(target=run)
+    imports parts of itself late). In a fresh process: one forked from a process with a past would find room for its
+    tensors in what that past has left behind."""
+    spawn = multiprocessing.get_context("spawn")
+    receive, send = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=send_need, args=(send, config, options, out, steps, threads))
     process.start()
     try:
         assert receive.poll(timeout=3600 if steps > 2 else 300), "it did not end in time"
         return receive.recv()
     finally:
         process.kill()
+
+
+def send_need(
+    send: Connection, config: PaliGemmaConfig, options: dict[str, Any], out: Path, steps: int, threads: int
+) -> None:
+    end_with_parent()
+    torch.set_num_threads(threads)
+    give_back_freed_memory()
+    train_as_planned(tiny_config("gemma"), {**options, "batch": 2}, out / "tiny")
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    train_as_planned(config, options, out / "run", steps)
+    send.send(status("VmHWM") - before)
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -205,51 +210,51 @@ def test_a_process_needs_what_is_planned(tmp_path, options):
 
 @linux
 @pytest.mark.slow
-def test_a_process_of_two_that_share_a_model_needs_what_is_planned(tmp_path, monkeypatch):
+def test_a_process_of_two_that_share_a_model_needs_what_is_planned(tmp_path):
     """From when the model is shared out until the first process puts it together again."""
+    plan = planned(MID_SIZE, {"batch": 2, "shard": True, "processes": 2})
+    in_processes(2, share_as_planned, tmp_path, plan.total, method="spawn")
+
+
+def share_as_planned(rank: int, out: Path, total: int) -> None:
     options = {"batch": 2, "shard": True}
-    plan = planned(MID_SIZE, {**options, "processes": 2})
     shard, gather = sharding.shard, sharding.gather
+    torch.set_num_threads(1)
+    give_back_freed_memory()
+    train_as_planned(tiny_config("gemma"), options, out / "tiny")
+    before = status("VmRSS")
 
-    def run(rank: int) -> None:
-        give_back_freed_memory()
-        train_as_planned(tiny_config("gemma"), options, tmp_path / "tiny")
-        before = status("VmRSS")
+    def shared_out(model: Any) -> Any:
+        sharded = shard(model)
+        Path("/proc/self/clear_refs").write_text("5")
+        return sharded
 
-        def shared_out(model: Any) -> Any:
-            sharded = shard(model)
-            Path("/proc/self/clear_refs").write_text("5")
-            return sharded
+    def put_together(*given: Any) -> None:
+        need = status("VmHWM") - before
+        print(f"planned {total / 1e6:.0f} MB, measured {need / 1e6:.0f} MB")
+        assert 0.85 * total <= need <= total
+        gather(*given)
 
-        def put_together(*given: Any) -> None:
-            need = status("VmHWM") - before
-            print(f"planned {plan.total / 1e6:.0f} MB, measured {need / 1e6:.0f} MB")
-            assert 0.85 * plan.total <= need <= plan.total
-            gather(*given)
-
-        monkeypatch.setattr(sharding, "shard", shared_out)
-        monkeypatch.setattr(sharding, "gather", put_together)
-        train_as_planned(MID_SIZE, options, tmp_path / "run")
-
-    in_processes(2, run)
+    sharding.shard, sharding.gather = shared_out, put_together
+    train_as_planned(MID_SIZE, options, out / "run")
 
 
 @linux
 def test_freed_memory_is_given_back():
     """Two blocks of three lie between others. (After one of 30 MB was freed glibc would keep such small ones.)"""
-
-    def run() -> None:
-        give_back_freed_memory()
-        del [torch.ones(30 * 2**18)][:]
-        blocks = [torch.ones(2**20) for _ in range(60)]  # 4 MB each
-        before = status("VmRSS")
-        del blocks[::3], blocks[::2]
-        assert before - status("VmRSS") > 0.95 * 4 * 2**20 * (60 - len(blocks))
-
-    process = multiprocessing.get_context("fork").Process(target=run)
+    process = multiprocessing.get_context("spawn").Process(target=free_some_memory)
     process.start()
     process.join(timeout=60)
     assert process.exitcode == 0
+
+
+def free_some_memory() -> None:
+    give_back_freed_memory()
+    del [torch.ones(30 * 2**18)][:]
+    blocks = [torch.ones(2**20) for _ in range(60)]  # 4 MB each
+    before = status("VmRSS")
+    del blocks[::3], blocks[::2]
+    assert before - status("VmRSS") > 0.95 * 4 * 2**20 * (60 - len(blocks))
 
 
 @linux

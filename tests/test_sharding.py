@@ -43,19 +43,17 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def in_processes(count: int, run: Callable[[int], None]) -> None:
-    """`run(rank)` in so many processes of one group, as torchrun starts them. All have to end well."""
+def in_processes(count: int, run: Callable[..., None], *given: Any, method: str = "fork") -> None:
+    """`run(rank, *given)` in so many processes of one group, as torchrun starts them. All have to end well.
+
+    method: "spawn" for processes without the past of this one; `run` is then a function of a module.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
 
-    def one(rank: int) -> None:
-        end_with_parent()
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        distributed.start()
-        run(rank)
-
-    processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(count)]
+    context: Any = multiprocessing.get_context(method)
+    processes = [context.Process(target=one_of, args=(count, rank, port, run, given)) for rank in range(count)]
     for process in processes:
         process.start()
     try:
@@ -65,6 +63,13 @@ def in_processes(count: int, run: Callable[[int], None]) -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+def one_of(count: int, rank: int, port: str, run: Callable[..., None], given: tuple[Any, ...]) -> None:
+    end_with_parent()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    distributed.start()
+    run(rank, *given)
 
 
 class Cut(Exception):
