@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from paligemma.bench.report import footer, growth_lines, markdown, title
-from paligemma.files import written_whole
+from paligemma.files import write_text
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "speed.md"
@@ -42,8 +42,7 @@ def main() -> None:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     figures = section(json.loads(records[-1].read_text()), records[-1])
-    with written_whole(PAGE) as beside:
-        beside.write_text(f"{before}{BEGIN}\n{figures}\n{END}{after}", encoding="utf-8")
+    write_text(PAGE, f"{before}{BEGIN}\n{figures}\n{END}{after}")
     print(f"{PAGE} has the figures of {records[-1].name}")
 
 

@@ -636,8 +636,7 @@ def convert(
     folder = target.parent if target.suffix == ".npz" else target
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     folders = folders or [checkpoint.folder]
-    if folder.resolve() in [source.resolve() for source in folders]:
-        raise ValueError(f"{folder} is where the source lies: choose another folder, so that it stays whole")
+    check_apart(folder, folders)
 
     tensors = {name: (shape, to or own) for name, (shape, own) in checkpoint.tensors.items()}
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
@@ -648,9 +647,7 @@ def convert(
             advance(tensor.nbytes)
             return tensor
 
-        for name in COMPANIONS:
-            if found := [source / name for source in folders if (source / name).is_file()]:
-                shutil.copyfile(found[0], staging / name)
+        _copy_companions(folders, staging)
         _write_config(staging, checkpoint.config, to or checkpoint.dtype)
         of_processor = [staging / "tokenizer.json", staging / "preprocessor_config.json"]
         bare = (staging / "tokenizer.model").exists() and not all(path.exists() for path in of_processor)
@@ -697,11 +694,22 @@ def write_folder(
             advance(tensor.nbytes)
             return tensor
 
-        for name in COMPANIONS:
-            if found := next((place / name for place in companions if (place / name).is_file()), None):
-                shutil.copyfile(found, staging / name)
+        _copy_companions(companions, staging)
         _write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
         _write_safetensors(staging, list(tensors), tensors, counted, max_shard_size)
+
+
+def check_apart(target: Path, sources: Sequence[Path]) -> None:
+    """ValueError if a checkpoint is to be written where one lies that it is made of."""
+    if target.resolve() in [source.resolve() for source in sources]:
+        raise ValueError(f"{target} is where the source lies: choose another folder, so that it stays whole")
+
+
+def _copy_companions(folders: Sequence[Path], staging: Path) -> None:
+    """Takes tokenizer and the like along, of the first folder that has a file."""
+    for name in COMPANIONS:
+        if found := next((folder / name for folder in folders if (folder / name).is_file()), None):
+            shutil.copyfile(found, staging / name)
 
 
 @contextlib.contextmanager

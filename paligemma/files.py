@@ -25,3 +25,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, whole or as it was."""
+    with written_whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")

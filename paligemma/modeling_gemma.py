@@ -467,8 +467,7 @@ class GemmaForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
         """[..., D] -> [..., V], soft-capped where the configuration says so. ids: int64 [n], of these tokens only."""
-        embedding = self.model.embed_tokens
-        logits = embedding.logits(hidden) if ids is None else embedding.logits(hidden, ids)
+        logits = self.model.embed_tokens.logits(hidden, ids)
         if (cap := self.config.final_logit_softcapping) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits

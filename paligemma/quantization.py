@@ -461,8 +461,7 @@ def quantize_checkpoint(
         raise ValueError(f"{source.folder} is quantised already: start from the checkpoint that it was made of")
     checkpoint, folder = source if isinstance(source, Checkpoint) else open_checkpoint(source), Path(target)
     folders = folders or [checkpoint.folder]
-    if folder.resolve() in [place.resolve() for place in (checkpoint.folder, *folders)]:
-        raise ValueError(f"{folder} is where the source lies: choose another folder, so that it stays whole")
+    checkpoints.check_apart(folder, [checkpoint.folder, *folders])
     kept = checkpoints.parse_dtype(dtype) or checkpoints.default_dtype(checkpoint)
     settings = {
         **checkpoint.config.to_dict(),

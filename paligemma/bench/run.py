@@ -30,7 +30,7 @@ from paligemma.bench.machine import describe_machine, measure_limits
 from paligemma.bench.peer import installed
 from paligemma.bench.report import summarise
 from paligemma.bench.shapes import TEXT_TOKENS, published_shape, work_in, write_random_checkpoint
-from paligemma.files import written_whole
+from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.quantization import STORED, quantize_checkpoint, stored_mode
 from paligemma.utils import resolve
@@ -94,8 +94,7 @@ def benchmark(
         def keep() -> None:
             record["summary"] = summarise(record)
             if out is not None:
-                with written_whole(out) as beside:
-                    beside.write_text(json.dumps(record, indent=1) + "\n")
+                write_text(out, json.dumps(record, indent=1) + "\n")
 
         def compete(spec: Spec, into: list[Any], what: str) -> None:
             say(what)

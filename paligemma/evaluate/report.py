@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-from paligemma.files import written_whole
+from paligemma.files import write_text
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,6 @@ def show(value: float | None) -> str:
 def number(value: float) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else float(value)
-
-
-def write_text(path: Path, text: str) -> None:
-    with written_whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

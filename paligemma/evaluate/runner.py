@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 from paligemma.evaluate.intervals import ratio_interval
 from paligemma.evaluate.measures import MEASURES, Measure, Ratios
-from paligemma.evaluate.report import Counts, Figure, Report, number, write_lines, write_text
+from paligemma.evaluate.report import Counts, Figure, Report, number, write_lines
 from paligemma.evaluate.rows import Example, Prediction
+from paligemma.files import write_text
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
 
 if TYPE_CHECKING:
@@ -136,7 +137,11 @@ def evaluate(
 
     rows.sort(key=lambda row: place[row.example.id])
     report = summarize(rows, measures, targets or {}, about, published)
-    report = replace(report, environment=_environment(time.perf_counter() - started))
+    measured = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(time.perf_counter() - started, 1),  # of this call; saved rows take none
+    }
+    report = replace(report, environment=measured | environment())
     if folder:
         report = replace(report, worst=worst_rows.draw(folder / "worst"))
         write_lines(folder / "scores.jsonl", map(_score_line, rows))
@@ -251,10 +256,9 @@ def append(path: Path, batch: Sequence[Example], predictions: Sequence[Predictio
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _environment(seconds: float) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What figures were made on."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),  # of this call; saved rows take none
         "machine": platform.platform(),
         "versions": {name: version(name) for name in ("paligemma", "torch", "numpy", "pillow")},
     }

@@ -41,9 +41,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paligemma.files import written_whole
+from paligemma.files import write_text
 from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
+from paligemma.train.run_folder import LOG, append_to_log, read_log
 
 
 class Batches(Protocol):
@@ -196,11 +197,11 @@ def train(
         step, elapsed, sums = state["step"], state["elapsed"], state.get("sums", {})
         state = None  # a second copy of the weights
     elif rank == 0 and not resume:
-        (out / "log.jsonl").unlink(missing_ok=True)
+        (out / LOG).unlink(missing_ok=True)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if not shard:
         distributed.same_everywhere(model)
-    log = Log(out / "log.jsonl", step, on_log) if rank == 0 else None
+    log = Log(out, step, on_log) if rank == 0 else None
 
     def save(finished: bool = False) -> None:
         values = [optimizer.state_dict() for optimizer in optimizers]  # on all ranks: a sharded one gathers here
@@ -391,24 +392,15 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 class Log:
     """One JSON object a line. What a resumed run will write again is cut off first."""
 
-    def __init__(self, path: Path, step: int, on_log: Callable[[dict[str, Any]], None] | None = None):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.on_log = path, on_log
-        if path.exists():
-            lines = []
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # half a line of a run that was killed
-                    continue
-                if entry["step"] <= step:
-                    lines.append(line + "\n")
-            with written_whole(path) as beside:
-                beside.write_text("".join(lines))
+    def __init__(self, out: Path, step: int, on_log: Callable[[dict[str, Any]], None] | None = None):
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.on_log = out, on_log
+        if (out / LOG).exists():
+            kept = [entry for entry in read_log(out) if entry["step"] <= step]
+            write_text(out / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_to_log(self.out, entry)
         if self.on_log is not None:
             self.on_log(entry)
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 from paligemma.evaluate import Example, evaluate
 from paligemma.evaluate.benchmarks import BENCHMARKS
 from paligemma.evaluate.measures import MEASURES
-from paligemma.processing_paligemma import load_image
 from paligemma.train.data import Row, Rows
-from paligemma.train.sight import measure_of, to_example
+from paligemma.train.sight import measure_of, opened, to_example
 
 if TYPE_CHECKING:
     from paligemma.evaluate.report import Report
@@ -81,7 +80,7 @@ def _opened(row: Row, measure: str, pg: PaliGemma) -> Example:
     if not row.pictures:
         raise ValueError(f"{row.source}: a row without a picture cannot be measured")
     try:
-        pictures = tuple(load_image(picture) for picture in row.pictures)
+        picture = opened(row)
     except (OSError, ValueError) as error:
         raise type(error)(f"{row.source}: {error}") from None
-    return to_example(row, measure, pictures if len(pictures) > 1 else pictures[0], pg)
+    return to_example(row, measure, picture, pg)

@@ -16,17 +16,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from paligemma.files import written_whole
+from paligemma.evaluate.runner import environment
+from paligemma.files import write_text
 from paligemma.train import checkpointing
 
-SETTINGS, FINISHED = "settings.json", "finished.json"
+SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # What a run may be given differently when it goes on: none of it changes the losses.
 FREE = {
     "data",
@@ -99,21 +98,16 @@ def _compared(settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
 
 
 def write_settings(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    environment = {
-        "machine": platform.platform(),
-        "versions": {name: version(name) for name in ("paligemma", "torch", "numpy", "pillow")},
-    }
-    write_json(out / SETTINGS, {"settings": dict(settings), "facts": dict(facts), "environment": environment})
+    write_json(out / SETTINGS, {"settings": dict(settings), "facts": dict(facts), "environment": environment()})
 
 
 def write_json(path: Path, content: Any) -> None:
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def clear(out: Path) -> None:
     """Remove a run, its settings first; other files in the folder stay."""
-    for name in (SETTINGS, FINISHED, "log.jsonl", "report.html"):
+    for name in (SETTINGS, FINISHED, LOG, "report.html"):
         (out / name).unlink(missing_ok=True)
     for name in ("checkpoints", "validation", "tensorboard"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -125,7 +119,7 @@ def clear(out: Path) -> None:
 def read_log(out: Path) -> list[dict[str, Any]]:
     """The entries of the log; half a line of a run that was killed is none."""
     entries = []
-    path = out / "log.jsonl"
+    path = out / LOG
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             entries.append(json.loads(line))
@@ -135,7 +129,7 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def append_to_log(out: Path, entry: Mapping[str, Any]) -> None:
-    with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+    with open(out / LOG, "a", encoding="utf-8") as file:
         file.write(json.dumps(dict(entry)) + "\n")
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from paligemma.draw import draw
 from paligemma.evaluate.report import Figure, show
 from paligemma.evaluate.rows import Example, Prediction
-from paligemma.files import written_whole
+from paligemma.files import write_text
 from paligemma.processing_paligemma import load_image
 
 Points = Sequence[tuple[float, float]]
@@ -77,8 +77,7 @@ def write_report(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    with written_whole(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def escape(text: Any) -> str:

@@ -50,6 +50,12 @@ def chosen(rows: Rows, count: int, seed: int = 0) -> list[Row]:
     return [rows[i] for i in sorted(order[:count].tolist())]
 
 
+def opened(row: Row) -> Any:
+    """The picture of a row, or a tuple of its pictures. Raises what `load_image` raises."""
+    pictures = tuple(load_image(picture) for picture in row.pictures)
+    return pictures if len(pictures) > 1 else pictures[0]
+
+
 def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
     """A row with its picture opened. What its suffix says of boxes and masks becomes regions."""
     regions: list[Region] = []
@@ -94,13 +100,11 @@ class Sight:
             """Opened one at a time: not all pictures lie in memory together."""
             for row in self.rows:
                 try:
-                    opened = tuple(load_image(picture) for picture in row.pictures)
+                    picture = opened(row)
                 except (OSError, ValueError):
                     missing.append(row.source)
                     continue
-                example = to_example(
-                    row, measure_of(row.prefix, self.metric), opened if len(opened) > 1 else opened[0], self.pg
-                )
+                example = to_example(row, measure_of(row.prefix, self.metric), picture, self.pg)
                 if example.id in drawn:
                     pictures[example.id] = example
                 yield example
