@@ -13,13 +13,13 @@ from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.tiny import rows, world
-from paligemma.tiny.recipe_codec import WIDTHS
+from paligemma.tiny.recipe_codec import WIDTHS, alike_codes
 from paligemma.tiny.recipe_rows import BIN_STEP, TalkBatches, packed_mask, smeared_cross_entropy, talk_loss
 from paligemma.tiny.recipe_scenes import SIDE, Shard, pack, picture, render_training_scene, shard_path, write_shard
-from paligemma.tiny.recipe_talk import Talker, begin_talking, load_weights, location_words
+from paligemma.tiny.recipe_talk import Talker, begin_talking, location_words
 from paligemma.tiny.recipe_tokenizer import build_tokenizer, world_words
 from paligemma.tiny.train import train
-from paligemma.tiny.vision_first import PatchHeads, SceneBatches, Vision, targets_of
+from paligemma.tiny.vision_first import NONE, PatchHeads, SceneBatches, Vision, load_weights, targets_of, vision_part
 
 torch.set_num_threads(1)
 
@@ -105,6 +105,43 @@ def test_a_vision_batch_has_what_the_heads_learn(scenes_folder):
     loss, figures = heads.loss(torch.randn(8, 64, 16), batch)
     assert torch.isfinite(loss) and 0 <= figures["class"] <= 1
     assert (batch["order"] <= batch["total"]).all() and (batch["same"] <= batch["total"]).all()
+
+
+def test_a_patch_learns_the_mask_codes_of_what_it_covers():
+    """Codes that count the cells of the box: then the code at a point says where in the box the point lies."""
+    scene = next(s for s in map(world.render, range(100)) if len(s.objects) > 2)
+    arrays = pack([scene])
+    shard = Shard(arrays, json.loads(arrays.pop("facts").tobytes()))
+    codes = np.stack([np.arange(16) + 16 * k for k in range(len(scene.objects))]).astype(np.uint8)
+    _, targets = targets_of(shard, np.array([0]), np.array([False]), codes)
+    index, said = arrays["index"][0], targets["codes"][0].reshape(8, 8, 2, 2)
+    known = 0
+    for i, j, down, right in np.ndindex(8, 8, 2, 2):
+        x, y = (j + (0.25, 0.75)[right]) / 8, (i + (0.25, 0.75)[down]) / 8
+        if index[i, j] < 0:
+            assert said[i, j, down, right] == NONE
+            continue
+        x0, y0, x1, y1 = np.array(scene.objects[index[i, j]].box) / scene.size
+        if x0 < x < x1 and y0 < y < y1:
+            column, row = int((x - x0) / (x1 - x0) * 4), int((y - y0) / (y1 - y0) * 4)
+            assert said[i, j, down, right] == 16 * index[i, j] + 4 * row + column
+            known += 1
+        else:
+            assert said[i, j, down, right] == NONE
+    assert known > 20
+    _, mirrored = targets_of(shard, np.array([0]), np.array([True]), codes)
+    assert (mirrored["codes"] == NONE).all()
+
+
+def test_a_stage_1_model_begins_with_what_stage_2_saw(talker):
+    vision = Vision(talker.model.config.vision_config)
+    load_weights(vision, vision_part(talker.state_dict()))
+    again = Vision(talker.model.config.vision_config)
+    load_weights(again, vision_part(vision.state_dict()))
+    x = torch.rand(1, 3, SIDE, SIDE)
+    expected = talker.heads.linear(talker.model.vision_tower(x))
+    for model in (vision, again):
+        assert torch.equal(model.heads.linear(model.model(x)), expected)
 
 
 # ------------------------------------------------------------------------------------------------------ packed rows
@@ -208,6 +245,23 @@ def test_words_cost_what_cross_entropy_says(tokenizer):
     )
     ours = smeared_cross_entropy(logits, targets, tokenizer.first_loc_id)
     torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+
+
+def test_a_code_that_is_nearly_the_right_one_costs_less(tokenizer, codec):
+    first = tokenizer.first_seg_id
+    alike = alike_codes(codec)
+    torch.testing.assert_close(alike.sum(1), torch.ones(codec.num_codes))
+    assert (alike.argmax(1) == torch.arange(codec.num_codes)).all()
+    near, far = alike[5].argsort(descending=True)[[1, -1]]
+
+    def cost(said: int, alike: torch.Tensor | None) -> float:
+        logits = torch.zeros(1, first + codec.num_codes)
+        logits[0, first + said] = 5.0
+        target = torch.tensor([first + 5])
+        return float(smeared_cross_entropy(logits, target, tokenizer.first_loc_id, alike=alike))
+
+    assert cost(5, alike) < cost(int(near), alike) < cost(int(far), alike)
+    assert cost(int(near), None) == pytest.approx(cost(int(far), None))
 
 
 # ---------------------------------------------------------------------------------------------- words and beginnings

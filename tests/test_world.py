@@ -474,13 +474,32 @@ def test_segment_asks_the_codec_for_the_codes():
         asked.extend(pairs)
         return [[i] * 15 + [127] for i in range(len(pairs))]
 
-    row = sample_row(scene, "segment", np.random.default_rng(0), encode_mask=encode)
+    row = sample_row(scene, "segment", np.random.default_rng(0), encode_mask=encode, canonical=True)
     label = row.prefix.removeprefix("segment ")
     assert [box for _, box in asked] == boxes_of(scene, label) == [thing.box for thing in row.expected]
     assert all(mask is thing.mask for (mask, _), thing in zip(asked, row.expected, strict=True))
     for i, part in enumerate(row.suffix.split(" ; ")):
         assert re.fullmatch(ENTRY + f"(<seg{i:03d}>){{15}}<seg127> {label}", part)
     assert [entry[0] for entry in read(row.suffix, scene.size)] == [label] * len(asked)
+
+
+def test_segment_prompts_for_training_vary():
+    """Several classes, in the order asked; one that is not there has no entry, and alone an empty answer."""
+
+    def encode(pairs):
+        return [[7] * 16] * len(pairs)
+
+    made = [(scene, sample_row(scene, "segment", np.random.default_rng(scene.seed), encode_mask=encode))
+            for scene in scenes()]  # fmt: skip
+    assert {len(row.asked) for _, row in made} >= {1, 2, 3}
+    for scene, row in made:
+        assert row.prefix == "segment " + " ; ".join(row.asked)
+        expected = [(label, box) for label in row.asked for box in boxes_of(scene, label)]
+        assert [(thing.label, thing.box) for thing in row.expected] == expected
+        assert [entry[0] for entry in read(row.suffix, scene.size)] == [label for label, _ in expected]
+    absent = [set(row.asked) - {thing.label for thing in scene.objects} for scene, row in made]
+    assert 0.05 < np.mean([bool(labels) for labels in absent]) < 0.4
+    assert any(row.suffix == "" for _, row in made)
 
 
 def test_rows_gives_one_of_every_task_that_is_possible():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paligemma.files import written_whole
 from paligemma.mask_codec import MaskCodec, crop
 from paligemma.tiny.recipe_scenes import Shard, shard_paths
 
@@ -25,6 +26,31 @@ def outlines(shard: Shard) -> Tensor:
     """The masks of all objects of a shard as the codec sees them: uint8 [N, 64, 64], 255 inside."""
     cut = [crop(thing.mask, thing.box) for i in range(len(shard)) for thing in shard.scene(i).objects]
     return torch.from_numpy((np.stack(cut) * 255 + 0.5).astype(np.uint8))
+
+
+def mask_codes(path: Path, codec: MaskCodec) -> np.ndarray:
+    """The 16 codes of every object of a shard, uint8 [objects, 16]; kept beside the shard."""
+    place = path.with_suffix(".codes.npy")
+    if place.exists():
+        return np.load(place)
+    shard = Shard.load(path)
+    cut = np.stack([crop(thing.mask, thing.box) for i in range(len(shard)) for thing in shard.scene(i).objects])
+    with torch.no_grad():
+        codes = torch.cat([codec.encode(part) for part in torch.from_numpy(cut).split(256)]).numpy().astype(np.uint8)
+    with written_whole(place) as beside:
+        np.save(beside, codes)
+    return codes
+
+
+def alike_codes(codec: MaskCodec) -> Tensor:
+    """How good each code is in place of another, [K, K], rows of sum 1: most for itself, much for its neighbours.
+
+    By the distance of their vectors, measured in that to the nearest other one.
+    """
+    vectors = codec._vq_vae._embedding.detach()
+    square = torch.cdist(vectors, vectors).square()
+    nearest = square.masked_fill(torch.eye(len(square), dtype=torch.bool), torch.inf).amin(1, keepdim=True)
+    return (-square / nearest.clamp(min=1e-6)).softmax(-1)
 
 
 def mask_iou(a: Tensor, b: Tensor) -> Tensor:

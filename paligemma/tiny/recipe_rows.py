@@ -17,7 +17,7 @@ that the model also learns to work as it will be used.
 
 Answers hold 1 to 60 tokens. Means over tokens would hide the one-word answers, means over rows the boxes: a token of
 a row of n answer tokens has the weight n^-0.5. A location's target is spread over its neighbours (sigma 0.8 bins):
-being off by one is nearly right.
+being off by one is nearly right. So is a mask code whose vector is like the right one's.
 
 Letters: B pictures (or rows), S length, V vocabulary, D width.
 """
@@ -32,11 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paligemma.files import written_whole
-from paligemma.mask_codec import MaskCodec, crop
+from paligemma.mask_codec import MaskCodec
 from paligemma.processing_paligemma import Tokenizer
 from paligemma.tiny import rows as world_rows
 from paligemma.tiny import world
+from paligemma.tiny.recipe_codec import mask_codes
 from paligemma.tiny.recipe_scenes import SHARD, Shard, shard_paths
 from paligemma.tiny.vision_first import GREY, pixels, targets_of, without_color
 from paligemma.train.loop import LossFunction
@@ -47,36 +47,22 @@ ROWS_ALONE = 3  # rows of a picture in a step with the true mask
 
 # How often which task is drawn, where the scene allows it.
 TASK_WEIGHTS = {
-    "caption": 1.0,
-    "what": 0.5,
+    "caption": 1.4,
+    "what": 0.4,
     "largest": 0.6,
-    "color": 1.4,
-    "background": 0.2,
-    "exists": 2.0,
+    "color": 0.8,
+    "background": 0.1,
+    "exists": 1.6,
     "count": 1.6,
     "count_all": 0.7,
-    "left_right": 2.2,
-    "left_of": 1.3,
-    "detect_one": 2.5,
-    "detect_all": 1.4,
+    "left_right": 0.8,
+    "left_of": 1.4,
+    "detect_one": 1.8,
+    "detect_all": 1.6,
     "detect_absent": 0.4,
-    "segment": 0.8,
-    "ocr": 1.0,
+    "segment": 2.4,
+    "ocr": 1.6,
 }
-
-
-def mask_codes(path: Path, codec: MaskCodec) -> np.ndarray:
-    """The 16 codes of every object of a shard, uint8 [objects, 16]; kept beside the shard."""
-    place = path.with_suffix(".codes.npy")
-    if place.exists():
-        return np.load(place)
-    shard = Shard.load(path)
-    cut = np.stack([crop(thing.mask, thing.box) for i in range(len(shard)) for thing in shard.scene(i).objects])
-    with torch.no_grad():
-        codes = torch.cat([codec.encode(part) for part in torch.from_numpy(cut).split(256)]).numpy().astype(np.uint8)
-    with written_whole(place) as beside:
-        np.save(beside, codes)
-    return codes
 
 
 class TalkBatches:
@@ -117,17 +103,17 @@ class TalkBatches:
         images, targets, sequences = [], [], []
         for shard, codes, order in self._shards:
             chosen_rows = order[place * share : (place + 1) * share]
-            image, target = targets_of(shard, chosen_rows, np.zeros(share, bool))
+            image, target = targets_of(shard, chosen_rows, np.zeros(share, bool), codes)
             images.append(image)
             targets.append(target)
             counts = np.cumsum([0] + [len(things) for things in shard.facts["objects"]])
             for i in chosen_rows:
                 made = self._rows(shard.scene(i), codes[counts[i] : counts[i + 1]], rng, alone)
                 sequences.extend([[row] for row in made] if alone else [made])
-        for shard, _, _ in self._shards:
+        for shard, codes, _ in self._shards:
             looked_at = rng.integers(len(shard), size=self.extra * share)
             signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in looked_at], bool)
-            image, target = targets_of(shard, looked_at, (rng.random(len(signs)) < 0.5) & ~signs)
+            image, target = targets_of(shard, looked_at, (rng.random(len(signs)) < 0.3) & ~signs, codes)
             without_color(image, target, rng.random(len(signs)) < GREY)
             images.append(image)
             targets.append(target)
@@ -210,10 +196,13 @@ def packed_mask(row: Tensor, place: Tensor, written: Tensor, images_read: bool) 
     return seen[:, None]
 
 
-def smeared_cross_entropy(logits: Tensor, targets: Tensor, first_loc: int, sigma: float = 0.8) -> Tensor:
-    """Cross-entropy of each token, [tokens, V] and [tokens] -> [tokens]; locations are spread over their neighbours.
+def smeared_cross_entropy(
+    logits: Tensor, targets: Tensor, first_loc: int, sigma: float = 0.8, alike: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of each token, [tokens, V] and [tokens] -> [tokens], with targets spread over what is nearly right.
 
     A location's target is a bell over the used bins around it, cut at three of them and at the ends of the axis.
+    A mask code's is its row of `alike` [K, K], see `alike_codes`. The codes' tokens follow the 1,024 locations'.
     """
     logp = logits.float().log_softmax(-1)
     losses = -logp.gather(-1, targets[:, None])[:, 0]
@@ -223,7 +212,13 @@ def smeared_cross_entropy(logits: Tensor, targets: Tensor, first_loc: int, sigma
     share = torch.exp(-0.5 * (reach / sigma) ** 2) * ((near >= 0) & (near < 1024 // BIN_STEP))
     share = share / share.sum(-1, keepdim=True)
     near_ids = first_loc + BIN_STEP * near.clamp(0, 1024 // BIN_STEP - 1)
-    return losses.masked_scatter(is_loc, -(share * logp[is_loc].gather(-1, near_ids)).sum(-1))
+    losses = losses.masked_scatter(is_loc, -(share * logp[is_loc].gather(-1, near_ids)).sum(-1))
+    if alike is None:
+        return losses
+    first_seg = first_loc + 1024
+    is_seg = (targets >= first_seg) & (targets < first_seg + len(alike))
+    seg_logp = logp[is_seg, first_seg : first_seg + len(alike)]
+    return losses.masked_scatter(is_seg, -(alike[targets[is_seg] - first_seg] * seg_logp).sum(-1))
 
 
 def talk_loss(first_loc: int, auxiliary: float = 0.3, sigma: float = 0.8) -> LossFunction:
@@ -243,20 +238,23 @@ def talk_loss(first_loc: int, auxiliary: float = 0.3, sigma: float = 0.8) -> Los
         targets, weights = targets[labelled], weights[labelled]
         logits = model.language_model.logits(hidden[:, :-1][labelled])  # [tokens, V]
         with torch.autocast("cpu", enabled=False):
-            total = (smeared_cross_entropy(logits, targets, first_loc, sigma) * weights).sum()
+            total = (smeared_cross_entropy(logits, targets, first_loc, sigma, both.heads.alike) * weights).sum()
             said, figures = both.heads.loss(patches.float(), batch)
         weight = float(weights.sum())
         with torch.no_grad():
             best = logits.argmax(-1)
             is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
+            is_seg = (targets >= first_loc + 1024) & (targets < first_loc + 1024 + len(both.heads.alike))
             off = (best[is_loc] - targets[is_loc]).abs().clamp(max=1024).float() / BIN_STEP
             here = {
                 "talk": float(total.detach()) / weight,
-                "words": float((best == targets)[~is_loc].float().mean()),
+                "words": float((best == targets)[~is_loc & ~is_seg].float().mean()),
+                "seg": float((best == targets)[is_seg].float().mean()) if is_seg.any() else 0.0,
                 "loc_bins": float(off.mean()) if is_loc.any() else 0.0,
                 "talk_alone": float(total.detach()) / weight if repeat > 1 else 0.0,
                 "alone": float(repeat > 1),
                 "patch_class": figures["class"], "patch_box": figures["box_px"], "patch_letters": figures["letters"],
+                "patch_codes": figures["codes"],
                 "patch_order": figures["order"], "patch_total": figures["total"],
             }  # fmt: skip
         return total + auxiliary * weight * said, weight, {name: value * weight for name, value in here.items()}

@@ -8,8 +8,8 @@ seeds, so a folder can be deleted and drawn again. Training reads a scene severa
 prompts: drawing costs a twentieth of it.
 
 Half of the scenes are drawn at the model's size, half at twice that and made smaller as the processor would: users'
-pictures come in both kinds. A third has more signs than the world has, and easier ones: reading is learned last and
-needs the practice.
+pictures come in both kinds. A third has more signs than the world has, and easier ones, and shards from number
+`SIGNS` on hold nothing but such scenes: reading is learned last and needs the practice.
 """
 
 import json
@@ -26,12 +26,13 @@ from paligemma.tiny import world
 SHARD = 512
 SIDE = 128  # pixels of the model's pictures
 GRID = 8  # patches in a row
+SIGNS = 5000  # from this shard on, signs in most scenes
 
 
 def render_training_scene(seed: int, split: str = "train") -> world.Scene:
     """The scene of a seed, with the mixture of sizes and signs described above."""
     size = SIDE if seed % 2 else 2 * SIDE
-    kind = seed // 2 % 7
+    kind = seed // 2 % (7 if seed < SIGNS * SHARD else 2)
     if kind == 0:  # large letters
         return world.render(seed, split, size, sign=0.7, sign_only=0.25, text_length=(1, 3), char_size=(0.14, 0.3))
     if kind == 1:

@@ -22,9 +22,19 @@ from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import Tokenizer
 from paligemma.tiny import rows, world
+from paligemma.tiny.recipe_codec import alike_codes
 from paligemma.tiny.recipe_rows import TalkBatches, talk_loss
 from paligemma.tiny.recipe_tokenizer import build_tokenizer
-from paligemma.tiny.vision_first import HEADS, VISION, PatchHeads, SceneBatches, Vision, initialize, waves
+from paligemma.tiny.vision_first import (
+    HEADS,
+    VISION,
+    PatchHeads,
+    SceneBatches,
+    Vision,
+    initialize,
+    load_weights,
+    waves,
+)  # fmt: skip
 from paligemma.train import checkpointing
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
@@ -175,6 +185,7 @@ def train_talking(
     minutes: float,
     folder: str = "talk-01",
     weights: Path | None = None,
+    eye: Path | None = None,
     batch: int = 16,
     lr: float = 2e-3,
     vision_lr: float = 0.2,
@@ -185,6 +196,7 @@ def train_talking(
 ) -> Talker:
     """Stage 2, for `minutes`. Begins with what stage 1 left in `out/vision`, or with a checkpoint of stage 2.
 
+    eye:        a checkpoint of stage 1 that sees better than that of stage 2 and takes the place of its vision.
     batch:      pictures a step, with about a dozen rows each. alone, extra: see `TalkBatches`.
     vision_lr:  share of the learning rate for the vision tower. auxiliary: weight of the patches' loss.
     decay_from: share of the time after which the learning rate falls to zero.
@@ -193,7 +205,11 @@ def train_talking(
     config = model_config(tokenizer)
     if weights is not None:
         talker = Talker(config)
-        load_weights(talker, checkpointing.load(weights)["average"])
+        state = checkpointing.load(weights)["average"]
+        if eye is not None:
+            better = checkpointing.load(eye)["average"]
+            state |= {name.replace("model.", "model.vision_tower.", 1): value for name, value in better.items()}
+        load_weights(talker, state)
     else:
         vision = Vision(VISION)
         seen = checkpointing.load_last(out / "vision" / "checkpoints")
@@ -201,9 +217,9 @@ def train_talking(
             load_weights(vision, seen["average"])
         talker = begin_talking(vision, tokenizer, config, SceneBatches(out / "scenes", 256)(0, 0, 1))
     optimizers = muon_and_adamw(talker, lr=lr, adamw_lr=lr / 3, weight_decay=0.1, slower=("vision_tower", vision_lr))
-    batches = TalkBatches(
-        out / "scenes", tokenizer, MaskCodec.load(out / "codec.safetensors"), batch, alone=alone, extra=extra
-    )
+    codec = MaskCodec.load(out / "codec.safetensors")
+    talker.heads.alike = alike_codes(codec)
+    batches = TalkBatches(out / "scenes", tokenizer, codec, batch, alone=alone, extra=extra)
     settings = TrainConfig(
         steps=10**9,
         minutes=minutes,
@@ -225,22 +241,13 @@ def train_talking(
     return talker
 
 
-def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Weights of an earlier session, which may have had fewer patch heads (what is new keeps its beginning) or fewer
-    key/value heads (copies of them compute the same)."""
-    for name, value in module.state_dict().items():
-        if name.endswith(("k_proj.weight", "v_proj.weight")):
-            value.copy_(state[name].repeat(len(value) // len(state[name]), 1))
-        else:
-            value[: len(state[name])] = state[name]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stage 2: train (or go on training) on all prompts.")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--folder", default="talk-01")
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--eye", type=Path)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vision-lr", type=float, default=0.2)

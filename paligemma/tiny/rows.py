@@ -169,6 +169,14 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
     return label
 
 
+def _sometimes_absent(asked: list[str], scene: Scene, rng: np.random.Generator) -> list[str]:
+    """A fifth of the time (and up to five classes) one more, which is not in the scene."""
+    if len(asked) < 5 and rng.random() < 0.2:
+        place = int(rng.integers(len(asked) + 1))
+        return [*asked[:place], _absent(scene, rng), *asked[place:]]
+    return asked
+
+
 def largest_object(scene: Scene) -> SceneObject | None:
     """The largest object if it is clearly larger, in visible pixels and in its box, than everything of another name."""
     ordered = sorted(scene.objects, key=lambda thing: thing.area, reverse=True)
@@ -314,8 +322,7 @@ def sample_row(
             if not canonical:  # in training now and then some of them only, or one that is not there among them
                 if rng.random() < 0.3:
                     asked = asked[: int(rng.integers(1, len(asked) + 1))]
-                if len(asked) < 5 and rng.random() < 0.2:
-                    asked.insert(int(rng.integers(len(asked) + 1)), _absent(scene, rng))
+                asked = _sometimes_absent(asked, scene, rng)
         things = [thing for label in asked for thing in groups.get(label, ())]
         suffix = _detections(things, scene.size, bin_step)
         return Row(task, "detect " + " ; ".join(asked), suffix, tuple(asked), tuple(things))
@@ -325,15 +332,22 @@ def sample_row(
             raise ValueError(
                 "the answer to a segment prompt needs the mask codec: pass encode_mask, [(mask, box)] -> 16 codes each"
             )
-        label = pick(tuple(groups))
-        codes = encode_mask([(thing.mask, thing.box) for thing in groups[label]])
+        asked = [pick(tuple(groups))]
+        if not canonical:  # in training now and then several, or one that is not there
+            if rng.random() < 0.25:
+                asked = [tuple(groups)[i] for i in rng.permutation(len(groups))][:3]
+            asked = _sometimes_absent(asked, scene, rng)
+            if rng.random() < 0.03:
+                asked = [_absent(scene, rng)]
+        things = [thing for label in asked for thing in groups.get(label, ())]
+        codes = encode_mask([(thing.mask, thing.box) for thing in things]) if things else []
         parts = [
             location_tokens(thing.box, scene.size, bin_step)
             + "".join(f"<seg{int(code):03d}>" for code in row)
-            + f" {label}"
-            for thing, row in zip(groups[label], codes)
+            + f" {thing.label}"
+            for thing, row in zip(things, codes)
         ]
-        return Row(task, f"segment {label}", " ; ".join(parts), (label,), tuple(groups[label]))
+        return Row(task, "segment " + " ; ".join(asked), " ; ".join(parts), tuple(asked), tuple(things))
 
     if task == "ocr":
         sign = scene.sign

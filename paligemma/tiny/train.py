@@ -54,7 +54,7 @@ def train(minutes: float, out: str | Path = "runs/tiny", resume: bool = True) ->
     sessions = sorted(out.glob("talk-[0-9][0-9]"))
     if not sessions:
         say("vision first")
-        train_vision(VISION, scenes, vision, steps=10**9, minutes=0.35 * minutes)
+        train_vision(VISION, scenes, vision, steps=10**9, minutes=0.35 * minutes, codec=MaskCodec.load(codec))
     last = checkpointing.load_last(sessions[-1] / "checkpoints") if sessions else None
     left = max(0.05 * minutes, minutes - (time.monotonic() - begun) / 60)  # drawing scenes may have taken it all
     say("everything")

@@ -3,11 +3,12 @@
     python -m paligemma.tiny.vision_first --scenes runs/tiny/scenes --out runs/tiny/vision --steps 3000
 
 A caption is a thin teacher: a dozen words for 128 x 128 pixels. The renderer knows more. It can tell every patch the
-class, tint, box, outline and letters of the object it belongs to, and how that object stands among the others (which
-from the left, how many of its kind). One linear layer (`PatchHeads`) reads all of that from a patch's features; it is
-thrown away when the model ships, and until then keeps the features honest as an auxiliary loss.
+class, tint, box, outline and letters of the object it belongs to, how that object stands among the others (which from
+the left, how many of its kind), and the mask codes in which its part of the outline will be written. One linear layer
+(`PatchHeads`) reads all of that from a patch's features; it is thrown away when the model ships, and until then keeps
+the features honest as an auxiliary loss.
 
-Letters: n pictures, G patches in a row, D width of the vision model.
+Letters: n pictures, G patches in a row, P = G x G patches, D width of the vision model, K mask codes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paligemma.mask_codec import GRID as CODES_ACROSS
+from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_siglip import SiglipAttention, SiglipVisionConfig, SiglipVisionModel
 from paligemma.tiny import world
+from paligemma.tiny.recipe_codec import alike_codes, mask_codes
 from paligemma.tiny.recipe_scenes import SHARD, Shard, shard_paths
 from paligemma.train import checkpointing
 from paligemma.train.loop import TrainConfig, train
@@ -41,6 +45,7 @@ HEADS = {
     "same": 7,  # how many objects have its label
     "total": 7,  # how many objects there are
     "edges": 4 * 64,  # where its box is in the picture, in the waves that location tokens begin with
+    "codes": 4 * 128,  # which mask code its object has at the middle of each quarter of the patch
 }
 NONE = -100  # no target here
 GREY = 0.15  # share of the pictures that lose their colours
@@ -56,6 +61,8 @@ class PatchHeads(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.linear = nn.Linear(width, sum(HEADS.values()))
+        self.alike: Tensor  # [K, K], see `alike_codes`; a codec that is not known has no codes that are alike
+        self.register_buffer("alike", torch.eye(HEADS["codes"] // 4), persistent=False)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         return dict(zip(HEADS, self.linear(features).float().split(list(HEADS.values()), dim=-1)))
@@ -87,10 +94,14 @@ class PatchHeads(nn.Module):
         parts["characters"] = F.cross_entropy(letters[on_sign], letter[on_sign]) if on_sign.any() else letters.sum() * 0
         waves_off = (said["edges"][thing] - waves(targets["edges"].flatten(0, 1)[thing]).flatten(1)).square()
         parts["edges"] = waves_off.mean()
+        code = targets["codes"].flatten(0, 1).flatten()  # [n * P * 4]
+        known = code != NONE
+        likely = said["codes"].unflatten(-1, (4, -1)).flatten(0, 1)[known].log_softmax(-1)  # [codes, K]
+        parts["codes"] = -(self.alike[code[known]] * likely).sum() / max(len(likely), 1)
         loss = (
             parts["class"] + 0.5 * parts["tint"] + 0.25 * parts["background"] + 10 * parts["box"] + parts["mask"]
             + 2 * parts["characters"] + 0.4 * parts["order"] + 0.3 * parts["same"] + 0.2 * parts["total"]
-            + 4 * parts["edges"]
+            + 4 * parts["edges"] + 0.5 * parts["codes"]
         )  # fmt: skip
         with torch.no_grad():
             figures = {f"loss/{name}": float(value) for name, value in parts.items()}
@@ -99,13 +110,19 @@ class PatchHeads(nn.Module):
             figures["order"] = float((said["order"].argmax(-1) == targets["order"].flatten())[thing].float().mean())
             figures["total"] = float((said["total"].argmax(-1) == targets["total"].flatten()).float().mean())
             figures["box_px"] = float(off.mean()) * 128
+            figures["codes"] = float((likely.argmax(-1) == code[known]).float().mean()) if known.any() else 0.0
             written = on_sign & (letter > 0)
             figures["letters"] = float((letters.argmax(-1) == letter)[written].float().mean()) if written.any() else 0.0
         return loss, figures
 
 
-def targets_of(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Pictures uint8 [n, S, S, 3], some of them mirrored (bool [n]), and their patches' targets [n, G * G, ...]."""
+def targets_of(
+    shard: Shard, rows: np.ndarray, mirrored: np.ndarray, codes: np.ndarray | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Pictures uint8 [n, S, S, 3], some of them mirrored (bool [n]), and their patches' targets [n, G * G, ...].
+
+    codes: mask codes of all objects of the shard [objects, 16]; a mirrored picture has others and gets none.
+    """
     a = shard.arrays
     image = a["image"][rows]
     index = a["index"][rows].astype(np.int64)
@@ -134,7 +151,9 @@ def targets_of(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np
         "order": order[pick, index + 1],
         "edges": edges[pick, index + 1],
         "same": same[pick, index + 1],
+        "codes": codes_of_quarters(shard, rows, codes) if codes is not None else np.full((*index.shape, 4), NONE),
     }
+    targets["codes"][mirrored] = NONE
     if mirrored.any():
         image[mirrored] = image[mirrored][:, :, ::-1]
         for name in targets:
@@ -148,6 +167,27 @@ def targets_of(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np
     flat = {name: value.reshape(len(rows), shape[1] * shape[2], *value.shape[3:]) for name, value in targets.items()}
     flat["mask"] = flat["mask"].reshape(len(rows), -1, 64)
     return image, flat
+
+
+def codes_of_quarters(shard: Shard, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The mask code [n, G, G, 4] at the middle of each quarter of a patch (row-major), NONE outside the object's box.
+
+    A code stands for a sixteenth of its object's box: so what a patch is to know depends on the box, as it does for
+    the decoder when it writes codes.
+    """
+    index = shard.arrays["index"][rows].astype(np.int64)  # [n, G, G]
+    first = np.cumsum([0] + [len(things) for things in shard.facts["objects"]])[rows]
+    of_object = codes[(first[:, None, None] + index.clip(0))]  # [n, G, G, 16]
+    x0, y0, x1, y1 = np.moveaxis(shard.arrays["box"][rows], -1, 0)  # seen from the patch's middle, in sides
+    quarter = np.array([-0.25, 0.25]) / index.shape[-1]
+    with np.errstate(divide="ignore", invalid="ignore"):  # background patches have boxes of no size
+        column = (quarter - x0[..., None]) / (x1 - x0)[..., None] * CODES_ACROSS  # [n, G, G, 2]
+        row = (quarter - y0[..., None]) / (y1 - y0)[..., None] * CODES_ACROSS
+    column, row = np.broadcast_arrays(column[..., None, :], row[..., :, None])  # [n, G, G, 2, 2]
+    inside = (index >= 0)[..., None, None] & (column > 0) & (column < CODES_ACROSS) & (row > 0) & (row < CODES_ACROSS)
+    place = (np.where(inside, row, 0).astype(np.int64) * CODES_ACROSS) + np.where(inside, column, 0).astype(np.int64)
+    found = np.take_along_axis(of_object, place.reshape(*index.shape, 4), -1).astype(np.int64)
+    return np.where(inside.reshape(*index.shape, 4), found, NONE)
 
 
 def without_color(image: np.ndarray, target: dict[str, np.ndarray], chosen: np.ndarray) -> None:
@@ -177,13 +217,15 @@ class SceneBatches:
     """Batches of pictures and their patches' targets, from the shards that are in the folder by now.
 
     A part of a step takes its scenes from four shards, shuffled together; when they are used up, from four others.
+    Without a codec there are no mask codes to learn.
     """
 
-    def __init__(self, folder: Path, size: int, seed: int = 0, mixed: int = 4):
-        self.folder, self.size, self.seed, self.mixed = folder, size, seed, mixed
+    def __init__(self, folder: Path, size: int, seed: int = 0, mixed: int = 4, codec: MaskCodec | None = None):
+        self.folder, self.size, self.seed, self.mixed, self.codec = folder, size, seed, mixed, codec
         self._round: tuple[int, int] | None = None
         self._shards: list[Shard] = []
         self._places: list[np.ndarray] = []
+        self._codes: list[np.ndarray | None] = []
 
     def __call__(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
         share = self.size // parts // self.mixed
@@ -193,15 +235,17 @@ class SceneBatches:
             paths = shard_paths(self.folder)
             if len(paths) < self.mixed:
                 raise FileNotFoundError(f"too few scenes in {self.folder}: python -m paligemma.tiny.recipe_scenes")
-            self._shards = [Shard.load(paths[i]) for i in rng.choice(len(paths), self.mixed, replace=False)]
+            chosen = [paths[i] for i in rng.choice(len(paths), self.mixed, replace=False)]
+            self._shards = [Shard.load(path) for path in chosen]
+            self._codes = [mask_codes(path, self.codec) if self.codec else None for path in chosen]
             self._places = [rng.permutation(SHARD) for _ in self._shards]
             self._round = round_, part
         rng = np.random.default_rng([self.seed, step, part, 1])
         made = []
-        for shard, places in zip(self._shards, self._places):
+        for shard, codes, places in zip(self._shards, self._codes, self._places):
             rows = places[place * share : (place + 1) * share]
             signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in rows])
-            image, target = targets_of(shard, rows, (rng.random(len(rows)) < 0.5) & ~signs)
+            image, target = targets_of(shard, rows, (rng.random(len(rows)) < 0.3) & ~signs, codes)
             without_color(image, target, rng.random(len(rows)) < GREY)
             made.append((image, target))
         targets = {name: torch.from_numpy(np.concatenate([m[1][name] for m in made])) for name in made[0][1]}
@@ -238,19 +282,46 @@ def train_vision(
     minutes: float | None = None,
     decay_from: float = 0.6,
     start: Path | None = None,
+    codec: MaskCodec | None = None,
 ) -> Vision:
-    """Train (or go on training) for `steps` in all; gives the average of the last weights."""
+    """Train (or go on training) for `steps` in all; gives the average of the last weights.
+
+    start: a checkpoint to begin with, of this stage or of the next, whose vision tower and heads are taken.
+    """
     torch.manual_seed(0)
     vision = Vision(config)
     if start is not None:
-        vision.load_state_dict(checkpointing.load(start)["average"])
+        load_weights(vision, vision_part(checkpointing.load(start)["average"]))
+    if codec is not None:
+        vision.heads.alike = alike_codes(codec)
     optimizers = muon_and_adamw(vision, lr=lr, adamw_lr=lr / 2)
     settings = TrainConfig(
         steps=steps, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=20,
         save_every=90
     )  # fmt: skip
-    train(vision, SceneBatches(scenes, batch), settings, out, loss=vision_loss, optimizers=optimizers)
+    train(vision, SceneBatches(scenes, batch, codec=codec), settings, out, loss=vision_loss, optimizers=optimizers)
     return vision
+
+
+def vision_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the weights of stage 1 or 2 those of `Vision`."""
+    inner = "model.vision_tower."
+    both = any(name.startswith(inner) for name in state)
+    return {
+        name.replace(inner, "model."): value
+        for name, value in state.items()
+        if not both or name.startswith((inner, "heads."))
+    }
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Weights of an earlier run, which may have had fewer patch heads (what is new keeps its beginning) or fewer
+    key/value heads (copies of them compute the same)."""
+    for name, value in module.state_dict().items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            value.copy_(state[name].repeat(len(value) // len(state[name]), *[1] * (value.ndim - 1)))
+        else:
+            value[: len(state[name])] = state[name]
 
 
 def initialize(model: nn.Module) -> None:
@@ -274,10 +345,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--decay-from", type=float, default=0.6)
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--codec", type=Path)
     args = parser.parse_args()
     train_vision(
-        VISION, args.scenes, args.out, args.steps, args.batch, args.lr, args.minutes, args.decay_from, args.weights
-    )
+        VISION, args.scenes, args.out, args.steps, args.batch, args.lr, args.minutes, args.decay_from, args.weights,
+        MaskCodec.load(args.codec) if args.codec else None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
