@@ -486,6 +486,7 @@ def finetune(
     batch: Annotated[int, typer.Option(min=1, help="Rows a step, over all processes.")] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Work through a batch in so many pieces.")] = 1,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default 1e-5; with LoRA 1e-4.")] = None,
+    vision_lr: Annotated[float, typer.Option(help="The vision tower's share of the learning rate, e.g. 0.1.")] = 1.0,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.05,
     schedule: Annotated[str, typer.Option(help="How it falls: cosine, linear or constant.")] = "cosine",
     weight_decay: Annotated[
@@ -496,7 +497,7 @@ def finetune(
     dropout: Annotated[float, typer.Option(help="In the decoder.")] = 0.0,
     clip: Annotated[float, typer.Option(help="Most that the norm of the gradient may be.")] = 1.0,
     ema: Annotated[float, typer.Option(help="Measure and save a running average with this decay, e.g. 0.999.")] = 0.0,
-    optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="adamw or muon (a third of the rate for all but matrices).")] = "adamw",
     freeze: Annotated[str, typer.Option(help="Parts that stay: vision, projector, decoder, embedding (a,b).")] = "",
     lora: Annotated[str, typer.Option(help="Train LoRA in these parts alone: decoder, vision, projector (a,b).")] = "",
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 8,

@@ -24,7 +24,7 @@ from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
 from paligemma.train.data import Row
-from paligemma.train.finetune import Options, finetune, rows_of
+from paligemma.train.finetune import Options, finetune, prepare, rows_of
 from paligemma.train.sight import measure_of, to_example
 
 
@@ -165,6 +165,36 @@ def test_frozen_parts_stay(base, data, tmp_path):
     assert not any("vision_tower" in name or "embed_tokens" in name for name in changed)
 
 
+def test_nothing_is_kept_for_the_gradient_of_a_frozen_vision_tower(base):
+    model = paligemma.load(base).model.train()
+    prepare(model, Options(model=base, data="d", out="o", freeze=("vision",)))
+    pixels = torch.zeros(1, 3, 28, 28)
+    assert model.vision_tower(pixels).grad_fn is None and model.encode_image(pixels).grad_fn is not None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_vision_tower_learns_at_its_share_of_the_rate(base, data, tmp_path, optimizer):
+    def moved(name: str, **others) -> dict[str, float]:
+        said = run(base, data, tmp_path / name, steps=1, warmup=0.0, optimizer=optimizer, **others)
+        assert any("0.1 of it for the vision tower" in line for line in said) == bool(others)
+        before, after = (paligemma.load(str(folder)).model.state_dict() for folder in (base, tmp_path / name))
+        return {key: float((after[key] - before[key]).abs().max()) for key in before}
+
+    same, slower = moved("same"), moved("slower", vision_lr=0.1)
+    for key in same:
+        if "k_proj.bias" not in key:  # under softmax it has no gradient but rounding
+            share = 0.1 if key.startswith("vision_tower") else 1.0
+            assert slower[key] == pytest.approx(share * same[key], rel=0.02, abs=1e-7), key
+
+
+def test_beside_muon_adamw_gets_a_third_of_the_rate(base, data, tmp_path):
+    said = run(base, data, tmp_path / "run", steps=1, warmup=0.0, optimizer="muon", lr=3e-3)
+    assert any("learning rate 0.003 (0.001 for embedding, norms and biases, by AdamW)" in line for line in said)
+    before, after = (paligemma.load(str(folder)).model.state_dict() for folder in (base, tmp_path / "run"))
+    key = "language_model.model.embed_tokens.weight"  # the first step of Adam is the learning rate
+    assert float((after[key] - before[key]).abs().max()) == pytest.approx(1e-3, rel=0.01)
+
+
 def test_dtype_and_mask_codec_are_those_of_the_base(data, tmp_path):
     said = run("tiny", data, tmp_path / "run", steps=1, batch=1)
     assert any("computed in bfloat16, what learns is kept in float32 and saved in bfloat16" in line for line in said)
@@ -228,6 +258,10 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
         ({"dropout": 1.0}, "dropout is 1"),
         ({"epochs": 1.0}, "steps and epochs"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"vision_lr": 0.0}, "0 is --freeze vision"),
+        ({"vision_lr": 1.5}, "in (0, 1]"),
+        ({"vision_lr": 0.1, "freeze": ("vision",)}, "leave out --vision-lr"),
+        ({"vision_lr": 0.1, "lora": ("decoder",)}, "leave out --vision-lr"),
         ({"lora": ("decoder",), "freeze": ("vision",)}, "LoRA freezes"),
         ({"lora": ("decoder",), "image_size": 56}, "keeps its resolution"),
         ({"optimizer": "muon", "shard": True}, "sharding cuts them up"),

@@ -138,6 +138,33 @@ def test_weight_decay_falls_on_the_kernels_of_eye_and_projector_alone(processor)
     assert rest["weight_decay"] == 0
 
 
+def test_the_vision_tower_may_learn_more_slowly(processor, tmp_path, monkeypatch):
+    """The first step of Adam is the learning rate, whatever the gradient."""
+    model = make_model(processor)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    batches = RowBatches(make_rows(), processor, batch_size=4)
+    settings = {**SMALL, "steps": 1, "warmup": 0.0, "schedule": "constant"}
+    train(model, batches, TrainConfig(**settings, vision_lr=0.1), tmp_path)
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters()}
+    lr = SMALL["lr"]
+    for name, step in moved.items():
+        assert step <= (0.1 if name.startswith("vision_tower") else 1.0) * lr * 1.001, name
+    assert moved["vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"] == pytest.approx(0.1 * lr, rel=1e-2)
+    assert moved["multi_modal_projector.linear.weight"] == pytest.approx(lr, rel=1e-2)
+
+
+def test_a_slower_vision_tower_decays_as_before(processor):
+    model = make_model(processor)
+    same, slower = decayed_apart(model, 0.1), decayed_apart(model, 0.1, vision_lr=1e-6)
+    vision = {id(parameter) for parameter in model.vision_tower.parameters()}
+    assert {id(p) for group in slower if group.get("lr") == 1e-6 for p in group["params"]} == vision
+
+    def decay(groups):
+        return {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+
+    assert decay(slower) == decay(same) and sum(len(group["params"]) for group in slower) == len(decay(same))
+
+
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(processor):
     model = make_model(processor)
     muon, adamw = muon_and_adamw(model, lr=0.02, adamw_lr=0.01, slower=("vision_tower", 0.1))

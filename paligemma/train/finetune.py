@@ -9,6 +9,10 @@ loaded and told which parts of it learn; every row is checked; what is going to 
 with a look at generated answers now and then (`sight.py`); the model is saved as checkpoints are published (an adapter
 with LoRA); its final figures and a report are written.
 
+Learning rates: what is right for a head that is new is too much for an eye that took a billion pictures to make, so it
+may have a share of it (`vision_lr`). Muon takes AdamW's learning rates for the matrices between hidden layers; the rest
+(embedding, norms, biases), which AdamW trains beside it, gets a third of the rate, as when the embedded model was made.
+
 Numbers: what learns is kept in float32 whatever it is computed in, since a small step is lost in the eight bits of
 bfloat16: a weight of 0.02 does not move by 1e-5. It is saved in the dtype it was loaded in, which is computed in, too.
 """
@@ -92,6 +96,7 @@ class Options:
     batch: int = 32
     accumulate: int = 1
     lr: float | None = None  # 1e-5, with LoRA 1e-4
+    vision_lr: float = 1.0  # the vision tower's share of it
     warmup: float = 0.05
     schedule: str = "cosine"
     weight_decay: float = 0.0
@@ -137,6 +142,10 @@ class Options:
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value:g}, expected a share in [0, 1)")
+        if not 0 < self.vision_lr <= 1:
+            raise ValueError(f"vision_lr is {self.vision_lr:g}, expected a share in (0, 1]; 0 is --freeze vision")
+        if self.vision_lr != 1 and ("vision" in self.freeze or (self.lora and "vision" not in self.lora)):
+            raise ValueError("vision_lr is for a vision tower that learns, and here it doesn't: leave out --vision-lr")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs both say how long to train: give one of them")
         if self.optimizer not in ("adamw", "muon"):
@@ -227,6 +236,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     config = TrainConfig(
         steps=steps,
         lr=options.peak,
+        vision_lr=options.vision_lr,
         warmup=options.warmup,
         schedule=options.schedule,
         weight_decay=options.weight_decay,
@@ -245,7 +255,8 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     )
     optimizers = None
     if options.optimizer == "muon":
-        optimizers = muon_and_adamw(pg.model, options.peak, options.peak, options.weight_decay)
+        slower = ("vision_tower", options.vision_lr)
+        optimizers = muon_and_adamw(pg.model, options.peak, options.peak / 3, options.weight_decay, slower=slower)
     try:
         last = train(
             pg.model,
@@ -409,6 +420,11 @@ def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype:
     listed = ", ".join(f"{part} {count:,}" for part, count in learned.items())
     how = f"LoRA of rank {options.rank} in " if options.lora else ""
     epochs = steps * options.batch / len(rows)
+    rates = f"{options.peak:g}"
+    if options.optimizer == "muon":
+        rates += f" ({options.peak / 3:.2g} for embedding, norms and biases, by AdamW)"
+    if options.vision_lr != 1:
+        rates += f", {options.vision_lr:g} of it for the vision tower"
     long = f"{options.minutes:g} minutes" if steps == 10**9 else f"{steps:,} steps ({epochs:.2g} epochs)"
     if options.minutes is not None and steps != 10**9:
         long += f", at most {options.minutes:g} minutes"
@@ -416,7 +432,7 @@ def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype:
         f"data    {rows.note}; a row has {tokens:.0f} tokens (of {len(some)} rows: {answer:.1f} of them the answer, "
         f"the longest {longest})",
         f"learns  {how}{listed}: {sum(learned.values()):,} of {sum(total.values()):,} parameters",
-        f"steps   {long} of {options.batch} rows; {options.optimizer}, learning rate {options.peak:g}, "
+        f"steps   {long} of {options.batch} rows; {options.optimizer}, learning rate {rates}, "
         f"{options.warmup:.0%} warm-up, then {options.schedule}",
         f"numbers computed in {name_of(dtype)}, what learns is kept in float32 and saved in "
         f"{'float32' if options.lora else name_of(dtype)}; on {pg.model.device}",

@@ -60,6 +60,7 @@ LossFunction = Callable[[Any, Batch], tuple[Tensor, float, dict[str, float]]]
 class TrainConfig:
     steps: int
     lr: float = 1e-5
+    vision_lr: float = 1.0  # the vision tower's share of it
     warmup: float = 0.05  # share of all steps
     schedule: str = "cosine"  # to 0 at the end; or "linear", "constant"
     decay_from: float = 0.0  # share of all steps at which "cosine" and "linear" begin to fall
@@ -123,19 +124,24 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
     return loss
 
 
-def decayed_apart(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decayed_apart(model: nn.Module, weight_decay: float, vision_lr: float | None = None) -> list[dict[str, Any]]:
     """Parameter groups as in the reference: weight decay on the matrices of the vision tower and the projector alone.
 
     (Its mask is `.*/kernel$`, and no parameter of its language model is called kernel.)
+
+    vision_lr: a learning rate of the vision tower's own, which gets groups of its own for it.
     """
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, False): [], (False, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kernel = parameter.ndim > 1 and name.startswith(("vision_tower", "multi_modal_projector"))
             kernel = kernel and "embedding.weight" not in name.replace("patch_embedding", "")
-            (decayed if kernel else rest).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            own = vision_lr is not None and name.startswith("vision_tower")
+            groups.setdefault((kernel, own), []).append(parameter)
+    return [
+        {"params": group, "weight_decay": weight_decay if kernel else 0.0} | ({"lr": vision_lr} if own else {})
+        for (kernel, own), group in groups.items()
+    ]
 
 
 def train(
@@ -179,7 +185,8 @@ def train(
     loss = loss or suffix_loss(config.label_smoothing)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optimizers is None:
-        groups = decayed_apart(model, config.weight_decay)
+        own = config.lr * config.vision_lr if config.vision_lr != 1 else None
+        groups = decayed_apart(model, config.weight_decay, own)
         optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8)]
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = {name: value.clone() for name, value in trained_state(model).items()} if config.ema else None
