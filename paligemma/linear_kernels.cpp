@@ -7,14 +7,21 @@
 // make the weights smaller. Reading an image multiplies every weight with hundreds of rows: there the number of
 // multiplications per instruction counts, and 8-bit ones come four to a lane.
 //
-// One idea serves both. Weights lie as in the checkpoint, a row of K numbers for each output, so the file is used as it
-// is mapped. Every output is a dot product of two rows that both run along K. So a tile of MR rows of x and four rows
-// of w is held in registers, one vector of partial sums for each pair, and summed up across the vector at the very end:
+// Weights lie as in the checkpoint, a row of K numbers for each output, so the file is used as it is mapped. Sums are
+// held in registers, a tile of MR rows of x by four vectors, in one of two ways:
 //
-//              w row 0   w row 1   w row 2   w row 3
-//     x row 0  acc[0][0] acc[0][1] acc[0][2] acc[0][3]      each 16 partial sums; a step along K loads 4 + MR vectors
+//                 w 0       w 1       w 2       w 3
+//     x row 0  acc[0][0] acc[0][1] acc[0][2] acc[0][3]      a step along K loads 4 + MR vectors
 //     ...                                                   and does 4 * MR multiply-adds with them
 //     x row 5  acc[5][0] acc[5][1] acc[5][2] acc[5][3]
+//
+// few rows:  w 0 .. 3 are rows of w, read as they lie. A vector holds 16 partial sums of one output, which are summed
+//            up across it at the very end.
+// many rows: a panel of 64 rows of w is first copied so that the four bytes that are multiplied at once (two numbers of
+//            bfloat16, four of 8 bits) lie beside those of the next output. A vector holds the sums of 16 outputs, and
+//            a row of x gives the same four bytes to all of them: nothing is left to be summed up, and of x a tile
+//            reads a sixteenth of what it multiplies. A panel is copied when its turn comes and stays in the cache
+//            while all rows use it, so there is never a second copy of the weights.
 //
 // 8-bit products are summed as integers, which is exact. The instruction multiplies unsigned with signed numbers:
 // weights are made unsigned by adding 128, and what that adds to the sum is taken away again.
@@ -44,7 +51,9 @@ typedef uint16_t bf16;
 
 static const int MR = 6;         // rows of x in a tile: 6 * 4 partial sums + 4 weights + 1 of the 32 registers
 static const int NR = 4;         // rows of w
-static const int BLOCK = 16;     // results that are written together: a row of y is long, and every row another page
+static const int WIDE = 64;      // outputs of a panel: four vectors
+static const int DEEP = 512;     // four-byte steps of a panel: 128 KB, well inside the second cache
+static const int FEW = 16;       // rows up to which weights are read as they lie
 static const int GROUP = 64;     // 4-bit weights that share a step
 static const float OUTLIER = 16; // in means of the absolute values of a row
 
@@ -71,6 +80,23 @@ static inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
 
 static inline __m512 load16(const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
+}
+
+// The first of 16 numbers, as many as `inside` has bits.
+static inline __m512 load16(__mmask16 inside, const float* x) { return _mm512_maskz_loadu_ps(inside, x); }
+
+static inline __m512 load16(__mmask16 inside, const bf16* x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, x)), 16));
+}
+
+static inline void put16(__mmask16 inside, __m512 v, float* to) { _mm512_mask_storeu_ps(to, inside, v); }
+
+static inline void put16(__mmask16 inside, __m512 v, bf16* to) { // as `put`
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i upper = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    upper = _mm512_mask_mov_epi32(upper, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_mask_storeu_epi16(to, inside, _mm512_cvtepi32_epi16(upper));
 }
 
 // Keeps a loaded vector in its register. Left alone, the compiler loads it anew for each of the four instructions that
@@ -162,7 +188,7 @@ struct Rows {
     int M, K, stride;    // stride: K, rounded up to whole vectors
     int8_t* q;           // [M, stride], zeros behind K
     float* scale;        // [M]
-    int32_t* start;      // [M, 16]: -128 times the sum of each lane, where a dot product begins
+    int32_t* start;      // [M]: -128 times the sum of q, where a dot product begins
     std::vector<std::vector<Outlier>> outliers; // of each row
     std::vector<int> columns;                   // in which they stand
 };
@@ -205,8 +231,7 @@ static void round_row(const T* x, Rows& rows, int m, std::vector<std::pair<int, 
     __m512i lanes = _mm512_setzero_si512();
     const __m512i ones = _mm512_set1_epi8(1);
     for (k = 0; k < rows.stride; k += 64) lanes = _mm512_dpbusd_epi32(lanes, ones, _mm512_load_si512(q + k));
-    lanes = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(lanes, 7));
-    _mm512_store_si512(rows.start + 16 * m, lanes);
+    rows.start[m] = -128 * _mm512_reduce_add_epi32(lanes);
 }
 
 template <class T>
@@ -216,7 +241,7 @@ static Rows round_rows(const T* x, int M, int K, int threads) {
     rows.M = M, rows.K = K, rows.stride = (K + 127) / 128 * 128;
     rows.q = (int8_t*)q.of(size_t(M) * rows.stride);
     rows.scale = (float*)scale.of(M * sizeof(float));
-    rows.start = (int32_t*)start.of(size_t(M) * 64);
+    rows.start = (int32_t*)start.of(size_t(M) * sizeof(int32_t));
     std::vector<std::vector<std::pair<int, float>>> found(M);
 #pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
     for (int m = 0; m < M; m++) round_row(x + size_t(m) * K, rows, m, found[m]);
@@ -242,7 +267,7 @@ static void tile_int8(const Rows& rows, int m0, const int8_t* const* w, float (*
     UNROLL
     for (int m = 0; m < R; m++)
         UNROLL
-        for (int n = 0; n < NR; n++) acc[m][n] = _mm512_load_si512(rows.start + 16 * (m0 + m));
+        for (int n = 0; n < NR; n++) acc[m][n] = _mm512_maskz_set1_epi32(1, rows.start[m0 + m]);
     for (int k = 0; k < rows.K; k += 64) {
         __m512i row[NR];
         if (rows.K - k >= 64) {
@@ -278,12 +303,13 @@ struct Tables {
 };
 static const Tables tables;
 
-// 64 bytes hold 128 weights: the lower halves are the first 64 of them, one group; the upper halves the next 64.
-static inline void spread(const uint8_t* w, const int8_t* steps, __m512i* first, __m512i* second) {
-    const __m512i lower = _mm512_set1_epi8(15), both = _mm512_loadu_si512(w);
-    auto table = [](int8_t step) { return _mm512_broadcast_i32x4(_mm_load_si128((__m128i*)tables.of[uint8_t(step)])); };
-    *first = _mm512_shuffle_epi8(table(steps[0]), _mm512_and_si512(both, lower));
-    *second = _mm512_shuffle_epi8(table(steps[1]), _mm512_and_si512(_mm512_srli_epi16(both, 4), lower));
+// 64 bytes hold 128 weights: the lower halves are the first 64 of them, one group; the upper halves the next 64, from
+// k = 64 on. One group, whose step is given, plus 128.
+static inline __m512i spread(const uint8_t* w, int8_t step, int k) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((__m128i*)tables.of[uint8_t(step)]));
+    __m512i both = _mm512_loadu_si512(w);
+    if (k >= GROUP) both = _mm512_srli_epi16(both, 4);
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(both, _mm512_set1_epi8(15)));
 }
 
 template <int R>
@@ -293,12 +319,12 @@ static void tile_int4(const Rows& rows, int m0, const uint8_t* const* w, const i
     UNROLL
     for (int m = 0; m < R; m++)
         UNROLL
-        for (int n = 0; n < NR; n++) acc[m][n] = _mm512_load_si512(rows.start + 16 * (m0 + m));
+        for (int n = 0; n < NR; n++) acc[m][n] = _mm512_maskz_set1_epi32(1, rows.start[m0 + m]);
     for (int k = 0; k < rows.K; k += 128) {
         UNROLL
         for (int n = 0; n < NR; n++) {
-            __m512i first, second;
-            spread(w[n] + k / 2, steps[n] + k / GROUP, &first, &second);
+            const __m512i first = spread(w[n] + k / 2, steps[n][k / GROUP], 0);
+            const __m512i second = spread(w[n] + k / 2, steps[n][k / GROUP + 1], GROUP);
             UNROLL
             for (int m = 0; m < R; m++) {
                 const int8_t* v = x + size_t(m) * rows.stride + k;
@@ -311,7 +337,7 @@ static void tile_int4(const Rows& rows, int m0, const uint8_t* const* w, const i
     for (int m = 0; m < R; m++) _mm_storeu_ps(out[m], _mm_cvtepi32_ps(sums(acc[m])));
 }
 
-// ---------------------------------------------------------------------------------------------- whole layers
+// ---------------------------------------------------------------------------------------------- many rows
 
 // Calls body(R, m) for tiles of R = MR rows and one of what is left over, R being a constant in each.
 template <class Body>
@@ -327,13 +353,132 @@ static inline void tiles_of_rows(int M, Body body) {
     }
 }
 
-// The four rows of w in a tile are not neighbours but a quarter of the matrix apart. So a thread reads four streams of
-// memory from end to end, each in its own pages, and the processor, which watches pages, fetches ahead in all of them.
-// (With neighbours, which share a page where rows are short, 4-bit weights came at half the speed.)
+// 16 rows of 16 four-byte pieces: row i, piece j becomes row j, piece i.
+static inline void transpose(__m512i v[16]) {
+    __m512i t[16];
+    UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    UNROLL
+    for (int i = 0; i < 4; i++) { // a quarter of v[4 * j + i] now holds piece i, 4 + i, 8 + i or 12 + i of four rows
+        __m512i a = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x44), b = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x44);
+        __m512i c = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xee), d = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xee);
+        t[i] = _mm512_shuffle_i32x4(a, b, 0x88), t[4 + i] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(c, d, 0x88), t[12 + i] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    }
+    UNROLL
+    for (int i = 0; i < 16; i++) v[i] = t[i];
+}
+
+static inline __m512i multiply_add(__m512i acc, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
+
+// Adds to sums [R, WIDE] what R rows of x make of a panel [steps, WIDE]; x and panel in pieces of four bytes.
+template <class Sums, int R>
+static void tile_of_panel(const char* x, size_t stride, const char* panel, int steps, int32_t* sums) {
+    Sums acc[R][NR];
+    UNROLL
+    for (int m = 0; m < R; m++)
+        UNROLL
+        for (int n = 0; n < NR; n++) acc[m][n] = (Sums)_mm512_load_si512(sums + m * WIDE + 16 * n);
+    for (int step = 0; step < steps; step++) {
+        __m512i w[NR];
+        UNROLL
+        for (int n = 0; n < NR; n++) w[n] = _mm512_load_si512(panel + (size_t(step) * NR + n) * 64);
+        UNROLL
+        for (int m = 0; m < R; m++) {
+            int32_t piece;
+            std::memcpy(&piece, x + m * stride + 4 * size_t(step), 4);
+            __m512i v = _mm512_set1_epi32(piece);
+            KEEP(v);
+            UNROLL
+            for (int n = 0; n < NR; n++) acc[m][n] = multiply_add(acc[m][n], w[n], v);
+        }
+    }
+    UNROLL
+    for (int m = 0; m < R; m++)
+        UNROLL
+        for (int n = 0; n < NR; n++) _mm512_store_si512(sums + m * WIDE + 16 * n, (__m512i)acc[m][n]);
+}
+
+// x: M rows of `steps` pieces of four bytes, `stride` bytes apart. load(n, step): 16 pieces of row n of w.
+// begin(m): what the sums of a row of x begin with. finish(n, sums): takes the sums [M, WIDE] of the outputs from n on.
+template <class Sums, class Load, class Begin, class Finish>
+static void many_rows(
+    const void* x, size_t stride, int M, int N, int steps, int threads, Load load, Begin begin, Finish finish) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int n = 0; n < N; n += WIDE) {
+        static thread_local Buffer of_panel, of_sums;
+        char* panel = (char*)of_panel.of(size_t(DEEP) * WIDE * 4);
+        int32_t* sums = (int32_t*)of_sums.of(size_t(M) * WIDE * 4);
+        for (int m = 0; m < M; m++) std::fill_n(sums + size_t(m) * WIDE, WIDE, begin(m));
+        for (int first = 0; first < steps; first += DEEP) {
+            const int depth = std::min(DEEP, steps - first);
+            for (int group = 0; group < NR; group++)
+                for (int step = 0; step < depth; step += 16) {
+                    __m512i v[16];
+                    UNROLL
+                    for (int i = 0; i < 16; i++) v[i] = load(std::min(n + 16 * group + i, N - 1), first + step);
+                    transpose(v);
+                    UNROLL
+                    for (int i = 0; i < 16; i++) _mm512_store_si512(panel + (size_t(step + i) * NR + group) * 64, v[i]);
+                }
+            tiles_of_rows(M, [&](auto R, int m) {
+                const char* from = (const char*)x + m * stride + 4 * size_t(first);
+                tile_of_panel<Sums, R()>(from, stride, panel, depth, sums + size_t(m) * WIDE);
+            });
+        }
+        finish(n, sums);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- whole layers
+
+// Where rows are few, the four rows of w in a tile are not neighbours but a quarter of the matrix apart. So a thread
+// reads four streams of memory from end to end, each in its own pages, and the processor, which watches pages, fetches
+// ahead in all of them. (With neighbours, which share a page where rows are short, 4-bit weights came at half the
+// speed.)
 static int rows_apart(int N) { return (N + NR - 1) / NR; } // the last tiles may do the last row again
+
+static inline __mmask16 first_of_16(int count) { return count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0; }
+
+static void many_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
+    static thread_local Buffer padded; // pieces are of two numbers
+    if (K % 2) {
+        bf16* even = (bf16*)padded.of(size_t(M) * (K + 1) * sizeof(bf16));
+        for (int m = 0; m < M; m++) *std::copy_n(x + size_t(m) * K, K, even + size_t(m) * (K + 1)) = 0;
+        x = even;
+    }
+    auto load = [&](int n, int step) {
+        const int k = 2 * step;
+        const bf16* from = w + size_t(n) * K + k;
+        _mm_prefetch((const char*)(from + 128), _MM_HINT_T0);
+        return K - k >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << (K - k)) - 1, from);
+    };
+    auto finish = [&](int n, const int32_t* sums) {
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < WIDE; i += 16) {
+                const __mmask16 inside = first_of_16(N - n - i);
+                __m512 sum = _mm512_load_ps(sums + size_t(m) * WIDE + i);
+                if (bias) sum = _mm512_add_ps(sum, load16(inside, bias + n + i));
+                put16(inside, sum, y + size_t(m) * N + n + i);
+            }
+    };
+    const size_t stride = size_t(K + K % 2) * sizeof(bf16);
+    many_rows<__m512>(x, stride, M, N, (K + 1) / 2, threads, load, [](int) { return 0; }, finish);
+}
 
 // bias: [N] or null. x: [M, K], w: [N, K], y: [M, N].
 extern "C" void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
+    if (M > FEW) return many_rows_bf16(x, w, bias, y, M, N, K, threads);
     const int apart = rows_apart(N);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int first = 0; first < apart; first++) {
@@ -352,70 +497,107 @@ extern "C" void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16
 
 // tile(R, m, n, out): the sums of R rows of x from m on with the four rows n of w. weight(n, k): one number of w.
 template <class T, class Tile, class Weight>
-static void linear(
+static void few_rows(
     const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Tile tile, Weight weight) {
-    const int M = rows.M, apart = rows_apart(N), columns = int(rows.columns.size());
+    const int apart = rows_apart(N), columns = int(rows.columns.size());
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int block = 0; block < apart; block += BLOCK) {
-        const int wide = std::min(BLOCK, apart - block);
-        static thread_local Buffer of_met, of_results;
+    for (int first = 0; first < apart; first++) {
+        static thread_local Buffer of_met;
         float* met = (float*)of_met.of(size_t(columns + 1) * sizeof(float[NR])); // the weights that outliers meet
-        T* results = (T*)of_results.of(size_t(M) * NR * BLOCK * sizeof(T));      // [M, NR, BLOCK]
-        for (int b = 0; b < wide; b++) {
-            int n[NR];
-            float scales[NR], biases[NR];
-            for (int i = 0; i < NR; i++) {
-                n[i] = std::min(block + b + i * apart, N - 1);
-                scales[i] = scale[n[i]], biases[i] = bias ? number(bias[n[i]]) : 0;
-            }
-            tiles_of_rows(M, [&](auto R, int m) {
-                float out[R()][NR];
-                tile(R, m, n, out);
-                if (m == 0) // only now: picked out before, they would break the streams
-                    for (int c = 0; c < columns; c++)
-                        for (int i = 0; i < NR; i++) met[c * NR + i] = weight(n[i], rows.columns[c]);
-                for (int r = 0; r < R(); r++) {
-                    __m128 sum = _mm_setzero_ps();
-                    for (const Outlier& outlier : rows.outliers[m + r]) {
-                        __m128 product = _mm_mul_ps(_mm_set1_ps(outlier.rest), _mm_load_ps(met + outlier.slot * NR));
-                        sum = _mm_add_ps(sum, product);
-                    }
-                    float rest[NR];
-                    _mm_storeu_ps(rest, sum);
-                    T result[NR];
-                    for (int i = 0; i < NR; i++)
-                        put(out[r][i] * scales[i] * rows.scale[m + r] + rest[i] * scales[i] + biases[i], result + i);
-                    for (int i = 0; i < NR; i++) results[(size_t(m + r) * NR + i) * BLOCK + b] = result[i];
-                }
-            });
+        int n[NR];
+        float scales[NR], biases[NR];
+        for (int i = 0; i < NR; i++) {
+            n[i] = std::min(first + i * apart, N - 1);
+            scales[i] = scale[n[i]], biases[i] = bias ? number(bias[n[i]]) : 0;
         }
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < NR; i++) {
-                const int n = block + i * apart, inside = std::min(wide, N - n);
-                if (inside > 0) std::copy_n(results + (size_t(m) * NR + i) * BLOCK, inside, y + size_t(m) * N + n);
+        tiles_of_rows(rows.M, [&](auto R, int m) {
+            float out[R()][NR];
+            tile(R, m, n, out);
+            if (m == 0) // only now: picked out before, they would break the streams
+                for (int c = 0; c < columns; c++)
+                    for (int i = 0; i < NR; i++) met[c * NR + i] = weight(n[i], rows.columns[c]);
+            for (int r = 0; r < R(); r++) {
+                float rest[NR] = {};
+                for (const Outlier& outlier : rows.outliers[m + r])
+                    for (int i = 0; i < NR; i++) rest[i] += outlier.rest * met[outlier.slot * NR + i];
+                for (int i = 0; i < NR; i++) {
+                    float result = out[r][i] * scales[i] * rows.scale[m + r] + rest[i] * scales[i] + biases[i];
+                    put(result, y + size_t(m + r) * N + n[i]);
+                }
             }
+        });
     }
+}
+
+// load(n, k): 64 numbers of row n of w, plus 128. weight(n, k): one of them, as it is.
+template <class T, class Load, class Weight>
+static void many_rows_8_bits(
+    const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Load load, Weight weight) {
+    const int columns = int(rows.columns.size());
+    auto finish = [&](int n, const int32_t* sums) {
+        static thread_local Buffer of_met;
+        float* met = (float*)of_met.of(size_t(columns + 1) * WIDE * sizeof(float));
+        for (int c = 0; c < columns; c++)
+            for (int i = 0; i < WIDE; i++) met[c * WIDE + i] = weight(std::min(n + i, N - 1), rows.columns[c]);
+        for (int m = 0; m < rows.M; m++)
+            for (int i = 0; i < WIDE; i += 16) {
+                const __mmask16 inside = first_of_16(N - n - i);
+                const __m512 scales = load16(inside, scale + n + i);
+                __m512 rest = _mm512_setzero_ps();
+                for (const Outlier& outlier : rows.outliers[m]) {
+                    const __m512 weights = _mm512_load_ps(met + outlier.slot * WIDE + i);
+                    rest = _mm512_add_ps(rest, _mm512_mul_ps(_mm512_set1_ps(outlier.rest), weights));
+                }
+                __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + size_t(m) * WIDE + i));
+                sum = _mm512_mul_ps(_mm512_mul_ps(sum, scales), _mm512_set1_ps(rows.scale[m]));
+                sum = _mm512_add_ps(sum, _mm512_mul_ps(rest, scales));
+                if (bias) sum = _mm512_add_ps(sum, load16(inside, bias + n + i));
+                put16(inside, sum, y + size_t(m) * N + n + i);
+            }
+    };
+    auto begin = [&](int m) { return rows.start[m]; };
+    auto pieces = [&](int n, int step) { return load(n, 4 * step); };
+    many_rows<__m512i>(rows.q, rows.stride, rows.M, N, (rows.K + 3) / 4, threads, pieces, begin, finish);
 }
 
 template <class T>
 static void linear_int8(
     const T* x, const int8_t* w, const float* scale, const T* bias, T* y, int M, int N, int K, int threads) {
     const Rows rows = round_rows(x, M, K, threads);
+    auto weight = [&](int n, int k) { return float(w[size_t(n) * K + k]); };
+    if (M > FEW) {
+        auto load = [&](int n, int k) {
+            const int8_t* from = w + size_t(n) * K + k;
+            _mm_prefetch((const char*)(from + 256), _MM_HINT_T0);
+            __m512i v = K - k >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << (K - k)) - 1, from);
+            return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
+        };
+        return many_rows_8_bits(rows, scale, bias, y, N, threads, load, weight);
+    }
     auto tile = [&](auto R, int m, const int* n, float (*out)[NR]) {
         const int8_t* row[NR];
         for (int i = 0; i < NR; i++) row[i] = w + size_t(n[i]) * K;
         tile_int8<R()>(rows, m, row, out);
     };
-    linear(rows, scale, bias, y, N, threads, tile, [&](int n, int k) { return float(w[size_t(n) * K + k]); });
+    few_rows(rows, scale, bias, y, N, threads, tile, weight);
 }
-
-static thread_local Buffer widened; // not inside the tile below, of which every R has its own
 
 template <class T>
 static void linear_int4(
     const T* x, const uint8_t* w, const int8_t* steps, const float* scale, const T* bias, T* y, int M, int N, int K,
     int threads) {
     const Rows rows = round_rows(x, M, K, threads);
+    auto weight = [&](int n, int k) {
+        int byte = w[size_t(n) * (K / 2) + k / 128 * 64 + k % 64];
+        int number = k % 128 < 64 ? byte & 15 : byte >> 4;
+        return float(int8_t((number - 8) * steps[size_t(n) * (K / GROUP) + k / GROUP]));
+    };
+    if (M > FEW) {
+        auto load = [&](int n, int k) {
+            return spread(w + size_t(n) * (K / 2) + k / 128 * 64, steps[size_t(n) * (K / GROUP) + k / GROUP], k % 128);
+        };
+        return many_rows_8_bits(rows, scale, bias, y, N, threads, load, weight);
+    }
     auto tile = [&](auto R, int m, const int* n, float (*out)[NR]) {
         const uint8_t* row[NR];
         const int8_t* row_steps[NR];
@@ -423,27 +605,9 @@ static void linear_int4(
             row[i] = w + size_t(n[i]) * (K / 2);
             row_steps[i] = steps + size_t(n[i]) * (K / GROUP);
         }
-        if (M <= 2 * MR) return tile_int4<R()>(rows, m, row, row_steps, out);
-        // For many rows the weights are made 8 bits wide once, and then multiplied as such: the same sums.
-        int8_t* wide = (int8_t*)widened.of(size_t(NR) * K);
-        const int8_t* wide_row[NR];
-        for (int i = 0; i < NR; i++) {
-            wide_row[i] = wide + size_t(i) * K;
-            for (int k = 0; m == 0 && k < K; k += 128) {
-                __m512i first, second;
-                spread(row[i] + k / 2, row_steps[i] + k / GROUP, &first, &second);
-                _mm512_store_si512(wide + size_t(i) * K + k, _mm512_xor_si512(first, _mm512_set1_epi8(-128)));
-                _mm512_store_si512(wide + size_t(i) * K + k + 64, _mm512_xor_si512(second, _mm512_set1_epi8(-128)));
-            }
-        }
-        tile_int8<R()>(rows, m, wide_row, out);
+        tile_int4<R()>(rows, m, row, row_steps, out);
     };
-    auto weight = [&](int n, int k) {
-        int byte = w[size_t(n) * (K / 2) + k / 128 * 64 + k % 64];
-        int number = k % 128 < 64 ? byte & 15 : byte >> 4;
-        return float(int8_t((number - 8) * steps[size_t(n) * (K / GROUP) + k / GROUP]));
-    };
-    linear(rows, scale, bias, y, N, threads, tile, weight);
+    few_rows(rows, scale, bias, y, N, threads, tile, weight);
 }
 
 extern "C" void linear_int8_bf16(

@@ -44,6 +44,12 @@ def kernel_available() -> bool:
     return os.environ.get("PALIGEMMA_KERNEL") != "0" and _library() is not None
 
 
+@cache
+def best_for_many_rows() -> bool:
+    """Whether `linear_bf16` is also the faster one for many rows: on CPUs with bfloat16 in vectors, but not in tiles."""
+    return " avx512_bf16" in (flags := _cpu_flags()) and " amx_bf16" not in flags
+
+
 def cache_folder() -> Path:
     """Where compiled libraries lie: beside those of PyTorch's own extensions."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
@@ -124,7 +130,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for few rows, all in bfloat16: x [..., K], weight [N, K], bias [N] -> [..., N]. Float32 sums."""
+    """`F.linear`, all in bfloat16: x [..., K], weight [N, K], bias [N] -> [..., N]. Float32 sums."""
     _expect(weight.dtype == torch.bfloat16 and x.dtype == torch.bfloat16, x, weight)
     return _call("linear_bf16", x, [weight], bias, weight.shape[0], weight.shape[1])
 

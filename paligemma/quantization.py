@@ -129,23 +129,25 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 class FastLinear(nn.Linear):
-    """A bfloat16 layer whose few-row products are computed as fast as memory can be read; all others as before."""
+    """A bfloat16 layer whose products are computed as fast as memory can be read, or the CPU can multiply."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _few_rows(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias)
 
 
 class FastEmbedding(GemmaEmbedding):
     """The embedding with such a head."""
 
     def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
-        return _few_rows(hidden, self.weight if ids is None else self.weight[ids], None)
+        return _product(hidden, self.weight if ids is None else self.weight[ids], None)
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype == weight.dtype == torch.bfloat16
-    if few and x.device.type == "cpu" and not torch.is_grad_enabled() and kernel_available():
-        return linear_kernels.linear_bf16(x, weight, bias)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by the kernel where that is the faster one and nothing is being learned."""
+    if x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled():
+        few = x.numel() <= FEW_ROWS * x.shape[-1]
+        if (few or linear_kernels.best_for_many_rows()) and kernel_available():
+            return linear_kernels.linear_bf16(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -142,12 +142,22 @@ def test_outliers_are_carried_apart():
 
 def shapes():
     """Tiles of the kernels are 6 x 4 with vectors of 32, 64 and 128 inputs: whole ones, and every kind of edge."""
-    return [(1, 8, 128), (2, 5, 256), (3, 1, 128), (4, 33, 384), (5, 3, 640), (6, 4, 128), (7, 18, 256), (19, 31, 128)]
+    return [(1, 8, 128), (2, 5, 256), (3, 1, 128), (4, 33, 384), (5, 3, 640), (6, 4, 128), (7, 18, 256)]
+
+
+def panels():
+    """Many rows: panels of 64 outputs, 1024 or 2048 inputs deep. Whole ones, parts of one, one more than one."""
+    return [(19, 31, 128), (17, 64, 2048), (24, 65, 2176), (23, 1, 4224), (18, 130, 256)]
+
+
+def odd():
+    """Inputs that fill no vector, or no piece of four bytes."""
+    return [(1, 2, 1), (3, 9, 17), (8, 6, 63), (13, 7, 269), (17, 3, 1), (21, 70, 1029), (30, 67, 2051), (20, 66, 4303)]
 
 
 @needs_kernel
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("M", "N", "K"), [*shapes(), (1, 2, 1), (3, 9, 17), (8, 6, 63), (13, 7, 4304 // 16)])
+@pytest.mark.parametrize(("M", "N", "K"), [*shapes(), *panels(), *odd()])
 def test_8_bit_kernel_is_exact_to_the_bit(M, N, K, bias):
     """Against whole numbers in float64, where these sums are exact."""
     x = torch.rand(M, K) * 2 - 1  # nothing to clip
@@ -167,15 +177,16 @@ def test_8_bit_kernel_is_exact_to_the_bit(M, N, K, bias):
 
 
 @needs_kernel
-def test_8_bit_sums_do_not_overflow():
+@pytest.mark.parametrize("M", [1, 20])
+def test_8_bit_sums_do_not_overflow(M):
     """The longest row of any published model, all weights and activations at their largest."""
     K = 36864
-    x, weight = torch.ones(1, K), torch.full((4, K), -127, dtype=torch.int8)
-    assert linear_kernels.linear_int8(x, weight, torch.ones(4))[0].tolist() == [-127.0 * K] * 4
+    x, weight = torch.ones(M, K), torch.full((4, K), -127, dtype=torch.int8)
+    assert linear_kernels.linear_int8(x, weight, torch.ones(4)).tolist() == [[-127.0 * K] * 4] * M
 
 
 @needs_kernel
-@pytest.mark.parametrize(("M", "N", "K"), [*shapes(), (12, 5, 256), (13, 6, 128), (40, 7, 384)])
+@pytest.mark.parametrize(("M", "N", "K"), [*shapes(), *panels()])
 def test_4_bit_kernel_is_exact_to_the_bit(M, N, K):
     """Few rows and many take different ways through it."""
     x, bias, scale = torch.rand(M, K) * 2 - 1, torch.randn(N), torch.rand(N) + 0.5
@@ -199,7 +210,7 @@ def test_steps_that_no_file_should_hold_read_no_memory_that_is_not_theirs():
 
 
 @needs_kernel
-@pytest.mark.parametrize(("M", "N", "K"), [*shapes(), (1, 2, 1), (3, 9, 17), (8, 6, 63)])
+@pytest.mark.parametrize(("M", "N", "K"), [*shapes(), *panels(), *odd()])
 def test_bfloat16_kernel_within_the_bound_of_float32_sums(M, N, K):
     """|y - exact| <= half a unit in the last place of bfloat16, at most 2^-8 of y, and K float32 roundings."""
     x, weight, bias = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16()
@@ -217,7 +228,17 @@ def test_bfloat16_kernel_within_the_bound_of_float32_sums(M, N, K):
 @needs_kernel
 def test_results_between_two_bfloat16_numbers_go_to_the_even_one():
     weight = torch.tensor([[256.0, 1.0], [256.0, 3.0], [-256.0, -1.0]]).bfloat16()
-    assert linear_kernels.linear_bf16(torch.ones(1, 2).bfloat16(), weight)[0].tolist() == [256, 260, -256]
+    for M in (1, 20):
+        assert linear_kernels.linear_bf16(torch.ones(M, 2).bfloat16(), weight).tolist() == [[256, 260, -256]] * M
+
+
+@needs_kernel
+@pytest.mark.parametrize("M", [3, 20])
+def test_what_is_no_number_stays_in_its_row(M):
+    x, weight = torch.ones(M, 33).bfloat16(), torch.ones(70, 33).bfloat16()
+    x[1, 32], weight[69, 0] = math.nan, math.inf
+    y = linear_kernels.linear_bf16(x, weight)
+    assert y[1].isnan().all() and y[[0, 2], 69].isinf().all() and (y[[0, 2], :69] == 33).all()
 
 
 @needs_kernel
@@ -272,14 +293,14 @@ def test_layers_compute_what_they_round(way, dtype, M):
 @pytest.mark.skipif(not quantization.has_dot_products(), reason="another plain path")
 def test_both_ways_are_equal_to_the_bit_where_nothing_is_clipped(monkeypatch):
     _, _, eight, _ = layers()
-    x = torch.rand(9, 512) - 0.5
+    x = torch.rand(25, 512) - 0.5
     monkeypatch.setenv("PALIGEMMA_KERNEL", "1")
     compiled = eight(x)
     monkeypatch.setenv("PALIGEMMA_KERNEL", "0")
     assert torch.equal(eight(x), compiled)
 
 
-@pytest.mark.parametrize("M", [1, 7])
+@pytest.mark.parametrize("M", [1, 7, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_planted_outliers_do_no_harm(way, M, dtype):
     """Six channels a hundred times larger than the rest, as in real checkpoints, and a token with one of its own."""
@@ -486,17 +507,20 @@ def test_a_model_with_fast_rows_can_be_trained_and_saved(tmp_path):
 
 
 @needs_kernel
-def test_one_token_goes_through_the_kernel_and_many_do_not(monkeypatch):
+@pytest.mark.parametrize("best_for_many", [False, True])
+def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
     called = []
     real = linear_kernels.linear_bf16
     monkeypatch.setattr(linear_kernels, "linear_bf16", lambda x, *rest: called.append(x.shape) or real(x, *rest))
+    monkeypatch.setattr(linear_kernels, "best_for_many_rows", lambda: best_for_many)
     model = quantize(make_model(dtype=torch.bfloat16), "bf16")
     layer = model.language_model.model.layers[0].mlp.up_proj
     layer(torch.randn(1, 1, 128).bfloat16()), layer(torch.randn(1, 200, 128).bfloat16())
-    assert called == [(1, 1, 128)]
+    assert called == ([(1, 1, 128), (1, 200, 128)] if best_for_many else [(1, 1, 128)])
+    called.clear()
     with torch.enable_grad():
         layer(torch.randn(1, 1, 128).bfloat16())
-    assert len(called) == 1  # the kernel knows no gradients
+    assert called == []  # the kernel knows no gradients
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
