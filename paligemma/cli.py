@@ -485,6 +485,10 @@ def finetune(
     minutes: Annotated[float | None, typer.Option(help="How long at most; the schedule ends with them.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows a step, over all processes.")] = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Work through a batch in so many pieces.")] = 1,
+    keep_together: Annotated[
+        bool,
+        typer.Option("--keep-together", help="Shuffle pictures, not rows: one with several rows is encoded once."),
+    ] = False,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default 1e-5; with LoRA 1e-4.")] = None,
     vision_lr: Annotated[float, typer.Option(help="The vision tower's share of the learning rate, e.g. 0.1.")] = 1.0,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = 0.05,

@@ -377,15 +377,22 @@ def test_killed_at_twenty_random_moments(base, data, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("together", [(), ("--keep-together",)])
 @pytest.mark.parametrize("shard", [(), ("--shard",)])
-def test_two_processes_do_what_one_does(base, data, tmp_path, shard):
-    """The command under torchrun, with a look at answers on the way; dropout draws the same in the same part."""
+def test_two_processes_do_what_one_does(base, data, tmp_path, shard, together):
+    """The command under torchrun, with a look at answers on the way; dropout draws the same in the same part. Also
+    where two questions are about the same picture."""
+    if together:
+        lines = [json.loads(line) for line in Path(data).read_text().splitlines()]
+        pairs = [line | {"image": f"{i}.png"} for i in range(4) for line in (lines[i], lines[i + 4])]
+        Path(data).write_text("".join(json.dumps(line) + "\n" for line in pairs))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    run(base, data, tmp_path / "one", dropout=0.1, accumulate=2)
+    run(base, data, tmp_path / "one", dropout=0.1, accumulate=2, keep_together=bool(together))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    command += ["-m", "paligemma", "train", "--model", base, "--data", data, "--out", str(tmp_path / "two"), *shard]
+    command += ["-m", "paligemma", "train", "--model", base, "--data", data, "--out", str(tmp_path / "two")]
+    command += [*shard, *together]
     command += ["--validation", data, "--validate-every", "3", "--steps", "6", "--batch", "4", "--lr", "3e-3"]
     done = subprocess.run(
         [*command, "--dropout", "0.1"], capture_output=True, text=True, timeout=300,
@@ -395,7 +402,9 @@ def test_two_processes_do_what_one_does(base, data, tmp_path, shard):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert [entry["step"] for entry in log_of(tmp_path / "two") if "validation" in entry] == [3, 6]
     one, two = (paligemma.load(str(tmp_path / name)).model.state_dict() for name in ("one", "two"))
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    for name in one:
+        if "k_proj.bias" not in name:  # under softmax it has no gradient but rounding, which Adam makes large
+            assert torch.allclose(one[name], two[name], atol=5e-5), name
 
 
 def test_the_plan_is_told_and_nothing_done(data, tmp_path):

@@ -22,7 +22,7 @@ from paligemma.generation import generate
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
 from paligemma.train import checkpointing
-from paligemma.train.batches import RowBatches
+from paligemma.train.batches import RowBatches, runs_of_pictures
 from paligemma.train.loop import TrainConfig, decayed_apart, learning_rate_factor, suffix_loss, train
 from paligemma.train.optimizer import muon_and_adamw
 
@@ -192,6 +192,63 @@ def test_parts_of_a_step_are_the_step(processor):
     five_steps = [prompt for step in range(5) for prompt in prompts(step, 0, 1)]
     assert all(five_steps.count(prompt) == 4 for prompt in five_steps), "40 places, 10 rows: every epoch has every row"
     assert len(set(five_steps[:10])) == 10 and five_steps[:10] != five_steps[10:20], "and an order of its own"
+
+
+def questions(pictures: int, each: int) -> list[dict]:
+    """So many rows about each picture, one after the other."""
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (28, 28, 3), dtype=np.uint8) for _ in range(pictures)]
+    return [
+        {"prefix": f"caption en {i}", "suffix": "blue" if j % 2 else "red", "image": image}
+        for i, image in enumerate(images)
+        for j in range(each)
+    ]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_picture_that_several_rows_see_is_encoded_once(processor, monkeypatch, parts):
+    """... and loss and gradients are those of encoding it for every row."""
+    model = make_model(processor)
+    rows = questions(3, 4)
+    rows[5]["image"] = (rows[5]["image"], rows[0]["image"])  # a row that sees two
+    batches = RowBatches(rows, processor, batch_size=12, shuffle=False)
+    plain = RowBatches([{**row, "image": copied(row["image"])} for row in rows], processor, 12, shuffle=False)
+
+    def looked_at(batches):
+        model.zero_grad(set_to_none=True)
+        losses, seen = [], []
+        handle = model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        for part in range(parts):
+            total, weight, _ = suffix_loss()(model, batches(0, part, parts))
+            total.backward()
+            losses.append((float(total.detach()), weight))
+        handle.remove()
+        return losses, {name: p.grad.clone() for name, p in model.named_parameters()}, seen
+
+    once, every = looked_at(batches), looked_at(plain)
+    assert sum(every[2]) == 13 and once[2] == {1: [3], 2: [2, 2], 3: [1, 2, 1]}[parts]
+    assert np.allclose(once[0], every[0], rtol=1e-6)
+    for name, gradient in every[1].items():
+        assert (once[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, name
+
+
+def copied(image):
+    return tuple(map(copied, image)) if isinstance(image, tuple) else image.copy()
+
+
+def test_rows_of_a_picture_stay_together_when_shuffled(processor):
+    rows = questions(5, 3) + [{"prefix": f"none {i}", "suffix": "x", "image": None} for i in range(3)]
+    assert runs_of_pictures(rows).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 6, 7]
+    batches = RowBatches(rows, processor, batch_size=18, seed=1, keep_together=True)
+    orders = [[batches._row(18 * epoch + place) for place in range(18)] for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(18)), "every row once an epoch"
+        for picture in range(5):
+            first = order.index(3 * picture)
+            assert order[first : first + 3] == [3 * picture, 3 * picture + 1, 3 * picture + 2]
+    assert orders[0] != orders[1] != orders[2]
+    again = RowBatches(rows, processor, batch_size=18, seed=1, keep_together=True)
+    assert [again._row(36 + place) for place in range(18)] == orders[2], "a function of the place alone"
 
 
 def test_more_parts_than_rows(processor):

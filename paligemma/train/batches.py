@@ -8,6 +8,10 @@ else.
 such attributes). `image` is what `load_image` takes, a tuple of them, or None. The parts of a step are shared out among
 processes and among the pieces of an accumulated batch; together they are the same rows however many parts there are.
 
+Several questions about one picture: a batch holds each of its pictures once, and `pictures` says which of them each row
+sees, so that the vision tower need not look twice (`loop.suffix_loss`). Shuffled row by row they would hardly ever come
+into the same batch; `keep_together` shuffles pictures instead, with all of their rows that follow one another.
+
 A picture that cannot be read (a disk that went away, a file that was moved) need not end a run of hours: with `on_skip`
 its row is left out and told of. Only when many rows in a row are lost there is something wrong with more than a row.
 """
@@ -15,6 +19,7 @@ its row is left out and told of. Only when many rows in a row are lost there is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -30,8 +35,9 @@ class RowBatches:
     """Shuffles anew in every epoch; the last rows of an epoch are filled up with the first of the next.
 
     max_length cuts rows (images included) at the end of the suffix; padding is on the right, as in the reference's
-    training. on_skip is called with the step, where the row stands, and the error, for a row whose picture cannot be
-    read; without it that error is raised.
+    training. keep_together: neighbours with the same pictures stay neighbours; for this all rows (not their pictures)
+    are read once, in the beginning. on_skip is called with the step, where the row stands, and the error, for a row
+    whose picture cannot be read; without it that error is raised.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class RowBatches:
         seed: int = 0,
         max_length: int | None = None,
         shuffle: bool = True,
+        keep_together: bool = False,
         on_skip: Callable[[int, str, Exception], None] | None = None,
     ):
         if not len(rows):
@@ -50,17 +57,27 @@ class RowBatches:
         self.seed, self.max_length, self.shuffle = seed, max_length, shuffle
         self.on_skip, self._skipped = on_skip, 0
         self._epoch, self._order = -1, torch.empty(0)
+        self._run = runs_of_pictures(rows) if keep_together else None
 
     def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch | None:
         """None where nothing is left for a part: a step of more parts than rows, or all of its rows were skipped."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
         rows: list[Any] = []
-        pixels: list[list[Tensor]] = []  # of each row
-        for place in places[part::parts]:
+        pixels: list[Tensor] = []  # of each picture
+        seen: dict[Any, int] = {}  # which of them is it?
+        shown: list[list[int]] = []  # to each row
+        each, more = divmod(len(places), parts)  # the first parts get one more; neighbours stay together
+        first = part * each + min(part, more)
+        for place in places[first : first + each + (part < more)]:
             number = self._row(place)
             row = self.rows[number]
             try:
-                images = [preprocess(load_image(image), self.processor.image_size) for image in _pictures(row)]
+                pictures = {_identity(picture): picture for picture in _pictures(row)}
+                new = {
+                    identity: preprocess(load_image(picture), self.processor.image_size)
+                    for identity, picture in pictures.items()
+                    if identity not in seen
+                }
             except (OSError, ValueError) as error:
                 if self.on_skip is None:
                     raise
@@ -73,18 +90,23 @@ class RowBatches:
                 continue
             self._skipped = 0
             rows.append(row)
-            pixels.append(images)
+            seen |= {identity: len(pixels) + i for i, identity in enumerate(new)}
+            pixels += new.values()
+            shown.append([seen[_identity(picture)] for picture in _pictures(row)])
         if not rows:
             return None
         batch = self.processor.lay_out(
             [_get(row, "prefix") for row in rows],
-            [len(images) for images in pixels],
+            [len(pictures) for pictures in shown],
             [_get(row, "suffix") for row in rows],
             padding_side="right",
             max_length=self.max_length,
         )
-        if any(pixels):
-            batch["pixel_values"] = torch.stack([image for images in pixels for image in images])
+        if pixels:
+            batch["pixel_values"] = torch.stack(pixels)
+            in_order = [picture for pictures in shown for picture in pictures]
+            if len(in_order) > len(pixels):
+                batch["pictures"] = torch.tensor(in_order)
         return batch
 
     def sources(self, step: int) -> list[str]:
@@ -99,8 +121,30 @@ class RowBatches:
             return place
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=generator)
+            self._epoch = epoch
+            if self._run is None:
+                self._order = torch.randperm(len(self.rows), generator=generator)
+            else:
+                places = torch.randperm(int(self._run[-1]) + 1, generator=generator)  # of the runs
+                self._order = places[self._run].argsort(stable=True)
         return int(self._order[place])
+
+
+def runs_of_pictures(rows: Sequence[Any]) -> Tensor:
+    """[0, 0, 0, 1, 2, 2, ...]: which run of neighbours with the same pictures each row belongs to. A row without a
+    picture is a run of its own."""
+    runs = torch.zeros(len(rows), dtype=torch.int64)
+    before: tuple[Any, ...] = ()
+    for i in range(len(rows)):
+        pictures = _pictures(rows[i])
+        same = pictures and list(map(_identity, pictures)) == list(map(_identity, before))
+        runs[i], before = not same, pictures
+    return runs.cumsum(0) - 1
+
+
+def _identity(picture: Any) -> Any:
+    """Equal for pictures that are the same: the path, the bytes of a file, or the very object (while it lives)."""
+    return picture if isinstance(picture, (str, bytes, PurePath)) else id(picture)
 
 
 def _get(row: Any, name: str, default: Any = None) -> Any:

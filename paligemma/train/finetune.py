@@ -95,6 +95,7 @@ class Options:
     # how
     batch: int = 32
     accumulate: int = 1
+    keep_together: bool = False  # rows of a picture
     lr: float | None = None  # 1e-5, with LoRA 1e-4
     vision_lr: float = 1.0  # the vision tower's share of it
     warmup: float = 0.05
@@ -231,7 +232,13 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         append_to_log(out, {"step": step + 1, "skipped": source, "error": str(error), "time": time.time()})
 
     batches = RowBatches(
-        rows, pg.processor, options.batch, options.seed, limit, on_skip=None if options.strict else skip
+        rows,
+        pg.processor,
+        options.batch,
+        options.seed,
+        limit,
+        keep_together=options.keep_together,
+        on_skip=None if options.strict else skip,
     )
     config = TrainConfig(
         steps=steps,

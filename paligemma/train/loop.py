@@ -105,7 +105,7 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
     def loss(model: Any, batch: Batch) -> tuple[Tensor, float, dict[str, float]]:
         out = model(
             batch["input_ids"],
-            pixel_values=batch.get("pixel_values"),
+            **what_is_seen(model, batch),
             attention_mask=batch["attention_mask"],
             token_type_ids=batch["token_type_ids"],
             logits_to_keep=None,
@@ -122,6 +122,17 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
         return total, float(len(targets)), {"accuracy": right}
 
     return loss
+
+
+def what_is_seen(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """The pictures of a batch for `model.forward`. One that several rows see is encoded once, and its gradient is the
+    sum of theirs."""
+    if "pictures" not in batch:
+        return {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
+    if distributed.is_sharded(next(model.parameters())):  # whose weights are not there outside of `forward`
+        return {"pixel_values": batch["pixel_values"][batch["pictures"]]}
+    features = model.encode_image(batch["pixel_values"])  # [pictures, P, D]
+    return {"image_features": features.index_select(0, batch["pictures"])}
 
 
 def decayed_apart(model: nn.Module, weight_decay: float, vision_lr: float | None = None) -> list[dict[str, Any]]:
