@@ -641,8 +641,9 @@ def scenes(
     size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 384,
     seed: int = 0,
     task: Annotated[
-        str | None, typer.Option(help="count_color: one question a picture that the embedded model has yet to learn.")
+        str | None, typer.Option(help="count_color: a question about each picture, which the model has yet to learn.")
     ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="About each picture, with --task count_color.")] = 1,
 ) -> None:
     """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
     if task not in (None, "count_color"):
@@ -650,7 +651,7 @@ def scenes(
     if task == "count_color":
         from paligemma.tiny.color_counts import write_color_counts
 
-        write_color_counts(count, out, split=split, size=size, seed=seed)
+        write_color_counts(count, out, split=split, size=size, seed=seed, questions=questions)
         return
 
     from paligemma.tiny.scenes import write_scenes

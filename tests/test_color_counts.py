@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paligemma.tiny.color_counts import color_scene, write_color_counts
+from paligemma.tiny.color_counts import color_questions, color_scene, write_color_counts
 from paligemma.tiny.recipe_tokenizer import build_tokenizer
 from paligemma.tiny.rows import NUMBERS
 from paligemma.tiny.world import has_held_out
@@ -28,6 +28,26 @@ def test_no_answer_is_a_good_guess():
     assert max(answers.values()) < 0.3 * 200
 
 
+@pytest.mark.parametrize("questions", [2, 6])
+def test_several_questions_are_about_as_many_colors(questions):
+    answers = Counter()
+    for seed in range(30):
+        scene, rows = color_questions(seed, "train", 64, questions)
+        tints = [thing.tint for thing in scene.objects]
+        assert len({row.prefix for row in rows}) == questions and len(tints) in range(1, 6)
+        for row in rows:
+            color = row.prefix.removeprefix("answer en how many ").removesuffix(" things are there ?")
+            assert row.suffix == NUMBERS[tints.count(color)]
+        answers[rows[0].suffix] += 1
+    assert set(answers) == set(NUMBERS[:6]) and max(answers.values()) < 0.4 * 30, "the first is balanced as ever"
+
+
+def test_questions_that_cannot_be_asked_are_refused():
+    for questions in (0, 7):
+        with pytest.raises(ValueError, match=f"1 to 6, got {questions}"):
+            color_questions(0, questions=questions)
+
+
 @pytest.mark.parametrize("split, held_out", [("train", False), ("test", False), ("heldout", True)])
 def test_splits_show_what_they_may(split, held_out):
     for seed in range(15):
@@ -39,6 +59,13 @@ def test_all_words_are_known():
     tokenizer = build_tokenizer()
     _, row = color_scene(3)
     assert len(tokenizer.encode(row.prefix)) == len(row.prefix.split())
+
+
+def test_the_questions_about_a_picture_follow_one_another(tmp_path):
+    folder = write_color_counts(2, tmp_path / "color", size=64, questions=3, progress=False)
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == ["images/train_000000.png"] * 3 + ["images/train_000001.png"] * 3
+    assert [line["prefix"] for line in lines[:3]] == [row.prefix for row in color_questions(0, questions=3)[1]]
 
 
 def test_rows_and_pictures_are_written(tmp_path):

@@ -11,6 +11,11 @@ Every thing in these scenes is of a class that is always tinted, and there are n
 apple (whose red is its own) or a red board is meant. A thing counts if its tint is the colour asked for. First the
 answer is drawn, each as likely as the others, then a scene that has it: in the scenes of `render` nearly every answer
 would be "zero" or "one".
+
+With `questions` there are several about each picture, one after the other, each about another colour: more to learn
+from a look that is paid for once (`paligemma train --keep-together`). Of them the first is balanced and the others are
+less so: each count is drawn from what the counts before it leave of the five things, so that small ones are commoner.
+(They cannot all be balanced: three counts of 2.5 on average would be more than five things.)
 """
 
 from __future__ import annotations
@@ -34,22 +39,41 @@ QUESTION = "answer en how many {color} things are there ?"
 def color_scene(seed: int, split: str = "train", size: int = 256) -> tuple[Scene, Row]:
     """A scene of 1 to 5 tinted things, and a question about one colour whose answer is "zero" to "five".
 
-    Of the split "heldout", every scene has a pair that training never shows; of the others, none has.
+    The first of `color_questions`.
     """
+    scene, rows = color_questions(seed, split, size, 1)
+    return scene, rows[0]
+
+
+def color_questions(seed: int, split: str = "train", size: int = 256, questions: int = 1) -> tuple[Scene, list[Row]]:
+    """A scene of 1 to 5 tinted things, and questions about as many colours whose answers are "zero" to "five".
+
+    Of the split "heldout", every scene has a pair that training never shows; of the others, none has. ValueError for
+    fewer questions than one, or so many that no colour is left for things that nobody asks about.
+    """
+    if not 1 <= questions < len(TINTS):
+        raise ValueError(f"questions must be 1 to {len(TINTS) - 1}, got {questions}")
     rng = generator(seed, split).spawn(2)[1]
     colors = tuple(TINTS)
-    color = colors[rng.integers(len(colors))]
-    wanted = int(rng.integers(MOST + 1))
+    wanted: dict[str, int] = {}  # how many of each colour
+    for _ in range(questions):
+        color = pick(rng, [color for color in colors if color not in wanted])
+        wanted[color] = int(rng.integers(MOST - sum(wanted.values()) + 1))
+    there = sum(wanted.values())
     while True:
-        others = int(rng.integers(0 if wanted else 1, MOST - wanted + 1))
-        tints = [color] * wanted + [pick(rng, [other for other in colors if other != color]) for _ in range(others)]
+        others = int(rng.integers(0 if there else 1, MOST - there + 1))
+        tints = [color for color, count in wanted.items() for _ in range(count)]
+        tints += [pick(rng, [color for color in colors if color not in wanted]) for _ in range(others)]
         things = [(pick(rng, TINTABLE), tint) for tint in tints]
         if has_held_out(things) == (split == "heldout"):
             break
     things = [things[i] for i in rng.permutation(len(things))]
     scene = render(seed, split, size, things=things, sign=0.0, sign_only=0.0)
-    counted = tuple(thing for thing in scene.objects if thing.tint == color)
-    return scene, Row("count_color", QUESTION.format(color=color), NUMBERS[len(counted)], (color,), counted)
+    rows = []
+    for color in wanted:
+        counted = tuple(thing for thing in scene.objects if thing.tint == color)
+        rows.append(Row("count_color", QUESTION.format(color=color), NUMBERS[len(counted)], (color,), counted))
+    return scene, rows
 
 
 def pick(rng: np.random.Generator, choices: list[str] | tuple[str, ...]) -> str:
@@ -57,12 +81,20 @@ def pick(rng: np.random.Generator, choices: list[str] | tuple[str, ...]) -> str:
 
 
 def write_color_counts(
-    count: int, folder: str | Path, split: str = "train", size: int = 256, seed: int = 0, *, progress: bool = True
+    count: int,
+    folder: str | Path,
+    split: str = "train",
+    size: int = 256,
+    seed: int = 0,
+    questions: int = 1,
+    *,
+    progress: bool = True,
 ) -> Path:
-    """The pictures and questions of the seeds from `seed` on, one question a picture. Returns the folder, which is
-    whole or isn't there.
+    """The pictures and questions of the seeds from `seed` on, `count` pictures with so many questions each. Returns the
+    folder, which is whole or isn't there.
 
-    Raises FileExistsError if the folder is there already and not empty, and ValueError for a count below 1.
+    Raises FileExistsError if the folder is there already and not empty, and ValueError for a count below 1 and for
+    questions that `color_questions` refuses.
     """
     folder = Path(folder)
     if count < 1:
@@ -72,8 +104,9 @@ def write_color_counts(
     with folder_written_whole(folder) as beside, open(beside / "rows.jsonl", "w", encoding="utf-8") as lines:
         (beside / "images").mkdir()
         for number in bar:
-            scene, row = color_scene(number, split, size)
+            scene, rows = color_questions(number, split, size, questions)
             name = f"images/{split}_{number:06d}.png"
             Image.fromarray(scene.image).save(beside / name)
-            lines.write(json.dumps({"image": name, "prefix": row.prefix, "suffix": row.suffix}) + "\n")
+            for row in rows:
+                lines.write(json.dumps({"image": name, "prefix": row.prefix, "suffix": row.suffix}) + "\n")
     return folder
