@@ -341,11 +341,15 @@ class GemmaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, S, E]
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, last: int = 0
+    ) -> Tensor:
+        """[B, S, D] -> [B, S, D]. last: only so many positions, the last ones, look around; 0 for all."""
+        q = self.q_proj(x[:, -last:]).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, S, E]; -0 keeps all
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, S, E]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k = apply_rotary(q, cos[:, :, -last:], sin[:, :, -last:]), apply_rotary(k, cos, sin)
+        mask = mask[:, :, -last:]  # [B, 1, S, T]
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, K, T, E]
         if self.explicit:
@@ -382,8 +386,10 @@ class GemmaDecoderLayer(nn.Module):
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GemmaMLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), mask, cos, sin, cache)
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, last: int = 0
+    ) -> Tensor:
+        x = x[:, -last:] + self.self_attn(self.input_layernorm(x), mask, cos, sin, cache, last)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -399,8 +405,11 @@ class Gemma2DecoderLayer(nn.Module):
         self.mlp = GemmaMLP(config)
         self.post_feedforward_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), mask, cos, sin, cache))
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, last: int = 0
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), mask, cos, sin, cache, last)
+        x = x[:, -last:] + self.post_attention_layernorm(attended)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -439,18 +448,21 @@ class GemmaModel(nn.Module):
         masks: dict[int | None, Tensor],
         cache: KVCache | None = None,
         streams: list[Tensor] | None = None,
+        last: int = 0,
     ) -> Tensor:
-        """Embeddings [B, S, D] -> the stream after the final norm [B, S, D].
+        """Embeddings [B, S, D] -> the stream after the final norm [B, S, D], or of the last positions only.
 
         position_ids: int64 [B, S]; masks: one [B, 1, S, T] per window size in use, None for no window. The stream is
         what the layers add their results to; into `streams`, where a list is given, goes the stream before every layer
-        and, last, what is returned.
+        and, last, what is returned. last: how many positions are wanted, 0 for all. What the others would become in
+        the last layer nobody reads; their keys and values there are still needed.
         """
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):
             if streams is not None:
                 streams.append(x)
-            x = layer(x, masks[self.config.window(index)], cos, sin, cache)
+            wanted = last if index == len(self.layers) - 1 else 0
+            x = layer(x, masks[self.config.window(index)], cos, sin, cache, wanted)
         x = self.norm(x)
         if streams is not None:
             streams.append(x)
@@ -603,7 +615,9 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             position_ids = place + text.position_offset
 
         streams: list[Tensor] | None = [] if output_hidden_states else None
-        x = self.language_model.model(x, position_ids, masks, cache, streams)
+        everywhere = labels is not None or output_hidden_states or logits_to_keep is None
+        last = 0 if everywhere else logits_to_keep
+        x = self.language_model.model(x, position_ids, masks, cache, streams, last)
         if logits_to_keep is None:
             logits = None
         else:

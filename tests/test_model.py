@@ -139,8 +139,13 @@ def test_positions_given_are_positions_used(model):
 def test_only_the_last_logits(model):
     inputs = make_inputs(model.config, prefix=[5, 3], suffix=[2, 2])
     whole = model(**inputs).logits
+    rows: list[int] = []  # that go through the MLP of each layer
+    for layer in model.language_model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
     for n in (1, 3, whole.shape[1]):
+        rows.clear()
         kept = model(**inputs, logits_to_keep=n).logits
+        assert rows[-1] == n and set(rows[:-1]) == {whole.shape[1]}  # nobody reads what others become in the last
         assert kept.shape == (2, n, 320)
         assert_close(kept, whole[:, -n:], atol=1e-5, rtol=0)
 
