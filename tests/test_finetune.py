@@ -24,7 +24,7 @@ from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
 from paligemma.train.data import Row
-from paligemma.train.finetune import Options, finetune, prepare, rows_of
+from paligemma.train.finetune import Options, finetune, plan_of, prepare, rows_of
 from paligemma.train.sight import measure_of, to_example
 
 
@@ -221,6 +221,22 @@ def test_lora_leaves_an_adapter_that_opens_like_a_model(base, data, tmp_path):
     pg = paligemma.load(str(out))
     colors = [(np.full((28, 28, 3), color, np.uint8), name) for name, color in COLORS.items()]
     assert exact == 1.0 and all(pg.ask(picture, "what color is it ?").text == name for picture, name in colors)
+
+
+def test_lora_beside_an_adapter_is_refused_before_the_run(base, data, tmp_path):
+    pytest.importorskip("peft")
+    adapter, out = tmp_path / "adapter", tmp_path / "run"
+    run(base, data, adapter, lora=("decoder",), steps=1)
+    options = Options(model=str(adapter), data=data, out=str(out), lora=("decoder",), steps=1)
+    for refusing in (finetune, plan_of):
+        with pytest.raises(ValueError, match=f"is an adapter.*paligemma merge {re.escape(str(adapter))}"):
+            refusing(options)
+    assert not out.exists()
+    run(str(adapter), data, out, steps=1)  # whole it can be trained
+    merged = tmp_path / "merged"
+    assert CliRunner().invoke(app, ["merge", str(adapter), str(merged)]).exit_code == 0
+    run(str(merged), data, tmp_path / "again", lora=("decoder",), steps=1)
+    paligemma.load(str(tmp_path / "again"))
 
 
 def test_how_long_it_trains(base, data, tmp_path):

@@ -35,7 +35,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from paligemma.adapters import save_adapter
+from paligemma.adapters import is_adapter, save_adapter
 from paligemma.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
 from paligemma.evaluate.report import Report
 from paligemma.evaluate.runner import fingerprint
@@ -179,6 +179,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     that holds a run with others; FloatingPointError, naming step and rows, for a loss that is no number; OSError when
     something cannot be written: the last good checkpoint stays; KeyboardInterrupt after Ctrl-C, when all is saved.
     """
+    check_base(options)
     rank, world = distributed.start()
     say = quietly if rank else say or to_stderr
     out = Path(options.out)
@@ -319,6 +320,16 @@ def rows_of(options: Options, path: str) -> Rows:
     )
 
 
+def check_base(options: Options) -> None:
+    """ValueError for LoRA beside an adapter: what would come out could not be opened, since the base of an adapter is a
+    whole model."""
+    if options.lora and is_adapter(resolve(options.model, options.revision, options.dtype, weights=False)):
+        raise ValueError(
+            f"{options.model} is an adapter, and LoRA needs a whole model: fold it into its base first, with 'paligemma "
+            f"merge {options.model} FOLDER', and give that folder as --model; or train all of it, without --lora"
+        )
+
+
 def own_device(world: int) -> str | None:
     """Each process its own GPU."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if world > 1 and torch.cuda.is_available() else None
@@ -346,6 +357,7 @@ def plan_of(options: Options) -> Plan:
     downloaded). Raises as `finetune` does for data and options."""
     from paligemma.train.plan import estimate
 
+    check_base(options)
     path = resolve(options.model, options.revision, options.dtype, weights=False)
     try:
         checkpoint = open_checkpoint(path)
