@@ -10,6 +10,7 @@ import io
 import json
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,9 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Annotated[str | None, typer.Option(help="Quantise the weights at load.")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="'auto': layers that do not fit on the device wait in memory (accelerate).")
+    ] = None,
     revision: Revision = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")
@@ -107,6 +111,9 @@ def run(
 
     task = prompt.strip().partition(" ")[0]
     boxes = task in ("detect", "segment")
+    labels = [label.strip() for label in prompt.strip().removeprefix(task).split(";")]
+    if boxes and len(labels) > 1 and all(labels) and prompt.strip() != (spaced := f"{task} {' ; '.join(labels)}"):
+        note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
     sampling: dict[str, Any] = {"num_beams": beams}
     if samples:
         sampling = {"do_sample": True, "temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed}
@@ -121,6 +128,8 @@ def run(
         pictures = {}
         for n, name in enumerate(images[start : start + BATCH], start):
             try:
+                if name == "-" and sys.stdin is None:
+                    raise ValueError("'-' stands for a picture on stdin, and stdin is closed")
                 pictures[n] = load_image(sys.stdin.buffer.read() if name == "-" else name)
             except (ValueError, OSError) as error:
                 if len(images) == 1:
@@ -138,7 +147,7 @@ def run(
             with notes.status(Text(f"loading {model}")):
                 pg = load(
                     model, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
-                    loc_scale=loc_scale,
+                    loc_scale=loc_scale, device_map=device_map,
                 )  # fmt: skip
             codec = pg.codec if task == "segment" else None
 
@@ -222,8 +231,17 @@ def note(text: str) -> None:
     notes.print(text, style="dim", markup=False, soft_wrap=True)
 
 
+def print_table(table: Any) -> None:
+    """On stdout, as wide as the terminal; a file is as wide as the table."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    Console(width=None if terminal else 160).print(table)
+
+
 def complain(error: BaseException) -> None:
-    notes.print(f"error: {str(error) or type(error).__name__}", style="bold red", markup=False, soft_wrap=True)
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and text.startswith("[Errno"):
+        text = f"{error.filename}: {error.strerror}"  # what the system refused, without its number
+    notes.print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
 
 
 def describe(answer: Any) -> str:
@@ -303,6 +321,8 @@ def quantize(
     """Write a checkpoint with rounded weights: smaller, and several times faster on a CPU."""
     if int8 == int4:
         raise typer.BadParameter("choose one of --int8 and --int4")
+    if target.suffix == ".npz":
+        raise typer.BadParameter(f"{target} is the name of an .npz, which cannot hold rounded weights: name a folder")
 
     from paligemma.quantization import quantize_checkpoint
     from paligemma.utils import open_model, resolve
@@ -410,7 +430,7 @@ def evaluate(
     if as_json:
         echo_json(report.to_dict())
     else:
-        Console().print(report.table())
+        print_table(report.table())
 
 
 @app.command()
@@ -455,10 +475,9 @@ def bench(
             command="paligemma " + " ".join(sys.argv[1:]),
             say=lambda text: status.update(Text(text)),
         )
-    console = Console() if sys.stdout.isatty() else Console(width=160)  # a file is as wide as the table
-    console.print(table(record))
+    print_table(table(record))
     for line in growth_lines(record):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        typer.echo(line)
     for failed in record["failed"]:
         note(f"failed: {failed['what']}: {failed['why']}")
     note(f"record: {path}")
@@ -674,6 +693,8 @@ def main() -> None:
     """Runs the command line. Errors are a line on stderr; with --debug, a traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     debug = len(arguments) < len(sys.argv) - 1
+    # Pillow warns of a large picture at half the size at which it refuses one, with the place in its code.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer is not lost to a terminal without its letters
     try:

@@ -180,6 +180,49 @@ def test_what_fails_exits_with_1_in_one_line_without_a_traceback(paligemma, argu
     assert len(err.strip().splitlines()) <= 2
 
 
+def test_a_closed_stdin_is_no_picture(folder, tmp_path):
+    command = [sys.executable, "-m", "paligemma", "run", "ocr", "-", "--model", "model"]
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *command], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    assert (closed.returncode, closed.stdout) == (1, "")
+    assert closed.stderr.strip() == "error: '-' stands for a picture on stdin, and stdin is closed"
+
+
+def test_what_the_system_refuses_is_named_without_its_number(paligemma, folder):
+    code, _, err = paligemma("convert", "model", "a.png/copy")
+    assert code == 1 and "a.png" in err and "[Errno" not in err
+
+
+def test_a_large_picture_is_answered_without_a_warning(folder):
+    Image.new("1", (10_000, 9_000)).save(folder / "large.png")  # beyond Pillow's limit, and within twice that
+    command = [
+        sys.executable,
+        "-m",
+        "paligemma",
+        "run",
+        "ocr",
+        "large.png",
+        "--model",
+        "model",
+        "--max-new-tokens",
+        "1",
+    ]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "Warning" not in result.stderr
+
+
+def test_labels_without_spaces_around_the_semicolon_get_a_note(paligemma):
+    asked = ("a.png", "--model", "model", "--max-new-tokens", "8")
+    assert "detect dog ; cat" in paligemma("run", "detect dog;cat", *asked)[2]
+    assert "detect dog ; cat" not in paligemma("run", "detect dog ; cat", *asked)[2]
+
+
+def test_a_quantised_checkpoint_is_a_folder(paligemma, tmp_path):
+    code, _, err = paligemma("quantize", "model", str(tmp_path / "small.npz"), "--int8")
+    assert code == 2 and "folder" in err and not (tmp_path / "small.npz").exists()
+
+
 def test_debug_shows_the_traceback(folder):
     command = [sys.executable, "-m", "paligemma", "--debug", "run", "ocr", "nothing.png", "--model", "model"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
