@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,17 +79,22 @@ def load(
     revision: str | None = None,
     image_size: int | None = None,
     loc_scale: int = 1024,
+    device_map: str | None = None,
+    max_memory: Mapping[str, int | str] | None = None,
 ) -> PaliGemma:
     """Opens a checkpoint.
 
     model: "tiny" (ships with the package), a hub id such as "google/paligemma2-3b-mix-224", a folder (an adapter's too)
     or a big_vision `.npz`. device: default CUDA, else MPS, else CPU. dtype: default bfloat16 for official sizes, the
     checkpoint's own for small ones. revision: of a hub id. image_size: resamples the position table for another
-    resolution. loc_scale: 1024 (default) or 1023, what a location token counts to.
+    resolution. loc_scale: 1024 (default) or 1023, what a location token counts to. device_map: "auto" for a model
+    larger than its device; max_memory: what it may use of each, see `load_hf_model`.
     Raises ValueError or OSError in a line that says what to do.
     """
     path = resolve(model, revision=revision, dtype=dtype)
-    network, tokenizer = load_hf_model(str(path), device, dtype=dtype, quantize=quantize, image_size=image_size)
+    network, tokenizer = load_hf_model(
+        str(path), device, dtype, quantize, image_size=image_size, device_map=device_map, max_memory=max_memory
+    )
     vision = network.config.vision_config
     processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
     own_codec = first_with(open_model(path, dtype)[1], CODEC_FILE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from paligemma.adapters import CONFIG, folded, is_adapter, open_adapter
 from paligemma.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype, published_name
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.npz import npz_parts
+from paligemma.offload import check_device_map, offload
 from paligemma.processing_paligemma import Tokenizer, check_tokenizer, load_tokenizer
 from paligemma.quantization import (
     STORED,
@@ -42,6 +44,8 @@ def load_hf_model(
     quantize: str | None = None,
     revision: str | None = None,
     image_size: int | None = None,
+    device_map: str | None = None,
+    max_memory: Mapping[str, int | str] | None = None,
 ) -> tuple[PaliGemmaForConditionalGeneration, Tokenizer]:
     """A model in evaluation mode (its parameters trainable), and the tokenizer that lies beside its weights.
 
@@ -51,7 +55,8 @@ def load_hf_model(
     sizes, the checkpoint's own for small ones. revision: branch, tag or commit of a hub id. image_size: another
     resolution than the checkpoint's, for which its table of positions is resampled. quantize: "int8" or "int4" rounds
     the weights as they are read, "bnb-int8" or "nf4" through bitsandbytes; a checkpoint may be quantised already. On a
-    CPU the published sizes take "bf16" by themselves, which changes no weight (see `quantization.py`).
+    CPU the published sizes take "bf16" by themselves, which changes no weight (see `quantization.py`). device_map:
+    "auto" for a model larger than its device, by accelerate; max_memory: what may be used of each (see `offload.py`).
 
     Raises ValueError or OSError (FileNotFoundError, PermissionError for a gated repository, ...) in a line or two that
     say what to do.
@@ -59,19 +64,24 @@ def load_hf_model(
     device, wanted = pick_device(device), parse_dtype(dtype)
     if quantize is not None:
         check_mode(quantize, device)
+    check_device_map(device_map, quantize)
+    if max_memory is not None and device_map is None:
+        raise ValueError("max_memory is for device_map='auto', which is not asked for")
     path = resolve(model_path, revision, wanted)
     checkpoint, folders = open_model(path, wanted)  # headers only: what does not fit shows before gigabytes are read
     tokenizer = load_tokenizer(first_with(folders, "tokenizer.json", "tokenizer.model") or folders[-1])
     check_tokenizer(tokenizer, checkpoint.config)
     if isinstance(checkpoint, QuantizedCheckpoint):
+        check_device_map(device_map, checkpoint.mode)
         check_mode(checkpoint.mode, device)
         return checkpoint.load(quantize, wanted, image_size), tokenizer
     if quantize is not None and quantize in STORED:
         return load_quantizing(checkpoint, quantize, wanted, image_size), tokenizer
-    model = load_model(checkpoint, device, wanted, image_size)
+    model = load_model(checkpoint, "cpu" if device_map else device, wanted, image_size)
     if quantize is None and device.type == "cpu" and published_name(model.config) and model.dtype == torch.bfloat16:
         quantize = "bf16"  # the same weights, read faster
-    return (model if quantize is None else quantize_model(model, quantize)), tokenizer
+    model = model if quantize is None else quantize_model(model, quantize)
+    return (model if device_map is None else offload(model, device, max_memory)), tokenizer
 
 
 def open_model(

@@ -24,7 +24,7 @@ LAYERS = [
     "files empty configuration attention_mask kv_cache modeling_siglip processing_paligemma mask_codec grammar draw "
     "formats npz linear_kernels",
     "modeling_gemma",
-    "generation checkpoints quantization adapters",
+    "generation checkpoints quantization adapters offload",
     "utils info",
     "inference",
     # the wings: one folder per thing that is done with the model. Any other folder is one too.

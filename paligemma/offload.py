@@ -1,0 +1,129 @@
+"""A model larger than its device: layers that do not fit wait in memory or on disk, and visit the device to compute.
+
+    load_hf_model(..., device_map="auto")
+    offload(model, torch.device("cuda"), {"cuda": 8 * 10**9, "cpu": 16 * 10**9})
+
+One device computes everything, so the cache and the masks stay whole and the model's files know nothing of this: the
+hooks are accelerate's (https://huggingface.co/docs/accelerate/concept_guides/big_model_inference), put on a finished
+model from outside. What stays on the device is chosen by how often it is read: the decoder's layers for every token,
+the eye's once an image. A layer that does not stay costs its bytes over the bus, for every token.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+
+# Always on the device: the embedding is read in two places (it is the head as well), and the rest is small. `device`
+# and `dtype` of the model are those of its last norm.
+KEPT = (
+    "language_model.model.embed_tokens",
+    "language_model.model.norm",
+    "multi_modal_projector",
+    "vision_tower.vision_model.embeddings",
+    "vision_tower.vision_model.post_layernorm",
+)
+FREE_SHARE = 0.9  # of the device's free memory; the rest is for the cache and what is computed
+
+
+def check_device_map(device_map: str | None, quantize: str | None) -> None:
+    """Raises ValueError for a map that is not offered or not with this `quantize`, ImportError without accelerate."""
+    if device_map is None:
+        return
+    if device_map != "auto":
+        raise ValueError(f"device_map is {device_map!r}, expected 'auto' or None")
+    if quantize is not None:
+        raise ValueError(
+            f"device_map='auto' moves whole weights, quantize={quantize!r} rounds them: choose one of both"
+        )
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise ImportError("device_map='auto' needs accelerate: pip install accelerate") from None
+
+
+def offload(
+    model: PaliGemmaForConditionalGeneration,
+    device: torch.device,
+    max_memory: Mapping[str, int | str] | None = None,
+) -> PaliGemmaForConditionalGeneration:
+    """Spreads a model that lies on the CPU over `device`, memory and disk, in place. Returns the model.
+
+    max_memory: bytes, or text like "8GB", for the device (by its type or name, "cuda" or "cuda:1") and for "cpu".
+    Default: most of what is free on the device, and any amount of memory, since weights that keep the dtype of their
+    safetensors file are only mapped. Beyond both a layer is copied to a temporary folder, which goes with the model.
+    Raises ValueError where the device can't hold the embedding and one layer, or for a key that names neither.
+    """
+    from accelerate import dispatch_model
+
+    model.requires_grad_(False)  # a layer that comes and goes can't be trained
+    places = device_map_of(model, device, _limits(device, max_memory))
+    if set(places.values()) == {str(device)}:
+        return model.to(device)
+    folder = None
+    if "disk" in places.values():
+        folder = tempfile.mkdtemp(prefix="paligemma-offload-")
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    logger = logging.getLogger("accelerate.big_modeling")  # it warns that parameters are away, which was asked for
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        dispatch_model(model, places, main_device=str(device), offload_dir=folder)
+    finally:
+        logger.setLevel(level)
+    return model
+
+
+def device_map_of(
+    model: PaliGemmaForConditionalGeneration, device: torch.device, limits: Mapping[str, float]
+) -> dict[str, str]:
+    """Name of a module -> str(device), "cpu" or "disk". limits: bytes for str(device) and "cpu"."""
+    layers = [f"language_model.model.layers.{n}" for n in range(len(model.language_model.model.layers))]
+    layers += [
+        f"vision_tower.vision_model.encoder.layers.{n}" for n in range(model.config.vision_config.num_hidden_layers)
+    ]
+    sizes = {name: _bytes(model.get_submodule(name)) for name in (*KEPT, *layers)}
+    kept, largest, here = sum(sizes[name] for name in KEPT), max(sizes[name] for name in layers), str(device)
+    free = limits[here] - kept
+    if free < largest:
+        raise ValueError(
+            f"{here} may hold {limits[here] / 1e9:.2f} GB, and the embedding with one layer at a time takes "
+            f"{(kept + largest) / 1e9:.2f} GB: allow more, or take a smaller or quantised model"
+        )
+    places = dict.fromkeys(KEPT, here)
+    if sum(sizes[name] for name in layers) > free:
+        free -= largest  # room for the layer that visits
+    left = {here: free, **({} if here == "cpu" else {"cpu": limits["cpu"]})}
+    for name in layers:
+        places[name] = next((place for place, room in left.items() if sizes[name] <= room), "disk")
+        if places[name] in left:
+            left[places[name]] -= sizes[name]
+    return places
+
+
+def _limits(device: torch.device, max_memory: Mapping[str, int | str] | None) -> dict[str, float]:
+    from accelerate.utils import convert_file_size_to_int
+
+    limits = {"cpu": float("inf")}
+    if device.type == "cuda":
+        limits[str(device)] = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
+    elif device.type == "mps":
+        limits[str(device)] = FREE_SHARE * torch.mps.recommended_max_memory()
+    for name, size in (max_memory or {}).items():
+        key = str(device) if name in (device.type, str(device)) else name
+        if key not in limits:
+            raise ValueError(f"max_memory has {name!r}, expected {' and '.join(limits)}")
+        limits[key] = float(convert_file_size_to_int(size))
+    return limits
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
