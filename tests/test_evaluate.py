@@ -1,5 +1,6 @@
 """The runner, on stand-ins for a model: what it counts, what it saves, how it goes on after it was cut off."""
 
+import io
 import json
 import random
 from collections import Counter
@@ -15,6 +16,7 @@ from rich.console import Console
 import paligemma.evaluate
 from paligemma.evaluate import MEASURES, Example, Prediction, Region, evaluate
 from paligemma.evaluate.intervals import wilson
+from paligemma.evaluate.report import Figure, Report
 from paligemma.evaluate.runner import batches
 from paligemma.grammar import Detection, Segment
 from paligemma.inference import Answer
@@ -390,6 +392,19 @@ def ideal(examples: list[Example]) -> StubModel:
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
     return list(tiny.tiny_examples(60, size=128))
+
+
+def test_the_table_fits_a_terminal_and_rounds_to_no_minus_zero():
+    """80 columns: names of tasks and intervals stay whole, words of a figure's name go below one another."""
+    figures = [
+        Figure("detect_absent", "AP gained by the score", -1e-16, 0.0, 0.0, rows=3, target=0.95),
+        Figure("detect_absent", "mean IoU of matches", 0.75, 0.667, 1.0, rows=3, baseline=0.25, target=0.8),
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(Report(figures, {}, {"model": "tiny", "dtype": None}).table())
+    text = console.export_text()
+    assert "detect_absent" in text and "0.667 … 1.000" in text
+    assert "-0.000" not in text and "dtype" not in text
 
 
 def test_the_right_answers_reach_every_target(examples):

@@ -83,13 +83,14 @@ class Report:
         """For rich: `Console().print(report.table())`."""
         from rich.table import Table
 
-        table = Table(title=", ".join(f"{key} {value}" for key, value in self.about.items()), title_justify="left")
-        table.add_column("task")
+        about = ", ".join(f"{key} {value}" for key, value in self.about.items() if value is not None)
+        table = Table(title=about, title_justify="left")
+        table.add_column("task", no_wrap=True)
         table.add_column("figure")
         targets, others = (any(getattr(f, part) is not None for f in self.figures) for part in ("target", "published"))
         columns = ["value", "95% interval", "commonest answer", *["target"] * targets, *["published"] * others, "rows"]
         for column in columns:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=column in ("value", "95% interval", "target"))
         task = None
         for figure in self.figures:
             if task not in (None, figure.task):
@@ -116,7 +117,7 @@ class Report:
 
 
 def show(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: a rounding error is no "-0.000"
 
 
 def number(value: float) -> float | None:

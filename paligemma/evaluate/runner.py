@@ -212,9 +212,9 @@ def _progress(show: bool, total: int | None) -> Iterator[Any]:
     )
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(
-        TextColumn("evaluating"), *columns, console=Console(stderr=True), disable=not show, transient=True
-    ) as bar:
+    console = Console(stderr=True)
+    show = show and console.is_terminal  # in a log it would leave an empty line
+    with Progress(TextColumn("evaluating"), *columns, console=console, disable=not show, transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
 

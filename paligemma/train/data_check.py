@@ -30,7 +30,7 @@ PROBLEMS = {
     "not JSON": "write each row with json.dumps, one a line",
     "missing key": "each row needs image, prefix and suffix (or question and answer, or caption)",
     "wrong type": "prefix and suffix are text, image is a path or a list of them",
-    "missing picture": "paths are relative to the file they stand in, or to the folder given as images=",
+    "missing picture": "paths are relative to the file they stand in, or to the folder given as images= (--images)",
     "unreadable picture": "replace the picture or leave the row out",
     "empty suffix": "a row needs something to learn; only detect and segment may have an empty answer: nothing there",
     "newline after prefix": "take the line break off: the processor puts the one that parts prefix and suffix",
@@ -107,11 +107,11 @@ def check(
         raise ValueError("max_length is in tokens, and counting them takes a processor")
     report = Report(rows.note, len(rows))
     if processor is None:
-        report.not_checked.append("lengths (needs the processor of a model)")
+        report.not_checked.append("lengths (needs the processor of a model: --model)")
     elif max_length is None:
-        report.not_checked.append("whether rows are too long (no max_length)")
+        report.not_checked.append("whether rows are too long (no max_length: --max-length)")
     if not open_pictures:
-        report.not_checked.append("whether pictures can be opened")
+        report.not_checked.append("whether pictures can be opened (open_pictures: --open-pictures)")
     lengths = _Lengths(processor) if processor is not None else None
     # Bounded, so that a million different pictures do not fill the memory with their names.
     picture_problem = lru_cache(maxsize=100_000)(_opened if open_pictures else _there)
