@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from paligemma.checkpoints import EMBEDDING, HEAD, PICKLED, Checkpoint, Shape, folder_written_whole, our_name
+from paligemma.checkpoints import EMBEDDING, HEAD, PICKLED, Checkpoint, Shape, checkpoint_written_whole, our_name
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.npz import damaged
 
@@ -77,7 +77,7 @@ def save_adapter(
     config.base_model_name_or_path = str(base_name)
     if str(base_name) != "tiny" and (path := Path(base_name).expanduser()).exists():
         config.base_model_name_or_path = str(path.resolve())  # so that it is found from everywhere
-    with folder_written_whole(Path(folder)) as place:
+    with checkpoint_written_whole(Path(folder)) as place:
         if processor is not None:
             processor.save_pretrained(place)
         save_file(tensors, place / TENSORS, metadata={"format": "pt"})

@@ -605,7 +605,7 @@ def save_pretrained(
         )
     hint = "Merge or take out what was added to it first."
     check_tensors("the model to save", tensors, expected_shapes(model.config), hint)
-    with folder_written_whole(Path(folder)) as staging:
+    with checkpoint_written_whole(Path(folder)) as staging:
         if processor is not None:
             processor.save_pretrained(staging)
         _write_config(staging, model.config, model.dtype)
@@ -640,7 +640,7 @@ def convert(
 
     tensors = {name: (shape, to or own) for name, (shape, own) in checkpoint.tensors.items()}
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
-    with folder_written_whole(folder) as staging, _bar(f"writing {target}", total) as advance:
+    with checkpoint_written_whole(folder) as staging, _bar(f"writing {target}", total) as advance:
 
         def read(name: str) -> Tensor:
             tensor = _cast(name, checkpoint.read(name), tensors[name][1])
@@ -687,7 +687,7 @@ def write_folder(
     `config.json` is to hold.
     """
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
-    with folder_written_whole(folder) as staging, _bar(f"writing {folder}", total) as advance:
+    with checkpoint_written_whole(folder) as staging, _bar(f"writing {folder}", total) as advance:
 
         def counted(name: str) -> Tensor:
             tensor = read(name)
@@ -713,7 +713,7 @@ def _copy_companions(folders: Sequence[Path], staging: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
+def checkpoint_written_whole(folder: Path) -> Iterator[Path]:
     """A place inside `folder` to write into. What lies there at the end is moved up; after an error nothing is."""
     existed = folder.exists()
     if existed and not folder.is_dir():

@@ -49,7 +49,7 @@ class Spec:
             )
 
 
-def peak_memory() -> int | None:
+def peak_memory_of_process() -> int | None:
     """The most memory this process ever held, in bytes: VmHWM, mapped files that were touched included."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -107,7 +107,7 @@ def run(spec: Spec) -> dict[str, Any]:
 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    facts["import_torch_s"], of_torch = time.perf_counter() - START, peak_memory()
+    facts["import_torch_s"], of_torch = time.perf_counter() - START, peak_memory_of_process()
 
     begun = time.perf_counter()
     model: Any
@@ -151,7 +151,7 @@ def run(spec: Spec) -> dict[str, Any]:
             with torch.inference_mode():
                 inputs["image_features"] = model.encode_image(pixels).expand(rows, -1, -1)
         facts["runs"] += [{"rows": rows, **clock.run(lambda: answer(inputs, spec.tokens))} for _ in range(spec.passes)]  # noqa: B023
-    if (peak := peak_memory()) is not None and of_torch is not None:
+    if (peak := peak_memory_of_process()) is not None and of_torch is not None:
         facts["peak_bytes"], facts["torch_bytes"] = peak, of_torch
     return facts
 

@@ -28,8 +28,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from paligemma.files import new_folder_written_whole
 from paligemma.tiny.rows import NUMBERS, Row
-from paligemma.tiny.scenes import folder_written_whole
 from paligemma.tiny.world import TINTABLE, TINTS, Scene, generator, has_held_out, render
 
 MOST = 5  # things in a scene
@@ -101,7 +101,7 @@ def write_color_counts(
         raise ValueError(f"count must be at least 1, got {count}")
     seeds = range(seed, seed + count)
     bar = track(seeds, "drawing scenes", console=Console(stderr=True), disable=not progress, transient=True)
-    with folder_written_whole(folder) as beside, open(beside / "rows.jsonl", "w", encoding="utf-8") as lines:
+    with new_folder_written_whole(folder) as beside, open(beside / "rows.jsonl", "w", encoding="utf-8") as lines:
         (beside / "images").mkdir()
         for number in bar:
             scene, rows = color_questions(number, split, size, questions)

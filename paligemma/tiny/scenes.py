@@ -9,10 +9,7 @@ The pictures are made of other people's drawings: read ARTWORK.md before you pas
 """
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from paligemma.files import new_folder_written_whole
 from paligemma.formats import rle_encode
 from paligemma.tiny.rows import TASKS, EncodeMask, rows
 from paligemma.tiny.world import LABELS, Scene, generator, render
@@ -79,29 +77,11 @@ def write_scenes(
     folder = Path(folder)
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    with folder_written_whole(folder) as beside:
+    with new_folder_written_whole(folder) as beside:
         _write(
             beside, range(seed, seed + count), split, size, style, tasks, canonical, encode_mask, progress, difficulty
         )
     return folder
-
-
-@contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` at the end. FileExistsError if that is there and not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield beside
-        beside.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            folder.rmdir()
-        beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def _write(
@@ -119,15 +99,15 @@ def _write(
     (folder / "images").mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    bar = track(seeds, "drawing scenes", console=Console(stderr=True), disable=not progress, transient=True)
+    console = Console(stderr=True)
+    show = progress and console.is_terminal  # in a log it would leave an empty line
+    bar = track(seeds, "drawing scenes", console=console, disable=not show, transient=True)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as lines:
         for seed in bar:
             scene = render(seed, split, size, style, **difficulty)
             name = f"images/{split}_{seed:06d}.png"
             Image.fromarray(scene.image).save(folder / name)
-            rng = generator(seed, split).spawn(1)[
-                0
-            ]  # what is asked depends on the seed, but not on how the scene was drawn
+            rng = generator(seed, split).spawn(1)[0]  # what is asked does not depend on how the scene was drawn
             for row in rows(scene, rng, tasks=tasks, canonical=canonical, encode_mask=encode_mask):
                 line = {"image": name, "task": row.task, "prefix": row.prefix, "suffix": row.suffix}
                 lines.write(json.dumps(line) + "\n")

@@ -325,7 +325,7 @@ def check_base(options: Options) -> None:
     whole model."""
     if options.lora and is_adapter(resolve(options.model, options.revision, options.dtype, weights=False)):
         raise ValueError(
-            f"{options.model} is an adapter, and LoRA needs a whole model: fold it into its base first, with 'paligemma "
+            f"{options.model} is an adapter, and LoRA needs a whole model: fold it into its base, with 'paligemma "
             f"merge {options.model} FOLDER', and give that folder as --model; or train all of it, without --lora"
         )
 
@@ -515,7 +515,7 @@ def finish(
         "last loss": round(steps[-1]["loss"], 4) if steps else None,
         "seconds of training": round(trained, 1),
         "rows skipped": sum("skipped" in entry for entry in log),
-        "peak memory": f"{peak_memory() / 1e9:.2f} GB",
+        "peak memory": f"{peak_memory_of_device() / 1e9:.2f} GB",
     }
     about = "validation" if measured else "rows it was trained on"
     note = "There was no validation data; the examples are rows it was trained on."
@@ -543,7 +543,7 @@ def finish(
     return content
 
 
-def peak_memory() -> float:
+def peak_memory_of_device() -> float:
     """Bytes: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return float(torch.cuda.max_memory_allocated())
