@@ -53,7 +53,7 @@ static const int MR = 6;         // rows of x in a tile: 6 * 4 partial sums + 4 
 static const int NR = 4;         // rows of w
 static const int WIDE = 64;      // outputs of a panel: four vectors
 static const int DEEP = 512;     // four-byte steps of a panel: 128 KB, well inside the second cache
-static const int FEW = 16;       // rows up to which weights are read as they lie
+static const int FEW = 48;       // rows up to which weights are read as they lie: a panel has to pay for its copy
 static const int GROUP = 64;     // 4-bit weights that share a step
 static const float OUTLIER = 16; // in means of the absolute values of a row
 
@@ -410,10 +410,12 @@ static void tile_of_panel(const char* x, size_t stride, const char* panel, int s
 }
 
 // x: M rows of `steps` pieces of four bytes, `stride` bytes apart. load(n, step): 16 pieces of row n of w.
-// begin(m): what the sums of a row of x begin with. finish(n, sums): takes the sums [M, WIDE] of the outputs from n on.
-template <class Sums, class Load, class Begin, class Finish>
+// begin(m): what the sums of a row of x begin with. packed(panel, first, depth): is shown what was copied, pieces
+// [depth, WIDE] from step `first` on. finish(n, sums): takes the sums [M, WIDE] of the outputs from n on.
+template <class Sums, class Load, class Begin, class Packed, class Finish>
 static void many_rows(
-    const void* x, size_t stride, int M, int N, int steps, int threads, Load load, Begin begin, Finish finish) {
+    const void* x, size_t stride, int M, int N, int steps, int threads, Load load, Begin begin, Packed packed,
+    Finish finish) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int n = 0; n < N; n += WIDE) {
         static thread_local Buffer of_panel, of_sums;
@@ -431,6 +433,7 @@ static void many_rows(
                     UNROLL
                     for (int i = 0; i < 16; i++) _mm512_store_si512(panel + (size_t(step + i) * NR + group) * 64, v[i]);
                 }
+            packed(panel, first, depth);
             tiles_of_rows(M, [&](auto R, int m) {
                 const char* from = (const char*)x + m * stride + 4 * size_t(first);
                 tile_of_panel<Sums, R()>(from, stride, panel, depth, sums + size_t(m) * WIDE);
@@ -473,7 +476,9 @@ static void many_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16*
             }
     };
     const size_t stride = size_t(K + K % 2) * sizeof(bf16);
-    many_rows<__m512>(x, stride, M, N, (K + 1) / 2, threads, load, [](int) { return 0; }, finish);
+    auto begin = [](int) { return 0; };
+    auto packed = [](const char*, int, int) {};
+    many_rows<__m512>(x, stride, M, N, (K + 1) / 2, threads, load, begin, packed, finish);
 }
 
 // bias: [N] or null. x: [M, K], w: [N, K], y: [M, N].
@@ -529,16 +534,29 @@ static void few_rows(
     }
 }
 
-// load(n, k): 64 numbers of row n of w, plus 128. weight(n, k): one of them, as it is.
-template <class T, class Load, class Weight>
+static thread_local Buffer of_panel_met;
+
+// load(n, k): 64 numbers of row n of w, plus 128.
+template <class T, class Load>
 static void many_rows_8_bits(
-    const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Load load, Weight weight) {
-    const int columns = int(rows.columns.size());
+    const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Load load) {
+    const size_t columns = rows.columns.size();
+    // The weights that outliers meet, [columns, WIDE], are taken from the panel: there a column lies in four lines.
+    auto packed = [&](const char* panel, int first, int depth) {
+        float* met = (float*)of_panel_met.of((columns + 1) * WIDE * sizeof(float));
+        for (size_t c = 0; c < columns; c++) {
+            const int step = rows.columns[c] / 4 - first, shift = rows.columns[c] % 4 * 8;
+            if (step < 0 || step >= depth) continue;
+            for (int i = 0; i < NR; i++) {
+                __m512i v = _mm512_load_si512(panel + (size_t(step) * NR + i) * 64);
+                v = _mm512_and_si512(_mm512_srli_epi32(v, shift), _mm512_set1_epi32(255));
+                v = _mm512_sub_epi32(v, _mm512_set1_epi32(128));
+                _mm512_store_ps(met + c * WIDE + 16 * i, _mm512_cvtepi32_ps(v));
+            }
+        }
+    };
     auto finish = [&](int n, const int32_t* sums) {
-        static thread_local Buffer of_met;
-        float* met = (float*)of_met.of(size_t(columns + 1) * WIDE * sizeof(float));
-        for (int c = 0; c < columns; c++)
-            for (int i = 0; i < WIDE; i++) met[c * WIDE + i] = weight(std::min(n + i, N - 1), rows.columns[c]);
+        const float* met = (const float*)of_panel_met.memory;
         for (int m = 0; m < rows.M; m++)
             for (int i = 0; i < WIDE; i += 16) {
                 const __mmask16 inside = first_of_16(N - n - i);
@@ -557,7 +575,7 @@ static void many_rows_8_bits(
     };
     auto begin = [&](int m) { return rows.start[m]; };
     auto pieces = [&](int n, int step) { return load(n, 4 * step); };
-    many_rows<__m512i>(rows.q, rows.stride, rows.M, N, (rows.K + 3) / 4, threads, pieces, begin, finish);
+    many_rows<__m512i>(rows.q, rows.stride, rows.M, N, (rows.K + 3) / 4, threads, pieces, begin, packed, finish);
 }
 
 template <class T>
@@ -572,7 +590,7 @@ static void linear_int8(
             __m512i v = K - k >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << (K - k)) - 1, from);
             return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
         };
-        return many_rows_8_bits(rows, scale, bias, y, N, threads, load, weight);
+        return many_rows_8_bits(rows, scale, bias, y, N, threads, load);
     }
     auto tile = [&](auto R, int m, const int* n, float (*out)[NR]) {
         const int8_t* row[NR];
@@ -592,11 +610,11 @@ static void linear_int4(
         int number = k % 128 < 64 ? byte & 15 : byte >> 4;
         return float(int8_t((number - 8) * steps[size_t(n) * (K / GROUP) + k / GROUP]));
     };
-    if (M > FEW) {
+    if (M > FEW / 2) { // every tile of few rows spreads the weights anew
         auto load = [&](int n, int k) {
             return spread(w + size_t(n) * (K / 2) + k / 128 * 64, steps[size_t(n) * (K / GROUP) + k / GROUP], k % 128);
         };
-        return many_rows_8_bits(rows, scale, bias, y, N, threads, load, weight);
+        return many_rows_8_bits(rows, scale, bias, y, N, threads, load);
     }
     auto tile = [&](auto R, int m, const int* n, float (*out)[NR]) {
         const uint8_t* row[NR];

@@ -46,7 +46,7 @@ def kernel_available() -> bool:
 
 @cache
 def best_for_many_rows() -> bool:
-    """Whether `linear_bf16` is also the faster one for many rows: on CPUs with bfloat16 in vectors, but not in tiles."""
+    """Whether `linear_bf16` is also the faster for many rows: on CPUs with bfloat16 in vectors, but not in tiles."""
     return " avx512_bf16" in (flags := _cpu_flags()) and " amx_bf16" not in flags
 
 

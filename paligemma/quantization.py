@@ -116,7 +116,8 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     if bool((largest > bound).any()):
         outlier = x.abs() > bound
         largest = x.abs().masked_fill(outlier, 0).amax(-1, keepdim=True)
-    steps = (x * torch.where(largest > 0, 127 / largest, 0)).round_()
+    # A trap: `127 / largest` would be 127 times the reciprocal, rounded twice, and now and then the next number.
+    steps = (x * torch.where(largest > 0, largest.new_tensor(127) / largest, 0)).round_()
     # Not a number, or infinite: the sum tells, and the result is then no number either.
     scale = torch.where(total.isfinite(), largest / 127, torch.nan)
     if outlier is None:
@@ -168,7 +169,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if kernel_available():
             return linear_kernels.linear_int8(x, self.weight, self.scale, self.bias)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # PyTorch's operators insist on it
         if has_dot_products():
             if self.packed is None:
                 self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
@@ -203,7 +204,7 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if kernel_available():
             return linear_kernels.linear_int4(x, self.weight, self.steps, self.scale, self.bias)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if len(rows) <= FEW_ROWS and len(self.weight) % 16 == 0:  # what the operator for few rows asks for
             if self.packed is None:
                 self.packed = self._pack()
