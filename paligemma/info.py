@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from paligemma.checkpoints import (
     EMBEDDING,
     PUBLISHED,
     Checkpoint,
+    Shape,
     default_dtype,
     expected_shapes,
     open_checkpoint,
@@ -21,6 +23,7 @@ from paligemma.checkpoints import (
     published_name,
 )
 from paligemma.modeling_gemma import PaliGemmaConfig
+from paligemma.quantization import QuantizedCheckpoint, open_quantized, stored_mode, stored_tensors
 from paligemma.utils import resolve
 
 TEXT_TOKENS = 256  # prompt and answer, in the estimate of memory
@@ -40,7 +43,7 @@ def describe(model_path: str | os.PathLike[str], revision: str | None = None) ->
 
     path = resolve(model_path, revision, weights=False)
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path) if stored_mode(path) is None else open_quantized(path)
     except FileNotFoundError:
         if not (path / "config.json").is_file():
             raise
@@ -48,7 +51,9 @@ def describe(model_path: str | os.PathLike[str], revision: str | None = None) ->
     return _describe(str(model_path), checkpoint.config, checkpoint)
 
 
-def _describe(source: str, config: PaliGemmaConfig, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def _describe(
+    source: str, config: PaliGemmaConfig, checkpoint: Checkpoint | QuantizedCheckpoint | None
+) -> dict[str, Any]:
     sizes = {name: math.prod(shape) for name, shape in expected_shapes(config).items()}
     parts = {
         "vision": sum(size for name, size in sizes.items() if name.startswith("vision_tower.")),
@@ -57,11 +62,18 @@ def _describe(source: str, config: PaliGemmaConfig, checkpoint: Checkpoint | Non
     }
     parts["decoder"] = sum(sizes.values()) - sum(parts.values())
     published = published_name(config)
-    runs_in = torch.bfloat16 if checkpoint is None else default_dtype(checkpoint)
     text, vision = config.text_config, config.vision_config
-    stored = None
-    if checkpoint is not None:
-        stored = sum(math.prod(shape) * dtype.itemsize for shape, dtype in checkpoint.tensors.values())
+    runs_in, kind, files, stored_in, stored = torch.bfloat16, None, [], None, None
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        runs_in, kind, stored_in = checkpoint.dtype, "safetensors", checkpoint.mode
+        files = sorted(set(checkpoint.place.values()))
+        stored = _bytes_of(stored_tensors(config, checkpoint.mode, checkpoint.dtype))
+    elif checkpoint is not None:
+        runs_in, kind, stored_in = default_dtype(checkpoint), checkpoint.format, _name(checkpoint.dtype)
+        files, stored = checkpoint.files, _bytes_of(checkpoint.tensors)
+    total = sum(sizes.values())
+    # Rounded weights stay as they are stored; all others are converted to what the model runs in.
+    weights = stored if isinstance(checkpoint, QuantizedCheckpoint) else total * runs_in.itemsize
     return {
         "source": source,
         # What was trained (pt, mix, ft) cannot be seen in the weights; a published folder has it in its name.
@@ -71,14 +83,14 @@ def _describe(source: str, config: PaliGemmaConfig, checkpoint: Checkpoint | Non
         "image_size": vision.image_size,
         "image_tokens": vision.num_patches,
         "max_tokens": text.max_position_embeddings,
-        "format": None if checkpoint is None else checkpoint.format,
-        "files": [] if checkpoint is None else [str(file) for file in checkpoint.files],
-        "stored_dtype": None if checkpoint is None else _name(checkpoint.dtype),
+        "format": kind,
+        "files": [str(file) for file in files],
+        "stored_dtype": stored_in,  # of a quantised checkpoint its mode: "int8" or "int4"
         "stored_bytes": stored,
         "dtype": _name(runs_in),
-        "parameters": {**parts, "total": sum(sizes.values())},
+        "parameters": {**parts, "total": total},
         "kv_bytes_per_token": kv_bytes_per_token(config, runs_in),
-        "memory": memory(config, sum(sizes.values()), runs_in),
+        "memory": memory(config, total, runs_in, weights),
     }
 
 
@@ -88,10 +100,10 @@ def kv_bytes_per_token(config: PaliGemmaConfig, dtype: torch.dtype) -> int:
     return text.num_hidden_layers * 2 * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
-def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype) -> dict[str, int]:
+def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype, weights: int | None = None) -> dict[str, int]:
     """An estimate of what one image with a short prompt and answer takes to run, in bytes.
 
-    weights      parameters x bytes per number
+    weights      parameters x bytes per number, if their bytes are not given
     cache        tokens x kv bytes per token; tokens = image tokens + 256 of text
     activations  the larger of the two halves at its widest, with b bytes per number:
                  eye    P x (2 F + 6 D) x b                   P patches, F and D of the vision tower
@@ -107,7 +119,7 @@ def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype) -> dict
         mouth += 12 * min(2**24, text.num_attention_heads * tokens**2)
     result = {
         "tokens": tokens,
-        "weights": parameters * dtype.itemsize,
+        "weights": parameters * dtype.itemsize if weights is None else weights,
         "cache": tokens * kv_bytes_per_token(config, dtype),
         "activations": max(eye, mouth),
     }
@@ -142,6 +154,10 @@ def render(facts: dict[str, Any]) -> str:
         ("", ", ".join(f"{_bytes(need[part])} {part}" for part in ("weights", "cache", "activations"))),
     ]
     return "\n".join(f"{label:<12}{text}".rstrip() for label, text in lines)
+
+
+def _bytes_of(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from make_tokenizer import build_tokenizer
 from reference import make_inputs, randomize, tiny_config
+from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,6 +16,7 @@ from paligemma.checkpoints import convert, save_pretrained
 from paligemma.info import describe, kv_bytes_per_token, memory, render
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.quantization import quantize_checkpoint
 
 
 @pytest.fixture
@@ -80,6 +82,20 @@ def test_a_checkpoint_from_its_headers(tmp_path, model, kind, monkeypatch):
     )
     assert len(facts["files"]) == 1
     assert json.loads(json.dumps(facts)) == facts
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantised_checkpoint_counts_what_its_files_hold(tmp_path, model, mode):
+    save_pretrained(model.bfloat16(), tmp_path / "a")
+    quantize_checkpoint(tmp_path / "a", tmp_path / "b", mode)
+    facts, plain = describe(tmp_path / "b"), describe(tmp_path / "a")
+    with safe_open(tmp_path / "b" / "model.safetensors", "pt") as file:
+        held = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    assert (facts["stored_dtype"], facts["stored_bytes"], facts["format"]) == (mode, held, "safetensors")
+    assert facts["parameters"] == plain["parameters"] and facts["dtype"] == "bfloat16"
+    assert facts["memory"]["weights"] == held, "they stay rounded in memory"
+    assert facts["memory"]["cache"] == plain["memory"]["cache"]
+    assert f"of {mode} in 1 safetensors file" in render(facts)
 
 
 def test_a_damaged_checkpoint_is_an_error_here_too(tmp_path, model):
