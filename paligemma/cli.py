@@ -77,7 +77,9 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantize: Annotated[str | None, typer.Option(help="Quantise the weights at load.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Round the weights at load: int8, int4; CUDA: bnb-int8, nf4.")
+    ] = None,
     device_map: Annotated[
         str | None, typer.Option(help="'auto': layers that do not fit on the device wait in memory (accelerate).")
     ] = None,
@@ -656,7 +658,7 @@ def data_show(
 def scenes(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     count: Annotated[int, typer.Option(min=1)] = 20,
-    split: Annotated[str, typer.Option(help="train, test, heldout or twemoji.")] = "test",
+    split: Annotated[str, typer.Option(help="train, val, test, heldout or twemoji.")] = "test",
     size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 384,
     seed: int = 0,
     task: Annotated[
@@ -671,11 +673,13 @@ def scenes(
         from paligemma.tiny.color_counts import write_color_counts
 
         write_color_counts(count, out, split=split, size=size, seed=seed, questions=questions)
+        note(f"written: {out}")
         return
 
     from paligemma.tiny.scenes import write_scenes
 
     write_scenes(count, out, split=split, size=size, seed=seed)
+    note(f"written: {out}")
 
 
 @tiny_app.command()
