@@ -203,7 +203,7 @@ class _Tag:
         # Line breaks and control characters would tear the tag, lone surrogates cannot be drawn.
         label = label[:200].encode("utf-8", "replace").decode()
         label = " ".join("".join(c if c.isprintable() else " " for c in label).split())
-        font = _font(label, font_size)
+        font = font_for(label, font_size)
 
         def tag(length: int) -> _Tag:
             short = label if length == len(label) else label[:length].rstrip() + "…"
@@ -265,7 +265,7 @@ def _open_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 @lru_cache(maxsize=1024)
-def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
     """Pillow's font, or if it lacks some of the characters, the first that lacks the fewest."""
     default = _open_font(None, size)
     if default is None:

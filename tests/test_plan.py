@@ -146,7 +146,9 @@ def test_a_plan_is_a_table():
     written = io.StringIO()
     rich.console.Console(file=written, width=100).print(plan.table())
     assert "activations of the decoder" in written.getvalue()
-    assert f"{plan.total / 1e9:.2f}" in written.getvalue()
+    assert f"{plan.total / 1e6:.2f}" in written.getvalue() and "MB" in written.getvalue()
+    rich.console.Console(file=written, width=100).print(Plan({"weights": 5_854_000_000}, "a step").table())
+    assert "5.85" in written.getvalue() and "GB" in written.getvalue()
 
 
 def test_a_row_without_room_is_refused():

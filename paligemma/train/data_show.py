@@ -21,8 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from paligemma.attention_mask import prefix_lm_mask
-from paligemma.draw import _font as font_for
-from paligemma.draw import draw
+from paligemma.draw import draw, font_for
 from paligemma.grammar import parse
 from paligemma.processing_paligemma import IGNORED, PaliGemmaProcessor, load_image
 from paligemma.train.data import Row

@@ -198,7 +198,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
             facts["validation data"] = fingerprint_of_data(options.validation)
         resumed = open_run(out, settings, facts, options.resume)
         if resumed and (out / FINISHED).is_file():
-            say(f"{out} is finished already; --no-resume begins anew, with other settings choose another --out")
+            say(f"{out} is finished already; --no-resume begins anew, another --out leaves it as it is")
     resumed = bool(distributed.from_the_first(float(resumed)))
     if distributed.from_the_first(float(resumed and (out / FINISHED).is_file())):
         return json.loads((out / FINISHED).read_text(encoding="utf-8"))

@@ -67,9 +67,10 @@ class Plan:
         """For `rich` to print."""
         table = Table(title="memory of a step", title_justify="left", show_footer=True)
         table.add_column("at its fullest moment: " + self.moment, footer="in all")
-        table.add_column("GB", justify="right", footer=f"{self.total / 1e9:.2f}")
+        unit, name_of_unit = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
+        table.add_column(name_of_unit, justify="right", footer=f"{self.total / unit:.2f}")
         for name, size in self.components.items():
-            table.add_row(name, f"{size / 1e9:.2f}")
+            table.add_row(name, f"{size / unit:.2f}")
         return table
 
 
