@@ -224,6 +224,29 @@ def test_answers_are_right_and_end(scenes_folder, tokenizer, codec):
     assert {"caption", "answer", "detect", "segment"} <= tasks
 
 
+def test_a_model_reads_wrong_codes_and_letters_and_is_to_write_the_right_ones(scenes_folder, tokenizer, codec):
+    batches = TalkBatches(scenes_folder, tokenizer, codec, size=4)
+    rng = np.random.default_rng(0)
+    seg = list(range(tokenizer.first_seg_id, tokenizer.first_seg_id + codec.num_codes))
+    mask = [*tokenizer.encode("<loc0008><loc0016><loc0800><loc0400>"), *seg[:16], *tokenizer.encode(" dog"), 1]
+    word, found = [*tokenizer.encode("KING42"), 1], [*tokenizer.encode("a red car and a dog"), 1]
+    replaced = {"mask": [], "word": []}
+    for _ in range(300):
+        assert batches.misread(found, rng) == found
+        for name, answer in (("mask", mask), ("word", word)):
+            read = batches.misread(answer, rng)
+            wrong = [i for i, (a, b) in enumerate(zip(answer, read, strict=True)) if a != b]
+            allowed = seg if name == "mask" else batches.letters
+            assert all(answer[i] in allowed and read[i] in allowed for i in wrong)
+            replaced[name].append(len(wrong))
+    assert 0.1 < np.mean(replaced["word"]) / 6 < 0.3
+    assert 0.2 < np.mean(replaced["mask"]) / 16 < 0.45 and 0.3 < np.mean(np.array(replaced["mask"]) == 0) < 0.5
+    batch = batches(0, 0, 1)  # the targets are right: the inputs alone differ
+    given = batch["labels"] != -100
+    differ = batch["input_ids"][given] != batch["labels"][given]
+    assert differ.any() and differ.float().mean() < 0.4
+
+
 def test_a_location_off_by_one_costs_less_than_one_far_off(tokenizer):
     """Cross-entropy alone would punish both alike."""
     first = tokenizer.first_loc_id

@@ -19,6 +19,9 @@ Answers hold 1 to 60 tokens. Means over tokens would hide the one-word answers, 
 a row of n answer tokens has the weight n^-0.5. A location's target is spread over its neighbours (sigma 0.8 bins):
 being off by one is nearly right. So is a mask code whose vector is like the right one's.
 
+A model that only ever reads right codes behind it learns to trust them, and when its own first ones are wrong it draws
+what fits them instead of what it sees. So it reads wrong ones now and then (`misread`), with the right ones as targets.
+
 Letters: B pictures (or rows), S length, V vocabulary, D width.
 """
 
@@ -36,7 +39,7 @@ from paligemma.mask_codec import MaskCodec
 from paligemma.processing_paligemma import Tokenizer
 from paligemma.tiny import rows as world_rows
 from paligemma.tiny import world
-from paligemma.tiny.recipe_codec import mask_codes
+from paligemma.tiny.recipe_codec import alike_codes, mask_codes
 from paligemma.tiny.recipe_scenes import SHARD, Shard, shard_paths
 from paligemma.tiny.vision_first import GREY, pixels, targets_of, without_color
 from paligemma.train.loop import LossFunction
@@ -60,8 +63,8 @@ TASK_WEIGHTS = {
     "detect_one": 1.8,
     "detect_all": 1.6,
     "detect_absent": 0.4,
-    "segment": 2.4,
-    "ocr": 1.6,
+    "segment": 4.0,
+    "ocr": 2.4,
 }
 
 
@@ -83,6 +86,9 @@ class TalkBatches:
         self.extra = extra  # pictures without rows, for the patches' loss alone, to each with rows: they are cheap
         self.mixed = 4
         self.encode = lru_cache(maxsize=4096)(tokenizer.encode)
+        self.letters = [tokenizer.encode(character)[0] for character in world.CHARACTERS]
+        alike = alike_codes(codec).double().numpy()
+        self.alike = alike / alike.sum(1, keepdims=True)  # sums of 1 to the precision that numpy asks for
         self.tasks = list(TASK_WEIGHTS)
         weights = np.array(list(TASK_WEIGHTS.values()))
         self.chances = weights / weights.sum()
@@ -121,7 +127,7 @@ class TalkBatches:
         batch["pixel_values"] = pixels(np.concatenate(images))
         talked_about = share * self.mixed
         batch["features"] = torch.tensor([talked_about, len(sequences) // talked_about])
-        return batch | self._tensors(sequences, alone)
+        return batch | self._tensors(sequences, alone, rng)
 
     def _rows(
         self, scene: world.Scene, codes: np.ndarray, rng: np.random.Generator, alone: bool
@@ -147,7 +153,26 @@ class TalkBatches:
             made.append(made[-1])
         return made
 
-    def _tensors(self, sequences: list[list[tuple[list[int], list[int]]]], alone: bool) -> dict[str, Tensor]:
+    def misread(self, suffix: list[int], rng: np.random.Generator) -> list[int]:
+        """An answer as the model may read it while it writes it: in two of three some of the mask codes are replaced,
+        half of these by alike ones; of a spelt answer a fifth of the letters."""
+        first, codes = self.tokenizer.first_seg_id, len(self.alike)
+        kinds = [0 <= token - first < codes for token in suffix]
+        read = list(suffix)
+        if any(kinds) and rng.random() < 2 / 3:
+            share = rng.random()
+            for i in (i for i, is_code in enumerate(kinds) if is_code and rng.random() < share):
+                alike = rng.random() < 0.5
+                read[i] = first + int(rng.choice(codes, p=self.alike[suffix[i] - first] if alike else None))
+        elif all(token in self.letters for token in suffix[:-1]):
+            for i in range(len(suffix) - 1):
+                if rng.random() < 0.2:
+                    read[i] = self.letters[int(rng.integers(len(self.letters)))]
+        return read
+
+    def _tensors(
+        self, sequences: list[list[tuple[list[int], list[int]]]], alone: bool, rng: np.random.Generator
+    ) -> dict[str, Tensor]:
         P = world_patches()
         longest = max(sum(len(p) + len(s) for p, s in rows) for rows in sequences)
         B, S = len(sequences), P + longest
@@ -159,7 +184,7 @@ class TalkBatches:
             at = P
             for number, (prefix, suffix) in enumerate(rows, 1):
                 middle, end = at + len(prefix), at + len(prefix) + len(suffix)
-                ids[b, at:middle], ids[b, middle:end] = prefix, suffix
+                ids[b, at:middle], ids[b, middle:end] = prefix, self.misread(suffix, rng)
                 labels[b, middle:end], weights[b, middle:end] = suffix, len(suffix) ** -0.5
                 written[b, middle:end] = True
                 row_of[b, at:end], places[b, at:end] = number, P + np.arange(end - at)
