@@ -204,10 +204,10 @@ NASTY = ["line\nbreak", "\x00\x07tab\t", "\ud800", "‮right to left", "🐶", "
 @pytest.mark.parametrize("label", ["кошка на траве", "猫と犬", "قطة", "שלום", "हिन्दी", *NASTY])
 @pytest.mark.parametrize("system_fonts", [drawing._SYSTEM_FONTS, ()], ids=["system fonts", "none"])
 def test_any_label_is_drawn(monkeypatch, label, system_fonts):
-    drawing._font.cache_clear()
+    drawing.font_for.cache_clear()
     monkeypatch.setattr(drawing, "_SYSTEM_FONTS", system_fonts)
     image = draw(grey(200, 100), [Detection(label, (20, 40, 150, 80))])
-    drawing._font.cache_clear()
+    drawing.font_for.cache_clear()
     assert has_color(image, label_colors([label])[label]).sum() > 400  # a tag, not just the box
 
 
@@ -217,12 +217,12 @@ def test_letters_that_the_own_font_lacks_come_from_another():
         pytest.skip("DejaVu is not installed")
     own = drawing._open_font(None, 20)
     assert drawing._missing("кошка", own) == 4 and drawing._missing("кошка", installed) == 0
-    assert drawing._font("кошка", 20).getname()[0] == "DejaVu Sans"
-    assert drawing._font("dog", 20).getname() == own.getname()
+    assert drawing.font_for("кошка", 20).getname()[0] == "DejaVu Sans"
+    assert drawing.font_for("dog", 20).getname() == own.getname()
 
 
 def test_without_a_font_for_them_letters_are_still_counted_as_missing(monkeypatch):
-    drawing._font.cache_clear()
+    drawing.font_for.cache_clear()
     monkeypatch.setattr(drawing, "_SYSTEM_FONTS", ("no-such-font.ttf",))
-    assert drawing._font("кошка", 20).getname() == drawing._open_font(None, 20).getname()
-    drawing._font.cache_clear()
+    assert drawing.font_for("кошка", 20).getname() == drawing._open_font(None, 20).getname()
+    drawing.font_for.cache_clear()
