@@ -140,14 +140,14 @@ def test_a_row_says_where_it_stands(folder):
 
 
 def test_rows_feed_training(folder, processor):
-    """Batches take them as they are; the order depends on seed and step alone."""
+    """Batches take them as they are, a picture of several rows once; the order depends on seed and step alone."""
     path = write_lines(folder, *[good(suffix=str(i)) for i in range(8)])
     first, second = (RowBatches(open_rows(path), processor, batch_size=4, seed=1) for _ in range(2))
     batch = first(step=1)
-    assert batch["pixel_values"].shape == (4, 3, 28, 28)
+    assert batch["pixel_values"].shape == (1, 3, 28, 28) and batch["pictures"].tolist() == [0, 0, 0, 0]
     assert torch.equal(batch["input_ids"], second(step=1)["input_ids"])
     halves = [second(step=1, part=part, parts=2)["input_ids"] for part in range(2)]
-    assert torch.equal(torch.stack(halves, 1).flatten(0, 1), batch["input_ids"])
+    assert torch.equal(torch.cat(halves), batch["input_ids"])
 
 
 # --------------------------------------------------------------------------------------------------- JSON documents

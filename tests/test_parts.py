@@ -232,7 +232,7 @@ def test_dropout_stands_where_the_reference_has_it_in_gemma():
     model = make_model("gemma")
     set_dropout(model, 0.5)
     layer = model.language_model.model.layers[1]
-    x, mask, cos, sin, _ = layer_inputs(model, layer)
+    x, mask, cos, sin, *_ = layer_inputs(model, layer)
     torch.manual_seed(3)
     got = layer(x, mask, cos, sin)
 
@@ -247,7 +247,7 @@ def test_dropout_stands_behind_one_norm_and_before_the_other_in_gemma2():
     model = make_model("gemma2")
     set_dropout(model, 0.5)
     layer = model.language_model.model.layers[1]
-    x, mask, cos, sin, _ = layer_inputs(model, layer)
+    x, mask, cos, sin, *_ = layer_inputs(model, layer)
     torch.manual_seed(3)
     got = layer(x, mask, cos, sin)
 

@@ -12,6 +12,7 @@ Here every process holds the whole model. `sharding.py` is for models that are t
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +37,15 @@ def start() -> tuple[int, int]:
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
         else:
             dist.init_process_group("gloo", timeout=PATIENCE)
+        # A process that ends while gloo's threads still run is now and then ended by C++ ("terminate called ...").
+        atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def same_everywhere(model: nn.Module) -> None:
