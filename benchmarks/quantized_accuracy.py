@@ -41,12 +41,11 @@ import paligemma
 from paligemma.bench.machine import describe_machine
 from paligemma.evaluate.intervals import bootstrap, wilson
 from paligemma.evaluate.rows import Example, Prediction
-from paligemma.evaluate.runner import fingerprint, open_folder
-from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
+from paligemma.evaluate.runner import answer, fingerprint, open_folder
 from paligemma.mask_codec import crop
-from paligemma.tiny.evaluation import FIRST_SEED, MEASURES, to_example
-from paligemma.tiny.rows import TASKS, rows
-from paligemma.tiny.world import generator, render
+from paligemma.tiny.evaluation import FIRST_SEED, MEASURES, no_codes, to_example
+from paligemma.tiny.rows import TASKS, asker, rows
+from paligemma.tiny.world import render
 
 MODES: dict[str, str | None] = {"bf16": None, "int8": "int8", "int4": "int4"}  # name -> `quantize` of `load`
 AIMS = {"int8": 0.01, "int4": 0.03}  # what a figure may lose at most
@@ -113,9 +112,9 @@ def run_block(number: int, tasks: Sequence[str], forced_every: int) -> list[dict
     found: list[tuple[Example, str]] = []
     for seed in range(FIRST_SEED + number * BLOCK, FIRST_SEED + (number + 1) * BLOCK):
         scene = render(seed, "test")
-        rng = generator(seed, "test").spawn(1)[0]  # as in `tiny_examples`: the rows of `paligemma evaluate`
         # All tasks, although some have enough rows: what is asked must not depend on which they are.
-        made = rows(scene, rng, tasks=TASKS, canonical=True, encode_mask=encode if "segment" in tasks else _no_codes)
+        codes = encode if "segment" in tasks else no_codes
+        made = rows(scene, asker(scene), tasks=TASKS, canonical=True, encode_mask=codes)
         found += [(to_example(scene, row), row.suffix) for row in made if row.task in tasks]
     found.sort(key=lambda pair: ORDER.index(pair[0].task))
     examples, suffixes = [example for example, _ in found], [suffix for _, suffix in found]
@@ -137,24 +136,11 @@ def run_block(number: int, tasks: Sequence[str], forced_every: int) -> list[dict
     return entries
 
 
-def _no_codes(masks: Any) -> list[list[int]]:
-    return [[0] * 16 for _ in masks]
-
-
 def answers(pg: paligemma.PaliGemma, examples: Sequence[Example]) -> Iterator[Prediction]:
-    """As `paligemma evaluate` asks for them, but in one call a block, so that images are encoded less often."""
+    """As `paligemma evaluate` asks for them, but in two calls a block, so that images are encoded less often."""
     for boxes in (False, True):
-        part = [example for example in examples if (example.task in BOXES) == boxes]
-        if part:
-            found = pg.generate(
-                [example.image for example in part],
-                [example.prompt for example in part],
-                BOX_BUDGET if boxes else TEXT_BUDGET,
-                constrained=True,
-                batch_size=BATCH,
-                codec=pg.codec if boxes else None,
-            )
-            yield from map(Prediction.of, found)
+        if part := [example for example in examples if (example.task in BOXES) == boxes]:
+            yield from answer(pg, part, batch_size=BATCH)
 
 
 @torch.inference_mode()

@@ -169,8 +169,9 @@ def answer(
     constrained: bool = True,
     max_new_tokens: int | None = None,
     beams: int = 1,
+    batch_size: int | None = None,
 ) -> list[Prediction]:
-    """Answers to a batch."""
+    """Answers to a batch; with `batch_size` in several smaller ones, for which a picture is encoded once."""
     prompts = [example.prompt for example in batch]
     search: dict[str, Any] = {"num_beams": beams, "length_penalty": 0.0} if beams > 1 else {}
     regions = any(prompt.split(" ")[0] in ("detect", "segment") for prompt in prompts)
@@ -180,7 +181,7 @@ def answer(
         prompts,
         max_new_tokens or (BOX_BUDGET if regions else TEXT_BUDGET),
         constrained=constrained,
-        batch_size=len(batch),
+        batch_size=batch_size or len(batch),
         codec=pg.codec if masks else None,
         **search,
     )

@@ -25,11 +25,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from paligemma.files import new_folder_written_whole
 from paligemma.tiny.rows import NUMBERS, Row
+from paligemma.tiny.scenes import drawing
 from paligemma.tiny.world import TINTABLE, TINTS, Scene, generator, has_held_out, render
 
 MOST = 5  # things in a scene
@@ -100,10 +99,9 @@ def write_color_counts(
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     seeds = range(seed, seed + count)
-    bar = track(seeds, "drawing scenes", console=Console(stderr=True), disable=not progress, transient=True)
     with new_folder_written_whole(folder) as beside, open(beside / "rows.jsonl", "w", encoding="utf-8") as lines:
         (beside / "images").mkdir()
-        for number in bar:
+        for number in drawing(seeds, progress):
             scene, rows = color_questions(number, split, size, questions)
             name = f"images/{split}_{number:06d}.png"
             Image.fromarray(scene.image).save(beside / name)

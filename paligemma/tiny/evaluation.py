@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from paligemma.evaluate import Example, Measure, Prediction, Region
 from paligemma.evaluate.measures import DETECT, EMPTY, EXACT, READING, SEGMENT, Ratios
 from paligemma.evaluate.text import exact_match
-from paligemma.tiny.rows import NUMBERS, PLURALS, TASKS, Row, rows
-from paligemma.tiny.world import LABELS, Scene, SceneObject, generator, render
+from paligemma.tiny.rows import NUMBERS, PLURALS, TASKS, Row, asker, rows
+from paligemma.tiny.world import LABELS, Scene, SceneObject, render
 
 FIRST_SEED = 10_000_000  # of the scenes to be measured on; training and development take theirs from 0 on
 ROWS_PER_SCENE = 11.5  # on average over the split "test"; for progress bars
@@ -36,10 +36,13 @@ def tiny_examples(
         raise ValueError(f"count must be at least 1, got {count}")
     for number in range(seed, seed + count):
         scene = render(number, split, size, style)
-        rng = generator(number, split).spawn(1)[0]  # what is asked does not depend on how the scene was drawn
-        # Masks are compared with masks: nobody looks at the codes of the right answer.
-        for row in rows(scene, rng, tasks=tasks, canonical=True, encode_mask=lambda masks: [[0] * 16 for _ in masks]):
+        for row in rows(scene, asker(scene), tasks=tasks, canonical=True, encode_mask=no_codes):
             yield to_example(scene, row)
+
+
+def no_codes(masks: Sequence[object]) -> list[list[int]]:
+    """Masks are compared with masks: nobody looks at the codes of the right answer."""
+    return [[0] * 16 for _ in masks]
 
 
 def to_example(scene: Scene, row: Row) -> Example:

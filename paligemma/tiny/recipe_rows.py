@@ -41,7 +41,7 @@ from paligemma.tiny import rows as world_rows
 from paligemma.tiny import world
 from paligemma.tiny.recipe_codec import alike_codes, mask_codes
 from paligemma.tiny.recipe_scenes import SHARD, Shard, shard_paths
-from paligemma.tiny.vision_first import GREY, pixels, targets_of, without_color
+from paligemma.tiny.vision_first import pixels, targets_of, varied
 from paligemma.train.loop import LossFunction
 
 BIN_STEP = 8
@@ -112,15 +112,12 @@ class TalkBatches:
             image, target = targets_of(shard, chosen_rows, np.zeros(share, bool), codes)
             images.append(image)
             targets.append(target)
-            counts = np.cumsum([0] + [len(things) for things in shard.facts["objects"]])
+            first = shard.first_object
             for i in chosen_rows:
-                made = self._rows(shard.scene(i), codes[counts[i] : counts[i + 1]], rng, alone)
+                made = self._rows(shard.scene(i), codes[first[i] : first[i + 1]], rng, alone)
                 sequences.extend([[row] for row in made] if alone else [made])
         for shard, codes, _ in self._shards:
-            looked_at = rng.integers(len(shard), size=self.extra * share)
-            signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in looked_at], bool)
-            image, target = targets_of(shard, looked_at, (rng.random(len(signs)) < 0.3) & ~signs, codes)
-            without_color(image, target, rng.random(len(signs)) < GREY)
+            image, target = varied(shard, rng.integers(len(shard), size=self.extra * share), codes, rng)
             images.append(image)
             targets.append(target)
         batch = {name: torch.from_numpy(np.concatenate([t[name] for t in targets])) for name in targets[0]}

@@ -14,6 +14,7 @@ pictures come in both kinds. A third has more signs than the world has, and easi
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,17 @@ class Shard:
             arrays = {name: file[name] for name in file.files}
         return cls(arrays, json.loads(arrays.pop("facts").tobytes()))
 
+    @cached_property
+    def first_object(self) -> np.ndarray:
+        """The number of each scene's first object among those of the shard, and how many these are: [scenes + 1]."""
+        return np.cumsum([0] + [len(things) for things in self.facts["objects"]])
+
     def scene(self, i: int) -> world.Scene:
         """Scene i with everything but its picture at full size (the picture is the small one)."""
-        first = sum(len(things) for things in self.facts["objects"][:i])
         ends = self.arrays["mask_ends"]
         facts = self.facts["scenes"][i]
         things = []
-        for j, thing in enumerate(self.facts["objects"][i], first):
+        for j, thing in enumerate(self.facts["objects"][i], self.first_object[i]):
             bits = self.arrays["object_masks"][ends[j - 1] if j else 0 : ends[j]]
             x0, y0, x1, y1 = (int(edge) for edge in thing["box"])
             mask = np.zeros((facts["size"], facts["size"]), bool)

@@ -33,8 +33,9 @@ from paligemma.tiny.vision_first import (
     Vision,
     initialize,
     load_weights,
+    vision_part,
     waves,
-)  # fmt: skip
+)
 from paligemma.train import checkpointing
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
@@ -196,7 +197,7 @@ def train_talking(
 ) -> Talker:
     """Stage 2, for `minutes`. Begins with what stage 1 left in `out/vision`, or with a checkpoint of stage 2.
 
-    eye:        a checkpoint of stage 1 that sees better than that of stage 2 and takes the place of its vision.
+    eye:        a checkpoint (of stage 1, mostly) that sees better than `weights` and takes the place of its vision.
     batch:      pictures a step, with about a dozen rows each. alone, extra: see `TalkBatches`.
     vision_lr:  share of the learning rate for the vision tower. auxiliary: weight of the patches' loss.
     decay_from: share of the time after which the learning rate falls to zero.
@@ -207,7 +208,7 @@ def train_talking(
         talker = Talker(config)
         state = checkpointing.load(weights)["average"]
         if eye is not None:
-            better = checkpointing.load(eye)["average"]
+            better = vision_part(checkpointing.load(eye)["average"])
             state |= {name.replace("model.", "model.vision_tower.", 1): value for name, value in better.items()}
         load_weights(talker, state)
     else:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from paligemma.tiny.world import LABELS, TINTABLE, Box, Scene, SceneObject
+from paligemma.tiny.world import LABELS, TINTABLE, Box, Scene, SceneObject, generator
 
 T = TypeVar("T")
 EncodeMask = Callable[[Sequence[tuple[np.ndarray, Box]]], Sequence[Sequence[int]]]
@@ -354,6 +354,11 @@ def sample_row(
         return Row(task, "ocr", sign.text, (), (sign,)) if sign else None
 
     raise ValueError(f"unknown task {task!r}; there is: {', '.join(TASKS)}")
+
+
+def asker(scene: Scene) -> np.random.Generator:
+    """Decides what is asked about a scene, by its seed and not by how it was drawn."""
+    return generator(scene.seed, scene.split).spawn(1)[0]
 
 
 def rows(

@@ -9,7 +9,7 @@ The pictures are made of other people's drawings: read ARTWORK.md before you pas
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from rich.progress import track
 
 from paligemma.files import new_folder_written_whole
 from paligemma.formats import rle_encode
-from paligemma.tiny.rows import TASKS, EncodeMask, rows
-from paligemma.tiny.world import LABELS, Scene, generator, render
+from paligemma.tiny.rows import TASKS, EncodeMask, asker, rows
+from paligemma.tiny.world import LABELS, Scene, render
 
 ATTRIBUTION = (
     "Pictograms by Google (Noto Color Emoji, OFL 1.1), OpenMoji (CC BY-SA 4.0) or Twemoji (CC BY 4.0): "
@@ -84,6 +84,13 @@ def write_scenes(
     return folder
 
 
+def drawing(seeds: Sequence[int], progress: bool) -> Iterable[int]:
+    """The seeds one by one, with a bar on a terminal; in a log it would leave an empty line."""
+    console = Console(stderr=True)
+    show = progress and console.is_terminal
+    return track(seeds, "drawing scenes", console=console, disable=not show, transient=True)
+
+
 def _write(
     folder: Path,
     seeds: range,
@@ -99,16 +106,12 @@ def _write(
     (folder / "images").mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    console = Console(stderr=True)
-    show = progress and console.is_terminal  # in a log it would leave an empty line
-    bar = track(seeds, "drawing scenes", console=console, disable=not show, transient=True)
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as lines:
-        for seed in bar:
+        for seed in drawing(seeds, progress):
             scene = render(seed, split, size, style, **difficulty)
             name = f"images/{split}_{seed:06d}.png"
             Image.fromarray(scene.image).save(folder / name)
-            rng = generator(seed, split).spawn(1)[0]  # what is asked does not depend on how the scene was drawn
-            for row in rows(scene, rng, tasks=tasks, canonical=canonical, encode_mask=encode_mask):
+            for row in rows(scene, asker(scene), tasks=tasks, canonical=canonical, encode_mask=encode_mask):
                 line = {"image": name, "task": row.task, "prefix": row.prefix, "suffix": row.suffix}
                 lines.write(json.dumps(line) + "\n")
             image_id = len(images) + 1

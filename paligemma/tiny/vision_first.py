@@ -49,6 +49,7 @@ HEADS = {
 }
 NONE = -100  # no target here
 GREY = 0.15  # share of the pictures that lose their colours
+MIRRORED = 0.3  # share of the pictures without a sign that are turned round
 
 VISION = SiglipVisionConfig(
     hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, image_size=128, patch_size=16
@@ -176,8 +177,7 @@ def codes_of_quarters(shard: Shard, rows: np.ndarray, codes: np.ndarray) -> np.n
     the decoder when it writes codes.
     """
     index = shard.arrays["index"][rows].astype(np.int64)  # [n, G, G]
-    first = np.cumsum([0] + [len(things) for things in shard.facts["objects"]])[rows]
-    of_object = codes[(first[:, None, None] + index.clip(0))]  # [n, G, G, 16]
+    of_object = codes[shard.first_object[rows][:, None, None] + index.clip(0)]  # [n, G, G, 16]
     x0, y0, x1, y1 = np.moveaxis(shard.arrays["box"][rows], -1, 0)  # seen from the patch's middle, in sides
     quarter = np.array([-0.25, 0.25]) / index.shape[-1]
     with np.errstate(divide="ignore", invalid="ignore"):  # background patches have boxes of no size
@@ -185,7 +185,8 @@ def codes_of_quarters(shard: Shard, rows: np.ndarray, codes: np.ndarray) -> np.n
         row = (quarter - y0[..., None]) / (y1 - y0)[..., None] * CODES_ACROSS
     column, row = np.broadcast_arrays(column[..., None, :], row[..., :, None])  # [n, G, G, 2, 2]
     inside = (index >= 0)[..., None, None] & (column > 0) & (column < CODES_ACROSS) & (row > 0) & (row < CODES_ACROSS)
-    place = (np.where(inside, row, 0).astype(np.int64) * CODES_ACROSS) + np.where(inside, column, 0).astype(np.int64)
+    row, column = (np.where(inside, cell, 0).astype(np.int64) for cell in (row, column))
+    place = row * CODES_ACROSS + column
     found = np.take_along_axis(of_object, place.reshape(*index.shape, 4), -1).astype(np.int64)
     return np.where(inside.reshape(*index.shape, 4), found, NONE)
 
@@ -200,6 +201,16 @@ def without_color(image: np.ndarray, target: dict[str, np.ndarray], chosen: np.n
     image[chosen] = np.round(grey).astype(np.uint8)[..., None]
     for name in ("tint", "background"):
         target[name] = np.where(chosen[:, None], NONE, target[name])
+
+
+def varied(
+    shard: Shard, rows: np.ndarray, codes: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """`targets_of` some scenes, of which some are mirrored (none with a sign, whose letters would be) and some grey."""
+    signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in rows], bool)
+    image, target = targets_of(shard, rows, (rng.random(len(rows)) < MIRRORED) & ~signs, codes)
+    without_color(image, target, rng.random(len(rows)) < GREY)
+    return image, target
 
 
 def waves(place: Tensor) -> Tensor:
@@ -243,11 +254,7 @@ class SceneBatches:
         rng = np.random.default_rng([self.seed, step, part, 1])
         made = []
         for shard, codes, places in zip(self._shards, self._codes, self._places):
-            rows = places[place * share : (place + 1) * share]
-            signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in rows])
-            image, target = targets_of(shard, rows, (rng.random(len(rows)) < 0.3) & ~signs, codes)
-            without_color(image, target, rng.random(len(rows)) < GREY)
-            made.append((image, target))
+            made.append(varied(shard, places[place * share : (place + 1) * share], codes, rng))
         targets = {name: torch.from_numpy(np.concatenate([m[1][name] for m in made])) for name in made[0][1]}
         return {"pixel_values": pixels(np.concatenate([m[0] for m in made])), **targets}
 

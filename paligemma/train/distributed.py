@@ -37,7 +37,7 @@ def start() -> tuple[int, int]:
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
         else:
             dist.init_process_group("gloo", timeout=PATIENCE)
-        # A process that ends while gloo's threads still run is now and then ended by C++ ("terminate called ...").
+        # Without it gloo's threads may outlive the interpreter; a process that had done its work was seen to abort.
         atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
 

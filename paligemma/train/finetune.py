@@ -167,6 +167,11 @@ class Options:
     def peak(self) -> float:
         return self.lr if self.lr is not None else 1e-4 if self.lora else 1e-5
 
+    @property
+    def peak_beside_muon(self) -> float:
+        """Of what AdamW trains there."""
+        return self.peak / 3
+
 
 def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Train, save, measure. Returns what `finished.json` holds: steps, seconds, rows that were skipped, figures, ...
@@ -264,7 +269,9 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     optimizers = None
     if options.optimizer == "muon":
         slower = ("vision_tower", options.vision_lr)
-        optimizers = muon_and_adamw(pg.model, options.peak, options.peak / 3, options.weight_decay, slower=slower)
+        optimizers = muon_and_adamw(
+            pg.model, options.peak, options.peak_beside_muon, options.weight_decay, slower=slower
+        )
     try:
         last = train(
             pg.model,
@@ -441,7 +448,7 @@ def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype:
     epochs = steps * options.batch / len(rows)
     rates = f"{options.peak:g}"
     if options.optimizer == "muon":
-        rates += f" ({options.peak / 3:.2g} for embedding, norms and biases, by AdamW)"
+        rates += f" ({options.peak_beside_muon:.2g} for embedding, norms and biases, by AdamW)"
     if options.vision_lr != 1:
         rates += f", {options.vision_lr:g} of it for the vision tower"
     long = f"{options.minutes:g} minutes" if steps == 10**9 else f"{steps:,} steps ({epochs:.2g} epochs)"
