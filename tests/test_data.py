@@ -284,6 +284,11 @@ def test_every_record_of_a_csv_is_found_again(tmp_path_factory, table, delimiter
     assert read[::-1] == table and list(file[0]) == ["image", "prefix", "suffix"]
 
 
+def test_a_cell_of_a_csv_may_hold_what_unicode_calls_a_line_break(tmp_path):
+    (tmp_path / "x.csv").write_text("image,prefix,suffix\na.png,ocr,one\u2028two\x0bthree\x85four\nb.png,ocr,STOP\n")
+    assert [row.suffix for row in open_rows(tmp_path / "x.csv")] == ["one\u2028two\x0bthree\x85four", "STOP"]
+
+
 def test_a_folder_with_a_csv(folder):
     (folder / "list.csv").write_text('image,caption\na.png,"a dog,\nasleep"\nb.png\n')
     rows = open_rows(folder)

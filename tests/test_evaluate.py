@@ -282,6 +282,16 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(tmp_path):
     assert third.prompts == [], "nothing is left to do"
 
 
+def test_an_answer_may_hold_any_character(tmp_path):
+    """U+2028 and others part lines for `str.splitlines`, not in a file of JSON lines."""
+    odd = "a\u2028b\x85c\x0b\x1cd\re"
+    examples = questions(3, right=odd)
+    run(StubModel(lambda image, prompt: says(odd)), examples, out_folder=tmp_path)
+    again = StubModel(lambda image, prompt: says(""))
+    assert run(again, examples, out_folder=tmp_path)["exact", "exact"].value == 1
+    assert again.prompts == []
+
+
 def test_predictions_and_scores_are_saved_row_by_row(tmp_path):
     region = dogs((0, 0, 10, 10), mask=True)[0]
     segment = Segment("dog", (0.5, 0, 10.25, 10), region.mask, [1] * 16, 0.75)

@@ -104,7 +104,7 @@ def run_sharded(count: int, batches: Batches, out: Path, prepare=lambda model: N
     """The same in `count` processes; the weights are those that the first one has in the end."""
 
     def run(rank: int) -> None:
-        weights = run_whole(batches, out, prepare, shard=True, **more)
+        weights = run_whole(batches, out, prepare, **{"shard": True, **more})
         if rank == 0:
             checkpointing.save(out / "weights", 0, weights)
 
@@ -150,6 +150,19 @@ def test_losses_gradients_and_averages_are_those_of_the_whole_model(processor, t
     assert logged(tmp_path / "sharded", "gradient") == pytest.approx(norms, rel=1e-4)
     assert min(norms) > 2 * SETTINGS["clip"]
     assert_same_weights(sharded, whole)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_process_without_rows_waits_for_the_others(processor, tmp_path, size):
+    """Not sharded: of 1 row one process gets none, so it has no figures of its own; and no pictures come for a while,
+    in which the eye has no gradient."""
+    batches = Batches(processor, pictures_here_and_there(), size)
+    whole = run_whole(batches, tmp_path / "whole")
+    together = run_sharded(2, batches, tmp_path / "together", shard=False)
+    for name in ("loss", "accuracy", "gradient"):
+        expected = logged(tmp_path / "whole", name)
+        assert logged(tmp_path / "together", name) == pytest.approx(expected, rel=1e-4), name
+    assert_same_weights(together, whole)
 
 
 def test_what_was_done_to_the_model_holds_for_the_sharded_one(processor, tmp_path):

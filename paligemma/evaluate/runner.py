@@ -241,11 +241,14 @@ def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, A
         if whole != raw:
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
-        entries = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-    else:
-        entries = []
     write_text(notice, json.dumps(current, indent=2) + "\n")
-    return {entry["id"]: entry for entry in entries}
+    return read_predictions(path) if path.exists() else {}
+
+
+def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
+    """By id. (Lines end in "\\n" alone: `splitlines` would also part them at what an answer may hold, such as U+2028.)"""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return {entry["id"]: entry for entry in map(json.loads, file)}
 
 
 def append(path: Path, batch: Sequence[Example], predictions: Sequence[Prediction]) -> None:

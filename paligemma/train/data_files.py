@@ -17,6 +17,7 @@ file.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -308,7 +309,7 @@ class CsvFile:
     def _cells(self, record: int) -> list[str]:
         data = self.pieces.read(int(self.starts[record]), int(self.starts[record + 1]))
         text = text_of(data, f"{self.pieces.path}:{self.lines[record]}")
-        return next(csv.reader(text.splitlines(keepends=True), delimiter=self.delimiter))
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter))
 
     def __len__(self) -> int:
         return len(self.starts) - 2

@@ -15,7 +15,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -55,27 +55,34 @@ def same_everywhere(model: nn.Module) -> None:
             dist.broadcast(tensor, 0)
 
 
-def add_up(parameters: Iterable[nn.Parameter], numbers: Sequence[float]) -> list[float]:
-    """Sum the gradients and some numbers over all processes, in place and as the result.
+def add_up(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients over all processes, in place.
 
-    A parameter without a gradient on one process (a text-only part leaves the vision tower alone) counts as zero there.
+    A parameter without a gradient (a text-only part leaves the vision tower alone) has one of zero, also where there is
+    but one process: Adam's momentum moves it on, as in the reference, however a batch is shared out.
     The gradients of a sharded model are left as they are: adding them up was part of the backward pass.
     """
-    if not dist.is_initialized():
-        return list(numbers)
     parameters = [parameter for parameter in parameters if parameter.requires_grad and not is_sharded(parameter)]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if gradients:
+    if gradients and dist.is_initialized():
         flat = torch.cat([gradient.flatten().float() for gradient in gradients])
         dist.all_reduce(flat)
         for gradient, summed in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
             gradient.copy_(summed.view_as(gradient))
-    totals = torch.tensor(list(numbers), dtype=torch.float64)
-    dist.all_reduce(totals)
-    return totals.tolist()
+
+
+def sums_of(figures: Mapping[str, float]) -> dict[str, float]:
+    """Sum numbers by their names over all processes. One that had no rows knows fewer names."""
+    if not dist.is_initialized():
+        return dict(figures)
+    theirs: list[Mapping[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(theirs, figures)
+    return {
+        name: sum(one.get(name, 0.0) for one in theirs) for name in sorted({name for one in theirs for name in one})
+    }
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
@@ -84,7 +91,7 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
     if not any(map(is_sharded, parameters)):
         return float(nn.utils.clip_grad_norm_(parameters, most))
     gradients = [own_rows(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm = math.sqrt(add_up((), [float(nn.utils.get_total_norm(gradients)) ** 2])[0])
+    norm = math.sqrt(sums_of({"square": float(nn.utils.get_total_norm(gradients)) ** 2})["square"])
     if norm > most:
         for gradient in gradients:
             gradient.mul_(most / norm)
@@ -108,7 +115,7 @@ def together(action: Callable[[], None]) -> None:
         action()
     except Exception as failed:
         error = failed
-    failures = add_up((), [float(error is not None)])[0]
+    failures = sums_of({"failures": float(error is not None)})["failures"]
     if error is not None:
         raise error
     if failures:

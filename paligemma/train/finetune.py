@@ -355,8 +355,10 @@ def prepare(model: Any, options: Options) -> None:
         parts.set_dropout(model, options.dropout)
     if options.checkpoint_gradients:
         parts.checkpoint_gradients(model)
-    if model.device.type == "cpu" and sum(parameter.nbytes for parameter in model.parameters()) > 10**9:
-        give_back_freed_memory()  # small models would be a tenth slower with it
+    if model.device.type == "cpu":
+        parts.suit_cpu(model)
+        if not parts.is_small(model):
+            give_back_freed_memory()  # small models would be a tenth slower with it
 
 
 def plan_of(options: Options) -> Plan:

@@ -279,21 +279,22 @@ def train(
                 for name, value in {"loss": float(total.detach()), "weight": weight, **figures}.items():
                     here[name] = here.get(name, 0.0) + value
             here["stop"] = float(asked_to_stop())
-            names = sorted(here)
-            here = dict(zip(names, distributed.add_up(trained, [here[name] for name in names])))
+            here = distributed.sums_of(here)
             if not math.isfinite(here["loss"]):
                 raise FloatingPointError(f"the loss of step {step} is {here['loss']}: try a lower learning rate")
             stop, tokens = here.pop("stop"), here.pop("tokens")
-            if here["weight"]:
+            here["gradient"] = 0.0
+            if here["weight"]:  # otherwise no row of this step could be read, and nothing is learned
+                distributed.add_up(trained)
                 for parameter in trained:
                     if parameter.grad is not None:
                         parameter.grad /= here["weight"]
-            norm = distributed.clip(trained, config.clip)
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"the gradient of step {step} is {norm}: try a lower learning rate")
-            here["gradient"] = here["weight"] * norm
-            for optimizer in optimizers:
-                optimizer.step()
+                norm = distributed.clip(trained, config.clip)
+                if not math.isfinite(norm):
+                    raise FloatingPointError(f"the gradient of step {step} is {norm}: try a lower learning rate")
+                here["gradient"] = here["weight"] * norm
+                for optimizer in optimizers:
+                    optimizer.step()
             step += 1
             if average is not None:
                 update_average(average, model, min(config.ema, step / (step + 10)))

@@ -125,6 +125,8 @@ def estimate(
         parts.set_dropout(model, dropout)
     if checkpoint_gradients:
         parts.checkpoint_gradients(model)
+    if not foreach:
+        parts.suit_cpu(model)
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):

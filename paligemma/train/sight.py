@@ -10,7 +10,6 @@ lets the model *generate* and measures the answers, exactly as `paligemma evalua
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from paligemma.evaluate import Example, Measure, Prediction, Region, evaluate
 from paligemma.evaluate.measures import MEASURES
 from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Report
+from paligemma.evaluate.runner import read_predictions
 from paligemma.grammar import parse
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
 from paligemma.processing_paligemma import load_image
@@ -132,8 +132,7 @@ class Sight:
 
 def predictions_of(folder: Path, examples: dict[str, Example]) -> Iterator[tuple[Example, Prediction]]:
     """Saved predictions of these examples (by id), in the order of the examples."""
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    found = {entry["id"]: entry for entry in map(json.loads, lines)}
+    found = read_predictions(folder / "predictions.jsonl")
     for name, example in examples.items():
         yield example, Prediction.from_dict(found[name])
 
