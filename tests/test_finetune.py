@@ -23,9 +23,10 @@ from paligemma.cli import app
 from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
-from paligemma.train.data import Row
+from paligemma.train.data import Row, open_rows
 from paligemma.train.finetune import Options, finetune, plan_of, prepare, rows_of
-from paligemma.train.sight import measure_of, to_example
+from paligemma.train.measuring import evaluate_rows
+from paligemma.train.sight import measure_of, to_example, with_all_captions
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,40 @@ def test_generated_answers_are_measured_on_the_way_and_drawn(finished):
         assert len((folder / "predictions.jsonl").read_text().splitlines()) == 8
     result = json.loads((out / "finished.json").read_text())
     assert result["figures"][0]["value"] == 1.0 and result["summary"]["steps"] == 60
+
+
+def test_the_final_figures_are_told_in_words(finished):
+    (line,) = [line for line in finished[1] if line.startswith("validation")]
+    assert re.fullmatch(r"validation, 8 rows by exact: share of exact answers 1\.000 \(95%: 0\.\d+ … 1\.000\)", line)
+
+
+def test_validation_measures_captions_as_evaluate_does(base, tmp_path):
+    """Against all captions of a picture, also those of rows that were not drawn by lot."""
+    captions = ["red", "all red", "a red square", "red as can be"]
+    folder = Path(write_data(tmp_path / "data")).parent
+    lines = [{"image": "0.png", "caption": caption} for caption in captions]
+    lines += [{"image": "1.png", "caption": "green"}, {"image": "2.png", "prefix": "ocr", "suffix": "red"}]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = open_rows(folder / "captions.jsonl")
+    kept = with_all_captions([rows[1], rows[2], rows[5]], rows, "auto")
+    assert [(row.number, row.answers) for row in kept] == [(1, tuple(captions)), (5, ())]
+
+    run(base, str(folder / "captions.jsonl"), tmp_path / "run", steps=1, validation=str(folder / "captions.jsonl"))
+    report = evaluate_rows(paligemma.load(str(tmp_path / "run")), rows, progress=False)
+    for entry in json.loads((tmp_path / "run" / "finished.json").read_text())["figures"]:
+        figure = report[entry["task"], entry["name"]]  # made with a larger budget of tokens, so values may differ
+        assert (entry["rows"], entry["baseline"]) == (figure.rows, figure.baseline), entry["name"]
+
+
+def test_validation_whose_pictures_are_gone_does_not_end_the_run(base, data, tmp_path):
+    Path(write_data(tmp_path / "validation"))
+    for picture in (tmp_path / "validation").glob("*.png"):
+        picture.unlink()
+    more = {"validation": str(tmp_path / "validation" / "rows.jsonl"), "validate_every": 1, "steps": 2}
+    said = run(base, data, tmp_path / "run", **more)
+    assert sum("none of the pictures can be read" in line for line in said) == 2, "on the way and at the end"
+    assert json.loads((tmp_path / "run" / "finished.json").read_text())["figures"] == []
+    paligemma.load(str(tmp_path / "run"))
 
 
 def test_the_report_is_one_page_with_curves_figures_and_examples(finished):
@@ -274,6 +309,8 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
         ({"dropout": 1.0}, "dropout is 1"),
         ({"epochs": 1.0}, "steps and epochs"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"schedule": "cosinus"}, "schedule is 'cosinus', expected one of cosine, linear, constant"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"vision_lr": 0.0}, "0 is --freeze vision"),
         ({"vision_lr": 1.5}, "in (0, 1]"),
         ({"vision_lr": 0.1, "freeze": ("vision",)}, "leave out --vision-lr"),
@@ -282,12 +319,18 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
         ({"lora": ("decoder",), "image_size": 56}, "keeps its resolution"),
         ({"optimizer": "muon", "shard": True}, "sharding cuts them up"),
         ({"dtype": "float16"}, "float16"),
-        ({"metric": "beauty"}, "no metric 'beauty'; there are: auto, exact"),
+        ({"metric": "beauty"}, "no metric 'beauty'; there are: auto, ocr, exact"),
     ],
 )
 def test_options_that_cannot_work_are_refused(wrong, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         Options(**{"model": "tiny", "data": "d", "out": "o", "steps": 3, **wrong})
+
+
+def test_a_run_that_could_not_begin_does_not_bar_the_folder(base, data, tmp_path):
+    with pytest.raises(ValueError, match="none of them learns: choose adamw"):
+        run(base, data, tmp_path / "run", optimizer="muon", freeze=("vision", "decoder"))
+    run(base, data, tmp_path / "run", freeze=("vision", "decoder"), steps=1)
 
 
 # ------------------------------------------------------------------------------------------------------- going on

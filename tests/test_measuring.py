@@ -105,6 +105,48 @@ def test_captions_of_one_picture_are_one_row(folder: Path):
     assert [example.prompt for example in found] == ["caption en"] * 2
 
 
+def test_count_takes_the_first_questions_with_all_their_captions(folder: Path):
+    path = write(
+        folder,
+        {"prefix": "ocr", "suffix": "STOP"},
+        {"caption": "a dog"},
+        {"prefix": "ocr", "suffix": "GO", "image": "b.png"},
+        {"caption": "a hound", "image": "b.png"},
+        {"caption": "the dog"},
+    )
+
+    def first(count: int | None) -> list[tuple[str, list[str]]]:
+        found = examples_of(open_rows(path), "auto", Says({}), count)
+        return [(example.prompt, list(example.answers)) for example in found]
+
+    assert first(1) == [("ocr", ["STOP"])]
+    assert first(2) == [("ocr", ["STOP"]), ("caption en", ["a dog", "the dog"])]
+    assert first(3) == [("ocr", ["STOP"]), ("ocr", ["GO"]), ("caption en", ["a dog", "the dog"])]
+    assert first(None) == first(4) == [*first(3), ("caption en", ["a hound"])]
+
+
+def test_rows_about_one_picture_are_not_independent(folder: Path):
+    """Nothing is known of the spread over pictures when there is one; of two pictures the rows go together."""
+    rows = [{"prefix": f"{i} ?", "suffix": "yes", "image": f"{'ab'[i // 10]}.png"} for i in range(20)]
+    pg = Says({f"{i} ?": "yes" if i < 10 else "no" for i in range(20)})
+    figure = evaluate_rows(pg, open_rows(write(folder, *rows)), progress=False)["exact", "exact"]
+    assert (figure.value, figure.low, figure.high) == (0.5, 0, 1)
+    figure = evaluate_rows(pg, open_rows(write(folder, *rows[5:15])), count=7, progress=False)["exact", "exact"]
+    assert figure.value == pytest.approx(5 / 7) and figure.low is not None
+    alone = [row | {"image": "a.png"} for row in rows]
+    figure = evaluate_rows(pg, open_rows(write(folder, *alone)), progress=False)["exact", "exact"]
+    assert (figure.value, figure.low, figure.high) == (0.5, None, None)
+
+
+def test_yes_and_no_are_the_only_right_answers_of_their_metric(folder: Path):
+    path = write(folder, {"prefix": "a", "suffix": "Yes"}, {"prefix": "b", "suffix": "No"})
+    report = evaluate_rows(Says({"a": "yes", "b": "no"}), open_rows(path), "yes-no", progress=False)
+    assert report["yes-no", "accuracy"].value == report["yes-no", "recall"].value == 1
+    path = write(folder, {"prefix": "a", "suffix": "yes"}, {"prefix": "b", "suffix": "purple"})
+    with pytest.raises(ValueError, match="row 1: the right answer is 'purple', and yes-no is for"):
+        evaluate_rows(Says({"a": "yes", "b": "no"}), open_rows(path), "yes-no", progress=False)
+
+
 def test_a_row_that_cannot_be_measured_is_named(folder: Path):
     with pytest.raises(FileNotFoundError, match=r"test.jsonl:2: .*gone.png: no such file"):
         rows = open_rows(

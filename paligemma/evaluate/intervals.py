@@ -28,12 +28,15 @@ def bootstrap(
     """Percentile interval of any figure of rows: draw as many groups as there are, with replacement, again and again.
 
     figure: weights, float [rows], how often each row was drawn -> the figure; NaN (nothing to divide by) is left out.
-    groups: one key per row. Rows of one picture stand or fall together, so they are drawn together.
+    groups: one key per row. Rows of one picture stand or fall together, so they are drawn together. Of a single group
+    nothing can be said: (NaN, NaN).
     """
     keys = {key: i for i, key in enumerate(dict.fromkeys(groups))}
+    if len(keys) < 2:
+        return float("nan"), float("nan")
     of_row = np.array([keys[key] for key in groups], int)
     rng = np.random.default_rng(seed)
-    shares = np.full(len(keys), 1 / max(len(keys), 1))
+    shares = np.full(len(keys), 1 / len(keys))
     values = [figure(rng.multinomial(len(keys), shares)[of_row].astype(float)) for _ in range(samples)]
     values = [value for value in values if not math.isnan(value)]
     if not values:

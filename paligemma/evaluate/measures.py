@@ -80,7 +80,13 @@ def _reading(example: Example, prediction: Prediction) -> Ratios:
 
 
 def _pope(example: Example, prediction: Prediction) -> Ratios:
-    return pope_counts(prediction.text, example.answers[0])
+    right = example.answers[0].strip().lower()
+    if right not in ("yes", "no"):
+        raise ValueError(
+            f"row {example.id}: the right answer is {example.answers[0]!r}, and yes-no is for questions that yes or no "
+            "answers: choose another metric"
+        )
+    return pope_counts(prediction.text, right)
 
 
 def _captions(rows: Rows) -> Values:

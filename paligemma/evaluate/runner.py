@@ -246,7 +246,7 @@ def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, A
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
-    """By id. (Lines end in "\\n" alone: `splitlines` would also part them at what an answer may hold, such as U+2028.)"""
+    """By id. (`splitlines` would also part lines at what an answer may hold, such as U+2028.)"""
     with open(path, encoding="utf-8", newline="\n") as file:
         return {entry["id"]: entry for entry in map(json.loads, file)}
 

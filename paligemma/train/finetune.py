@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 
 from paligemma.adapters import is_adapter, save_adapter
 from paligemma.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
-from paligemma.evaluate.report import Report
+from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
 from paligemma.inference import CODEC_FILE, PaliGemma, load
 from paligemma.modeling_gemma import PaliGemmaConfig
@@ -48,7 +48,7 @@ from paligemma.train.batches import Batch, RowBatches
 from paligemma.train.data import Row, Rows, open_rows
 from paligemma.train.data_check import check
 from paligemma.train.data_show import codec_of
-from paligemma.train.loop import TrainConfig, train
+from paligemma.train.loop import SCHEDULES, TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
 from paligemma.train.run_folder import (
     FINISHED,
@@ -62,7 +62,7 @@ from paligemma.train.run_folder import (
     write_settings,
 )
 from paligemma.train.run_report import write_report
-from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of, measure_of
+from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of, measure_of, with_all_captions
 from paligemma.utils import resolve
 
 if TYPE_CHECKING:
@@ -149,6 +149,10 @@ class Options:
             raise ValueError("vision_lr is for a vision tower that learns, and here it doesn't: leave out --vision-lr")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs both say how long to train: give one of them")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay is {self.weight_decay:g}, expected 0 or more")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if self.optimizer == "muon" and self.lora:
@@ -210,6 +214,12 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
 
     dtype = pg.model.dtype
     prepare(pg.model, options)
+    optimizers = None
+    if options.optimizer == "muon":
+        slower = ("vision_tower", options.vision_lr)
+        optimizers = muon_and_adamw(
+            pg.model, options.peak, options.peak_beside_muon, options.weight_decay, slower=slower
+        )
     limit = options.max_length or pg.model.config.text_config.max_position_embeddings
     steps = steps_of(options, len(rows))
     if rank == 0:
@@ -266,12 +276,6 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         minutes=options.minutes,
         shard=options.shard,
     )
-    optimizers = None
-    if options.optimizer == "muon":
-        slower = ("vision_tower", options.vision_lr)
-        optimizers = muon_and_adamw(
-            pg.model, options.peak, options.peak_beside_muon, options.weight_decay, slower=slower
-        )
     try:
         last = train(
             pg.model,
@@ -491,6 +495,8 @@ def look(options: Options, pg: PaliGemma, rows: Rows, out: Path, say: Callable[[
     """Validation by generation: of the validation rows, or (for the examples of the report) of a few trained on."""
     count = options.validation_rows if options.validation is not None else 12
     some = [row for row in chosen(rows, count) if row.pictures]
+    if options.validation is not None:
+        some = with_all_captions(some, rows, options.metric)
     if not some:
         say("note: no picture in the rows to look at, so no answers are generated and measured")
         return None
@@ -545,11 +551,26 @@ def finish(
     figures = [vars(figure) for figure in report.figures] if report is not None else []
     content = {"summary": summary, "figures of": about, "figures": figures}
     write_json(out / FINISHED, content)
-    for figure in report.figures if report is not None and measured else []:
-        if figure.value is not None:
-            say(f"{figure.task}: {figure.name} {figure.value:.3f} ({figure.rows} rows)")
+    if report is not None and measured:
+        for line in in_words(report):
+            say(line)
     say(f"the {'adapter' if options.lora else 'model'} is in {out}; look at {out / 'report.html'}")
     return content
+
+
+def in_words(report: Report) -> list[str]:
+    """A line for each measure: "validation, 6 rows by exact: share of exact answers 1.000 (95%: 0.610 … 1.000)"."""
+    lines = []
+    for task, counts in report.counts.items():
+        figures = []
+        for figure in report.figures:
+            if figure.task == task and figure.value is not None:
+                name = "share of exact answers" if figure.name == "exact" else figure.name
+                interval = "" if figure.low is None else f" (95%: {show(figure.low)} … {show(figure.high)})"
+                figures.append(f"{name} {show(figure.value)}{interval}")
+        rows = "1 row" if counts.rows == 1 else f"{counts.rows:,} rows"
+        lines.append(f"validation, {rows} by {task}: {', '.join(figures)}")
+    return lines
 
 
 def peak_memory_of_device() -> float:

@@ -56,6 +56,9 @@ class Batches(Protocol):
 LossFunction = Callable[[Any, Batch], tuple[Tensor, float, dict[str, float]]]
 
 
+SCHEDULES = ("cosine", "linear", "constant")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int
@@ -80,8 +83,8 @@ class TrainConfig:
     shard: bool = False  # each of several processes keeps its part of weights, gradients and optimizer (`sharding.py`)
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise ValueError(f"schedule is {self.schedule!r}, expected 'cosine', 'linear' or 'constant'")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.steps < 1 or self.accumulate < 1:
             raise ValueError(f"steps and accumulate must be at least 1, got {self.steps} and {self.accumulate}")
         if self.minutes is not None and self.minutes <= 0:  # the share of it that is spent would never reach 1

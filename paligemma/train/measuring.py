@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from paligemma.evaluate import Example, evaluate
 from paligemma.evaluate.benchmarks import BENCHMARKS
 from paligemma.evaluate.measures import MEASURES
 from paligemma.train.data import Row, Rows
-from paligemma.train.sight import measure_of, opened, to_example
+from paligemma.train.sight import measure_of, opened, right_answers, to_example, what_is_seen
 
 if TYPE_CHECKING:
     from paligemma.evaluate.report import Report
@@ -29,13 +28,15 @@ if TYPE_CHECKING:
 def metric_of(task: str | None) -> str:
     """The metric that a task is measured by: its own name, but for "ocr"; "auto" without one. ValueError, naming all
     there are and the benchmarks, for a task that is none."""
-    metric = {None: "auto", "ocr": "reading"}.get(task, task) or "auto"
-    if metric != "auto" and metric not in MEASURES:
+    if task is None:
+        return "auto"
+    try:
+        return measure_of("", task)
+    except ValueError:
         raise ValueError(
             f"there is no task {task!r}. Metrics for your own rows: ocr, {', '.join(MEASURES)}. "
             f"Benchmarks: {', '.join(BENCHMARKS)}"
-        )
-    return metric
+        ) from None
 
 
 def evaluate_rows(
@@ -47,33 +48,40 @@ def evaluate_rows(
     about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
-    """metric: one of `MEASURES`, or "auto": by the first word of each prompt. count: the first rows alone. about,
-    options: as of `evaluate.runner.evaluate`.
+    """metric: one of `MEASURES`, or "auto": by the first word of each prompt. count: the first so many alone, where all
+    captions of a picture are one. about, options: as of `evaluate.runner.evaluate`.
 
     ValueError for an unknown metric, `RowError` for a row that cannot be read, and what `load_image` raises for its
     picture, with the row's place.
     """
     measure_of("", metric)  # a mistyped name is told at once
     # Captions are gathered first, so their number is not that of the rows.
-    total = None if metric in ("auto", "caption") else min(len(rows), count or len(rows))
-    examples: Iterator[Example] = examples_of(rows, metric, pg)
-    return evaluate(
-        pg, islice(examples, count), MEASURES, about={**(about or {}), "metric": metric}, total=total, **options
-    )
+    total = count if metric in ("auto", "caption") else min(len(rows), count or len(rows))
+    examples = examples_of(rows, metric, pg, count)
+    return evaluate(pg, examples, MEASURES, about={**(about or {}), "metric": metric}, total=total, **options)
 
 
-def examples_of(rows: Rows, metric: str, pg: PaliGemma) -> Iterator[Example]:
-    """Rows as they are asked for, each with its picture opened; captions last, picture by picture."""
-    captions: dict[Any, Row] = {}
+def examples_of(rows: Rows, metric: str, pg: PaliGemma, count: int | None = None) -> Iterator[Example]:
+    """The first `count` questions of the rows, each with its picture opened; captions last, picture by picture. All
+    rows are gone through for captions: those of one picture may lie anywhere."""
+    captions: dict[tuple[str, str], tuple[int, list[str]]] = {}  # the picture's first row, what the rows say of it
+    taken = 0
     for row in rows:
-        measure = measure_of(row.prefix, metric)
+        measure, more = measure_of(row.prefix, metric), count is None or taken < count
         if measure == "caption":
-            known = captions.setdefault((row.image, row.prefix), replace(row, answers=()))
-            captions[row.image, row.prefix] = replace(known, answers=(*known.answers, *(row.answers or (row.suffix,))))
-        else:
+            question = what_is_seen(row), row.prefix
+            if more and question not in captions:
+                captions[question] = row.number, []
+                taken += 1
+            if question in captions:
+                captions[question][1].extend(right_answers(row))
+        elif more:
+            taken += 1
             yield _opened(row, measure, pg)
-    for row in captions.values():
-        yield _opened(row, "caption", pg)
+        if not more and not captions:
+            return
+    for number, answers in captions.values():
+        yield _opened(replace(rows[number], answers=tuple(answers)), "caption", pg)
 
 
 def _opened(row: Row, measure: str, pg: PaliGemma) -> Example:

@@ -22,6 +22,8 @@ def muon_and_adamw(
 
     Muon gives every direction of a matrix the same step; scaled with `match_rms_adamw` it takes AdamW's learning rates.
     slower: (what a parameter's name contains, factor): these learn with the learning rate times the factor.
+
+    ValueError for a model of which no such matrix learns.
     """
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -29,6 +31,9 @@ def muon_and_adamw(
             factor = slower[1] if slower is not None and slower[0] in name else 1.0
             hidden = ".layers." in name and parameter.ndim == 2
             groups.setdefault((hidden, factor), []).append(parameter)
+
+    if not any(hidden for hidden, _ in groups):
+        raise ValueError("muon is for the matrices between hidden layers, and none of them learns: choose adamw")
 
     def of_kind(hidden: bool, peak: float) -> list[dict[str, Any]]:
         return [{"params": group, "lr": peak * key[1]} for key, group in groups.items() if key[0] == hidden]

@@ -1,7 +1,8 @@
 """What can be seen of a run while it goes on: the metric on answers that the model writes, pictures, TensorBoard.
 
 A loss can fall while every answer stays empty: it is measured with the right tokens in front of it. So validation
-lets the model *generate* and measures the answers, exactly as `paligemma evaluate` does: same prompts, same measures.
+lets the model *generate* and measures the answers, exactly as `paligemma evaluate` does: same prompts, same measures,
+for captions all that the data has of a picture.
 
     validation/step-00000200/predictions.jsonl, results.json    all answers; the figures
                              examples/00.png ...                 truth beside answer, the same rows each time
@@ -10,15 +11,18 @@ lets the model *generate* and measures the answers, exactly as `paligemma evalua
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paligemma.evaluate import Example, Measure, Prediction, Region, evaluate
+from paligemma.evaluate import Example, Prediction, Region, evaluate
 from paligemma.evaluate.measures import MEASURES
 from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Report
@@ -39,8 +43,9 @@ def measure_of(prompt: str, metric: str = "auto") -> str:
     """The name of the measure for a prompt: by its first word, or `metric`. ValueError for a metric that is none."""
     if metric == "auto":
         return MEASURE_OF.get(prompt.strip().partition(" ")[0], "exact")
+    metric = "reading" if metric == "ocr" else metric
     if metric not in MEASURES:
-        raise ValueError(f"there is no metric {metric!r}; there are: auto, {', '.join(MEASURES)}")
+        raise ValueError(f"there is no metric {metric!r}; there are: auto, ocr, {', '.join(MEASURES)}")
     return metric
 
 
@@ -50,6 +55,38 @@ def chosen(rows: Rows, count: int, seed: int = 0) -> list[Row]:
     return [rows[i] for i in sorted(order[:count].tolist())]
 
 
+def right_answers(row: Row) -> tuple[str, ...]:
+    return row.answers or (row.suffix,)
+
+
+def what_is_seen(row: Row) -> str:
+    """Equal for rows with the same pictures: their paths or bytes, hashed, so that not all bytes stay in memory."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in row.pictures:
+        digest.update(hashlib.blake2b(picture if isinstance(picture, bytes) else os.fsencode(picture)).digest())
+    return digest.hexdigest()
+
+
+def with_all_captions(some: list[Row], rows: Rows, metric: str) -> list[Row]:
+    """`some` of the rows, where those that ask the same caption of the same picture become one, with all captions that
+    `rows` has of it as its answers. Only if there are such, all rows are read once."""
+    captions: dict[tuple[str, str], list[str]] = {
+        (what_is_seen(row), row.prefix): [] for row in some if measure_of(row.prefix, metric) == "caption"
+    }
+    if not captions:
+        return some
+    for row in rows:
+        if measure_of(row.prefix, metric) == "caption":
+            captions.get((what_is_seen(row), row.prefix), []).extend(right_answers(row))
+    kept = []
+    for row in some:
+        if measure_of(row.prefix, metric) != "caption":
+            kept.append(row)
+        elif answers := captions.pop((what_is_seen(row), row.prefix), None):
+            kept.append(replace(row, answers=tuple(answers)))
+    return kept
+
+
 def opened(row: Row) -> Any:
     """The picture of a row, or a tuple of its pictures. Raises what `load_image` raises."""
     pictures = tuple(load_image(picture) for picture in row.pictures)
@@ -57,7 +94,8 @@ def opened(row: Row) -> Any:
 
 
 def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
-    """A row with its picture opened. What its suffix says of boxes and masks becomes regions."""
+    """A row with its picture opened. What its suffix says of boxes and masks becomes regions. Rows about one picture
+    are of one group: an interval must not take them for independent."""
     regions: list[Region] = []
     if MEASURES[measure].regions:
         masks = measure == "segment"
@@ -65,8 +103,8 @@ def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
         parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
         found = parsed.segments if masks else parsed.detections
         regions = [Region(item.label, item.box, getattr(item, "mask", None)) for item in found]
-    answers = () if regions else row.answers or (row.suffix,)
-    return Example(str(row.number), picture, row.prefix, measure, answers, regions)
+    answers = () if regions else right_answers(row)
+    return Example(str(row.number), picture, row.prefix, measure, answers, regions, group=what_is_seen(row))
 
 
 @dataclass
@@ -84,12 +122,15 @@ class Sight:
     def __call__(self, model: nn.Module, step: int) -> dict[str, Any]:
         """The figures of the model as it is, for the log: {"exact": 0.93, ...}."""
         report, _ = self.measure(f"step-{step:08d}")
+        if report is None:
+            return {}
         figures = figures_of(report)
         self.say(f"step {step}: " + ", ".join(f"{name} {shown(value)}" for name, value in figures.items()))
         return figures
 
-    def measure(self, name: str) -> tuple[Report, list[tuple[Example, Prediction]]]:
-        """The figures, and the rows that are drawn with what the model answered."""
+    def measure(self, name: str) -> tuple[Report | None, list[tuple[Example, Prediction]]]:
+        """The figures, and the rows that are drawn with what the model answered. Without a picture that can be read
+        there are none, which is said: a run of hours goes on."""
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here and does it again
         drawn = {str(row.number) for row in self.rows[:: max(1, len(self.rows) // EXAMPLES)][:EXAMPLES]}
@@ -109,20 +150,24 @@ class Sight:
                     pictures[example.id] = example
                 yield example
 
-        measures: dict[str, Measure] = MEASURES
+        opening = examples()
+        first = next(opening, None)
+        if first is None:
+            self.say(f"no validation: none of the pictures can be read, the first is that of {missing[0]}")
+            return None, []
         report = evaluate(
             self.pg,
-            examples(),
-            measures,
+            chain([first], opening),
+            MEASURES,
             batch_size=self.batch_size,
             out_folder=folder,
             max_new_tokens=self.budget,
             progress=False,
         )
         if missing:
-            self.say(
-                f"{len(missing)} rows of validation were left out, their pictures cannot be read: {missing[0]}, ..."
-            )
+            named = f"{missing[0]}{', ...' if len(missing) > 1 else ''}"
+            count = f"{len(missing)} of {len(self.rows)}"
+            self.say(f"validation: the pictures of {count} rows cannot be read, they were left out: {named}")
         (folder / "examples").mkdir(exist_ok=True)
         answered = list(predictions_of(folder, pictures))
         for k, (example, prediction) in enumerate(answered):
