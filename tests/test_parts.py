@@ -1,6 +1,7 @@
 """Which weights learn and how: frozen parts, LoRA where it was asked for, dropout in its place, recomputed layers."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from paligemma.generation import generate
 from paligemma.kv_cache import KVCache
 from paligemma.quantization import quantize
 from paligemma.train.loop import TrainConfig, suffix_loss, train
-from paligemma.train.parts import add_lora, checkpoint_gradients, freeze, set_dropout
+from paligemma.train.parts import add_lora, checkpoint_gradients, freeze, set_dropout, suit_cpu
 
 KINDS = ("gemma", "gemma2")
 
@@ -381,3 +382,31 @@ def test_a_copy_is_a_model_of_its_own():
             parameter.zero_()
     logits = twin.eval()(**make_batch(model)).logits
     assert not logits.any() and model.eval()(**make_batch(model)).logits.any()
+
+
+# ------------------------------------------------------------------------------------------------ on a CPU
+
+
+def written_out(model):
+    return {module.explicit for module in model.modules() if hasattr(module, "explicit")}
+
+
+def test_on_a_cpu_a_small_model_trains_with_attention_written_out_and_has_the_same_gradients():
+    model = make_model()
+    _, fused = loss_and_gradients(model)
+    suit_cpu(model)
+    assert written_out(model) == {True}
+    _, explicit = loss_and_gradients(model)
+    for name, gradient in fused.items():
+        torch.testing.assert_close(explicit[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_large_models_and_long_rows_keep_the_fused_attention():
+    small = make_model().config
+    many_patches = replace(
+        small, vision_config=replace(small.vision_config, image_size=17 * small.vision_config.patch_size)
+    )
+    for config in (published_config("paligemma-3b"), many_patches):
+        model = empty_model(config)
+        suit_cpu(model)
+        assert written_out(model) == {False}

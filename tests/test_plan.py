@@ -63,6 +63,7 @@ def train_as_planned(config: PaliGemmaConfig, options: dict[str, Any], out: Path
         parts.set_dropout(model, given["dropout"])
     if given.get("checkpoint_gradients"):
         parts.checkpoint_gradients(model)
+    parts.suit_cpu(model)
 
     patches, side = config.vision_config.num_patches, config.vision_config.image_size
 
