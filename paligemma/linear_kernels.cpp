@@ -34,6 +34,9 @@
 // the mean of its row is clipped, and the rest of it is multiplied apart, in float32. (At most one channel in OUTLIER
 // can be such, since the mean would be larger otherwise.) Compare LLM.int8(), arXiv 2208.07339.
 //
+// Between the products stand a few functions of single numbers and norms. PyTorch takes a pass over memory for each
+// step of them, or some microseconds where there is one row; at the end of the file each is a single pass.
+//
 // No header of PyTorch is used: this compiles in seconds, and the same library serves every version.
 
 #include <immintrin.h>
@@ -81,6 +84,8 @@ static inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
 static inline __m512 load16(const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }
+
+static inline __mmask16 first_of_16(int count) { return count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0; }
 
 // The first of 16 numbers, as many as `inside` has bits.
 static inline __m512 load16(__mmask16 inside, const float* x) { return _mm512_maskz_loadu_ps(inside, x); }
@@ -451,8 +456,6 @@ static void many_rows(
 // speed.)
 static int rows_apart(int N) { return (N + NR - 1) / NR; } // the last tiles may do the last row again
 
-static inline __mmask16 first_of_16(int count) { return count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0; }
-
 static void many_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
     static thread_local Buffer padded; // pieces are of two numbers
     if (K % 2) {
@@ -649,4 +652,42 @@ extern "C" void linear_int4_f32(
     const float* x, const uint8_t* w, const int8_t* steps, const float* scale, const float* bias, float* y, int M,
     int N, int K, int threads) {
     linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
+}
+
+// ---------------------------------------------------------------------------------------------- between the products
+
+// y = table[x] * times, or table[x] without `times`. A bfloat16 is one of 65,536 numbers, so any function of one is a
+// table, which whoever knows the function makes once: the results are equal to the bit, and finding one takes a quarter
+// of the time of computing it. (The table has one number more: each is read together with its neighbour.)
+extern "C" void look_up_bf16(
+    const bf16* table, const bf16* x, const bf16* times, bf16* y, int M, int K, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
+    for (int m = 0; m < M; m++)
+        for (int k = 0; k < K; k += 16) {
+            const size_t at = size_t(m) * K + k;
+            const __mmask16 inside = first_of_16(K - k);
+            const __m512i place = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, x + at));
+            __m512 found = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_i32gather_epi32(place, table, 2), 16));
+            if (times) found = _mm512_mul_ps(found, load16(inside, times + at));
+            put16(inside, found, y + at);
+        }
+}
+
+// Every row of x [M, K] divided by the root of its mean square and multiplied by 1 + weight [K]; float32 inside.
+extern "C" void rms_norm_bf16(const bf16* x, const bf16* weight, bf16* y, float eps, int M, int K, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
+    for (int m = 0; m < M; m++) {
+        const bf16* row = x + size_t(m) * K;
+        __m512 squares = _mm512_setzero_ps();
+        for (int k = 0; k < K; k += 16) {
+            const __m512 v = load16(first_of_16(K - k), row + k);
+            squares = _mm512_fmadd_ps(v, v, squares);
+        }
+        const __m512 inverse = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / K + eps));
+        for (int k = 0; k < K; k += 16) {
+            const __mmask16 inside = first_of_16(K - k);
+            const __m512 factor = _mm512_add_ps(_mm512_set1_ps(1), load16(inside, weight + k));
+            put16(inside, _mm512_mul_ps(_mm512_mul_ps(load16(inside, row + k), inverse), factor), y + size_t(m) * K + k);
+        }
+    }
 }

@@ -35,8 +35,16 @@ GROUP = 64  # 4-bit weights that share a step, as in the C++ file
 # No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-w"]
 
-# Functions, the number of their pointers (the rest are M, N, K and the number of threads).
-FUNCTIONS = {"linear_bf16": 4, "linear_int8_bf16": 5, "linear_int8_f32": 5, "linear_int4_bf16": 6, "linear_int4_f32": 6}
+# The functions and what they take: pointers, floats, and whole numbers (sizes, and last the number of threads).
+FUNCTIONS = {
+    "linear_bf16": "pppp iiii",
+    "linear_int8_bf16": "ppppp iiii",
+    "linear_int8_f32": "ppppp iiii",
+    "linear_int4_bf16": "pppppp iiii",
+    "linear_int4_f32": "pppppp iiii",
+    "look_up_bf16": "pppp iii",
+    "rms_norm_bf16": "ppp f iii",
+}
 
 
 def kernel_available() -> bool:
@@ -119,9 +127,10 @@ def compile_kernel() -> Path:
 
 def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for name, pointers in FUNCTIONS.items():
+    types = {"p": ctypes.c_void_p, "f": ctypes.c_float, "i": ctypes.c_int}
+    for name, given in FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int] * 4
+        function.argtypes = [types[letter] for letter in given.replace(" ", "")]
         function.restype = None
     return library
 
@@ -154,15 +163,54 @@ def linear_int4(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: T
     return _call("linear_int4", x, [weight, steps, scale], bias, N, K)
 
 
+def gelu_bf16(x: Tensor, times: Tensor | None = None) -> Tensor:
+    """`F.gelu(x, approximate="tanh") * times`, or without `times`; bfloat16 [..., K], equal to the bit."""
+    _expect(x.dtype == torch.bfloat16 and x.device.type == "cpu", x, x if times is None else times)
+    if times is not None:
+        _expect(times.dtype == x.dtype and times.device == x.device and times.shape == x.shape, x, times)
+        times = times.contiguous()
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _run("look_up_bf16", [_gelu_table(), x, times, y], *_rows_of(x))
+    return y
+
+
+@cache
+def _gelu_table() -> Tensor:
+    """GELU of every bfloat16 there is, in the order of their bits, and one number more: 128 KB."""
+    with torch.inference_mode():
+        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        return torch.cat((torch.nn.functional.gelu(every, approximate="tanh"), every[:1]))
+
+
+def rms_norm_bf16(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., K] over the root of its mean square, times 1 + weight [K]: bfloat16, computed in float32."""
+    _expect(x.dtype == weight.dtype == torch.bfloat16 and weight.shape == x.shape[-1:], x, weight)
+    _expect(x.device.type == weight.device.type == "cpu", x, weight)
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x)
+    _run("rms_norm_bf16", [x, weight, y], eps, *_rows_of(x))
+    return y
+
+
+def _rows_of(x: Tensor) -> tuple[int, int]:
+    return (x.numel() // x.shape[-1], x.shape[-1]) if x.numel() else (0, 0)
+
+
+def _run(name: str, tensors: list[Tensor | None], *numbers: float) -> None:
+    """Calls a function of the library: pointers, numbers, and last the threads."""
+    if (library := _library()) is None:
+        raise RuntimeError("the compiled layers are not available here: ask kernel_available() first")
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    getattr(library, name)(*pointers, *numbers, torch.get_num_threads())
+
+
 def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
     if not fits:
         raise ValueError(f"no kernel for x {x.dtype} {list(x.shape)} and a weight {weight.dtype} {list(weight.shape)}")
 
 
 def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
-    library = _library()
-    if library is None:
-        raise RuntimeError("the compiled layers are not available here: ask kernel_available() first")
     _expect(x.shape[-1] == K and max(N, K) < 2**31, x, weights[0])
     _expect(all(t.is_contiguous() and t.device.type == "cpu" for t in weights), x, weights[0])
     if name != "linear_bf16":
@@ -175,6 +223,5 @@ def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: i
     y = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
     M = x.numel() // K if K else 0
     if M and N:
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (x, *weights, bias, y)]
-        getattr(library, name)(*pointers, M, N, K, torch.get_num_threads())
+        _run(name, [x, *weights, bias, y], M, N, K)
     return y

@@ -42,7 +42,14 @@ from torch import Tensor, nn
 from paligemma import checkpoints, linear_kernels
 from paligemma.checkpoints import Checkpoint, Shape, empty_model, expected_shapes, open_checkpoint
 from paligemma.linear_kernels import GROUP, kernel_available
-from paligemma.modeling_gemma import GemmaEmbedding, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.modeling_gemma import (
+    GemmaEmbedding,
+    GemmaMLP,
+    GemmaRMSNorm,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+)
+from paligemma.modeling_siglip import SiglipMLP
 from paligemma.npz import damaged
 
 STORED = ("int8", "int4")  # modes that a checkpoint on disk can have
@@ -145,11 +152,58 @@ class FastEmbedding(GemmaEmbedding):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, by the kernel where that is the faster one and nothing is being learned."""
-    if x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled():
-        few = x.numel() <= FEW_ROWS * x.shape[-1]
-        if (few or linear_kernels.best_for_many_rows()) and kernel_available():
-            return linear_kernels.linear_bf16(x, weight, bias)
+    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    if weight.dtype == torch.bfloat16 and (few or linear_kernels.best_for_many_rows()) and _for_kernel(x):
+        return linear_kernels.linear_bf16(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _for_kernel(x: Tensor) -> bool:
+    """Whether a kernel for bfloat16 can take x, and nothing is being learned: the kernels know no gradients."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled() and kernel_available()
+
+
+class FastRMSNorm(GemmaRMSNorm):
+    """The norm in one pass; float32 sums in another order, then rounded once, as before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == torch.bfloat16 and _for_kernel(x):
+            return linear_kernels.rms_norm_bf16(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+class FastGemmaMLP(GemmaMLP):
+    """GELU, found in a table, and what it gates in one pass: equal to the bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _for_kernel(x):
+            return super().forward(x)
+        hidden: Tensor = self.down_proj(linear_kernels.gelu_bf16(self.gate_proj(x), self.up_proj(x)))
+        return hidden
+
+
+class FastSiglipMLP(SiglipMLP):
+    """The same for the eye, where nothing is gated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _for_kernel(x):
+            return super().forward(x)
+        hidden: Tensor = self.fc2(linear_kernels.gelu_bf16(self.fc1(x)))
+        return hidden
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    GemmaRMSNorm: FastRMSNorm,
+    GemmaMLP: FastGemmaMLP,
+    SiglipMLP: FastSiglipMLP,
+}
+
+
+def speed_up_the_rest(model: nn.Module) -> None:
+    """What stands between the products, by its kernels. Only the classes change: see `_with_fast_rows`."""
+    for module in model.modules():
+        if type(module) in FAST:
+            module.__class__ = FAST[type(module)]
 
 
 class Int8Linear(nn.Module):
@@ -357,6 +411,7 @@ def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaFo
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         swap(model, name, kind, rounded_parts(name, weight.detach(), kind), dtype)
+    speed_up_the_rest(model)
     return model.requires_grad_(False)
 
 
@@ -374,6 +429,7 @@ def _with_fast_rows(model: PaliGemmaForConditionalGeneration) -> PaliGemmaForCon
             old.__class__ = FastLinear
         elif type(old) is GemmaEmbedding:
             old.__class__ = FastEmbedding
+    speed_up_the_rest(model)
     return model
 
 
@@ -602,6 +658,7 @@ def _assemble(
         shape = shapes[f"{name}.weight"]
         parts = [torch.empty(size, dtype=kept, device="meta") for size, kept in rounded_shapes(shape, kind)]
         swap(model, name, kind, parts, dtype)
+    speed_up_the_rest(model)
     for name in names:
         parent, _, leaf = name.rpartition(".")
         module, tensor = model.get_submodule(parent), read(name)

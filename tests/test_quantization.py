@@ -267,6 +267,79 @@ def test_kernels_refuse_what_they_would_misread():
     )
 
 
+# ---------------------------------------------------------------------------------------------- between the products
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(65536,), (1024, 64), (2, 32, 1024), (13, 50), (0, 8)])
+def test_gelu_of_every_bfloat16_there_is(shape):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every[: math.prod(shape)].view(shape)
+    times = torch.randn(shape).bfloat16()
+    expected = torch.nn.functional.gelu(every, approximate="tanh")[: math.prod(shape)].view(shape)
+    torch.testing.assert_close(linear_kernels.gelu_bf16(x), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(linear_kernels.gelu_bf16(x, times), expected * times, rtol=0, atol=0, equal_nan=True)
+    if len(shape) > 1:  # what is not contiguous is copied
+        assert torch.equal(linear_kernels.gelu_bf16(times.mT, times.mT), linear_kernels.gelu_bf16(times, times).mT)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("M", "K"), [(1, 2048), (9, 2048), (3, 1), (12, 37), (0, 16)])
+def test_the_norm_within_the_bound_of_float32(M, K):
+    """Half a unit in the last place of bfloat16, and the roundings of K squares summed and four products."""
+    x, weight = (torch.randn(M, K) * torch.logspace(-3, 4, max(M, 1))[:M, None]).bfloat16(), torch.randn(K).bfloat16()
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + weight.double())
+    y = linear_kernels.rms_norm_bf16(x, weight, 1e-6)
+    assert y.dtype == torch.bfloat16 and y.shape == x.shape
+    assert ((y.double() - exact).abs() <= exact.abs() * (2.0**-8 + (K / 16 + 10) * 2.0**-24)).all()
+
+
+@needs_kernel
+def test_the_norm_of_zeros_and_of_what_is_no_number():
+    x = torch.zeros(3, 40).bfloat16()
+    x[1, 39] = math.nan
+    y = linear_kernels.rms_norm_bf16(x, torch.ones(40).bfloat16(), 1e-6)
+    assert (y[[0, 2]] == 0).all() and y[1].isnan().all()
+
+
+@needs_kernel
+def test_they_refuse_what_they_would_misread():
+    x, weight = torch.randn(2, 8).bfloat16(), torch.ones(8).bfloat16()
+    for wrong in (
+        lambda: linear_kernels.gelu_bf16(x.float()),
+        lambda: linear_kernels.gelu_bf16(x, x[:1]),
+        lambda: linear_kernels.gelu_bf16(x, x.float()),
+        lambda: linear_kernels.rms_norm_bf16(x, weight.float(), 1e-6),
+        lambda: linear_kernels.rms_norm_bf16(x, weight[:7], 1e-6),
+    ):
+        with pytest.raises(ValueError, match="no kernel for x"):
+            wrong()
+
+
+@needs_kernel
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+def test_a_model_takes_them_and_answers_as_without(mode, monkeypatch):
+    """Counted, and compared with the same model whose parts between the products are PyTorch's."""
+    called = []
+    for name in ("gelu_bf16", "rms_norm_bf16"):
+        real = getattr(linear_kernels, name)
+        monkeypatch.setattr(
+            linear_kernels, name, lambda *given, name=name, real=real: called.append(name) or real(*given)
+        )
+    model = quantize(make_model(dtype=torch.bfloat16), mode)
+    inputs = make_inputs(model.config, prefix=[5, 3])
+    fast = model(**inputs).logits
+    text, vision = model.config.text_config, model.config.vision_config
+    assert called.count("gelu_bf16") == text.num_hidden_layers + vision.num_hidden_layers
+    assert called.count("rms_norm_bf16") == 2 * text.num_hidden_layers + 1
+    called.clear()
+    for module in model.modules():
+        if type(module) in quantization.FAST.values():
+            module.__class__ = type(module).__mro__[1]
+    plain = model(**inputs).logits
+    assert called == [] and kl(fast, plain) < 1e-4
+
+
 # ---------------------------------------------------------------------------------------------- layers
 
 
