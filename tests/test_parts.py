@@ -397,8 +397,9 @@ def test_on_a_cpu_a_small_model_trains_with_attention_written_out_and_has_the_sa
     suit_cpu(model)
     assert written_out(model) == {True}
     _, explicit = loss_and_gradients(model)
+    whole = torch.stack([gradient.norm() for gradient in fused.values()]).norm()
     for name, gradient in fused.items():
-        torch.testing.assert_close(explicit[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        assert (explicit[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * whole, name
 
 
 def test_large_models_and_long_rows_keep_the_fused_attention():
@@ -406,7 +407,7 @@ def test_large_models_and_long_rows_keep_the_fused_attention():
     many_patches = replace(
         small, vision_config=replace(small.vision_config, image_size=17 * small.vision_config.patch_size)
     )
-    for config in (published_config("paligemma-3b"), many_patches):
+    for config in (published_config("paligemma-3b", 224), many_patches):
         model = empty_model(config)
         suit_cpu(model)
         assert written_out(model) == {False}
