@@ -1,6 +1,8 @@
 """Every task on one picture, with the embedded model.
 
-python examples/everything.py [picture] [overlay.png]
+python examples/everything.py [picture] [drawn.png]
+
+Boxes and masks are drawn into everything.png in the current folder, or where the second argument says.
 """
 
 import sys
@@ -10,7 +12,7 @@ import paligemma
 
 here = Path(__file__).parent
 picture = sys.argv[1] if len(sys.argv) > 1 else here / "scene.png"
-overlay = sys.argv[2] if len(sys.argv) > 2 else here / "overlay.png"
+drawn = sys.argv[2] if len(sys.argv) > 2 else "everything.png"
 
 pg = paligemma.load("tiny")
 print("caption     ", pg.caption(picture).text)
@@ -30,5 +32,5 @@ masks = pg.segment(picture, "book")
 for item in masks:
     print(f"{item.label:12} {int(item.mask.sum())} pixels")
 
-pg.draw(picture, [*found, *masks], scale=2).save(overlay)
-print("drawn:", overlay)
+pg.draw(picture, [*found, *masks], scale=2).save(drawn)
+print("drawn:", drawn)

@@ -684,7 +684,7 @@ def scenes(
 
 @tiny_app.command()
 def train(
-    minutes: Annotated[float, typer.Option(help="How long to train; run it again to go on.")] = 30,
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long to train; run it again to go on.")] = 30,
     out: Annotated[Path, typer.Option(help="State, log and checkpoint.")] = Path("runs/tiny"),
 ) -> None:
     """Train the embedded model from nothing, or go on where the last run stopped."""

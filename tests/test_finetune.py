@@ -110,10 +110,9 @@ def test_it_is_said_what_will_happen_before_the_first_step(finished):
 
 
 def test_generated_answers_are_measured_on_the_way_and_drawn(finished):
-    out, said = finished
+    out, _ = finished
     measured = {entry["step"]: entry["validation"]["exact"] for entry in log_of(out) if "validation" in entry}
     assert list(measured) == [20, 40, 60] and measured[60] == 1.0
-    assert "exact: exact 1.000 (8 rows)" in said
     for name in ("step-00000020", "step-00000040", "final"):
         folder = out / "validation" / name
         assert len(list((folder / "examples").glob("*.png"))) == 8
