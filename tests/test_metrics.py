@@ -613,7 +613,8 @@ def test_refcoco_by_the_steps_of_big_vision(codec: MaskCodec):
             inside = np.asarray(image) > 0
             both = np.count_nonzero(truth[top:bottom, left:right] & inside)
             expected = both / (truth.sum() + inside.sum() - both)
-        assert valid and mask == pytest.approx(expected, abs=1e-9)
+        assert mask == pytest.approx(expected, abs=1e-9)
+        assert valid == (bottom > top and right > left), "a box of no whole pixel is counted as invalid"
         positive += expected > 0
         a, b = (x0 / 1023 * width, y0 / 1023 * height, x1 / 1023 * width, y1 / 1023 * height), box
         both = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)

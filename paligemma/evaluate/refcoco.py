@@ -24,7 +24,8 @@ _MASK = re.compile(r"(<loc\d{4}>){4}(<seg\d{3}>){16}")
 def refcoco_ious(text: str, box: Box, mask: np.ndarray, codec: MaskCodec) -> tuple[float, float, bool]:
     """(mask IoU, box IoU, valid) of one answer. box: the true one, in pixels; mask: bool [H, W].
 
-    Valid are answers that begin with four locations and sixteen codes, y1 > y0 and x1 > x0; what follows is ignored.
+    Valid are answers that begin with four locations and sixteen codes, y1 > y0 and x1 > x0, also in whole pixels; what
+    follows is ignored.
     Locations count to 1023, and the mask is pasted by the rule "big_vision" (see `mask_codec.paste`).
     """
     head = _MASK.match(text.strip())
@@ -34,4 +35,5 @@ def refcoco_ious(text: str, box: Box, mask: np.ndarray, codec: MaskCodec) -> tup
         return 0.0, 0.0, False
     answer = parsed.segments[0]
     overlap = mask_iou(answer.mask, mask) if answer.mask is not None else 0.0
-    return overlap, float(box_iou([answer.box], [box])[0, 0]), True
+    x0, y0, x1, y1 = map(int, answer.box)
+    return overlap, float(box_iou([answer.box], [box])[0, 0]), y1 > y0 and x1 > x0
