@@ -185,7 +185,7 @@ static void tile_bf16(const bf16* x, const bf16* const* w, int K, float (*out)[N
 // ---------------------------------------------------------------------------------------------- activations in 8 bits
 
 struct Outlier {
-    int slot;   // which of the columns with outliers
+    int m, k;   // where it stands
     float rest; // what was clipped
 };
 
@@ -194,48 +194,48 @@ struct Rows {
     int8_t* q;           // [M, stride], zeros behind K
     float* scale;        // [M]
     int32_t* start;      // [M]: -128 times the sum of q, where a dot product begins
-    std::vector<std::vector<Outlier>> outliers; // of each row
-    std::vector<int> columns;                   // in which they stand
+    std::vector<std::vector<Outlier>> outliers; // of each row, in the order of k
 };
 
 template <class T>
-static void round_row(const T* x, Rows& rows, int m, std::vector<std::pair<int, float>>& outliers) {
+static void round_row(const T* x, Rows& rows, int m) {
     const int K = rows.K;
     int8_t* q = rows.q + size_t(m) * rows.stride;
-    float largest = 0, sum = 0, bound = INFINITY;
-    int k = 0;
     __m512 largest16 = _mm512_setzero_ps(), sum16 = _mm512_setzero_ps();
-    for (; k + 16 <= K; k += 16) {
-        __m512 v = _mm512_abs_ps(load16(x + k));
+    for (int k = 0; k < K; k += 16) {
+        const __m512 v = _mm512_abs_ps(load16(first_of_16(K - k), x + k));
         largest16 = _mm512_max_ps(largest16, v), sum16 = _mm512_add_ps(sum16, v);
     }
-    largest = _mm512_reduce_max_ps(largest16), sum = _mm512_reduce_add_ps(sum16);
-    for (; k < K; k++) largest = std::max(largest, std::fabs(number(x[k]))), sum += std::fabs(number(x[k]));
+    const float sum = _mm512_reduce_add_ps(sum16);
+    float largest = _mm512_reduce_max_ps(largest16), bound = INFINITY;
     if (largest > OUTLIER * (sum / K)) {
-        bound = OUTLIER * (sum / K), largest = 0;
-        for (k = 0; k < K; k++) {
-            float v = std::fabs(number(x[k]));
-            if (v <= bound) largest = std::max(largest, v);
+        bound = OUTLIER * (sum / K), largest16 = _mm512_setzero_ps();
+        for (int k = 0; k < K; k += 16) {
+            const __m512 v = _mm512_abs_ps(load16(first_of_16(K - k), x + k));
+            const __mmask16 ordinary = _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_LE_OQ);
+            largest16 = _mm512_mask_max_ps(largest16, ordinary, largest16, v);
         }
+        largest = _mm512_reduce_max_ps(largest16);
     }
     // Not a number, or infinite: the sum tells, and the result is then no number either.
     rows.scale[m] = std::isfinite(sum) ? largest / 127 : NAN;
     const float inverse = largest > 0 ? 127 / largest : 0;
-    auto rounded = [&](float v) { return int8_t(std::max(-127.f, std::min(127.f, std::nearbyint(v * inverse)))); };
-    for (k = 0; k + 16 <= K; k += 16) {
-        __m512 v = _mm512_mul_ps(load16(x + k), _mm512_set1_ps(inverse));
-        v = _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
-        _mm_storeu_si128((__m128i*)(q + k), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); // ties to even
+    for (int k = 0; k < K; k += 16) {
+        const __m512 v = load16(first_of_16(K - k), x + k);
+        __m512 steps = _mm512_mul_ps(v, _mm512_set1_ps(inverse));
+        steps = _mm512_max_ps(_mm512_min_ps(steps, _mm512_set1_ps(127)), _mm512_set1_ps(-127));
+        _mm_storeu_si128((__m128i*)(q + k), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(steps))); // ties to even
+        unsigned beyond = _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(bound), _CMP_GT_OQ);
+        for (; beyond; beyond &= beyond - 1) {
+            const int at = k + __builtin_ctz(beyond);
+            rows.outliers[m].push_back({m, at, number(x[at]) - q[at] * rows.scale[m]});
+        }
     }
-    for (; k < K; k++) q[k] = rounded(number(x[k]));
     std::memset(q + K, 0, rows.stride - K);
-    if (bound < INFINITY)
-        for (k = 0; k < K; k++)
-            if (std::fabs(number(x[k])) > bound) outliers.push_back({k, number(x[k]) - q[k] * rows.scale[m]});
 
     __m512i lanes = _mm512_setzero_si512();
     const __m512i ones = _mm512_set1_epi8(1);
-    for (k = 0; k < rows.stride; k += 64) lanes = _mm512_dpbusd_epi32(lanes, ones, _mm512_load_si512(q + k));
+    for (int k = 0; k < rows.stride; k += 64) lanes = _mm512_dpbusd_epi32(lanes, ones, _mm512_load_si512(q + k));
     rows.start[m] = -128 * _mm512_reduce_add_epi32(lanes);
 }
 
@@ -247,18 +247,9 @@ static Rows round_rows(const T* x, int M, int K, int threads) {
     rows.q = (int8_t*)q.of(size_t(M) * rows.stride);
     rows.scale = (float*)scale.of(M * sizeof(float));
     rows.start = (int32_t*)start.of(size_t(M) * sizeof(int32_t));
-    std::vector<std::vector<std::pair<int, float>>> found(M);
-#pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
-    for (int m = 0; m < M; m++) round_row(x + size_t(m) * K, rows, m, found[m]);
-
     rows.outliers.resize(M);
-    std::vector<int> slots;
-    for (int m = 0; m < M; m++)
-        for (auto& [k, rest] : found[m]) {
-            if (slots.empty()) slots.assign(K, -1);
-            if (slots[k] < 0) slots[k] = int(rows.columns.size()), rows.columns.push_back(k);
-            rows.outliers[m].push_back({slots[k], rest});
-        }
+#pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
+    for (int m = 0; m < M; m++) round_row(x + size_t(m) * K, rows, m);
     return rows;
 }
 
@@ -507,11 +498,9 @@ extern "C" void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16
 template <class T, class Tile, class Weight>
 static void few_rows(
     const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Tile tile, Weight weight) {
-    const int apart = rows_apart(N), columns = int(rows.columns.size());
+    const int apart = rows_apart(N);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int first = 0; first < apart; first++) {
-        static thread_local Buffer of_met;
-        float* met = (float*)of_met.of(size_t(columns + 1) * sizeof(float[NR])); // the weights that outliers meet
         int n[NR];
         float scales[NR], biases[NR];
         for (int i = 0; i < NR; i++) {
@@ -521,13 +510,10 @@ static void few_rows(
         tiles_of_rows(rows.M, [&](auto R, int m) {
             float out[R()][NR];
             tile(R, m, n, out);
-            if (m == 0) // only now: picked out before, they would break the streams
-                for (int c = 0; c < columns; c++)
-                    for (int i = 0; i < NR; i++) met[c * NR + i] = weight(n[i], rows.columns[c]);
             for (int r = 0; r < R(); r++) {
                 float rest[NR] = {};
-                for (const Outlier& outlier : rows.outliers[m + r])
-                    for (int i = 0; i < NR; i++) rest[i] += outlier.rest * met[outlier.slot * NR + i];
+                for (const Outlier& outlier : rows.outliers[m + r]) // only now: before, they would break the streams
+                    for (int i = 0; i < NR; i++) rest[i] += outlier.rest * weight(n[i], outlier.k);
                 for (int i = 0; i < NR; i++) {
                     float result = out[r][i] * scales[i] * rows.scale[m + r] + rest[i] * scales[i] + biases[i];
                     put(result, y + size_t(m + r) * N + n[i]);
@@ -537,41 +523,44 @@ static void few_rows(
     }
 }
 
-static thread_local Buffer of_panel_met;
+static thread_local Buffer of_rests;
 
 // load(n, k): 64 numbers of row n of w, plus 128.
 template <class T, class Load>
 static void many_rows_8_bits(
     const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Load load) {
-    const size_t columns = rows.columns.size();
-    // The weights that outliers meet, [columns, WIDE], are taken from the panel: there a column lies in four lines.
+    std::vector<Outlier> outliers; // by column
+    for (const auto& of_row : rows.outliers) outliers.insert(outliers.end(), of_row.begin(), of_row.end());
+    auto before = [](const Outlier& a, const Outlier& b) { return a.k < b.k; };
+    std::stable_sort(outliers.begin(), outliers.end(), before);
+    // The weights that outliers meet are taken from the panel: there a column lies in four lines. Outliers of one
+    // column follow each other; what they add goes to rests [M, WIDE].
     auto packed = [&](const char* panel, int first, int depth) {
-        float* met = (float*)of_panel_met.of((columns + 1) * WIDE * sizeof(float));
-        for (size_t c = 0; c < columns; c++) {
-            const int step = rows.columns[c] / 4 - first, shift = rows.columns[c] % 4 * 8;
-            if (step < 0 || step >= depth) continue;
+        if (outliers.empty()) return;
+        float* rests = (float*)of_rests.of(size_t(rows.M) * WIDE * sizeof(float));
+        if (first == 0) std::fill_n(rests, size_t(rows.M) * WIDE, 0);
+        auto outlier = std::lower_bound(outliers.begin(), outliers.end(), Outlier{0, 4 * first, 0}, before);
+        for (; outlier != outliers.end() && outlier->k < 4 * (first + depth); outlier++) {
+            const __m512i* column = (const __m512i*)panel + size_t(outlier->k / 4 - first) * NR;
             for (int i = 0; i < NR; i++) {
-                __m512i v = _mm512_load_si512(panel + (size_t(step) * NR + i) * 64);
-                v = _mm512_and_si512(_mm512_srli_epi32(v, shift), _mm512_set1_epi32(255));
-                v = _mm512_sub_epi32(v, _mm512_set1_epi32(128));
-                _mm512_store_ps(met + c * WIDE + 16 * i, _mm512_cvtepi32_ps(v));
+                __m512i v = _mm512_and_si512(_mm512_srli_epi32(column[i], outlier->k % 4 * 8), _mm512_set1_epi32(255));
+                const __m512 weights = _mm512_cvtepi32_ps(_mm512_sub_epi32(v, _mm512_set1_epi32(128)));
+                float* rest = rests + size_t(outlier->m) * WIDE + 16 * i;
+                const __m512 adds = _mm512_mul_ps(_mm512_set1_ps(outlier->rest), weights);
+                _mm512_store_ps(rest, _mm512_add_ps(_mm512_load_ps(rest), adds));
             }
         }
     };
     auto finish = [&](int n, const int32_t* sums) {
-        const float* met = (const float*)of_panel_met.memory;
+        const float* rests = (const float*)of_rests.memory;
         for (int m = 0; m < rows.M; m++)
             for (int i = 0; i < WIDE; i += 16) {
                 const __mmask16 inside = first_of_16(N - n - i);
                 const __m512 scales = load16(inside, scale + n + i);
-                __m512 rest = _mm512_setzero_ps();
-                for (const Outlier& outlier : rows.outliers[m]) {
-                    const __m512 weights = _mm512_load_ps(met + outlier.slot * WIDE + i);
-                    rest = _mm512_add_ps(rest, _mm512_mul_ps(_mm512_set1_ps(outlier.rest), weights));
-                }
                 __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums + size_t(m) * WIDE + i));
                 sum = _mm512_mul_ps(_mm512_mul_ps(sum, scales), _mm512_set1_ps(rows.scale[m]));
-                sum = _mm512_add_ps(sum, _mm512_mul_ps(rest, scales));
+                if (!outliers.empty())
+                    sum = _mm512_add_ps(sum, _mm512_mul_ps(_mm512_load_ps(rests + size_t(m) * WIDE + i), scales));
                 if (bias) sum = _mm512_add_ps(sum, load16(inside, bias + n + i));
                 put16(inside, sum, y + size_t(m) * N + n + i);
             }
