@@ -16,6 +16,7 @@ from rich.console import Console
 import paligemma.evaluate
 from paligemma.evaluate import MEASURES, Example, Prediction, Region, evaluate
 from paligemma.evaluate.intervals import wilson
+from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Figure, Report
 from paligemma.evaluate.runner import batches
 from paligemma.grammar import Detection, Segment
@@ -23,6 +24,7 @@ from paligemma.inference import Answer
 from paligemma.tiny import evaluation as tiny
 from paligemma.tiny.rows import TASKS, caption
 from paligemma.tiny.world import render
+from paligemma.train.run_report import card
 
 IMAGE = np.full((40, 60, 3), 200, np.uint8)
 
@@ -364,6 +366,21 @@ def test_the_worst_rows_are_drawn_task_by_task_the_surest_first(tmp_path):
             truth_and_answer = row["id"] == "box"
             assert (picture.width > 700) == truth_and_answer
     assert results(tmp_path)["worst"] == report.worst
+
+
+def test_a_drawn_row_shows_all_its_pictures_and_all_its_words():
+    """Truth and answer side by side where there are boxes; a narrow picture leaves room for the words."""
+    two = (np.zeros((40, 60, 3), np.uint8), np.full((40, 60, 3), 255, np.uint8))
+    answer = Prediction("True", 0.5)
+    width, height = compare(Example("1", two, "answer en both ?", "exact", ("False",)), answer).size
+    assert width == 2 * 400 + 3 * 12
+    one = compare(Example("1", two[0], "answer en both ?", "exact", ("False",)), answer)
+    assert one.size == (400 + 2 * 12, height - 20), "a single picture needs no name"
+    boxes = compare(Example("1", two, "detect dog", "detect", regions=dogs((0, 0, 10, 10))), Prediction(""))
+    assert boxes.width == width
+    narrow = compare(Example("1", np.zeros((400, 4, 3), np.uint8), "answer en " + 20 * "why ", "exact", ("x",)), answer)
+    assert narrow.width >= 400
+    assert card(Example("1", two, "answer en both ?", "exact", ("False",)), answer).count("<img") == 2
 
 
 def test_the_table_shows_every_figure(tmp_path):

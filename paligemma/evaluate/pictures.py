@@ -6,44 +6,51 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from paligemma.draw import draw
+from paligemma.draw import draw, font_for
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.processing_paligemma import load_image
 
-SIDE = 400  # pixels of the longer side of each half
+SIDE = 400  # pixels of the longer side of each picture
 MARGIN = 12
 FONT_SIZE = 15
+LINE = FONT_SIZE + 5
 
 
 def compare(example: Example, prediction: Prediction) -> Image.Image:
-    """RGB. Of a row with several pictures the first one is shown."""
-    image = load_image(example.image[0] if isinstance(example.image, tuple) else example.image)
-    scale = SIDE / max(image.size)
-    sides = [draw(image, list(items), scale=scale) for items in (example.regions, prediction.regions)]  # type: ignore[arg-type]
-    if not example.regions and not prediction.regions:
-        sides = sides[:1]
-    width = sum(side.width for side in sides) + MARGIN * (len(sides) + 1)
-    font = ImageFont.load_default(FONT_SIZE)
+    """RGB. Boxes and masks are drawn on the first picture, once the true ones and once the answer's; of a row without
+    any all pictures are shown."""
+    images = [load_image(one) for one in (example.image if isinstance(example.image, tuple) else (example.image,))]
+    if example.regions or prediction.regions:
+        shown = {"truth": (images[0], example.regions), "answer": (images[0], prediction.regions)}
+    else:
+        names = [f"picture {k}" for k in range(1, len(images) + 1)] if len(images) > 1 else [""]
+        shown = {name: (image, ()) for name, image in zip(names, images)}
+    sides = {
+        name: draw(image, list(regions), scale=SIDE / max(image.size))  # type: ignore[arg-type]
+        for name, (image, regions) in shown.items()
+    }
+    width = max(SIDE + 2 * MARGIN, sum(side.width for side in sides.values()) + MARGIN * (len(sides) + 1))
     lines = [f"prompt: {example.prompt}"]
     if example.answers:
         lines.append("right: " + " | ".join(answer or "(nothing)" for answer in dict.fromkeys(example.answers)))
     lines.append(f"answer: {prediction.text or '(nothing)'}  (score {prediction.score:.2f})")
     lines += [f"invalid: {reason}" for reason in prediction.invalid]
+    font = font_for("".join(lines), FONT_SIZE)
     wrapped = [part for line in lines for part in _wrap(line, width - 2 * MARGIN, font)[:6]]
-    height = max(side.height for side in sides) + 2 * MARGIN + len(wrapped) * (FONT_SIZE + 5) + MARGIN
-    canvas = Image.new("RGB", (width, height), "white")
-    x = MARGIN
-    for side in sides:
-        canvas.paste(side, (x, MARGIN))
-        x += side.width + MARGIN
+    top = MARGIN + (LINE if any(sides) else 0)  # above it the names, if they have any
+    bottom = top + max(side.height for side in sides.values()) + MARGIN
+    canvas = Image.new("RGB", (width, bottom + len(wrapped) * LINE + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
-    y = max(side.height for side in sides) + 2 * MARGIN
-    for line in wrapped:
-        pen.text((MARGIN, y), line, fill="black", font=font)
-        y += FONT_SIZE + 5
+    x = MARGIN
+    for name, side in sides.items():
+        pen.text((x, MARGIN - 4), name, fill="gray", font=font_for(name, FONT_SIZE))
+        canvas.paste(side, (x, top))
+        x += side.width + MARGIN
+    for k, line in enumerate(wrapped):
+        pen.text((MARGIN, bottom + k * LINE), line, fill="black", font=font)
     return canvas
 
 
-def _wrap(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+def _wrap(line: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """In parts of about `width` pixels, going by the line's mean width of a character."""
     return textwrap.wrap(line, max(10, int(0.95 * width * len(line) / max(font.getlength(line), 1))))

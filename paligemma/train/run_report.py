@@ -18,6 +18,7 @@ from PIL import Image
 from paligemma.draw import draw
 from paligemma.evaluate.report import Figure, show
 from paligemma.evaluate.rows import Example, Prediction
+from paligemma.evaluate.text import exact_match
 from paligemma.files import write_text
 from paligemma.processing_paligemma import load_image
 
@@ -210,19 +211,19 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def card(example: Example, prediction: Prediction, side: int = 360) -> str:
-    """Prompt, truth and answer under the picture; with boxes or masks the picture twice."""
-    image = load_image(example.image[0] if isinstance(example.image, tuple) else example.image)
-    scale = side / max(image.size)
-    drawn = {"truth": example.regions, "answer": prediction.regions}
-    if not example.regions and not prediction.regions:
-        drawn = {"": ()}
-    pictures = "".join(
-        f'<figure><img alt="{name or "picture"}" src="{inline(draw(image, list(items), scale=scale))}">'  # type: ignore[arg-type]
-        f"<figcaption>{name}</figcaption></figure>"
-        for name, items in drawn.items()
-    )
+    """Prompt, truth and answer under the pictures; with boxes or masks the first one twice."""
+    images = [load_image(one) for one in (example.image if isinstance(example.image, tuple) else (example.image,))]
+    shown: list[tuple[str, Image.Image, Sequence[Any]]] = [("", image, ()) for image in images]
+    if example.regions or prediction.regions:
+        shown = [("truth", images[0], example.regions), ("answer", images[0], prediction.regions)]
+    pictures = ""
+    for name, image, regions in shown:
+        drawn = draw(image, list(regions), scale=side / max(image.size))
+        pictures += (
+            f'<figure><img alt="{name or "picture"}" src="{inline(drawn)}"><figcaption>{name}</figcaption></figure>'
+        )
     truth = " | ".join(dict.fromkeys(example.answers)) or ", ".join(region.label for region in example.regions)
-    same = "same" if prediction.text.strip() in example.answers else "other"
+    same = "same" if exact_match(prediction.text, example.answers) else "other"
     lines = [
         f"<p><b>prompt</b> {escape(example.prompt)}</p>",
         f"<p><b>truth</b> {escape(truth or '(nothing)')}</p>",
