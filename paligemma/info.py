@@ -13,6 +13,7 @@ import torch
 
 from paligemma.checkpoints import (
     EMBEDDING,
+    INDEX,
     PUBLISHED,
     Checkpoint,
     Shape,
@@ -45,7 +46,9 @@ def describe(model_path: str | os.PathLike[str], revision: str | None = None) ->
     try:
         checkpoint = open_checkpoint(path) if stored_mode(path) is None else open_quantized(path)
     except FileNotFoundError:
-        if not (path / "config.json").is_file():
+        # Of a hub id the settings alone were fetched. A folder of the user's either holds no weights at all, or all.
+        some = (path / INDEX).is_file() or any(path.glob("*.safetensors"))
+        if not (path / "config.json").is_file() or (some and Path(model_path).expanduser().exists()):
             raise
         return _describe(str(model_path), PaliGemmaConfig.from_pretrained(path), None)
     return _describe(str(model_path), checkpoint.config, checkpoint)

@@ -107,6 +107,25 @@ def test_a_damaged_checkpoint_is_an_error_here_too(tmp_path, model):
         describe(build_tokenizer(tmp_path / "b"))
 
 
+def test_a_folder_that_lacks_a_shard_is_an_error_and_not_a_folder_without_weights(tmp_path, model):
+    save_pretrained(model, tmp_path, max_shard_size=20_000)
+    *_, last = sorted(tmp_path.glob("*.safetensors"))
+    last.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{last.name} is missing"):
+        describe(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        describe(str(tmp_path))
+
+
+def test_a_hub_id_of_which_only_the_settings_were_fetched_is_described_by_them(tmp_path, model, monkeypatch):
+    save_pretrained(model, tmp_path, max_shard_size=20_000)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.unlink()
+    monkeypatch.setattr("paligemma.info.resolve", lambda *_, **__: tmp_path)
+    assert describe("somebody/model")["format"] is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bytes_per_token_are_those_of_the_cache(model, dtype):
     cache = KVCache(model.config.text_config, batch=3, max_length=7, dtype=dtype)
