@@ -42,6 +42,11 @@ FIXED_KEYS: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Far beyond every published model (46 layers, 257,216 tokens). What is beyond these is a slip of the pen or worse, and
+# would be built for hours before the weights are found not to fit.
+MOST_LAYERS, LARGEST_SIZE = 1_000, 10_000_000
+
+
 def as_object(given: Any, where: str) -> dict[str, Any]:
     """A copy of one part of a configuration. Raises ValueError, naming it, if it is not a JSON object."""
     if not isinstance(given, dict):
@@ -52,8 +57,8 @@ def as_object(given: Any, where: str) -> dict[str, Any]:
 def take_fields(cls: type, given: dict[str, Any], where: str, required: tuple[str, ...]) -> dict[str, Any]:
     """The keyword arguments for the dataclass `cls` out of one configuration dictionary.
 
-    `where` ("text_config") is named in errors. Raises ValueError for sizes that are missing or not positive whole
-    numbers, for fixed keys with another value, and for keys that nobody knows.
+    `where` ("text_config") is named in errors. Raises ValueError for sizes that are missing, not positive whole
+    numbers or absurdly large, for fixed keys with another value, and for keys that nobody knows.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     missing = [key for key in required if given.get(key) is None]
@@ -78,4 +83,7 @@ def take_fields(cls: type, given: dict[str, Any], where: str, required: tuple[st
     for key in (*required, "head_dim", "image_size", "max_position_embeddings"):
         if key in taken and (type(taken[key]) is not int or taken[key] <= 0):
             raise ValueError(f"{where}.{key} is {taken[key]!r}, expected a positive whole number")
+        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST_SIZE
+        if taken.get(key, 0) > most:
+            raise ValueError(f"{where}.{key} is {taken[key]:,}, expected at most {most:,}")
     return taken
