@@ -94,6 +94,10 @@ static inline __m512 load16(__mmask16 inside, const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, x)), 16));
 }
 
+static inline __m512i load32(int count, const bf16* x) { // as they are, zeros behind the first `count`
+    return count >= 32 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16(count > 0 ? (1u << count) - 1 : 0, x);
+}
+
 static inline void put16(__mmask16 inside, __m512 v, float* to) { _mm512_mask_storeu_ps(to, inside, v); }
 
 static inline void put16(__mmask16 inside, __m512 v, bf16* to) { // as `put`
@@ -377,18 +381,19 @@ static inline void transpose(__m512i v[16]) {
 
 static inline __m512i multiply_add(__m512i acc, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
 
-// Adds to sums [R, WIDE] what R rows of x make of a panel [steps, WIDE]; x and panel in pieces of four bytes.
-template <class Sums, int R>
+// Adds to sums [R, WIDE] what R rows of x make of a panel [steps, WIDE], or of the first C of its vectors; x and panel
+// in pieces of four bytes.
+template <class Sums, int R, int C = NR>
 static void tile_of_panel(const char* x, size_t stride, const char* panel, int steps, int32_t* sums) {
-    Sums acc[R][NR];
+    Sums acc[R][C];
     UNROLL
     for (int m = 0; m < R; m++)
         UNROLL
-        for (int n = 0; n < NR; n++) acc[m][n] = (Sums)_mm512_load_si512(sums + m * WIDE + 16 * n);
+        for (int n = 0; n < C; n++) acc[m][n] = (Sums)_mm512_load_si512(sums + m * WIDE + 16 * n);
     for (int step = 0; step < steps; step++) {
-        __m512i w[NR];
+        __m512i w[C];
         UNROLL
-        for (int n = 0; n < NR; n++) w[n] = _mm512_load_si512(panel + (size_t(step) * NR + n) * 64);
+        for (int n = 0; n < C; n++) w[n] = _mm512_load_si512(panel + (size_t(step) * NR + n) * 64);
         UNROLL
         for (int m = 0; m < R; m++) {
             int32_t piece;
@@ -396,13 +401,36 @@ static void tile_of_panel(const char* x, size_t stride, const char* panel, int s
             __m512i v = _mm512_set1_epi32(piece);
             KEEP(v);
             UNROLL
-            for (int n = 0; n < NR; n++) acc[m][n] = multiply_add(acc[m][n], w[n], v);
+            for (int n = 0; n < C; n++) acc[m][n] = multiply_add(acc[m][n], w[n], v);
         }
     }
     UNROLL
     for (int m = 0; m < R; m++)
         UNROLL
-        for (int n = 0; n < NR; n++) _mm512_store_si512(sums + m * WIDE + 16 * n, (__m512i)acc[m][n]);
+        for (int n = 0; n < C; n++) _mm512_store_si512(sums + m * WIDE + 16 * n, (__m512i)acc[m][n]);
+}
+
+// Calls body(C) with the number of vectors of a panel that `left` outputs fill, C being a constant.
+template <class Body>
+static inline void parts_of_panel(int left, Body body) {
+    if (left > 48) body(std::integral_constant<int, 4>());
+    else if (left > 32) body(std::integral_constant<int, 3>());
+    else if (left > 16) body(std::integral_constant<int, 2>());
+    else body(std::integral_constant<int, 1>());
+}
+
+// Copies a panel from row n of w on, pieces [depth, WIDE] from step `first` on. load(n, step): 16 pieces of row n.
+template <class Load>
+static void copy_panel(char* panel, int n, int N, int first, int depth, Load load) {
+    for (int group = 0; group < NR; group++)
+        for (int step = 0; step < depth; step += 16) {
+            __m512i v[16];
+            UNROLL
+            for (int i = 0; i < 16; i++) v[i] = load(std::min(n + 16 * group + i, N - 1), first + step);
+            transpose(v);
+            UNROLL
+            for (int i = 0; i < 16; i++) _mm512_store_si512(panel + (size_t(step + i) * NR + group) * 64, v[i]);
+        }
 }
 
 // x: M rows of `steps` pieces of four bytes, `stride` bytes apart. load(n, step): 16 pieces of row n of w.
@@ -420,15 +448,7 @@ static void many_rows(
         for (int m = 0; m < M; m++) std::fill_n(sums + size_t(m) * WIDE, WIDE, begin(m));
         for (int first = 0; first < steps; first += DEEP) {
             const int depth = std::min(DEEP, steps - first);
-            for (int group = 0; group < NR; group++)
-                for (int step = 0; step < depth; step += 16) {
-                    __m512i v[16];
-                    UNROLL
-                    for (int i = 0; i < 16; i++) v[i] = load(std::min(n + 16 * group + i, N - 1), first + step);
-                    transpose(v);
-                    UNROLL
-                    for (int i = 0; i < 16; i++) _mm512_store_si512(panel + (size_t(step + i) * NR + group) * 64, v[i]);
-                }
+            copy_panel(panel, n, N, first, depth, load);
             packed(panel, first, depth);
             tiles_of_rows(M, [&](auto R, int m) {
                 const char* from = (const char*)x + m * stride + 4 * size_t(first);
@@ -458,7 +478,7 @@ static void many_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16*
         const int k = 2 * step;
         const bf16* from = w + size_t(n) * K + k;
         _mm_prefetch((const char*)(from + 128), _MM_HINT_T0);
-        return K - k >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << (K - k)) - 1, from);
+        return load32(K - k, from);
     };
     auto finish = [&](int n, const int32_t* sums) {
         for (int m = 0; m < M; m++)
@@ -677,6 +697,133 @@ extern "C" void rms_norm_bf16(const bf16* x, const bf16* weight, bf16* y, float 
             const __mmask16 inside = first_of_16(K - k);
             const __m512 factor = _mm512_add_ps(_mm512_set1_ps(1), load16(inside, weight + k));
             put16(inside, _mm512_mul_ps(_mm512_mul_ps(load16(inside, row + k), inverse), factor), y + size_t(m) * K + k);
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- attention
+
+// e to the power of x, for x <= 0: the whole part of the binary exponent apart, a polynomial for the rest. Relative
+// error at most (4 + |x|) * 2^-23; not a number stays none.
+static inline __m512 exp16(__m512 x) {
+    const __m512 t = _mm512_max_ps(_mm512_set1_ps(-150), _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)));
+    const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(t, whole);
+    __m512 p = _mm512_set1_ps(1.5403530e-4f); // ln(2)^n / n!
+    for (float next : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(next));
+    return _mm512_scalef_ps(p, whole);
+}
+
+static const int QUERIES = 48; // of a block, whose scores stay in the cache
+
+struct Places { // how far apart in memory: batch, head, position
+    int64_t q[3], k[3], v[3], mask[2];
+};
+
+// y[b, s, h] = sum over t of softmax(scale * q[b, h, s] . k[b, h / G, t]) v[b, h / G, t], over the t that mask[b, s, t]
+// allows, or all without a mask; 0 where it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV = H / G.
+//
+// Both products are those of many rows above. Keys and values are copied into panels once; then blocks of queries take
+// all of them, the G * S queries to a key head side by side. Weights are rounded to bfloat16 before they are multiplied
+// with values, divided by their sum at the end.
+extern "C" void attention_bf16(
+    const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* y, const Places* places, float scale, int B,
+    int H, int KV, int S, int T, int E, int threads) {
+    const int G = H / KV, pairs = (T + 1) / 2, deep = (E / 2 + 15) / 16 * 16; // steps of a panel of values, of keys
+    const int key_panels = (T + WIDE - 1) / WIDE, value_panels = (E + WIDE - 1) / WIDE;
+    const size_t of_head = (size_t(key_panels) * deep + size_t(value_panels) * pairs) * WIDE * 4;
+    static thread_local Buffer of_panels;
+    char* const all_panels = (char*)of_panels.of(B * KV * of_head);
+    auto key_panel = [&](int head, int i) { return all_panels + head * of_head + size_t(i) * deep * WIDE * 4; };
+    auto value_panel = [&](int head, int i) { return key_panel(head, key_panels) + size_t(i) * pairs * WIDE * 4; };
+
+    const int panels = key_panels + value_panels, blocks = (G * S + QUERIES - 1) / QUERIES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int task = 0; task < B * KV * panels; task++) {
+        const int head = task / panels, i = task % panels, first = (i - key_panels) * WIDE;
+        const bf16* keys = k + head / KV * places->k[0] + head % KV * places->k[1];
+        const bf16* values = v + head / KV * places->v[0] + head % KV * places->v[1];
+        if (i < key_panels) {
+            auto load = [&](int t, int step) { return load32(E - 2 * step, keys + t * places->k[2] + 2 * step); };
+            copy_panel(key_panel(head, i), i * WIDE, T, 0, deep, load);
+            continue;
+        }
+        for (int pair = 0; pair < pairs; pair++) // two values that follow each other belong to one piece
+            for (int n = 0; n < WIDE; n += 16) {
+                const __mmask16 inside = first_of_16(E - first - n);
+                const bf16* from = values + 2 * pair * places->v[2] + first + n;
+                const __mmask16 odd = 2 * pair + 1 < T ? inside : 0;
+                const __m512i one = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, from));
+                const __m512i other = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, from + places->v[2]));
+                char* to = value_panel(head, i - key_panels) + (size_t(pair) * WIDE + n) * 4;
+                _mm512_store_si512(to, _mm512_or_si512(one, _mm512_slli_epi32(other, 16)));
+            }
+    }
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int task = 0; task < B * KV * blocks; task++) {
+        static thread_local Buffer of_queries, of_scores, of_weights, of_sums;
+        const int head = task / blocks, b = head / KV, begin = task % blocks * QUERIES;
+        const int count = std::min(QUERIES, G * S - begin);
+        bf16* queries = (bf16*)of_queries.of(size_t(QUERIES) * E * sizeof(bf16));
+        float* scores = (float*)of_scores.of(size_t(key_panels) * QUERIES * WIDE * 4); // [key_panels, QUERIES, WIDE]
+        bf16* weights = (bf16*)of_weights.of(size_t(QUERIES) * key_panels * WIDE * sizeof(bf16));
+        float* sums = (float*)of_sums.of(size_t(QUERIES) * WIDE * 4);
+        float inverse[QUERIES];
+        auto h_of = [&](int m) { return head % KV * G + (begin + m) / S; };
+        auto s_of = [&](int m) { return (begin + m) % S; };
+
+        for (int m = 0; m < count; m++)
+            std::copy_n(q + b * places->q[0] + h_of(m) * places->q[1] + s_of(m) * places->q[2], E, queries + m * E);
+        std::fill_n(scores, size_t(key_panels) * QUERIES * WIDE, 0);
+        for (int i = 0; i < key_panels; i++)
+            tiles_of_rows(count, [&](auto R, int m) {
+                int32_t* to = (int32_t*)scores + (size_t(i) * QUERIES + m) * WIDE;
+                parts_of_panel(T - i * WIDE, [&](auto C) {
+                    tile_of_panel<__m512, R(), C()>((char*)(queries + m * E), 2 * E, key_panel(head, i), E / 2, to);
+                });
+            });
+
+        for (int m = 0; m < count; m++) {
+            const uint8_t* seen = mask ? mask + b * places->mask[0] + s_of(m) * places->mask[1] : nullptr;
+            auto of_16 = [&](int t) {
+                const __mmask16 inside = first_of_16(T - t);
+                if (!seen) return inside;
+                return (__mmask16)_mm_test_epi8_mask(_mm_maskz_loadu_epi8(inside, seen + t), _mm_set1_epi8(-1));
+            };
+            auto score = [&](int t) {
+                const float* from = scores + (size_t(t / WIDE) * QUERIES + m) * WIDE + t % WIDE;
+                return _mm512_mul_ps(_mm512_load_ps(from), _mm512_set1_ps(scale));
+            };
+            __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+            for (int t = 0; t < T; t += 16) largest = _mm512_mask_max_ps(largest, of_16(t), largest, score(t));
+            largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+            for (int t = 0; t < T; t += 16) {
+                const __m512 weight = _mm512_maskz_mov_ps(of_16(t), exp16(_mm512_sub_ps(score(t), largest)));
+                sum = _mm512_add_ps(sum, weight);
+                put16(0xffff, weight, weights + size_t(m) * key_panels * WIDE + t);
+            }
+            const float total = _mm512_reduce_add_ps(sum);
+            inverse[m] = total != 0 ? 1 / total : 0;
+        }
+
+        for (int i = 0; i < value_panels; i++) {
+            std::fill_n(sums, size_t(QUERIES) * WIDE, 0);
+            tiles_of_rows(count, [&](auto R, int m) {
+                const size_t stride = size_t(key_panels) * WIDE;
+                int32_t* to = (int32_t*)sums + size_t(m) * WIDE;
+                parts_of_panel(E - i * WIDE, [&](auto C) {
+                    const char* from = (const char*)(weights + m * stride);
+                    tile_of_panel<__m512, R(), C()>(from, 2 * stride, value_panel(head, i), pairs, to);
+                });
+            });
+            for (int m = 0; m < count; m++)
+                for (int n = 0; n < WIDE; n += 16) {
+                    bf16* to = y + ((size_t(b) * S + s_of(m)) * H + h_of(m)) * E + i * WIDE + n;
+                    const __m512 mean = _mm512_mul_ps(_mm512_load_ps(sums + m * WIDE + n), _mm512_set1_ps(inverse[m]));
+                    put16(first_of_16(E - i * WIDE - n), mean, to);
+                }
         }
     }
 }

@@ -22,8 +22,10 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ FUNCTIONS = {
     "linear_int4_f32": "pppppp iiii",
     "look_up_bf16": "pppp iii",
     "rms_norm_bf16": "ppp f iii",
+    "attention_bf16": "pppppp f iiiiiii",
 }
 
 
@@ -193,15 +196,37 @@ def rms_norm_bf16(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def attention_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale * q k') v, each query head with the key head of its group; bfloat16, float32 inside.
+
+    q [B, H, S, E], k and v [B, K, T, E], mask bool [B, 1, S, T] or None for all. Returns [B, H, S, E], lying in memory
+    as [B, S, H, E]. A query that may look at nothing gets zeros.
+    """
+    (B, H, S, E), (K, T) = q.shape, k.shape[1:3]
+    _expect(q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.device.type == "cpu", q, k)
+    _expect(k.shape == v.shape == (B, K, T, E) and T > 0 and E % 2 == 0 and H % K == 0, q, k)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    places = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0]
+    if mask is not None:
+        _expect(mask.dtype == torch.bool and mask.shape == (B, 1, S, T), q, mask)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        places[-2:] = mask.stride(0), mask.stride(2)
+    y = torch.empty(B, S, H, E, dtype=q.dtype)
+    if y.numel():
+        numbers = (ctypes.c_int64 * len(places))(*places)
+        _run("attention_bf16", [q, k, v, mask, y, numbers], scale, B, H, K, S, T, E)
+    return y.transpose(1, 2)
+
+
 def _rows_of(x: Tensor) -> tuple[int, int]:
     return (x.numel() // x.shape[-1], x.shape[-1]) if x.numel() else (0, 0)
 
 
-def _run(name: str, tensors: list[Tensor | None], *numbers: float) -> None:
+def _run(name: str, given: Sequence[Tensor | ctypes.Array[Any] | None], *numbers: float) -> None:
     """Calls a function of the library: pointers, numbers, and last the threads."""
     if (library := _library()) is None:
         raise RuntimeError("the compiled layers are not available here: ask kernel_available() first")
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
     getattr(library, name)(*pointers, *numbers, torch.get_num_threads())
 
 

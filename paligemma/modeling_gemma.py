@@ -352,11 +352,13 @@ class GemmaAttention(nn.Module):
         mask = mask[:, :, -last:]  # [B, 1, S, T]
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, K, T, E]
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(-2))  # [B, S, D]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Shapes as in `explicit_attention`."""
         if self.explicit:
-            attended = explicit_attention(q, k, v, mask, self.scale, self.softcap)
-        else:
-            attended = fused_attention(q, k, v, mask, self.scale)
-        return self.o_proj(attended.transpose(1, 2).flatten(-2))  # [B, S, D]
+            return explicit_attention(q, k, v, mask, self.scale, self.softcap)
+        return fused_attention(q, k, v, mask, self.scale)
 
 
 class GemmaMLP(nn.Module):

@@ -100,12 +100,14 @@ class SiglipAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, P, E]
         k = self.k_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.out_proj(self.attend(q, k, v).transpose(1, 2).flatten(-2))  # [B, P, D]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, H, P, E] each -> [B, H, P, E]."""
         if self.explicit:
             scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [B, H, P, P]
-            attended = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-        else:
-            attended = F.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(attended.transpose(1, 2).flatten(-2))  # [B, P, D]
+            return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class SiglipMLP(nn.Module):

@@ -43,13 +43,14 @@ from paligemma import checkpoints, linear_kernels
 from paligemma.checkpoints import Checkpoint, Shape, empty_model, expected_shapes, open_checkpoint
 from paligemma.linear_kernels import GROUP, kernel_available
 from paligemma.modeling_gemma import (
+    GemmaAttention,
     GemmaEmbedding,
     GemmaMLP,
     GemmaRMSNorm,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
 )
-from paligemma.modeling_siglip import SiglipMLP
+from paligemma.modeling_siglip import SiglipAttention, SiglipMLP
 from paligemma.npz import damaged
 
 STORED = ("int8", "int4")  # modes that a checkpoint on disk can have
@@ -192,7 +193,31 @@ class FastSiglipMLP(SiglipMLP):
         return hidden
 
 
+class FastGemmaAttention(GemmaAttention):
+    """Attention by its kernel: weights rounded to bfloat16 as in PyTorch's, sums in another order."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        if self.explicit or not _attention_for_kernel(q):
+            return super().attend(q, k, v, mask)
+        return linear_kernels.attention_bf16(q, k, v, mask, self.scale)
+
+
+class FastSiglipAttention(SiglipAttention):
+    """The same for the eye, where nothing is hidden."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.explicit or not _attention_for_kernel(q):
+            return super().attend(q, k, v)
+        return linear_kernels.attention_bf16(q, k, v, None, q.shape[-1] ** -0.5)
+
+
+def _attention_for_kernel(q: Tensor) -> bool:
+    return q.shape[-1] % 2 == 0 and linear_kernels.best_for_many_rows() and _for_kernel(q)
+
+
 FAST: dict[type[nn.Module], type[nn.Module]] = {
+    GemmaAttention: FastGemmaAttention,
+    SiglipAttention: FastSiglipAttention,
     GemmaRMSNorm: FastRMSNorm,
     GemmaMLP: FastGemmaMLP,
     SiglipMLP: FastSiglipMLP,

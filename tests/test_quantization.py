@@ -303,7 +303,48 @@ def test_the_norm_of_zeros_and_of_what_is_no_number():
 
 
 @needs_kernel
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(
+    ("B", "H", "K", "S", "T", "E"),
+    [(1, 8, 1, 66, 66, 256), (1, 8, 1, 1, 130, 64), (2, 4, 4, 49, 64, 72), (2, 4, 2, 48, 127, 18), (3, 2, 1, 1, 1, 2)],
+)
+def test_attention_within_the_bound_of_its_roundings(B, H, K, S, T, E, hidden):
+    """Half a unit of bfloat16 for each weight, up to 2^-8 of it, and for the result; float32 before and after.
+
+    Queries, keys and values lie as the model leaves them: heads beside each other, or in a cache with room behind.
+    """
+    q = torch.randn(B, S, H, E).bfloat16().transpose(1, 2)
+    k, v = torch.randn(B, K, T + 3, E).bfloat16()[:, :, :T], torch.randn(B, T, K, E).bfloat16().transpose(1, 2)
+    mask = torch.rand(B, 1, S, T) < 0.7
+    mask[..., 0] = True
+    keys, values = (x.double().repeat_interleave(H // K, dim=1) for x in (k, v))
+    scores = q.double() @ keys.mT * 0.3
+    weights = (scores.masked_fill(~mask, -math.inf) if hidden else scores).softmax(-1)
+    exact = weights @ values
+    # A score is off by the roundings of E products, a weight by a factor of e to that power, and its own.
+    of_scores = float((q.double().abs() @ keys.mT.abs()).max()) * 0.3 * (E + 8) * 2.0**-24
+    y = linear_kernels.attention_bf16(q, k, v, mask if hidden else None, 0.3)
+    assert y.shape == q.shape and y.dtype == q.dtype and y.transpose(1, 2).is_contiguous()
+    bound = exact.abs() * 2.0**-8 + (weights @ values.abs()) * (2.0**-8 + 2 * of_scores + 2.0**-18)
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@needs_kernel
+def test_attention_to_nothing_and_to_what_is_no_number():
+    q, k, v = (torch.randn(1, 2, 5, 8).bfloat16() for _ in range(3))
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    mask[0, 0, 1] = False  # sees nothing
+    mask[0, 0, 2, 4] = False  # does not see what is no number
+    k[:, :, 4] = math.nan
+    y = linear_kernels.attention_bf16(q, k, v, mask, 1.0)
+    assert (y[:, :, 1] == 0).all() and y[:, :, 2].isfinite().all() and y[:, :, [0, 3, 4]].isnan().all()
+    far = linear_kernels.attention_bf16(q * 1000, q * 1000, v, None, 1.0)  # every weight but one is 0
+    assert far.isfinite().all()
+
+
+@needs_kernel
 def test_they_refuse_what_they_would_misread():
+    q, seen = torch.randn(1, 4, 3, 8).bfloat16(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
     x, weight = torch.randn(2, 8).bfloat16(), torch.ones(8).bfloat16()
     for wrong in (
         lambda: linear_kernels.gelu_bf16(x.float()),
@@ -311,6 +352,11 @@ def test_they_refuse_what_they_would_misread():
         lambda: linear_kernels.gelu_bf16(x, x.float()),
         lambda: linear_kernels.rms_norm_bf16(x, weight.float(), 1e-6),
         lambda: linear_kernels.rms_norm_bf16(x, weight[:7], 1e-6),
+        lambda: linear_kernels.attention_bf16(q.float(), q.float(), q.float(), seen, 1.0),
+        lambda: linear_kernels.attention_bf16(q, q, q[:, :, :2], seen, 1.0),
+        lambda: linear_kernels.attention_bf16(q, q[:, :3], q[:, :3], seen, 1.0),
+        lambda: linear_kernels.attention_bf16(q, q, q, seen.int(), 1.0),
+        lambda: linear_kernels.attention_bf16(q, q, q, seen[..., :2], 1.0),
     ):
         with pytest.raises(ValueError, match="no kernel for x"):
             wrong()
@@ -321,7 +367,8 @@ def test_they_refuse_what_they_would_misread():
 def test_a_model_takes_them_and_answers_as_without(mode, monkeypatch):
     """Counted, and compared with the same model whose parts between the products are PyTorch's."""
     called = []
-    for name in ("gelu_bf16", "rms_norm_bf16"):
+    monkeypatch.setattr(linear_kernels, "best_for_many_rows", lambda: True)
+    for name in ("gelu_bf16", "rms_norm_bf16", "attention_bf16"):
         real = getattr(linear_kernels, name)
         monkeypatch.setattr(
             linear_kernels, name, lambda *given, name=name, real=real: called.append(name) or real(*given)
@@ -330,6 +377,7 @@ def test_a_model_takes_them_and_answers_as_without(mode, monkeypatch):
     inputs = make_inputs(model.config, prefix=[5, 3])
     fast = model(**inputs).logits
     text, vision = model.config.text_config, model.config.vision_config
+    assert called.count("attention_bf16") == text.num_hidden_layers + vision.num_hidden_layers
     assert called.count("gelu_bf16") == text.num_hidden_layers + vision.num_hidden_layers
     assert called.count("rms_norm_bf16") == 2 * text.num_hidden_layers + 1
     called.clear()
