@@ -33,6 +33,9 @@ app.add_typer(data_app, name="data")
 
 notes = Console(stderr=True, highlight=False)
 BATCH = 16  # pictures answered at a time
+# The first words of the prompts that official checkpoints are trained on, and the prompts of the embedded model.
+TASKS = ("caption", "cap", "describe", "answer", "question", "ocr", "detect", "segment")
+TINY_PROMPTS = ("caption en", "answer en QUESTION", "ocr", "detect THIS ; THAT", "segment THIS ; THAT")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a folder, or a big_vision .npz.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
@@ -116,6 +119,13 @@ def run(
     labels = [label.strip() for label in prompt.strip().removeprefix(task).split(";")]
     if boxes and len(labels) > 1 and all(labels) and prompt.strip() != (spaced := f"{task} {' ; '.join(labels)}"):
         note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
+    if model == "tiny" and task not in [known.partition(" ")[0] for known in TINY_PROMPTS]:
+        note(f"note: {prompt!r} is no prompt that the embedded model learned: {', '.join(map(repr, TINY_PROMPTS))}")
+    elif task not in TASKS:
+        note(
+            f"note: {prompt!r} begins with no known task ({', '.join(TASKS)}): right for mix checkpoints and those "
+            "tuned on such prompts"
+        )
     sampling: dict[str, Any] = {"num_beams": beams}
     if samples:
         sampling = {"do_sample": True, "temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed}

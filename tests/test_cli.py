@@ -218,6 +218,22 @@ def test_labels_without_spaces_around_the_semicolon_get_a_note(paligemma):
     assert "detect dog ; cat" not in paligemma("run", "detect dog ; cat", *asked)[2]
 
 
+def test_a_prompt_of_no_known_task_is_answered_with_a_note_on_stderr(paligemma):
+    asked = ("a.png", "--model", "model", "--max-new-tokens", "4")
+    for prompt in ("wo ist der Hund", "", "Caption en"):
+        code, out, err = paligemma("run", prompt, *asked)
+        assert code == 0 and "known task" not in out and err.count("\n") <= 2
+        assert f"{prompt!r} begins with no known task (caption, cap, describe, answer," in err
+    for prompt in ("caption de", "  ocr", "detect dog", "question en red"):
+        assert "known task" not in paligemma("run", prompt, *asked)[2]
+
+
+def test_the_embedded_model_names_its_own_prompts(paligemma):
+    _, out, err = paligemma("run", "describe en", "a.png", "--max-new-tokens", "2")
+    assert "'caption en', 'answer en QUESTION', 'ocr'" in err and "QUESTION" not in out
+    assert "QUESTION" not in paligemma("run", "caption en", "a.png", "--max-new-tokens", "2")[2]
+
+
 def test_a_quantised_checkpoint_is_a_folder(paligemma, tmp_path):
     code, _, err = paligemma("quantize", "model", str(tmp_path / "small.npz"), "--int8")
     assert code == 2 and "folder" in err and not (tmp_path / "small.npz").exists()
