@@ -100,7 +100,7 @@ def test_the_task_is_learned_and_the_folder_opens(finished):
 def test_it_is_said_what_will_happen_before_the_first_step(finished):
     _, said = finished
     everything = "\n".join(said)
-    assert re.search(r"data .* 8 rows; a row has \d+ tokens .* of them the answer", everything)
+    assert re.search(r"data .* 8 rows; a row has \d+ tokens, [\d.]+ of them the answer, the longest \d+", everything)
     assert re.search(r"learns .*vision [\d,]+, projector [\d,]+, decoder [\d,]+: ([\d,]+) of \1 parameters", everything)
     assert re.search(r"steps .* 60 steps \(60 epochs\) of 8 rows; adamw, learning rate 0.01, 5% warm-up", everything)
     assert re.search(r"computed in float32", everything)
@@ -271,6 +271,17 @@ def test_lora_beside_an_adapter_is_refused_before_the_run(base, data, tmp_path):
     assert CliRunner().invoke(app, ["merge", str(adapter), str(merged)]).exit_code == 0
     run(str(merged), data, tmp_path / "again", lora=("decoder",), steps=1)
     paligemma.load(str(tmp_path / "again"))
+
+
+def test_one_step_learns(base, data, tmp_path):
+    """As many rows as a batch has and nothing said of how long: a default run. Its --shard has no other process."""
+    said = run(base, data, tmp_path / "run", steps=None, batch=8, shard=True)
+    assert any("1 step (1 epochs)" in line and "no warm-up" in line for line in said)
+    assert any("there is only one" in line for line in said)
+    before, after = (paligemma.load(folder).model.state_dict() for folder in (base, str(tmp_path / "run")))
+    assert not torch.equal(
+        before["language_model.model.embed_tokens.weight"], after["language_model.model.embed_tokens.weight"]
+    )
 
 
 def test_how_long_it_trains(base, data, tmp_path):
@@ -570,6 +581,18 @@ def test_a_loss_that_is_no_number_stops_and_names_step_and_rows(base, data, tmp_
     assert f"step-{step:08d}" in message, "the last good checkpoint is of the step before"
     state = checkpointing.load_last(tmp_path / "run" / "checkpoints")
     assert state["step"] == step and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_its_step_is_named_also_after_one_without_rows(base, data, tmp_path, monkeypatch):
+    """Step 1 has nothing to log."""
+    made = RowBatches.__call__
+    monkeypatch.setattr(
+        RowBatches, "__call__", lambda self, step, *part: None if step == 1 else made(self, step, *part)
+    )
+    with pytest.raises(FloatingPointError, match="of step 2 is") as stopped:
+        run(base, data, tmp_path / "run", lr=1e30, warmup=0.0, batch=1)
+    row = RowBatches(range(8), paligemma.load(base).processor, 1)._row(2)
+    assert re.findall(r"rows\.jsonl:(\d+)", str(stopped.value)) == [str(row + 1)]
 
 
 @pytest.mark.parametrize("where", ["tensors", "rename", "log"])

@@ -48,7 +48,7 @@ from paligemma.train.batches import Batch, RowBatches
 from paligemma.train.data import Row, Rows, open_rows
 from paligemma.train.data_check import check
 from paligemma.train.data_show import codec_of
-from paligemma.train.loop import SCHEDULES, TrainConfig, train
+from paligemma.train.loop import SCHEDULES, NotFinite, TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
 from paligemma.train.run_folder import (
     FINISHED,
@@ -230,6 +230,8 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
             if measured is not None:
                 check_rows(measured, pg, limit, options.strict, say)
             write_settings(out, settings, facts)
+        if options.shard and world == 1:
+            say("note: --shard shares weights out among processes, and there is only one")
         for line in announcement(options, rows, pg, steps, dtype):
             say(line)
     distributed.wait_for_all()
@@ -293,9 +295,8 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         if board is not None:
             board.close()
         return finish(options, pg, out, sight, measured is not None, say)
-    except FloatingPointError as error:
-        step = max((entry["step"] for entry in read_log(out) if "loss" in entry), default=0)
-        named = ", ".join(batches.sources(step))
+    except NotFinite as error:
+        named = ", ".join(batches.sources(error.step))
         raise FloatingPointError(
             f"{error}. Its rows: {named}. {last_checkpoint(out).capitalize()}; begin anew with a lower --lr, or "
             "without these rows if it is their fault"
@@ -428,7 +429,7 @@ def check_rows(rows: Rows, pg: PaliGemma, limit: int, strict: bool, say: Callabl
         report = check(rows, pg.processor, max_length=limit)
     bad = {name: count for name, count in report.counts.items() if strict or name not in BEARABLE}
     if bad:
-        report.counts = bad
+        report.counts, report.not_checked = bad, []  # which are options of another command
         raise ValueError(f"these rows cannot be trained on as they are:\n{report}")
     for name, count in report.counts.items():
         first = report.first[name][0]
@@ -457,15 +458,17 @@ def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype:
         rates += f" ({options.peak_beside_muon:.2g} for embedding, norms and biases, by AdamW)"
     if options.vision_lr != 1:
         rates += f", {options.vision_lr:g} of it for the vision tower"
-    long = f"{options.minutes:g} minutes" if steps == 10**9 else f"{steps:,} steps ({epochs:.2g} epochs)"
+    warmup = f"{options.warmup:.0%} warm-up" if options.warmup * steps >= 1 else "no warm-up"
+    counted = "1 step" if steps == 1 else f"{steps:,} steps"
+    long = f"{options.minutes:g} minutes" if steps == 10**9 else f"{counted} ({epochs:.2g} epochs)"
     if options.minutes is not None and steps != 10**9:
         long += f", at most {options.minutes:g} minutes"
     return [
-        f"data    {rows.note}; a row has {tokens:.0f} tokens (of {len(some)} rows: {answer:.1f} of them the answer, "
-        f"the longest {longest})",
+        f"data    {rows.note}; a row has {tokens:.0f} tokens, {answer:.1f} of them the answer, the longest {longest} "
+        f"({len(some):,} rows looked at)",
         f"learns  {how}{listed}: {sum(learned.values()):,} of {sum(total.values()):,} parameters",
         f"steps   {long} of {options.batch} rows; {options.optimizer}, learning rate {rates}, "
-        f"{options.warmup:.0%} warm-up, then {options.schedule}",
+        f"{warmup}, then {options.schedule}",
         f"numbers computed in {name_of(dtype)}, what learns is kept in float32 and saved in "
         f"{'float32' if options.lora else name_of(dtype)}; on {pg.model.device}",
     ]

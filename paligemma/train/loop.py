@@ -47,6 +47,14 @@ from paligemma.train.batches import Batch
 from paligemma.train.run_folder import LOG, append_to_log, read_log
 
 
+class NotFinite(FloatingPointError):
+    """A loss or gradient that is no number, in step `step` (counted from 0)."""
+
+    def __init__(self, what: str, value: float, step: int) -> None:
+        super().__init__(f"the {what} of step {step} is {value}: try a lower learning rate")
+        self.step = step
+
+
 class Batches(Protocol):
     def __call__(self, step: int, part: int, parts: int) -> Batch | None: ...
 
@@ -92,10 +100,14 @@ class TrainConfig:
 
 
 def learning_rate_factor(progress: float, config: TrainConfig) -> float:
-    """What the peak learning rates are multiplied with at `progress` in [0, 1]: linear warm-up from 0, then decay."""
-    if progress < config.warmup:
-        return progress / config.warmup
-    start = max(config.warmup, config.decay_from)
+    """What the peak learning rates are multiplied with at `progress` in [0, 1]: linear warm-up from 0, then decay.
+
+    A warm-up shorter than a step is none: all it would do is make that step learn nothing, and it may be the only one.
+    """
+    warmup = config.warmup if config.warmup * config.steps >= 1 else 0.0
+    if progress < warmup:
+        return progress / warmup
+    start = max(warmup, config.decay_from)
     rest = min(1.0, max(0.0, (progress - start) / max(1e-9, 1 - start)))
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * rest))
@@ -185,7 +197,7 @@ def train(
     after an exception, it has no weights left. A run may go on with another number of processes.
     Ctrl-C (or SIGTERM) finishes the step, saves and raises KeyboardInterrupt; a second one stops at once.
 
-    Raises FloatingPointError at the first loss or gradient that is not a finite number; the last checkpoint is from
+    Raises NotFinite at the first loss or gradient that is not a finite number; the last checkpoint is from
     before it.
     """
     out = Path(out)
@@ -284,7 +296,7 @@ def train(
             here["stop"] = float(asked_to_stop())
             here = distributed.sums_of(here)
             if not math.isfinite(here["loss"]):
-                raise FloatingPointError(f"the loss of step {step} is {here['loss']}: try a lower learning rate")
+                raise NotFinite("loss", here["loss"], step)
             stop, tokens = here.pop("stop"), here.pop("tokens")
             here["gradient"] = 0.0
             if here["weight"]:  # otherwise no row of this step could be read, and nothing is learned
@@ -294,7 +306,7 @@ def train(
                         parameter.grad /= here["weight"]
                 norm = distributed.clip(trained, config.clip)
                 if not math.isfinite(norm):
-                    raise FloatingPointError(f"the gradient of step {step} is {norm}: try a lower learning rate")
+                    raise NotFinite("gradient", norm, step)
                 here["gradient"] = here["weight"] * norm
                 for optimizer in optimizers:
                     optimizer.step()
@@ -323,7 +335,9 @@ def train(
             # Before saving: a run that is killed in between makes it up.
             due = bool(config.validate_every) and step % config.validate_every == 0 and step < config.steps
             if validate and due:
+                before = time.monotonic()
                 last |= look(step)
+                logged += time.monotonic() - before  # no time of training
             if stop or distributed.from_the_first(now - saved) > config.save_every:
                 save()
                 saved = time.monotonic()

@@ -26,7 +26,8 @@ from paligemma.files import write_text
 from paligemma.train import checkpointing
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
-# What a run may be given differently when it goes on: none of it changes the losses.
+# What a run may be given differently when it goes on: none of it changes the losses (but that dropout draws anew for
+# each piece of a batch).
 FREE = {
     "data",
     "validation",
