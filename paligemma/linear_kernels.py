@@ -1,4 +1,4 @@
-"""Linear layers in C++ for CPUs with AVX-512: `linear_kernels.cpp` compiled on first use, kept, and called.
+"""Linear layers, and what stands between them, in C++ for CPUs with AVX-512: compiled on first use, kept, and called.
 
     if kernel_available():
         y = linear_int8(x, weight, scale, bias)

@@ -17,6 +17,8 @@ Activations are rounded to 8 bits with a scale per token, `round_activations`. T
 hundred times larger than the rest (arXiv 2208.07339), and a scale that reaches these leaves nothing for the others.
 So what lies beyond 16 times the mean of its token is clipped, and what was clipped is multiplied apart in float32.
 
+In all three modes GELU, norms and attention of a bfloat16 model go through kernels as well, see `FAST`.
+
 Two ways to compute the same: the kernels of `linear_kernels.py`, or PyTorch's own operators where those can't be had.
 The model's files know nothing of all this: modules are swapped, and what they are is seen in `swap` alone.
 
@@ -215,6 +217,7 @@ def _attention_for_kernel(q: Tensor) -> bool:
     return q.shape[-1] % 2 == 0 and linear_kernels.best_for_many_rows() and _for_kernel(q)
 
 
+# What stands between the products, and what takes its place in a built model.
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     GemmaAttention: FastGemmaAttention,
     SiglipAttention: FastSiglipAttention,
@@ -225,7 +228,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def speed_up_the_rest(model: nn.Module) -> None:
-    """What stands between the products, by its kernels. Only the classes change: see `_with_fast_rows`."""
+    """Puts the classes of FAST in their places. Only the class of a module changes: see `_with_fast_rows`."""
     for module in model.modules():
         if type(module) in FAST:
             module.__class__ = FAST[type(module)]
