@@ -190,7 +190,9 @@ class PaliGemmaConfig:
             if value is None:
                 value = text.get(name)
             value = value[0] if isinstance(value, list) and value else value
-            specials[name] = usual if value is None else int(value)
+            if value is not None and (type(value) is not int or value < 0):
+                raise ValueError(f"{name} is {value!r}, expected the id of a token")
+            specials[name] = usual if value is None else value
         return cls(
             text_config=GemmaConfig.from_dict(text),
             vision_config=SiglipVisionConfig.from_dict(given["vision_config"]),
@@ -206,7 +208,7 @@ class PaliGemmaConfig:
             raise FileNotFoundError(f"{path} does not exist: a checkpoint folder holds a config.json")
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:  # also what json raises
+        except (ValueError, RecursionError) as error:  # also what json raises
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
