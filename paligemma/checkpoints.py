@@ -559,6 +559,12 @@ def at_image_size(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
     vision = replace(checkpoint.config.vision_config, image_size=image_size)  # raises ValueError for an odd size
     if vision == checkpoint.config.vision_config:
         return checkpoint
+    limit = checkpoint.config.text_config.max_position_embeddings
+    if vision.num_patches >= limit:
+        raise ValueError(
+            f"image_size {image_size:,} makes {vision.num_patches:,} image tokens, and the model has {limit:,} "
+            "positions for image and text: choose a smaller one"
+        )
     shape, dtype = (vision.num_patches, vision.hidden_size), checkpoint.tensors[POSITIONS][1]
 
     def read(name: str, mapped: bool = False) -> Tensor:

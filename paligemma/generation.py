@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 # of the two, since beams fork and rows leave.
 Constraint = Callable[[Sequence[int], int], "Tensor | None"]
 
+MOST_BEAMS = 1_000  # more is a slip: their caches would fill any machine
 NO_BIN = (math.nan, math.nan)  # of a token outside the watched range
 
 # ---------------------------------------------------------------------------------------------- options and result
@@ -91,6 +92,10 @@ class Options:
                 continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        if self.num_beams > MOST_BEAMS:
+            raise ValueError(
+                f"num_beams is {self.num_beams:,}, expected at most {MOST_BEAMS:,}: each has its own cache"
+            )
         if not 0 < self.temperature < math.inf:
             hint = "; leave it out for greedy" if self.temperature == 0 else ""
             raise ValueError(f"temperature is {self.temperature!r}, expected a number above 0{hint}")

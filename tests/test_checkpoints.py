@@ -994,6 +994,8 @@ def test_a_checkpoint_at_another_resolution(folder, gemma, tmp_path):
     save_pretrained(loaded, tmp_path / "b")
     assert load_model(tmp_path / "b").config.vision_config.num_patches == 16
     assert_same_weights(load_model(folder, image_size=28), gemma)
+    with pytest.raises(ValueError, match=r"image_size 14,000,000 makes 1,000,000,000,000 image tokens, .* positions"):
+        load_model(folder, image_size=14_000_000)  # told before any memory is asked for
     with pytest.raises(ValueError, match="image_size 57 is not a multiple of patch_size 14"):
         load_model(folder, image_size=57)
 

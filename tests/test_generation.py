@@ -825,6 +825,7 @@ BAD_OPTIONS = [
     ({"top_p": math.nan}, "top_p is nan"),
     ({"top_k": 0}, "top_k is 0"),
     ({"num_beams": 0}, "num_beams is 0"),
+    ({"num_beams": 100_000}, "num_beams is 100,000, expected at most 1,000"),
     ({"num_beams": 2, "do_sample": True}, "sampling with beams is not offered"),
     ({"length_penalty": math.inf}, "length_penalty is inf"),
     ({"do_sample": True, "seed": [1, 2]}, "2 seeds for 4 rows"),
