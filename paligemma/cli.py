@@ -46,6 +46,8 @@ Images = Annotated[str | None, typer.Option(help="The folder that names of pictu
 Annotations = Annotated[str | None, typer.Option(help="VQA: the file with the answers.")]
 ImageName = Annotated[str | None, typer.Option(help="The picture's name by other fields: '{image_id}.jpg'.")]
 Split = Annotated[str | None, typer.Option(help="Which one, in a folder with several.")]
+Language = Annotated[str, typer.Option(help="In prompts made of questions and captions.")]
+EveryLabel = Annotated[bool, typer.Option("--every-label", help="COCO: ask for all labels in every row.")]
 Data = Annotated[str, typer.Argument(help="JSON lines, CSV, COCO, VQA, parquet, or a folder with one of them.")]
 
 
@@ -374,6 +376,8 @@ def evaluate(
     images: Images = None,
     annotations: Annotations = None,
     image_name: ImageName = None,
+    language: Language = "en",
+    every_label: EveryLabel = False,
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -391,7 +395,7 @@ def evaluate(
     about = {"model": model, "data": data, "dtype": dtype}
     scenes = data.partition(":")[0] == "tiny" and not Path(data).exists()
     if task in BENCHMARKS and not scenes:
-        if free or max_new_tokens or kind or images or annotations or image_name:
+        if free or max_new_tokens or kind or images or annotations or image_name or every_label or language != "en":
             raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")
         split = resolved_split(task, split)
         if split in BENCHMARKS[task].hidden and out is None:
@@ -432,6 +436,8 @@ def evaluate(
             "annotations": annotations,
             "image_name": image_name,
             "split": split,
+            "language": language,
+            "every_label": every_label,
         }
         source["codec"] = codec_of(model, revision, kind)
         rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
@@ -554,8 +560,8 @@ def finetune(
         str | None, typer.Option(help="The picture's name by other fields: '{image_id}.jpg'.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Which one, in a folder with several.")] = None,
-    language: Annotated[str, typer.Option(help="In prompts made of questions and captions.")] = "en",
-    every_label: Annotated[bool, typer.Option("--every-label", help="COCO: ask for all labels in every row.")] = False,
+    language: Language = "en",
+    every_label: EveryLabel = False,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="To compute and save in: bfloat16 or float32.")] = None,
     revision: Revision = None,
@@ -595,6 +601,8 @@ def data_check(
     annotations: Annotations = None,
     image_name: ImageName = None,
     split: Split = None,
+    language: Language = "en",
+    every_label: EveryLabel = False,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Also count tokens, as this model's tokenizer does.")
     ] = None,
@@ -615,7 +623,15 @@ def data_check(
     processor, codec = processor_of(model, revision) if model is not None else (None, None)
     with notes.status(Text(f"reading {data}")) as status:
         rows = open_rows(
-            data, kind, images=images, annotations=annotations, image_name=image_name, split=split, codec=codec
+            data,
+            kind,
+            images=images,
+            annotations=annotations,
+            image_name=image_name,
+            split=split,
+            language=language,
+            every_label=every_label,
+            codec=codec,
         )
         report = check(
             rows, processor, max_length, open_pictures, show,
@@ -639,6 +655,8 @@ def data_show(
     annotations: Annotations = None,
     image_name: ImageName = None,
     split: Split = None,
+    language: Language = "en",
+    every_label: EveryLabel = False,
     revision: Revision = None,
 ) -> None:
     """Draw rows as the model will see them: picture, tokens, labels and mask."""
@@ -651,7 +669,15 @@ def data_show(
 
     processor, codec = processor_of(model, revision)
     found = open_rows(
-        data, kind, images=images, annotations=annotations, image_name=image_name, split=split, codec=codec
+        data,
+        kind,
+        images=images,
+        annotations=annotations,
+        image_name=image_name,
+        split=split,
+        language=language,
+        every_label=every_label,
+        codec=codec,
     )
     chosen = [int(number) for number in numbers] or [k * len(found) // count for k in range(min(count, len(found)))]
     for number in chosen:

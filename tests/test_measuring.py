@@ -201,6 +201,25 @@ def test_evaluate_your_rows(paligemma, folder: Path):
     assert report["about"]["metric"] == "vqa" and report["about"]["data"] == "test.jsonl"
 
 
+def test_rows_are_read_as_they_were_trained_on(paligemma, folder: Path):
+    """`train --language de` and `--every-label` make other prompts; the same options measure and show them."""
+    write(folder, {"question": "was ist das ?", "answers": ["red"]})
+    command = ("evaluate", "--data", "test.jsonl", "--language", "de", "--max-new-tokens", "2", "--out", "run")
+    assert paligemma(*command)[0] == 0
+    assert json.loads((folder / "run/predictions.jsonl").read_text())["prompt"] == "answer de was ist das ?"
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 50}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [0, 0, 50, 25]}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    (folder / "coco.json").write_text(json.dumps(coco))
+    command = ("evaluate", "--data", "coco.json", "--every-label", "--out", "boxes")
+    assert paligemma(*command)[0] == 0
+    assert json.loads((folder / "boxes/predictions.jsonl").read_text())["prompt"] == "detect cat ; dog"
+    assert paligemma("data", "check", "coco.json", "--every-label")[0] == 0
+    assert paligemma("data", "show", "coco.json", "--every-label", "--out", "rows.png")[0] == 0
+
+
 def test_evaluate_masks_of_a_coco_file(paligemma, folder: Path):
     """The model's own codec makes tokens of the masks that are to be found."""
     write_scenes(2, folder / "scenes", size=128, progress=False)
