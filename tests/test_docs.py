@@ -20,8 +20,15 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Every `paligemma ...` call in a page's shell blocks and in its text."""
-    text = "\n".join(blocks(page, "sh")) + "\n" + "\n".join(re.findall(r"`(paligemma [^`]+)`", page.read_text("utf-8")))
+    """Every `paligemma ...` call in a page's shell blocks, in its indented lines and in its text."""
+    written = page.read_text("utf-8")
+    text = "\n".join(
+        [
+            *blocks(page, "sh"),
+            *re.findall(r"^    (paligemma .+)", written, re.M),
+            *re.findall(r"`(paligemma [^`]+)`", written),
+        ]
+    )
     calls = []
     for line in text.splitlines():
         for part in line.split("&&"):
@@ -55,11 +62,22 @@ def test_every_command_and_option_exists(page):
         assert used <= options, f"{page.name}: {used - options} in paligemma {' '.join(words)}"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "tour.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_script_and_module_is_there_and_has_the_options_it_is_given(page):
+    called = re.findall(
+        r"\b(?:python|torchrun)3?\b([^`\n#]*?)(-m paligemma[.\w]*|\w+/\w+\.py)([^`\n#]*)", page.read_text("utf-8")
+    )
+    for _, name, rest in called:
+        script = ROOT / (name.removeprefix("-m ").replace(".", "/") + ".py" if name.startswith("-m") else name)
+        assert script.is_file(), f"{page.name}: {name}"
+        source = script.read_text(encoding="utf-8")
+        for option in re.findall(r"(?<!\S)--([a-z_-]+)", rest):
+            assert f'"--{option}"' in source, f"{page.name}: {name} has no --{option}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_every_snippet_of_python_runs(page):
-    snippets = blocks(page, "python")
-    assert snippets
-    for snippet in snippets:
+    for snippet in blocks(page, "python"):
         result = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, f"{snippet}\n{result.stderr}"
 
