@@ -578,7 +578,7 @@ def stored_mode(path: Path) -> str | None:
     folder = path if path.is_dir() else path.parent
     try:
         given = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # whatever is wrong with it, `open_checkpoint` says it better
     if given is None:
         return None

@@ -9,6 +9,7 @@ import torch
 import transformers
 from reference import make_inputs, make_theirs, randomize, tiny_config
 
+from paligemma.info import describe
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 
@@ -406,10 +407,18 @@ def test_refused(wrong, tmp_path):
 def test_files_that_hold_no_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         PaliGemmaConfig.from_pretrained(tmp_path)
-    for content, message in (("{", "config.json: "), ("[1, 2]", "the configuration is list, expected an object")):
+    contents = {
+        "{": r"config\.json: ",
+        "[1, 2]": "the configuration is list, expected an object",
+        "[" * 100_000: r"config\.json: maximum recursion depth",
+    }
+    for content, message in contents.items():
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             PaliGemmaConfig.from_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").touch()
+        with pytest.raises(ValueError, match=message):  # nobody who looks into it before stumbles
+            describe(tmp_path)
 
 
 def test_an_unknown_key_at_the_top_is_a_warning():
