@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def make_inputs(config: Any, rows: int, seed: int = 0) -> dict[str, Any]:
 def run(spec: Spec) -> dict[str, Any]:
     if spec.name.endswith("-torch"):
         os.environ["PALIGEMMA_KERNEL"] = "0"
-    facts: dict[str, Any] = {"spec": asdict(spec)}
+    facts: dict[str, Any] = {"spec": asdict(replace(spec, folder=Path(spec.folder).name))}  # where it lies is private
     import torch
 
     if spec.threads is not None:
