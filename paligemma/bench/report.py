@@ -209,8 +209,9 @@ def growth_lines(record: dict[str, Any]) -> list[str]:
         elif name == "batch":
             for count, one in figures.items():
                 lines.append(
-                    f"{count} question{'s' * (count != 1)} about one image: first tokens after {one['first_tokens_s']:.2f} s, then "
-                    f"{one['decode_tokens_s']:.1f} tokens/s in all ({one['times_one']:.1f} x)"
+                    f"{count} question{'s' * (count != 1)} about one image: first tokens after "
+                    f"{one['first_tokens_s']:.2f} s, then {one['decode_tokens_s']:.1f} tokens/s in all "
+                    f"({one['times_one']:.1f} x)"
                 )
         else:
             for contestant, one in figures.items():
