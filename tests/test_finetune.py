@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from test_train import COLORS, make_model, make_processor
 from typer.testing import CliRunner
 
@@ -255,6 +256,19 @@ def test_lora_leaves_an_adapter_that_opens_like_a_model(base, data, tmp_path):
     pg = paligemma.load(str(out))
     colors = [(np.full((28, 28, 3), color, np.uint8), name) for name, color in COLORS.items()]
     assert exact == 1.0 and all(pg.ask(picture, "what color is it ?").text == name for picture, name in colors)
+
+
+def test_muon_trains_lora_too(base, data, tmp_path):
+    """Its first step moves the second matrix of every layer away from zero, by the same step in all directions."""
+    pytest.importorskip("peft")
+    lr, rank = 1e-2, 4
+    run(base, data, tmp_path / "run", lora=("decoder",), rank=rank, optimizer="muon", lr=lr, steps=1, warmup=0.0)
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    grown = {name: value for name, value in tensors.items() if "lora_B" in name}
+    assert grown
+    for name, B in grown.items():
+        strengths = torch.linalg.svdvals(B.float())
+        assert strengths.max() < 1.3 * 0.2 * max(B.shape) ** 0.5 * lr and strengths.min() > 0.3 * strengths.max(), name
 
 
 def test_lora_beside_an_adapter_is_refused_before_the_run(base, data, tmp_path):

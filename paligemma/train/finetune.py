@@ -10,8 +10,9 @@ with a look at generated answers now and then (`sight.py`); the model is saved a
 with LoRA); its final figures and a report are written.
 
 Learning rates: what is right for a head that is new is too much for an eye that took a billion pictures to make, so it
-may have a share of it (`vision_lr`). Muon takes AdamW's learning rates for the matrices between hidden layers; the rest
-(embedding, norms, biases), which AdamW trains beside it, gets a third of the rate, as when the embedded model was made.
+may have a share of it (`vision_lr`). Muon takes AdamW's learning rates for the matrices between hidden layers, LoRA's
+thin ones included; the rest (embedding, norms, biases), which AdamW trains beside it, gets a third of the rate, as when
+the embedded model was made.
 
 Numbers: what learns is kept in float32 whatever it is computed in, since a small step is lost in the eight bits of
 bfloat16: a weight of 0.02 does not move by 1e-5. It is saved in the dtype it was loaded in, which is computed in, too.
@@ -155,8 +156,6 @@ class Options:
             raise ValueError(f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
-        if self.optimizer == "muon" and self.lora:
-            raise ValueError("muon is for whole matrices, and LoRA trains thin ones: choose adamw")
         if self.optimizer == "muon" and self.shard:
             raise ValueError("muon needs whole matrices, and sharding cuts them up: choose adamw")
         if self.freeze and self.lora:

@@ -38,10 +38,12 @@ def muon_and_adamw(
     def of_kind(hidden: bool, peak: float) -> list[dict[str, Any]]:
         return [{"params": group, "lr": peak * key[1]} for key, group in groups.items() if key[0] == hidden]
 
-    return [
-        SharedMuon(of_kind(True, lr), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(of_kind(False, adamw_lr), lr=adamw_lr, betas=betas, weight_decay=weight_decay),
+    optimizers: list[torch.optim.Optimizer] = [
+        SharedMuon(of_kind(True, lr), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     ]
+    if others := of_kind(False, adamw_lr):  # none with LoRA in hidden layers alone
+        optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay))
+    return optimizers
 
 
 class SharedMuon(torch.optim.Muon):
