@@ -30,9 +30,11 @@ def commands(page: Path) -> list[list[str]]:
         ]
     )
     calls = []
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
+            if words and words[0] == "torchrun" and "paligemma" in words:  # torchrun ... -m paligemma command
+                words = words[words.index("paligemma") :]
             if words and words[0] == "paligemma":
                 calls.append(words[1:])
     return calls
@@ -65,7 +67,7 @@ def test_every_command_and_option_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_script_and_module_is_there_and_has_the_options_it_is_given(page):
     called = re.findall(
-        r"\b(?:python|torchrun)3?\b([^`\n#]*?)(-m paligemma[.\w]*|\w+/\w+\.py)([^`\n#]*)", page.read_text("utf-8")
+        r"\b(?:python|torchrun)3?\b([^`\n#]*?)(-m paligemma\.[.\w]+|\w+/\w+\.py)([^`\n#]*)", page.read_text("utf-8")
     )
     for _, name, rest in called:
         script = ROOT / (name.removeprefix("-m ").replace(".", "/") + ".py" if name.startswith("-m") else name)
