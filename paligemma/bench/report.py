@@ -209,7 +209,7 @@ def growth_lines(record: dict[str, Any]) -> list[str]:
         elif name == "batch":
             for count, one in figures.items():
                 lines.append(
-                    f"{count} question{'s' * (count != 1)} about one image: first tokens after "
+                    f"{count} question{'s' * (str(count) != '1')} about one image: first tokens after "
                     f"{one['first_tokens_s']:.2f} s, then {one['decode_tokens_s']:.1f} tokens/s in all "
                     f"({one['times_one']:.1f} x)"
                 )
