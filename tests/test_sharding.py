@@ -72,6 +72,24 @@ def one_of(count: int, rank: int, port: str, run: Callable[..., None], given: tu
     run(rank, *given)
 
 
+def test_leaving_ends_the_threads_of_the_group():
+    """One that lets go of a tensor while the interpreter closes down would abort the process."""
+    in_processes(2, leave_after_work, method="spawn")
+
+
+def leave_after_work(rank: int) -> None:
+    torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])  # imports what may hold on to the group
+    assert distributed.sums_of({"rank": rank}) == {"rank": 1}
+    assert threads_called("gloo")
+    distributed.leave()
+    assert not threads_called("gloo")
+
+
+def threads_called(name: str) -> list[str]:
+    found = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [one for one in found if name in one]
+
+
 class Cut(Exception):
     """What ends a run before its time."""
 

@@ -13,6 +13,7 @@ Here every process holds the whole model. `sharding.py` is for models that are t
 from __future__ import annotations
 
 import atexit
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -32,12 +33,15 @@ def start() -> tuple[int, int]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
+        # A trap: this module's functions have the group as a default, so imported later (optimizers do that) it keeps
+        # the group alive, and `leave` does not end its threads. One of them was then seen to let go of a tensor while
+        # the interpreter was closing down, which aborts the process: pytorch/pytorch#190489.
+        importlib.import_module("torch.distributed.nn.functional")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
         else:
             dist.init_process_group("gloo", timeout=PATIENCE)
-        # Without it gloo's threads may outlive the interpreter; a process that had done its work was seen to abort.
         atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
 
