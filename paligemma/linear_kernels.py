@@ -1,10 +1,14 @@
-"""Linear layers, and what stands between them, in C++ for CPUs with AVX-512: compiled on first use, kept, and called.
+"""Linear layers, and what stands between them, in C++: compiled on first use for this CPU, kept, and called.
 
     if kernel_available():
         y = linear_int8(x, weight, scale, bias)
 
+There are two files. `linear_kernels.cpp` is for CPUs with AVX-512 and 8-bit dot products, and has everything below. The
+shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: linear layers, best for few rows.
+
 Nobody has to have a compiler: without one, or without such a CPU, `kernel_available()` is False, a line on stderr says
-why, and the layers of `quantization.py` use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that.
+why, and the layers of `quantization.py` use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that,
+PALIGEMMA_KERNEL=avx2 for the shorter file.
 
 The library speaks plain C and is called through `ctypes`. PyTorch's own extension loader would do as well, but it needs
 ninja and setuptools at run time and half a minute to get through PyTorch's headers; this takes about four seconds, once
@@ -32,7 +36,10 @@ from torch import Tensor
 
 from paligemma.files import written_whole
 
-SOURCE = Path(__file__).parent / "linear_kernels.cpp"
+SOURCES = {
+    "AVX-512": Path(__file__).parent / "linear_kernels.cpp",
+    "AVX2": Path(__file__).parent / "linear_kernels_avx2.cpp",
+}
 GROUP = 64  # 4-bit weights that share a step, as in the C++ file
 # No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-w"]
@@ -44,6 +51,7 @@ FUNCTIONS = {
     "linear_int8_f32": "ppppp iiii",
     "linear_int4_bf16": "pppppp iiii",
     "linear_int4_f32": "pppppp iiii",
+    # These need AVX-512.
     "look_up_bf16": "pppp iii",
     "rms_norm_bf16": "ppp f iii",
     "attention_bf16": "pppppp f iiiiiii",
@@ -52,13 +60,36 @@ FUNCTIONS = {
 
 def kernel_available() -> bool:
     """Whether the compiled layers can be used. The first time on a machine this compiles them and says so on stderr."""
-    return os.environ.get("PALIGEMMA_KERNEL") != "0" and _library() is not None
+    return os.environ.get("PALIGEMMA_KERNEL") != "0" and _library(instructions()) is not None
+
+
+def all_kernels_available() -> bool:
+    """Whether linear layers are also made for many rows, and norms, GELU and attention are there too: with AVX-512."""
+    return instructions() == "AVX-512" and kernel_available()
+
+
+def instructions() -> str | None:
+    """Which of the files is for this CPU, "AVX-512" or "AVX2"; None if neither is."""
+    usable, flags = torch.backends.cpu.get_cpu_capability(), _cpu_flags()
+    if usable == "AVX512" and " avx512_vnni" in flags and os.environ.get("PALIGEMMA_KERNEL") != "avx2":
+        return "AVX-512"
+    return "AVX2" if usable in ("AVX2", "AVX512") and " avx2" in flags and " fma" in flags else None
 
 
 @cache
 def best_for_many_rows() -> bool:
     """Whether `linear_bf16` is also the faster for many rows: on CPUs with bfloat16 in vectors, but not in tiles."""
     return " avx512_bf16" in (flags := _cpu_flags()) and " amx_bf16" not in flags
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether PyTorch has fast products of bfloat16 on this CPU.
+
+    Others, such as those with AVX2 alone, compute them number by number, and float32 is many times faster.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())
 
 
 def cache_folder() -> Path:
@@ -72,8 +103,8 @@ def missing_for_kernel() -> str | None:
     """What keeps this machine from having the compiled layers, None if nothing does."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         return "they are written for Linux on x86-64"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or " avx512_vnni" not in _cpu_flags():
-        return "this CPU has no AVX-512 with 8-bit dot products (VNNI)"
+    if instructions() is None:
+        return "this CPU has neither AVX-512 with 8-bit dot products (VNNI) nor AVX2"
     if compiler() is None:
         return "there is no C++ compiler (g++, or what CXX names)"
     return None
@@ -84,6 +115,7 @@ def compiler() -> str | None:
     return next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
 
 
+@cache
 def _cpu_flags() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -93,11 +125,11 @@ def _cpu_flags() -> str:
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library(kind: str | None) -> ctypes.CDLL | None:
     missing = missing_for_kernel()
-    if missing is None:
+    if missing is None and kind is not None:
         try:
-            return _load(compile_kernel())
+            return _load(compile_kernel(SOURCES[kind]))
         except subprocess.CalledProcessError as error:
             missing = f"{error.cmd[0]} failed: {(error.stderr.strip() or 'no message').splitlines()[0]}"
         except (OSError, subprocess.SubprocessError) as error:
@@ -106,18 +138,18 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
-def compile_kernel() -> Path:
+def compile_kernel(source: Path) -> Path:
     """The compiled library, from the cache where it is there. Raises CalledProcessError or OSError.
 
     Named after the source, the flags and the CPU: a home folder may be shared by machines of several kinds.
     """
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(source + " ".join([*FLAGS, compiler() or "", _cpu_flags()]).encode()).hexdigest()[:16]
-    path = cache_folder() / f"linear_kernels-{key}.so"
+    conditions = " ".join([*FLAGS, compiler() or "", _cpu_flags()])
+    key = hashlib.sha256(source.read_bytes() + conditions.encode()).hexdigest()[:16]
+    path = cache_folder() / f"{source.stem}-{key}.so"
     if not path.exists():
         print("note: compiling the kernels for this CPU, once (some seconds)", file=sys.stderr)
         with written_whole(path) as beside:
-            command = [str(compiler()), *FLAGS, "-c", str(SOURCE), "-o", f"{beside}.o"]
+            command = [str(compiler()), *FLAGS, "-c", str(source), "-o", f"{beside}.o"]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
                 # Linked without -fopenmp: the threads are then PyTorch's own. Two pools would wait for each other.
@@ -132,7 +164,8 @@ def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     types = {"p": ctypes.c_void_p, "f": ctypes.c_float, "i": ctypes.c_int}
     for name, given in FUNCTIONS.items():
-        function = getattr(library, name)
+        if (function := getattr(library, name, None)) is None:
+            continue
         function.argtypes = [types[letter] for letter in given.replace(" ", "")]
         function.restype = None
     return library
@@ -224,7 +257,7 @@ def _rows_of(x: Tensor) -> tuple[int, int]:
 
 def _run(name: str, given: Sequence[Tensor | ctypes.Array[Any] | None], *numbers: float) -> None:
     """Calls a function of the library: pointers, numbers, and last the threads."""
-    if (library := _library()) is None:
+    if (library := _library(instructions())) is None or not hasattr(library, name):
         raise RuntimeError("the compiled layers are not available here: ask kernel_available() first")
     pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
     getattr(library, name)(*pointers, *numbers, torch.get_num_threads())

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from paligemma import checkpoints, linear_kernels
 from paligemma.checkpoints import Checkpoint, Shape, empty_model, expected_shapes, open_checkpoint
-from paligemma.linear_kernels import GROUP, kernel_available
+from paligemma.linear_kernels import GROUP, kernel_available, multiplies_bfloat16
 from paligemma.modeling_gemma import (
     GemmaAttention,
     GemmaEmbedding,
@@ -155,10 +155,33 @@ class FastEmbedding(GemmaEmbedding):
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, by the kernel where that is the faster one and nothing is being learned."""
-    few = x.numel() <= FEW_ROWS * x.shape[-1]
-    if weight.dtype == torch.bfloat16 and (few or linear_kernels.best_for_many_rows()) and _for_kernel(x):
+    few = _few(x)
+    if weight.dtype == torch.bfloat16 and (few or _many_for_kernel()) and _for_kernel(x):
         return linear_kernels.linear_bf16(x, weight, bias)
+    if weight.dtype == x.dtype == torch.bfloat16 and not (few or multiplies_bfloat16() or torch.is_grad_enabled()):
+        return with_bias(in_float32(x.flatten(0, -2), weight), bias, x)
     return F.linear(x, weight, bias)
+
+
+def _few(x: Tensor) -> bool:
+    return x.numel() <= FEW_ROWS * x.shape[-1]
+
+
+def _many_for_kernel() -> bool:
+    """Whether kernels for bfloat16 are the faster also where rows are many."""
+    return linear_kernels.best_for_many_rows() and linear_kernels.all_kernels_available()
+
+
+def in_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K], weight [N, K] in another dtype -> x weight' [M, N], float32.
+
+    The weight is made float32 a piece at a time, which stays in the cache until it is multiplied.
+    """
+    x, y = x.float(), torch.empty(len(x), len(weight), dtype=torch.float32)
+    rows = max(1, 2**20 // max(1, x.shape[-1]))  # 4 MB
+    for part, out in zip(weight.split(rows), y.split(rows, dim=1)):
+        torch.mm(x, part.float().T, out=out)
+    return y
 
 
 def _for_kernel(x: Tensor) -> bool:
@@ -166,11 +189,15 @@ def _for_kernel(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled() and kernel_available()
 
 
+def _for_all_kernels(x: Tensor) -> bool:
+    return linear_kernels.all_kernels_available() and _for_kernel(x)
+
+
 class FastRMSNorm(GemmaRMSNorm):
     """The norm in one pass; float32 sums in another order, then rounded once, as before."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == torch.bfloat16 and _for_kernel(x):
+        if self.weight.dtype == torch.bfloat16 and _for_all_kernels(x):
             return linear_kernels.rms_norm_bf16(x, self.weight, self.eps)
         return super().forward(x)
 
@@ -179,7 +206,7 @@ class FastGemmaMLP(GemmaMLP):
     """GELU, found in a table, and what it gates in one pass: equal to the bit."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _for_kernel(x):
+        if not _for_all_kernels(x):
             return super().forward(x)
         hidden: Tensor = self.down_proj(linear_kernels.gelu_bf16(self.gate_proj(x), self.up_proj(x)))
         return hidden
@@ -189,7 +216,7 @@ class FastSiglipMLP(SiglipMLP):
     """The same for the eye, where nothing is gated."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _for_kernel(x):
+        if not _for_all_kernels(x):
             return super().forward(x)
         hidden: Tensor = self.fc2(linear_kernels.gelu_bf16(self.fc1(x)))
         return hidden
@@ -200,7 +227,7 @@ class FastGemmaAttention(GemmaAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if self.explicit or not _attention_for_kernel(q):
-            return super().attend(q, k, v, mask)
+            return _in_good_numbers(super().attend, q, k, v, mask)
         return linear_kernels.attention_bf16(q, k, v, mask, self.scale)
 
 
@@ -209,12 +236,19 @@ class FastSiglipAttention(SiglipAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.explicit or not _attention_for_kernel(q):
-            return super().attend(q, k, v)
+            return _in_good_numbers(super().attend, q, k, v)
         return linear_kernels.attention_bf16(q, k, v, None, q.shape[-1] ** -0.5)
 
 
 def _attention_for_kernel(q: Tensor) -> bool:
-    return q.shape[-1] % 2 == 0 and linear_kernels.best_for_many_rows() and _for_kernel(q)
+    return q.shape[-1] % 2 == 0 and _many_for_kernel() and _for_kernel(q)
+
+
+def _in_good_numbers(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
+    """`attend` in float32 where the CPU would have to make each bfloat16 a float32 by itself, and back."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not multiplies_bfloat16():
+        return attend(q.float(), k.float(), v.float(), *mask).to(q.dtype)
+    return attend(q, k, v, *mask)
 
 
 # What stands between the products, and what takes its place in a built model.
@@ -249,15 +283,17 @@ class Int8Linear(nn.Module):
         self.packed: Tensor | None = None  # a copy in the order that PyTorch's own product wants, made when first used
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernel_available():
+        if kernel_available() and (_few(x) or linear_kernels.all_kernels_available()):
             return linear_kernels.linear_int8(x, self.weight, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # PyTorch's operators insist on it
         if has_dot_products():
             if self.packed is None:
                 self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
             y = exact_product(rows, self.weight, self.scale, self.packed)
-        elif len(rows) <= FEW_ROWS:
-            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16())
+        elif kernel_available():
+            y = weights_only(as_rounded(rows), self.weight, self.scale)
+        elif len(rows) <= FEW_ROWS and x.dtype == torch.bfloat16:
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale.bfloat16())
         else:
             y = weights_only(rows, self.weight, self.scale)
         return with_bias(y, self.bias, x)
@@ -284,7 +320,7 @@ class Int4Linear(nn.Module):
         self.packed: tuple[Tensor, Tensor] | None = None  # as in Int8Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernel_available():
+        if kernel_available() and (_few(x) or linear_kernels.all_kernels_available()):
             return linear_kernels.linear_int4(x, self.weight, self.steps, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if len(rows) <= FEW_ROWS and len(self.weight) % 16 == 0:  # what the operator for few rows asks for
@@ -296,7 +332,7 @@ class Int4Linear(nn.Module):
             if has_dot_products():
                 y = exact_product(rows, numbers, self.scale, torch.ops.onednn.qlinear_prepack(numbers, None))
             else:
-                y = weights_only(rows, numbers, self.scale)
+                y = weights_only(as_rounded(rows) if kernel_available() else rows, numbers, self.scale)
         return with_bias(y, self.bias, x)
 
     def _pack(self) -> tuple[Tensor, Tensor]:
@@ -331,7 +367,13 @@ def exact_product(x: Tensor, weight: Tensor, scale: Tensor, packed: Tensor) -> T
 
 def weights_only(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The same with activations as they are, for CPUs without 8-bit products."""
-    return (x @ weight.to(x.dtype).T).float() * scale
+    return in_float32(x, weight) * scale
+
+
+def as_rounded(x: Tensor) -> Tensor:
+    """What `round_activations` makes of x [M, K], in float32: many tokens see what the kernel makes of a few."""
+    rounded, scale, clipped = round_activations(x)
+    return rounded * scale if clipped is None else rounded * scale + clipped
 
 
 def with_bias(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from test_train import COLORS, make_model, make_processor
 from typer.testing import CliRunner
 
 import paligemma
-from paligemma.checkpoints import save_pretrained
+from paligemma.checkpoints import open_checkpoint, save_pretrained
 from paligemma.cli import app
 from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_report
@@ -256,6 +256,28 @@ def test_lora_leaves_an_adapter_that_opens_like_a_model(base, data, tmp_path):
     pg = paligemma.load(str(out))
     colors = [(np.full((28, 28, 3), color, np.uint8), name) for name, color in COLORS.items()]
     assert exact == 1.0 and all(pg.ask(picture, "what color is it ?").text == name for picture, name in colors)
+
+
+@pytest.mark.parametrize("lora", [(), ("decoder",)], ids=["full", "LoRA"])
+def test_a_cpu_that_is_slow_at_bfloat16_computes_in_float32(base, data, tmp_path, monkeypatch, lora):
+    """Losses are those of float32, and what is saved is in the checkpoint's dtype. Unless bfloat16 is asked for."""
+    model = paligemma.load(base, dtype="bfloat16")
+    save_pretrained(model.model, tmp_path / "half", model.processor)
+    half = str(tmp_path / "half")
+
+    def losses_of(name, slow, **options):
+        monkeypatch.setattr("paligemma.train.finetune.multiplies_bfloat16", lambda: not slow)
+        said = run(half, data, tmp_path / name, lora=lora, steps=3, **options)
+        return losses(tmp_path / name), next(line for line in said if line.startswith("numbers"))
+
+    whole, _ = losses_of("float32", False, dtype="float32")
+    slow, told = losses_of("slow", True)
+    assert slow == whole and "computed in float32 (this CPU has no fast products of bfloat16)" in told
+    assert told.endswith(f"saved in {'float32' if lora else 'bfloat16'}; on cpu")
+    assert lora or open_checkpoint(tmp_path / "slow").dtype == torch.bfloat16
+    fast, told = losses_of("fast", False)
+    assert fast != whole and "computed in bfloat16, " in told
+    assert losses_of("asked", True, dtype="bfloat16") == (fast, told)
 
 
 def test_muon_trains_lora_too(base, data, tmp_path):

@@ -18,6 +18,7 @@ from test_sharding import end_with_parent, in_processes
 
 from paligemma.checkpoints import published_config
 from paligemma.empty import empty_weights
+from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.train import parts, sharding
@@ -28,6 +29,8 @@ from paligemma.train.plan import UNSEEN, Memory, Plan, estimate
 
 WORDS, ANSWER = 40, 8  # of a row: text tokens, and how many of them are learned
 LORA = {"lora": ("decoder",), "stored": torch.bfloat16, "compute": torch.bfloat16}
+# As `paligemma train` computes on this CPU; in bfloat16 some would need minutes.
+FAST = {} if multiplies_bfloat16() else {"stored": torch.float32, "compute": torch.float32}
 
 
 # 56 million parameters, and activations of a megabyte or more.
@@ -201,7 +204,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"batch": 2}, {"batch": 2, **LORA}, {"batch": 4, "checkpoint_gradients": True, **LORA}],
+    [{"batch": 2}, {"batch": 2, **LORA, **FAST}, {"batch": 4, "checkpoint_gradients": True, **LORA, **FAST}],
     ids=["full", "LoRA", "recomputed layers"],
 )
 def test_a_process_needs_what_is_planned(tmp_path, options):

@@ -38,14 +38,24 @@ from paligemma.quantization import (
 from paligemma.tiny.world import render
 from paligemma.utils import TINY, load_hf_model
 
-KERNEL = linear_kernels.missing_for_kernel() is None  # whether this machine can have it; nothing is compiled yet
-needs_kernel = pytest.mark.skipif(not KERNEL, reason="no compiler, or no AVX-512 with VNNI")
+KERNEL = linear_kernels.missing_for_kernel() is None  # whether this machine can have one; nothing is compiled yet
+needs_kernel = pytest.mark.skipif(not KERNEL, reason="no compiler, or neither AVX-512 with VNNI nor AVX2")
+AVX512 = KERNEL and linear_kernels.instructions() == "AVX-512"
+needs_avx512 = pytest.mark.skipif(not AVX512, reason="no compiler, or no AVX-512 with VNNI")
+BOTH = [pytest.param("AVX-512", marks=needs_avx512), pytest.param("AVX2", marks=needs_kernel)]
 
 
-@pytest.fixture(params=[pytest.param("kernel", marks=needs_kernel), "plain"])
+@pytest.fixture(params=BOTH)
+def kernels(request, monkeypatch):
+    """The kernels of either file. A CPU with AVX-512 has AVX2 as well."""
+    monkeypatch.setenv("PALIGEMMA_KERNEL", "avx2" if request.param == "AVX2" else "1")
+    return request.param
+
+
+@pytest.fixture(params=[*BOTH, "plain"])
 def way(request, monkeypatch):
-    """Both ways to compute the same."""
-    monkeypatch.setenv("PALIGEMMA_KERNEL", "1" if request.param == "kernel" else "0")
+    """All ways to compute the same."""
+    monkeypatch.setenv("PALIGEMMA_KERNEL", {"AVX2": "avx2", "plain": "0"}.get(request.param, "1"))
     return request.param
 
 
@@ -155,7 +165,7 @@ def odd():
     return [(1, 2, 1), (3, 9, 17), (8, 6, 63), (13, 7, 269), (49, 3, 1), (51, 70, 1029), (56, 67, 2051), (54, 66, 4303)]
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("M", "N", "K"), [*shapes(), *panels(), *odd()])
 def test_8_bit_kernel_is_exact_to_the_bit(M, N, K, bias):
@@ -176,7 +186,7 @@ def test_8_bit_kernel_is_exact_to_the_bit(M, N, K, bias):
     assert torch.equal(half, expected.bfloat16())
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("M", [1, 60])
 def test_8_bit_sums_do_not_overflow(M):
     """The longest row of any published model, all weights and activations at their largest."""
@@ -185,7 +195,7 @@ def test_8_bit_sums_do_not_overflow(M):
     assert linear_kernels.linear_int8(x, weight, torch.ones(4)).tolist() == [[-127.0 * K] * 4] * M
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("M", "N", "K"), [*shapes(), *panels()])
 def test_4_bit_kernel_is_exact_to_the_bit(M, N, K):
     """Few rows and many take different ways through it."""
@@ -202,14 +212,14 @@ def test_4_bit_kernel_is_exact_to_the_bit(M, N, K):
     assert torch.equal(linear_kernels.linear_int4(x.bfloat16(), weight, steps, scale, bias), expected.bfloat16())
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernels")
 def test_steps_that_no_file_should_hold_read_no_memory_that_is_not_theirs():
     weight, steps = torch.full((4, 64), 0x0F, dtype=torch.uint8), torch.tensor([[-128, 127]] * 4, dtype=torch.int8)
     y = linear_kernels.linear_int4(torch.ones(1, 128), weight, steps, torch.ones(4))
     assert y.isfinite().all()
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("M", "N", "K"), [*shapes(), *panels(), *odd()])
 def test_bfloat16_kernel_within_the_bound_of_float32_sums(M, N, K):
     """|y - exact| <= half a unit in the last place of bfloat16, at most 2^-8 of y, and K float32 roundings."""
@@ -225,14 +235,14 @@ def test_bfloat16_kernel_within_the_bound_of_float32_sums(M, N, K):
     assert ((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + sums * 1.01).all()
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernels")
 def test_results_between_two_bfloat16_numbers_go_to_the_even_one():
     weight = torch.tensor([[256.0, 1.0], [256.0, 3.0], [-256.0, -1.0]]).bfloat16()
     for M in (1, 60):
         assert linear_kernels.linear_bf16(torch.ones(M, 2).bfloat16(), weight).tolist() == [[256, 260, -256]] * M
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("M", [3, 60])
 def test_what_is_no_number_stays_in_its_row(M):
     x, weight = torch.ones(M, 33).bfloat16(), torch.ones(70, 33).bfloat16()
@@ -241,7 +251,7 @@ def test_what_is_no_number_stays_in_its_row(M):
     assert y[1].isnan().all() and y[[0, 2], 69].isinf().all() and (y[[0, 2], :69] == 33).all()
 
 
-@needs_kernel
+@pytest.mark.usefixtures("kernels")
 def test_kernels_refuse_what_they_would_misread():
     x, weight, scale = torch.randn(2, 128), torch.zeros(4, 128, dtype=torch.int8), torch.ones(4)
     packed, steps = torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2, dtype=torch.int8)
@@ -270,7 +280,7 @@ def test_kernels_refuse_what_they_would_misread():
 # ---------------------------------------------------------------------------------------------- between the products
 
 
-@needs_kernel
+@needs_avx512
 @pytest.mark.parametrize("shape", [(65536,), (1024, 64), (2, 32, 1024), (13, 50), (0, 8)])
 def test_gelu_of_every_bfloat16_there_is(shape):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -283,7 +293,7 @@ def test_gelu_of_every_bfloat16_there_is(shape):
         assert torch.equal(linear_kernels.gelu_bf16(times.mT, times.mT), linear_kernels.gelu_bf16(times, times).mT)
 
 
-@needs_kernel
+@needs_avx512
 @pytest.mark.parametrize(("M", "K"), [(1, 2048), (9, 2048), (3, 1), (12, 37), (0, 16)])
 def test_the_norm_within_the_bound_of_float32(M, K):
     """Half a unit in the last place of bfloat16, and the roundings of K squares summed and four products."""
@@ -294,7 +304,7 @@ def test_the_norm_within_the_bound_of_float32(M, K):
     assert ((y.double() - exact).abs() <= exact.abs() * (2.0**-8 + (K / 16 + 10) * 2.0**-24)).all()
 
 
-@needs_kernel
+@needs_avx512
 def test_the_norm_of_zeros_and_of_what_is_no_number():
     x = torch.zeros(3, 40).bfloat16()
     x[1, 39] = math.nan
@@ -302,7 +312,7 @@ def test_the_norm_of_zeros_and_of_what_is_no_number():
     assert (y[[0, 2]] == 0).all() and y[1].isnan().all()
 
 
-@needs_kernel
+@needs_avx512
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize(
     ("B", "H", "K", "S", "T", "E"),
@@ -329,7 +339,7 @@ def test_attention_within_the_bound_of_its_roundings(B, H, K, S, T, E, hidden):
     assert ((y.double() - exact).abs() <= bound).all()
 
 
-@needs_kernel
+@needs_avx512
 def test_attention_to_nothing_and_to_what_is_no_number():
     q, k, v = (torch.randn(1, 2, 5, 8).bfloat16() for _ in range(3))
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
@@ -342,7 +352,7 @@ def test_attention_to_nothing_and_to_what_is_no_number():
     assert far.isfinite().all()
 
 
-@needs_kernel
+@needs_avx512
 def test_they_refuse_what_they_would_misread():
     q, seen = torch.randn(1, 4, 3, 8).bfloat16(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
     x, weight = torch.randn(2, 8).bfloat16(), torch.ones(8).bfloat16()
@@ -362,7 +372,7 @@ def test_they_refuse_what_they_would_misread():
             wrong()
 
 
-@needs_kernel
+@needs_avx512
 @pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
 def test_a_model_takes_them_and_answers_as_without(mode, monkeypatch):
     """Counted, and compared with the same model whose parts between the products are PyTorch's."""
@@ -410,12 +420,10 @@ def test_layers_compute_what_they_round(way, dtype, M):
     assert relative(four(x) - in_four_bits, in_four_bits) < 0.01  # beside the weights next to nothing is rounded
 
 
-@needs_kernel
 @pytest.mark.skipif(not quantization.has_dot_products(), reason="another plain path")
-def test_both_ways_are_equal_to_the_bit_where_nothing_is_clipped(monkeypatch):
+def test_both_ways_are_equal_to_the_bit_where_nothing_is_clipped(kernels, monkeypatch):
     _, _, eight, _ = layers()
-    x = torch.rand(60, 512) - 0.5
-    monkeypatch.setenv("PALIGEMMA_KERNEL", "1")
+    x = torch.rand(60 if kernels == "AVX-512" else 16, 512) - 0.5
     compiled = eight(x)
     monkeypatch.setenv("PALIGEMMA_KERNEL", "0")
     assert torch.equal(eight(x), compiled)
@@ -436,7 +444,7 @@ def test_planted_outliers_do_no_harm(way, M, dtype):
     exact = x.double() @ weight.double().T + bias.double()
     for layer, most in ((eight, 0.015), (four, 0.12)):
         assert relative(layer(x) - exact, exact) < most
-    if dtype == torch.float32 and (way == "kernel" or quantization.has_dot_products()):
+    if dtype == torch.float32 and (way != "plain" or quantization.has_dot_products()):
         # The ordinary channels alone: with one scale for all, as without the clipping, four fifths of them would be 0.
         whole = eight.weight.double() * eight.scale.double()[:, None]
         of_outliers, expected = (x - ordinary).double() @ whole.T + bias.double(), ordinary.double() @ whole.T
@@ -449,7 +457,7 @@ def test_a_token_does_not_depend_on_its_neighbours(way):
     _, _, eight, four = layers()
     x = torch.randn(60, 512)
     x[::3, 17] *= 200
-    for layer, same in ((eight, 1e-5), (four, 1e-5 if way == "kernel" else 0.01)):
+    for layer, same in ((eight, 1e-5), (four, 0.01 if way == "plain" else 1e-5)):
         alone = torch.cat([layer(row[None]) for row in x])
         assert relative(layer(x) - alone, alone) < same  # the plain 4-bit product rounds few rows to bfloat16
 
@@ -521,14 +529,14 @@ def test_a_compiler_that_fails_is_noted_once_and_done_without(fresh, monkeypatch
 def test_a_source_that_does_not_compile_is_noted_once_and_done_without(fresh, monkeypatch, capfd, tmp_path):
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main( {")
-    monkeypatch.setattr(linear_kernels, "SOURCE", broken)
+    monkeypatch.setattr(linear_kernels, "SOURCES", {"AVX-512": broken, "AVX2": broken})
     answers_still(capfd, "error")
 
 
 @needs_kernel
 def test_a_library_that_does_not_load_is_noted_once_and_done_without(fresh, monkeypatch, capfd):
-    monkeypatch.setattr(linear_kernels, "compile_kernel", lambda: linear_kernels.SOURCE)
-    answers_still(capfd, "linear_kernels.cpp")
+    monkeypatch.setattr(linear_kernels, "compile_kernel", lambda source: source)
+    answers_still(capfd, ".cpp")
 
 
 def test_no_compiler_at_all(fresh, monkeypatch, capfd):
@@ -538,12 +546,12 @@ def test_no_compiler_at_all(fresh, monkeypatch, capfd):
 
 
 def test_another_cpu(fresh, monkeypatch, capfd):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    answers_still(capfd, "AVX-512" if KERNEL else "")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    answers_still(capfd, "AVX2" if KERNEL else "")
 
 
 def test_nothing_is_compiled_for_the_model_that_ships_unless_asked(monkeypatch):
-    def must_not():
+    def must_not(kind):
         raise AssertionError("asked for the compiled library")
 
     monkeypatch.setattr(linear_kernels, "_library", must_not)
@@ -638,7 +646,7 @@ def test_a_model_with_fast_rows_can_be_trained_and_saved(tmp_path):
     assert open_checkpoint(tmp_path / "saved").dtype == torch.bfloat16
 
 
-@needs_kernel
+@needs_avx512
 @pytest.mark.parametrize("best_for_many", [False, True])
 def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
     called = []

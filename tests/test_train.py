@@ -23,7 +23,7 @@ from reference import make_theirs, tiny_config
 from paligemma.generation import generate
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
-from paligemma.train import checkpointing
+from paligemma.train import checkpointing, optimizer
 from paligemma.train.batches import RowBatches, runs_of_pictures
 from paligemma.train.loop import TrainConfig, decayed_apart, learning_rate_factor, suffix_loss, train
 from paligemma.train.optimizer import muon_and_adamw
@@ -184,6 +184,28 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(processor):
     embedding = model.language_model.model.embed_tokens.weight
     assert any(p is embedding for group in adamw.param_groups for p in group["params"])
     assert sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_a_step_of_muon_is_that_of_pytorch(shape, monkeypatch):
+    """To the bit in bfloat16, which is all that PyTorch has. In float32, for some CPUs, up to bfloat16's rounding."""
+    begin, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
+    settings = {"lr": 0.05, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+
+    def after_three_steps(kind, fast):
+        monkeypatch.setattr(optimizer, "multiplies_bfloat16", lambda: fast)
+        parameter = torch.nn.Parameter(begin.clone())
+        muon = kind([parameter], **settings)
+        for parameter.grad in gradients:
+            muon.step()
+        return parameter.detach(), muon.state_dict()
+
+    expected, state = after_three_steps(torch.optim.Muon, True)
+    moved, own_state = after_three_steps(optimizer.SharedMuon, True)
+    assert torch.equal(moved, expected) and not torch.equal(moved, begin)
+    assert torch.equal(own_state["state"][0]["momentum_buffer"], state["state"][0]["momentum_buffer"])
+    moved, _ = after_three_steps(optimizer.SharedMuon, False)
+    assert 0 < (moved - expected).norm() / (expected - begin).norm() < 0.02
 
 
 # ------------------------------------------------------------------------------------------------------- batches

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from paligemma.files import written_whole
+from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.mask_codec import MaskCodec, crop
 from paligemma.tiny.recipe_scenes import Shard, shard_paths
 
@@ -108,7 +109,7 @@ def train_codec(
         progress = step / steps
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * min(1.0, 2 * (1 - progress))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
             loss = codec.training_loss(x)["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -37,7 +37,7 @@ from paligemma.tiny.vision_first import (
     waves,
 )
 from paligemma.train import checkpointing
-from paligemma.train.loop import TrainConfig, train
+from paligemma.train.loop import TrainConfig, bfloat16_where_fast, train
 from paligemma.train.optimizer import muon_and_adamw
 
 
@@ -228,6 +228,7 @@ def train_talking(
         schedule="linear",
         decay_from=decay_from,
         ema=0.998,
+        autocast=bfloat16_where_fast(),
         log_every=40,
         save_every=90,
     )

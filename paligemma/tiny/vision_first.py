@@ -30,7 +30,7 @@ from paligemma.tiny import world
 from paligemma.tiny.recipe_codec import alike_codes, mask_codes
 from paligemma.tiny.recipe_scenes import SHARD, Shard, shard_paths
 from paligemma.train import checkpointing
-from paligemma.train.loop import TrainConfig, train
+from paligemma.train.loop import TrainConfig, bfloat16_where_fast, train
 from paligemma.train.optimizer import muon_and_adamw
 
 # What a patch predicts, and how many numbers that takes.
@@ -304,7 +304,7 @@ def train_vision(
     optimizers = muon_and_adamw(vision, lr=lr, adamw_lr=lr / 2)
     settings = TrainConfig(
         steps=steps, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=20,
-        save_every=90
+        save_every=90, autocast=bfloat16_where_fast()
     )  # fmt: skip
     train(vision, SceneBatches(scenes, batch, codec=codec), settings, out, loss=vision_loss, optimizers=optimizers)
     return vision

@@ -15,7 +15,8 @@ thin ones included; the rest (embedding, norms, biases), which AdamW trains besi
 the embedded model was made.
 
 Numbers: what learns is kept in float32 whatever it is computed in, since a small step is lost in the eight bits of
-bfloat16: a weight of 0.02 does not move by 1e-5. It is saved in the dtype it was loaded in, which is computed in, too.
+bfloat16: a weight of 0.02 does not move by 1e-5. It is saved in the dtype it was loaded in, which is computed in, too;
+but in float32 by a CPU that has no fast products of bfloat16, unless `dtype` names it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from paligemma.checkpoints import default_dtype, open_checkpoint, parse_dtype, s
 from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
 from paligemma.inference import CODEC_FILE, PaliGemma, load
+from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
 from paligemma.train import distributed, parts
@@ -64,7 +66,7 @@ from paligemma.train.run_folder import (
 )
 from paligemma.train.run_report import write_report
 from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of, measure_of, with_all_captions
-from paligemma.utils import resolve
+from paligemma.utils import pick_device, resolve
 
 if TYPE_CHECKING:
     from paligemma.train.plan import Plan
@@ -212,6 +214,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         return json.loads((out / FINISHED).read_text(encoding="utf-8"))
 
     dtype = pg.model.dtype
+    computed = computed_in(options, dtype, pg.model.device)
     prepare(pg.model, options)
     optimizers = None
     if options.optimizer == "muon":
@@ -231,7 +234,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
             write_settings(out, settings, facts)
         if options.shard and world == 1:
             say("note: --shard shares weights out among processes, and there is only one")
-        for line in announcement(options, rows, pg, steps, dtype):
+        for line in announcement(options, rows, pg, steps, dtype, computed):
             say(line)
     distributed.wait_for_all()
 
@@ -267,7 +270,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         clip=options.clip,
         accumulate=options.accumulate,
         label_smoothing=options.label_smoothing,
-        autocast=dtype if dtype != torch.float32 else None,
+        autocast=computed if computed != torch.float32 else None,
         ema=options.ema,
         seed=options.seed,
         save_every=options.save_every,
@@ -346,10 +349,18 @@ def own_device(world: int) -> str | None:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if world > 1 and torch.cuda.is_available() else None
 
 
+def computed_in(options: Options, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The dtype of the matrix products of a model in `dtype`: float32 instead of bfloat16 on a CPU that has no products
+    of bfloat16, unless it was asked for by name."""
+    slow = torch.device(device).type == "cpu" and not multiplies_bfloat16()
+    return torch.float32 if slow and options.dtype is None and dtype == torch.bfloat16 else dtype
+
+
 def prepare(model: Any, options: Options) -> None:
     """Which weights learn, and how."""
     torch.manual_seed(options.seed)  # what LoRA begins with
     if options.lora:
+        model.to(computed_in(options, model.dtype, model.device))
         parts.add_lora(model, options.lora, options.rank, options.alpha, options.lora_dropout)
     else:
         model.float()
@@ -380,6 +391,7 @@ def plan_of(options: Options) -> Plan:
     if options.image_size is not None:
         config = replace(config, vision_config=replace(config.vision_config, image_size=options.image_size))
     dtype = parse_dtype(options.dtype) or dtype
+    computed = computed_in(options, dtype, pick_device(options.device))
     rows = rows_of(options, options.data)
     folder = path if path.is_dir() else path.parent
     vision = config.vision_config
@@ -396,8 +408,8 @@ def plan_of(options: Options) -> Plan:
         rank=options.rank,
         lora_dropout=options.lora_dropout,
         dropout=options.dropout,
-        stored=dtype if options.lora else torch.float32,
-        compute=dtype,
+        stored=computed if options.lora else torch.float32,
+        compute=computed,
         optimizer=options.optimizer,
         checkpoint_gradients=options.checkpoint_gradients,
         ema=bool(options.ema),
@@ -436,7 +448,9 @@ def check_rows(rows: Rows, pg: PaliGemma, limit: int, strict: bool, say: Callabl
         say(f"note: {name}: {count:,} of {len(rows):,} rows, {what}; the first is {first.source}: {first.message}")
 
 
-def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype: torch.dtype) -> list[str]:
+def announcement(
+    options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype: torch.dtype, computed: torch.dtype
+) -> list[str]:
     """What is going to happen."""
     some, sample = lay_out_some(rows, pg.processor)
     tokens, answer = (float(sample[name].sum()) / len(some) for name in ("attention_mask", "token_type_ids"))
@@ -457,6 +471,7 @@ def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype:
         rates += f" ({options.peak_beside_muon:.2g} for embedding, norms and biases, by AdamW)"
     if options.vision_lr != 1:
         rates += f", {options.vision_lr:g} of it for the vision tower"
+    slow = "" if computed == dtype else f" (this CPU has no fast products of {name_of(dtype)})"
     warmup = f"{options.warmup:.0%} warm-up" if options.warmup * steps >= 1 else "no warm-up"
     counted = "1 step" if steps == 1 else f"{steps:,} steps"
     long = f"{options.minutes:g} minutes" if steps == 10**9 else f"{counted} ({epochs:.2g} epochs)"
@@ -468,7 +483,7 @@ def announcement(options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype:
         f"learns  {how}{listed}: {sum(learned.values()):,} of {sum(total.values()):,} parameters",
         f"steps   {long} of {options.batch} rows; {options.optimizer}, learning rate {rates}, "
         f"{warmup}, then {options.schedule}",
-        f"numbers computed in {name_of(dtype)}, what learns is kept in float32 and saved in "
+        f"numbers computed in {name_of(computed)}{slow}, what learns is kept in float32 and saved in "
         f"{'float32' if options.lora else name_of(dtype)}; on {pg.model.device}",
     ]
 

@@ -42,9 +42,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma.files import write_text
+from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
 from paligemma.train.run_folder import LOG, append_to_log, read_log
+
+
+def bfloat16_where_fast() -> torch.dtype | None:
+    """For `TrainConfig.autocast` on a CPU: bfloat16, or None (float32) where it has no fast products of it."""
+    return torch.bfloat16 if multiplies_bfloat16() else None
 
 
 class NotFinite(FloatingPointError):

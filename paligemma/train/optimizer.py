@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from paligemma.linear_kernels import multiplies_bfloat16
 
 
 def muon_and_adamw(
@@ -52,25 +55,43 @@ class SharedMuon(torch.optim.Muon):
     Orthogonalising a momentum takes fifteen matrix products; done by every process for every matrix that would be a
     third of a small model's step. Expects that all processes have the same gradients. `state_dict` has to be called
     by all of them.
+
+    PyTorch's own step orthogonalises in bfloat16 wherever it runs. Here it is float32 on a CPU that has no products of
+    bfloat16: of 9 seconds that a step of the embedded model took there, Muon took 7.
     """
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if not dist.is_initialized():
-            return super().step(closure)
-        rank, world = dist.get_rank(), dist.get_world_size()
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for i, parameter in enumerate(parameters):
-            if i % world != rank:
-                parameter.grad = None  # Muon skips what has no gradient
-        loss = super().step(closure)
-        for owner in range(world):
-            owned = [parameter.detach() for parameter in parameters[owner::world]]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        places = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        for parameter, group in places[rank::world]:
+            if parameter.grad is not None:
+                self._move(parameter, parameter.grad, group)
+        for owner in range(world if world > 1 else 0):
+            owned = [parameter.detach() for parameter, _ in places[owner::world]]
             flat = torch.cat([parameter.flatten() for parameter in owned])
             dist.broadcast(flat, owner)
             if owner != rank:
                 for parameter, values in zip(owned, flat.split([parameter.numel() for parameter in owned])):
                     parameter.copy_(values.view_as(parameter))
         return loss
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """One step of one matrix, as in `torch.optim.Muon`: Nesterov's momentum, orthogonalised; decay apart."""
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])
+        fast = update.device.type != "cpu" or multiplies_bfloat16()
+        update = orthogonalised(update.bfloat16() if fast else update, *group["ns_coefficients"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        # The size of a step of AdamW: a root mean square of 0.2 (arXiv 2502.16982).
+        parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
     def state_dict(self) -> dict[str, Any]:
         own = super().state_dict()
@@ -81,3 +102,18 @@ class SharedMuon(torch.optim.Muon):
         dist.all_gather_object(theirs, {i: state for i, state in own["state"].items() if i % world == rank})
         own["state"] = {i: state for part in theirs for i, state in part.items()}
         return own
+
+
+def orthogonalised(matrix: Tensor, a: float, b: float, c: float, steps: int = 5) -> Tensor:
+    """U V' of a matrix U S V', nearly: its singular values come out between about 0.7 and 1.2.
+
+    Newton-Schulz steps: s becomes a s + b s^3 + c s^5, which pulls every s in 0 .. 1 towards 1, the small ones fast.
+    Source: https://kellerjordan.github.io/posts/muon/, where the usual coefficients are from.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalised(matrix.T, a, b, c, steps).T
+    x = matrix / matrix.norm().clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x

@@ -1,0 +1,372 @@
+// Linear layers for few rows on a CPU with AVX2 and no 8-bit dot products: what `linear_kernels.cpp` does for one with
+// AVX-512, whose beginning tells the ideas (rows of w a quarter of the matrix apart, outliers, steps of groups).
+//
+// Few rows are those of answers being written: every weight is read from memory for each token, and to read and use it
+// must not take longer than it takes to arrive. For many rows (an image, a prompt) PyTorch's float32 product is as fast
+// as such a CPU can multiply.
+//
+//     bfloat16   the upper half of a float32: shifted into its place, multiplied and summed as float32
+//     8 bits     no instruction multiplies signed with signed bytes. |w| with x, which gets w's sign, is the same, and
+//                two such products fit into 16 bits: 2 * 128 * 127 < 32768
+//     4 bits     n in 0 .. 15 with x, four products to 16 bits, times the step of the group. The 8 in (n - 8) * step
+//                is taken away at the end, with the sums of x over the groups
+//
+// Sums of whole numbers are exact, so results are those of the other file. In registers: R rows of x by four of w.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+typedef uint16_t bf16;
+
+#define UNROLL _Pragma("GCC unroll 8")
+
+static const int NR = 4;         // rows of w in a tile
+static const int MR = 3;         // rows of x: 3 * 4 partial sums + 1 or 2 weights of the 16 registers
+static const int BLOCK = 128;    // rows of x are filled up with zeros to whole blocks
+static const int GROUP = 64;     // 4-bit weights that share a step
+static const float OUTLIER = 16; // in means of the absolute values of a row
+
+static inline float number(float v) { return v; }
+
+static inline float number(bf16 v) {
+    uint32_t bits = uint32_t(v) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline void put(float v, float* to) { *to = v; }
+
+static inline void put(float v, bf16* to) { // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    *to = v != v ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float sum(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_hadd_ps(half, half);
+    return _mm_cvtss_f32(_mm_hadd_ps(half, half));
+}
+
+static inline int sum(__m256i v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_hadd_epi32(half, half);
+    return _mm_cvtsi128_si32(_mm_hadd_epi32(half, half));
+}
+
+// 32 bytes of which the first `count` are read, zeros behind them.
+static inline __m256i load32(const void* from, int count) {
+    if (count >= 32) return _mm256_loadu_si256((const __m256i*)from);
+    alignas(32) char bytes[32] = {};
+    std::memcpy(bytes, from, count);
+    return _mm256_load_si256((const __m256i*)bytes);
+}
+
+static int whole_blocks(int K) { return (K + BLOCK - 1) / BLOCK * BLOCK; }
+
+// Calls body(R, m) for tiles of R = MR rows and one of what is left over, R being a constant in each.
+template <class Body>
+static inline void tiles_of_rows(int M, Body body) {
+    int m = 0;
+    for (; m + MR <= M; m += MR) body(std::integral_constant<int, 3>(), m);
+    if (M - m == 2) body(std::integral_constant<int, 2>(), m);
+    if (M - m == 1) body(std::integral_constant<int, 1>(), m);
+}
+
+// ---------------------------------------------------------------------------------------------- bfloat16
+
+// x in float32; of 16 numbers first those with an even place, then the odd ones, as they come out of the weights.
+template <int R>
+static void tile_bf16(const float* x, size_t stride, const bf16* const* w, int K, float (*out)[NR]) {
+    const __m256i upper = _mm256_set1_epi32(0xffff0000);
+    __m256 acc[R][NR];
+    UNROLL
+    for (int m = 0; m < R; m++)
+        UNROLL
+        for (int n = 0; n < NR; n++) acc[m][n] = _mm256_setzero_ps();
+    for (int k = 0; k < K; k += 16) {
+        UNROLL
+        for (int n = 0; n < NR; n++) {
+            const __m256i both = load32(w[n] + k, 2 * (K - k));
+            const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+            const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
+            UNROLL
+            for (int m = 0; m < R; m++) {
+                const float* from = x + m * stride + k;
+                acc[m][n] = _mm256_fmadd_ps(even, _mm256_loadu_ps(from), acc[m][n]);
+                acc[m][n] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(from + 8), acc[m][n]);
+            }
+        }
+    }
+    UNROLL
+    for (int m = 0; m < R; m++)
+        UNROLL
+        for (int n = 0; n < NR; n++) out[m][n] = sum(acc[m][n]);
+}
+
+// ---------------------------------------------------------------------------------------------- activations in 8 bits
+
+struct Outlier {
+    int k;      // where it stands
+    float rest; // what was clipped
+};
+
+struct Row {
+    float scale;
+    std::vector<Outlier> outliers;
+    std::vector<int16_t> groups; // the sum of each group
+};
+
+struct Rows {
+    size_t stride;         // K, rounded up to whole blocks
+    std::vector<int8_t> q; // [M, stride], zeros behind K
+    std::vector<Row> row;  // [M]
+};
+
+template <class T>
+static void round_row(const T* x, int K, std::vector<float>& v, int8_t* q, Row& row) {
+    const __m256 sign = _mm256_set1_ps(-0.f);
+    const int whole = int(v.size()); // zeros behind K
+    for (int k = 0; k < K; k++) v[k] = number(x[k]);
+    __m256 largest8 = _mm256_setzero_ps(), sum8 = _mm256_setzero_ps();
+    for (int k = 0; k < whole; k += 8) {
+        const __m256 a = _mm256_andnot_ps(sign, _mm256_loadu_ps(&v[k]));
+        largest8 = _mm256_max_ps(largest8, a), sum8 = _mm256_add_ps(sum8, a);
+    }
+    auto of_eight = [](__m256 of) {
+        alignas(32) float eight[8];
+        _mm256_store_ps(eight, of);
+        return *std::max_element(eight, eight + 8);
+    };
+    const float total = sum(sum8);
+    float largest = of_eight(largest8), bound = INFINITY;
+    if (largest > OUTLIER * (total / K)) {
+        bound = OUTLIER * (total / K), largest8 = _mm256_setzero_ps();
+        for (int k = 0; k < whole; k += 8) {
+            const __m256 a = _mm256_andnot_ps(sign, _mm256_loadu_ps(&v[k]));
+            const __m256 ordinary = _mm256_cmp_ps(a, _mm256_set1_ps(bound), _CMP_LE_OQ);
+            largest8 = _mm256_max_ps(largest8, _mm256_and_ps(ordinary, a));
+        }
+        largest = of_eight(largest8);
+    }
+    // Not a number, or infinite: the sum tells, and the result is then no number either.
+    row.scale = std::isfinite(total) ? largest / 127 : NAN;
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127 / largest : 0);
+    for (int k = 0; k < whole; k += 8) {
+        const __m256 a = _mm256_loadu_ps(&v[k]);
+        __m256 steps = _mm256_mul_ps(a, inverse);
+        steps = _mm256_max_ps(_mm256_min_ps(steps, _mm256_set1_ps(127)), _mm256_set1_ps(-127));
+        const __m256i whole_steps = _mm256_cvtps_epi32(steps); // ties to even
+        const __m128i words =
+            _mm_packs_epi32(_mm256_castsi256_si128(whole_steps), _mm256_extracti128_si256(whole_steps, 1));
+        _mm_storel_epi64((__m128i*)(q + k), _mm_packs_epi16(words, words));
+        int beyond = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, a), _mm256_set1_ps(bound), _CMP_GT_OQ));
+        for (; beyond; beyond &= beyond - 1) {
+            const int at = k + __builtin_ctz(beyond);
+            row.outliers.push_back({at, v[at] - q[at] * row.scale});
+        }
+    }
+    row.groups.resize(whole / GROUP);
+    for (int g = 0; g < whole / GROUP; g++) {
+        int16_t of_group = 0;
+        for (int k = 0; k < GROUP; k++) of_group += q[g * GROUP + k];
+        row.groups[g] = of_group;
+    }
+}
+
+template <class T>
+static Rows round_rows(const T* x, int M, int K) {
+    Rows rows;
+    rows.stride = whole_blocks(K);
+    rows.q.resize(M * rows.stride);
+    rows.row.resize(M);
+    std::vector<float> v(rows.stride);
+    for (int m = 0; m < M; m++) round_row(x + size_t(m) * K, K, v, rows.q.data() + m * rows.stride, rows.row[m]);
+    return rows;
+}
+
+// ---------------------------------------------------------------------------------------------- weights in 8 and 4 bits
+
+template <int R>
+static void tile_int8(const int8_t* x, size_t stride, const int8_t* const* w, int K, int (*out)[NR]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i acc[R][NR];
+    UNROLL
+    for (int m = 0; m < R; m++)
+        UNROLL
+        for (int n = 0; n < NR; n++) acc[m][n] = _mm256_setzero_si256();
+    for (int k = 0; k < K; k += 32) {
+        UNROLL
+        for (int n = 0; n < NR; n++) {
+            const __m256i weights = load32(w[n] + k, K - k), size = _mm256_abs_epi8(weights);
+            UNROLL
+            for (int m = 0; m < R; m++) {
+                const __m256i v = _mm256_loadu_si256((const __m256i*)(x + m * stride + k));
+                const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(v, weights));
+                acc[m][n] = _mm256_add_epi32(acc[m][n], _mm256_madd_epi16(pairs, ones));
+            }
+        }
+    }
+    UNROLL
+    for (int m = 0; m < R; m++)
+        UNROLL
+        for (int n = 0; n < NR; n++) out[m][n] = sum(acc[m][n]);
+}
+
+// 64 bytes hold 128 weights: the lower halves are one group, the upper halves the next.
+template <int R>
+static void tile_int4(
+    const int8_t* x, size_t stride, const Row* row, const uint8_t* const* w, const int8_t* const* steps, int K,
+    int (*out)[NR]) {
+    const __m256i lower = _mm256_set1_epi8(15);
+    __m256i acc[R][NR];
+    UNROLL
+    for (int m = 0; m < R; m++)
+        UNROLL
+        for (int n = 0; n < NR; n++) acc[m][n] = _mm256_setzero_si256();
+    for (int k = 0; k < K; k += 128) {
+        UNROLL
+        for (int n = 0; n < NR; n++) {
+            UNROLL
+            for (int half = 0; half < 2; half++) {
+                __m256i a = _mm256_loadu_si256((const __m256i*)(w[n] + k / 2));
+                __m256i b = _mm256_loadu_si256((const __m256i*)(w[n] + k / 2 + 32));
+                if (half) a = _mm256_srli_epi16(a, 4), b = _mm256_srli_epi16(b, 4);
+                a = _mm256_and_si256(a, lower), b = _mm256_and_si256(b, lower);
+                const __m256i step = _mm256_set1_epi16(steps[n][k / GROUP + half]);
+                UNROLL
+                for (int m = 0; m < R; m++) {
+                    const __m256i* v = (const __m256i*)(x + m * stride + k + GROUP * half);
+                    const __m256i first = _mm256_maddubs_epi16(a, _mm256_loadu_si256(v));
+                    const __m256i second = _mm256_maddubs_epi16(b, _mm256_loadu_si256(v + 1));
+                    const __m256i scaled = _mm256_madd_epi16(_mm256_add_epi16(first, second), step);
+                    acc[m][n] = _mm256_add_epi32(acc[m][n], scaled);
+                }
+            }
+        }
+    }
+    for (int m = 0; m < R; m++)
+        for (int n = 0; n < NR; n++) {
+            int of_groups = 0;
+            for (int g = 0; g < K / GROUP; g++) of_groups += int(row[m].groups[g]) * steps[n][g];
+            out[m][n] = sum(acc[m][n]) - 8 * of_groups;
+        }
+}
+
+// ---------------------------------------------------------------------------------------------- whole layers
+
+// Four rows of w in a tile, a quarter of the matrix apart; the last tiles may do the last row again.
+static int rows_apart(int N) { return (N + NR - 1) / NR; }
+
+// bias: [N] or null. x: [M, K], w: [N, K], y: [M, N].
+extern "C" void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
+    const size_t stride = whole_blocks(K);
+    std::vector<float> spread(M * stride);
+    for (int m = 0; m < M; m++)
+        for (int k = 0; k < K; k++)
+            spread[m * stride + k / 16 * 16 + k % 2 * 8 + k % 16 / 2] = number(x[size_t(m) * K + k]);
+    const int apart = rows_apart(N);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int first = 0; first < apart; first++) {
+        int n[NR];
+        const bf16* row[NR];
+        for (int i = 0; i < NR; i++) n[i] = std::min(first + i * apart, N - 1), row[i] = w + size_t(n[i]) * K;
+        tiles_of_rows(M, [&](auto R, int m) {
+            float out[R()][NR];
+            tile_bf16<R()>(&spread[m * stride], stride, row, K, out);
+            for (int r = 0; r < R(); r++)
+                for (int i = 0; i < NR; i++)
+                    put(out[r][i] + (bias ? number(bias[n[i]]) : 0), y + size_t(m + r) * N + n[i]);
+        });
+    }
+}
+
+// tile(R, m, n, out): the sums of R rows of x from m on with the four rows n of w. weight(n, k): one number of w.
+template <class T, class Tile, class Weight>
+static void few_rows(
+    const Rows& rows, const float* scale, const T* bias, T* y, int M, int N, int threads, Tile tile, Weight weight) {
+    const int apart = rows_apart(N);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int first = 0; first < apart; first++) {
+        int n[NR];
+        for (int i = 0; i < NR; i++) n[i] = std::min(first + i * apart, N - 1);
+        tiles_of_rows(M, [&](auto R, int m) {
+            int out[R()][NR];
+            tile(R, m, n, out);
+            for (int r = 0; r < R(); r++)
+                for (int i = 0; i < NR; i++) {
+                    const Row& row = rows.row[m + r];
+                    float rest = 0;
+                    for (const Outlier& outlier : row.outliers) rest += outlier.rest * weight(n[i], outlier.k);
+                    const float s = scale[n[i]];
+                    put(out[r][i] * s * row.scale + rest * s + (bias ? number(bias[n[i]]) : 0),
+                        y + size_t(m + r) * N + n[i]);
+                }
+        });
+    }
+}
+
+template <class T>
+static void linear_int8(
+    const T* x, const int8_t* w, const float* scale, const T* bias, T* y, int M, int N, int K, int threads) {
+    const Rows rows = round_rows(x, M, K);
+    auto weight = [&](int n, int k) { return float(w[size_t(n) * K + k]); };
+    auto tile = [&](auto R, int m, const int* n, int (*out)[NR]) {
+        const int8_t* row[NR];
+        for (int i = 0; i < NR; i++) row[i] = w + size_t(n[i]) * K;
+        tile_int8<R()>(&rows.q[m * rows.stride], rows.stride, row, K, out);
+    };
+    few_rows(rows, scale, bias, y, M, N, threads, tile, weight);
+}
+
+template <class T>
+static void linear_int4(
+    const T* x, const uint8_t* w, const int8_t* steps, const float* scale, const T* bias, T* y, int M, int N, int K,
+    int threads) {
+    const Rows rows = round_rows(x, M, K);
+    auto weight = [&](int n, int k) {
+        const int byte = w[size_t(n) * (K / 2) + k / 128 * 64 + k % 64];
+        const int number = k % 128 < 64 ? byte & 15 : byte >> 4;
+        return float((number - 8) * steps[size_t(n) * (K / GROUP) + k / GROUP]);
+    };
+    auto tile = [&](auto R, int m, const int* n, int (*out)[NR]) {
+        const uint8_t* row[NR];
+        const int8_t* row_steps[NR];
+        for (int i = 0; i < NR; i++) {
+            row[i] = w + size_t(n[i]) * (K / 2);
+            row_steps[i] = steps + size_t(n[i]) * (K / GROUP);
+        }
+        tile_int4<R()>(&rows.q[m * rows.stride], rows.stride, &rows.row[m], row, row_steps, K, out);
+    };
+    few_rows(rows, scale, bias, y, M, N, threads, tile, weight);
+}
+
+extern "C" void linear_int8_bf16(
+    const bf16* x, const int8_t* w, const float* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
+    linear_int8(x, w, scale, bias, y, M, N, K, threads);
+}
+
+extern "C" void linear_int8_f32(
+    const float* x, const int8_t* w, const float* scale, const float* bias, float* y, int M, int N, int K,
+    int threads) {
+    linear_int8(x, w, scale, bias, y, M, N, K, threads);
+}
+
+extern "C" void linear_int4_bf16(
+    const bf16* x, const uint8_t* w, const int8_t* steps, const float* scale, const bf16* bias, bf16* y, int M, int N,
+    int K, int threads) {
+    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
+}
+
+extern "C" void linear_int4_f32(
+    const float* x, const uint8_t* w, const int8_t* steps, const float* scale, const float* bias, float* y, int M,
+    int N, int K, int threads) {
+    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
+}
