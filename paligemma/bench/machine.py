@@ -47,8 +47,8 @@ def _cpu_name() -> str:
 def measure_limits(quick: bool = False) -> dict[str, float | None]:
     """The machine's rates, in GB/s and GFLOP/s (for int8: billions of multiplications and additions a second).
 
-    read: a gigabyte summed up, the best of a few ways. bf16, int8: a product of matrices of the size of the decoder's.
-    None where the machine (or its PyTorch) has no such product. quick: a tenth of the size, for a try.
+    read: a gigabyte summed up, the best of a few ways. bf16, int8: a product of matrices of the size of the decoder's,
+    whose numbers may be multiplied in float32, too: a CPU without instructions for them is faster so. None where the machine (or its PyTorch) has no such product. quick: a tenth of the size, for a try.
     """
     floats = torch.ones(2**25 if quick else 2**28)
     ways: list[Callable[[Tensor], Any]] = [torch.sum, torch.amax, torch.linalg.vector_norm]
@@ -56,9 +56,15 @@ def measure_limits(quick: bool = False) -> dict[str, float | None]:
     tokens, inside, outside = (256, 512, 2048) if quick else (1024, 2048, 16384)
     work = 2 * tokens * inside * outside / 1e9
     a, b = torch.randn(tokens, inside).bfloat16(), torch.randn(outside, inside).bfloat16()
-    bf16 = work / _best(lambda: torch.nn.functional.linear(a, b))
+    in_bf16 = _best(lambda: torch.nn.functional.linear(a, b))
+    a, b = a.float(), b.float()
+    in_float32 = _best(lambda: torch.nn.functional.linear(a, b))
     int8 = [_best(way) for way in _int8_products(tokens, inside, outside)]
-    return {"read_gb_s": read, "bf16_gflop_s": bf16, "int8_gop_s": work / min(int8) if int8 else None}
+    return {
+        "read_gb_s": read,
+        "bf16_gflop_s": work / min(in_bf16, in_float32),
+        "int8_gop_s": work / min(*int8, in_float32) if int8 else None,
+    }
 
 
 def _best(run: Callable[[], Any], times: int = 5) -> float:
