@@ -48,7 +48,8 @@ def measure_limits(quick: bool = False) -> dict[str, float | None]:
     """The machine's rates, in GB/s and GFLOP/s (for int8: billions of multiplications and additions a second).
 
     read: a gigabyte summed up, the best of a few ways. bf16, int8: a product of matrices of the size of the decoder's,
-    whose numbers may be multiplied in float32, too: a CPU without instructions for them is faster so. None where the machine (or its PyTorch) has no such product. quick: a tenth of the size, for a try.
+    whose numbers may be multiplied in float32, too: a CPU without instructions for them is faster so. None where the
+    machine (or its PyTorch) has no such product. quick: a tenth of the size, for a try.
     """
     floats = torch.ones(2**25 if quick else 2**28)
     ways: list[Callable[[Tensor], Any]] = [torch.sum, torch.amax, torch.linalg.vector_norm]
