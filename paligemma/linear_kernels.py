@@ -4,7 +4,7 @@
         y = linear_int8(x, weight, scale, bias)
 
 There are two files. `linear_kernels.cpp` is for CPUs with AVX-512 and 8-bit dot products, and has everything below. The
-shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: linear layers, best for few rows.
+shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: linear layers for few rows, GELU and norms.
 
 Nobody has to have a compiler: without one, or without such a CPU, `kernel_available()` is False, a line on stderr says
 why, and the layers of `quantization.py` use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that,
@@ -51,9 +51,9 @@ FUNCTIONS = {
     "linear_int8_f32": "ppppp iiii",
     "linear_int4_bf16": "pppppp iiii",
     "linear_int4_f32": "pppppp iiii",
-    # These need AVX-512.
     "look_up_bf16": "pppp iii",
     "rms_norm_bf16": "ppp f iii",
+    # This one needs AVX-512.
     "attention_bf16": "pppppp f iiiiiii",
 }
 
@@ -64,7 +64,7 @@ def kernel_available() -> bool:
 
 
 def all_kernels_available() -> bool:
-    """Whether linear layers are also made for many rows, and norms, GELU and attention are there too: with AVX-512."""
+    """Whether the linear layers are good for many rows as well, and attention is there too: with AVX-512."""
     return instructions() == "AVX-512" and kernel_available()
 
 

@@ -370,3 +370,29 @@ extern "C" void linear_int4_f32(
     int N, int K, int threads) {
     linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
 }
+
+// ---------------------------------------------------------------------------------------------- between the products
+
+// y = table[x] * times, or table[x] without `times`: any function of a bfloat16, of which there are 65,536.
+extern "C" void look_up_bf16(
+    const bf16* table, const bf16* x, const bf16* times, bf16* y, int M, int K, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
+    for (int m = 0; m < M; m++)
+        for (size_t at = size_t(m) * K; at < size_t(m + 1) * K; at++)
+            if (times) put(number(table[x[at]]) * number(times[at]), y + at);
+            else y[at] = table[x[at]];
+}
+
+// Every row of x [M, K] divided by the root of its mean square and multiplied by 1 + weight [K]; float32 inside.
+extern "C" void rms_norm_bf16(const bf16* x, const bf16* weight, bf16* y, float eps, int M, int K, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
+    for (int m = 0; m < M; m++) {
+        const bf16* row = x + size_t(m) * K;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int k = 0; k < K; k++) squares += number(row[k]) * number(row[k]);
+        const float inverse = 1 / std::sqrt(squares / K + eps);
+#pragma omp simd
+        for (int k = 0; k < K; k++) put(number(row[k]) * inverse * (1 + number(weight[k])), y + size_t(m) * K + k);
+    }
+}

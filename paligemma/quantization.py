@@ -189,15 +189,11 @@ def _for_kernel(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled() and kernel_available()
 
 
-def _for_all_kernels(x: Tensor) -> bool:
-    return linear_kernels.all_kernels_available() and _for_kernel(x)
-
-
 class FastRMSNorm(GemmaRMSNorm):
     """The norm in one pass; float32 sums in another order, then rounded once, as before."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == torch.bfloat16 and _for_all_kernels(x):
+        if self.weight.dtype == torch.bfloat16 and _for_kernel(x):
             return linear_kernels.rms_norm_bf16(x, self.weight, self.eps)
         return super().forward(x)
 
@@ -206,7 +202,7 @@ class FastGemmaMLP(GemmaMLP):
     """GELU, found in a table, and what it gates in one pass: equal to the bit."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _for_all_kernels(x):
+        if not _for_kernel(x):
             return super().forward(x)
         hidden: Tensor = self.down_proj(linear_kernels.gelu_bf16(self.gate_proj(x), self.up_proj(x)))
         return hidden
@@ -216,7 +212,7 @@ class FastSiglipMLP(SiglipMLP):
     """The same for the eye, where nothing is gated."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _for_all_kernels(x):
+        if not _for_kernel(x):
             return super().forward(x)
         hidden: Tensor = self.fc2(linear_kernels.gelu_bf16(self.fc1(x)))
         return hidden
@@ -251,6 +247,17 @@ def _in_good_numbers(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Ten
     return attend(q, k, v, *mask)
 
 
+class FastConv2d(nn.Conv2d):
+    """The patches of a picture, in float32 where a CPU has no fast products of bfloat16: a tenth of the time at 224
+    pixels, and less at more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or multiplies_bfloat16() or torch.is_grad_enabled():
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
+
+
 # What stands between the products, and what takes its place in a built model.
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     GemmaAttention: FastGemmaAttention,
@@ -258,6 +265,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     GemmaRMSNorm: FastRMSNorm,
     GemmaMLP: FastGemmaMLP,
     SiglipMLP: FastSiglipMLP,
+    nn.Conv2d: FastConv2d,
 }
 
 

@@ -4,6 +4,7 @@ What the kernels promise: sums of 8-bit products are exact, so where nothing is 
 bit; bfloat16 results are float32 sums in some order, and stay within the bound of such.
 """
 
+import copy
 import json
 import math
 import sys
@@ -280,7 +281,7 @@ def test_kernels_refuse_what_they_would_misread():
 # ---------------------------------------------------------------------------------------------- between the products
 
 
-@needs_avx512
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shape", [(65536,), (1024, 64), (2, 32, 1024), (13, 50), (0, 8)])
 def test_gelu_of_every_bfloat16_there_is(shape):
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -293,7 +294,7 @@ def test_gelu_of_every_bfloat16_there_is(shape):
         assert torch.equal(linear_kernels.gelu_bf16(times.mT, times.mT), linear_kernels.gelu_bf16(times, times).mT)
 
 
-@needs_avx512
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("M", "K"), [(1, 2048), (9, 2048), (3, 1), (12, 37), (0, 16)])
 def test_the_norm_within_the_bound_of_float32(M, K):
     """Half a unit in the last place of bfloat16, and the roundings of K squares summed and four products."""
@@ -304,7 +305,7 @@ def test_the_norm_within_the_bound_of_float32(M, K):
     assert ((y.double() - exact).abs() <= exact.abs() * (2.0**-8 + (K / 16 + 10) * 2.0**-24)).all()
 
 
-@needs_avx512
+@pytest.mark.usefixtures("kernels")
 def test_the_norm_of_zeros_and_of_what_is_no_number():
     x = torch.zeros(3, 40).bfloat16()
     x[1, 39] = math.nan
@@ -372,9 +373,8 @@ def test_they_refuse_what_they_would_misread():
             wrong()
 
 
-@needs_avx512
 @pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
-def test_a_model_takes_them_and_answers_as_without(mode, monkeypatch):
+def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
     """Counted, and compared with the same model whose parts between the products are PyTorch's."""
     called = []
     monkeypatch.setattr(linear_kernels, "best_for_many_rows", lambda: True)
@@ -387,7 +387,8 @@ def test_a_model_takes_them_and_answers_as_without(mode, monkeypatch):
     inputs = make_inputs(model.config, prefix=[5, 3])
     fast = model(**inputs).logits
     text, vision = model.config.text_config, model.config.vision_config
-    assert called.count("attention_bf16") == text.num_hidden_layers + vision.num_hidden_layers
+    of_attention = text.num_hidden_layers + vision.num_hidden_layers if kernels == "AVX-512" else 0
+    assert called.count("attention_bf16") == of_attention
     assert called.count("gelu_bf16") == text.num_hidden_layers + vision.num_hidden_layers
     assert called.count("rms_norm_bf16") == 2 * text.num_hidden_layers + 1
     called.clear()
@@ -396,6 +397,18 @@ def test_a_model_takes_them_and_answers_as_without(mode, monkeypatch):
             module.__class__ = type(module).__mro__[1]
     plain = model(**inputs).logits
     assert called == [] and kl(fast, plain) < 1e-4
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_model_in_bfloat16_answers_nearly_the_same_on_a_cpu_without_its_products(way, slow, monkeypatch):
+    """Everything that is float32 there: products of many rows, attention, patches. Compared with float32 throughout."""
+    monkeypatch.setattr(quantization, "multiplies_bfloat16", lambda: not slow)
+    model = make_model(dtype=torch.bfloat16)
+    inputs = make_inputs(model.config, prefix=[20, 13])  # more rows than few
+    plain, exact = model(**inputs).logits, copy.deepcopy(model).float()(**inputs).logits
+    fast = quantize(model, "bf16")(**inputs).logits
+    assert fast.dtype == torch.bfloat16 and not (slow and torch.equal(fast, plain))
+    assert relative(fast - exact, exact) < 1.1 * relative(plain - exact, exact)
 
 
 # ---------------------------------------------------------------------------------------------- layers
