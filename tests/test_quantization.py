@@ -375,7 +375,10 @@ def test_they_refuse_what_they_would_misread():
 
 @pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
 def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
-    """Counted, and compared with the same model whose parts between the products are PyTorch's."""
+    """Counted, and compared with the same model whose parts between the products are PyTorch's.
+
+    Roundings differ, and may move an 8-bit number by a step; the distance to the model in float32 is the same.
+    """
     called = []
     monkeypatch.setattr(linear_kernels, "best_for_many_rows", lambda: True)
     for name in ("gelu_bf16", "rms_norm_bf16", "attention_bf16"):
@@ -383,9 +386,10 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
         monkeypatch.setattr(
             linear_kernels, name, lambda *given, name=name, real=real: called.append(name) or real(*given)
         )
-    model = quantize(make_model(dtype=torch.bfloat16), mode)
+    model = make_model(dtype=torch.bfloat16)
     inputs = make_inputs(model.config, prefix=[5, 3])
-    fast = model(**inputs).logits
+    exact = copy.deepcopy(model).float()(**inputs).logits
+    fast = quantize(model, mode)(**inputs).logits
     text, vision = model.config.text_config, model.config.vision_config
     of_attention = text.num_hidden_layers + vision.num_hidden_layers if kernels == "AVX-512" else 0
     assert called.count("attention_bf16") == of_attention
@@ -396,7 +400,8 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
         if type(module) in quantization.FAST.values():
             module.__class__ = type(module).__mro__[1]
     plain = model(**inputs).logits
-    assert called == [] and kl(fast, plain) < 1e-4
+    assert called == []
+    assert kl(fast, plain) < kl(plain, exact) and kl(fast, exact) < 1.1 * kl(plain, exact)
 
 
 @pytest.mark.parametrize("slow", [False, True])
