@@ -701,6 +701,7 @@ def scenes(
         str | None, typer.Option(help="count_color: a question about each picture, which the model has yet to learn.")
     ] = None,
     questions: Annotated[int, typer.Option(min=1, help="About each picture, with --task count_color.")] = 1,
+    most: Annotated[int, typer.Option(min=1, max=5, help="Of the colour asked about, with --task count_color.")] = 5,
 ) -> None:
     """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
     if task not in (None, "count_color"):
@@ -708,7 +709,7 @@ def scenes(
     if task == "count_color":
         from paligemma.tiny.color_counts import write_color_counts
 
-        write_color_counts(count, out, split=split, size=size, seed=seed, questions=questions)
+        write_color_counts(count, out, split=split, size=size, seed=seed, questions=questions, most=most)
         note(f"written: {out}")
         return
 

@@ -28,6 +28,16 @@ def test_no_answer_is_a_good_guess():
     assert max(answers.values()) < 0.3 * 200
 
 
+def test_no_more_of_a_color_than_wanted_among_as_many_things():
+    scenes = [color_scene(seed, "train", 64, most=3) for seed in range(80)]
+    answers = Counter(row.suffix for _, row in scenes)
+    assert set(answers) == set(NUMBERS[:4]) and max(answers.values()) < 0.4 * 80
+    assert {len(scene.objects) for scene, _ in scenes} == {1, 2, 3, 4, 5}
+    for most in (0, 6):
+        with pytest.raises(ValueError, match=f"most must be 1 to 5, got {most}"):
+            color_scene(0, most=most)
+
+
 @pytest.mark.parametrize("questions", [2, 6])
 def test_several_questions_are_about_as_many_colors(questions):
     answers = Counter()
