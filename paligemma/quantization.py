@@ -178,9 +178,9 @@ def in_float32(x: Tensor, weight: Tensor) -> Tensor:
     The weight is made float32 a piece at a time, which stays in the cache until it is multiplied.
     """
     x, y = x.float(), torch.empty(len(x), len(weight), dtype=torch.float32)
-    rows = max(1, 2**20 // max(1, x.shape[-1]))  # 4 MB
-    for part, out in zip(weight.split(rows), y.split(rows, dim=1)):
-        torch.mm(x, part.float().T, out=out)
+    piece = torch.empty(max(1, 2**20 // max(1, x.shape[-1])), x.shape[-1])  # 4 MB
+    for part, out in zip(weight.split(len(piece)), y.split(len(piece), dim=1)):
+        torch.mm(x, piece[: len(part)].copy_(part).T, out=out)
     return y
 
 

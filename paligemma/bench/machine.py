@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paligemma.quantization import has_dot_products
+
 
 def describe_machine() -> dict[str, Any]:
     """Device, threads, versions: what a figure means nothing without."""
@@ -44,12 +46,12 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def measure_limits(quick: bool = False) -> dict[str, float | None]:
+def measure_limits(quick: bool = False) -> dict[str, float]:
     """The machine's rates, in GB/s and GFLOP/s (for int8: billions of multiplications and additions a second).
 
     read: a gigabyte summed up, the best of a few ways. bf16, int8: a product of matrices of the size of the decoder's,
-    whose numbers may be multiplied in float32, too: a CPU without instructions for them is faster so. None where the
-    machine (or its PyTorch) has no such product. quick: a tenth of the size, for a try.
+    whose numbers may be multiplied in float32, too: a CPU without instructions for them is faster so. quick: a tenth of
+    the size, for a try.
     """
     floats = torch.ones(2**25 if quick else 2**28)
     ways: list[Callable[[Tensor], Any]] = [torch.sum, torch.amax, torch.linalg.vector_norm]
@@ -60,11 +62,11 @@ def measure_limits(quick: bool = False) -> dict[str, float | None]:
     in_bf16 = _best(lambda: torch.nn.functional.linear(a, b))
     a, b = a.float(), b.float()
     in_float32 = _best(lambda: torch.nn.functional.linear(a, b))
-    int8 = [_best(way) for way in _int8_products(tokens, inside, outside)]
+    int8 = [_best(way) for way in _int8_products(tokens, inside, outside)] if has_dot_products() else []
     return {
         "read_gb_s": read,
         "bf16_gflop_s": work / min(in_bf16, in_float32),
-        "int8_gop_s": work / min(*int8, in_float32) if int8 else None,
+        "int8_gop_s": work / min([*int8, in_float32]),
     }
 
 
