@@ -172,15 +172,17 @@ def _many_for_kernel() -> bool:
     return linear_kernels.best_for_many_rows() and linear_kernels.all_kernels_available()
 
 
-def in_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K], weight [N, K] in another dtype -> x weight' [M, N], float32.
+def in_float32(x: Tensor, weight: Tensor, steps: Tensor | None = None) -> Tensor:
+    """x [M, K], weight [N, K] in another dtype, or in 4 bits [N, K / 2] with its steps -> x weight' [M, N], float32.
 
     The weight is made float32 a piece at a time, which stays in the cache until it is multiplied.
     """
     x, y = x.float(), torch.empty(len(x), len(weight), dtype=torch.float32)
     piece = torch.empty(max(1, 2**20 // max(1, x.shape[-1])), x.shape[-1])  # 4 MB
-    for part, out in zip(weight.split(len(piece)), y.split(len(piece), dim=1)):
-        torch.mm(x, piece[: len(part)].copy_(part).T, out=out)
+    for first in range(0, len(weight), len(piece)):
+        rows = slice(first, first + len(piece))
+        part = weight[rows] if steps is None else unpack(weight[rows], steps[rows])
+        torch.mm(x, piece[: len(part)].copy_(part).T, out=y[:, rows])
     return y
 
 
@@ -335,12 +337,11 @@ class Int4Linear(nn.Module):
             if self.packed is None:
                 self.packed = self._pack()
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.packed[0], GROUP, self.packed[1])
-        else:
+        elif has_dot_products():
             numbers = unpack(self.weight, self.steps)  # layer by layer, never all of them
-            if has_dot_products():
-                y = exact_product(rows, numbers, self.scale, torch.ops.onednn.qlinear_prepack(numbers, None))
-            else:
-                y = weights_only(as_rounded(rows) if kernel_available() else rows, numbers, self.scale)
+            y = exact_product(rows, numbers, self.scale, torch.ops.onednn.qlinear_prepack(numbers, None))
+        else:
+            y = weights_only(as_rounded(rows) if kernel_available() else rows, self.weight, self.scale, self.steps)
         return with_bias(y, self.bias, x)
 
     def _pack(self) -> tuple[Tensor, Tensor]:
@@ -373,9 +374,9 @@ def exact_product(x: Tensor, weight: Tensor, scale: Tensor, packed: Tensor) -> T
     return y
 
 
-def weights_only(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The same with activations as they are, for CPUs without 8-bit products."""
-    return in_float32(x, weight) * scale
+def weights_only(x: Tensor, weight: Tensor, scale: Tensor, steps: Tensor | None = None) -> Tensor:
+    """The same with activations as they are, for CPUs without 8-bit products. steps: of a weight in 4 bits."""
+    return in_float32(x, weight, steps) * scale
 
 
 def as_rounded(x: Tensor) -> Tensor:
