@@ -563,7 +563,12 @@ def finetune(
     language: Language = "en",
     every_label: EveryLabel = False,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="To compute and save in: bfloat16 or float32.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="To compute and save in. Default: the checkpoint's; float32 to compute in where bfloat16 is slow."
+        ),
+    ] = None,
     revision: Revision = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or remove it.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a picture that cannot be read.")] = False,

@@ -53,9 +53,9 @@ FUNCTIONS = {
     "linear_int4_f32": "pppppp iiii",
     "look_up_bf16": "pppp iii",
     "rms_norm_bf16": "ppp f iii",
-    # This one needs AVX-512.
     "attention_bf16": "pppppp f iiiiiii",
 }
+ONLY_AVX512 = ("attention_bf16",)
 
 
 def kernel_available() -> bool:
@@ -70,8 +70,14 @@ def all_kernels_available() -> bool:
 
 def instructions() -> str | None:
     """Which of the files is for this CPU, "AVX-512" or "AVX2"; None if neither is."""
+    best = _best_instructions()
+    return "AVX2" if best is not None and os.environ.get("PALIGEMMA_KERNEL") == "avx2" else best
+
+
+@cache
+def _best_instructions() -> str | None:
     usable, flags = torch.backends.cpu.get_cpu_capability(), _cpu_flags()
-    if usable == "AVX512" and " avx512_vnni" in flags and os.environ.get("PALIGEMMA_KERNEL") != "avx2":
+    if usable == "AVX512" and " avx512_vnni" in flags:
         return "AVX-512"
     return "AVX2" if usable in ("AVX2", "AVX512") and " avx2" in flags and " fma" in flags else None
 
@@ -86,7 +92,8 @@ def best_for_many_rows() -> bool:
 def multiplies_bfloat16() -> bool:
     """Whether PyTorch has fast products of bfloat16 on this CPU.
 
-    Others, such as those with AVX2 alone, compute them number by number, and float32 is many times faster.
+    Others, such as those with AVX2 alone, compute them number by number, and float32 is many times faster. A PyTorch
+    that cannot tell, because it was built without oneDNN, is left to its own ways.
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is None or bool(supported())
@@ -164,8 +171,9 @@ def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     types = {"p": ctypes.c_void_p, "f": ctypes.c_float, "i": ctypes.c_int}
     for name, given in FUNCTIONS.items():
-        if (function := getattr(library, name, None)) is None:
+        if name in ONLY_AVX512 and not hasattr(library, name):
             continue
+        function = getattr(library, name)
         function.argtypes = [types[letter] for letter in given.replace(" ", "")]
         function.restype = None
     return library
@@ -258,7 +266,8 @@ def _rows_of(x: Tensor) -> tuple[int, int]:
 def _run(name: str, given: Sequence[Tensor | ctypes.Array[Any] | None], *numbers: float) -> None:
     """Calls a function of the library: pointers, numbers, and last the threads."""
     if (library := _library(instructions())) is None or not hasattr(library, name):
-        raise RuntimeError("the compiled layers are not available here: ask kernel_available() first")
+        asked = "all_kernels_available()" if name in ONLY_AVX512 else "kernel_available()"
+        raise RuntimeError(f"{name} is not available here: ask {asked} first")
     pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
     getattr(library, name)(*pointers, *numbers, torch.get_num_threads())
 

@@ -11,15 +11,18 @@
 //     4 bits     n in 0 .. 15 with x, four products to 16 bits, times the step of the group. The 8 in (n - 8) * step
 //                is taken away at the end, with the sums of x over the groups
 //
-// Sums of whole numbers are exact, so results are those of the other file. In registers: R rows of x by four of w.
+// Sums of whole numbers are exact, so results are those of the other file, to the bit where nothing is clipped. In
+// registers: R rows of x by four of w. How activations are rounded, and OUTLIER, have to be the same in both files.
+//
+// GELU and norms, at the end, are each one pass over memory.
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 typedef uint16_t bf16;
@@ -74,8 +77,9 @@ static int whole_blocks(int K) { return (K + BLOCK - 1) / BLOCK * BLOCK; }
 // Calls body(R, m) for tiles of R = MR rows and one of what is left over, R being a constant in each.
 template <class Body>
 static inline void tiles_of_rows(int M, Body body) {
+    static_assert(MR == 3, "what is left over is one row or two");
     int m = 0;
-    for (; m + MR <= M; m += MR) body(std::integral_constant<int, 3>(), m);
+    for (; m + MR <= M; m += MR) body(std::integral_constant<int, MR>(), m);
     if (M - m == 2) body(std::integral_constant<int, 2>(), m);
     if (M - m == 1) body(std::integral_constant<int, 1>(), m);
 }

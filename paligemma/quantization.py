@@ -17,9 +17,11 @@ Activations are rounded to 8 bits with a scale per token, `round_activations`. T
 hundred times larger than the rest (arXiv 2208.07339), and a scale that reaches these leaves nothing for the others.
 So what lies beyond 16 times the mean of its token is clipped, and what was clipped is multiplied apart in float32.
 
-In all three modes GELU, norms and attention of a bfloat16 model go through kernels as well, see `FAST`.
+In all three modes GELU and norms of a bfloat16 model go through kernels as well, and with AVX-512 attention: `FAST`.
 
-Two ways to compute the same: the kernels of `linear_kernels.py`, or PyTorch's own operators where those can't be had.
+Two ways to compute the same: the kernels of `linear_kernels.py`, or PyTorch's own operators where those can't be had. A
+CPU with neither VNNI (dot products of 8 bits) nor products of bfloat16 multiplies many rows in float32, whose sums are
+rounded: 8-bit activations are then those of the kernels, or, without any kernel, left as they are.
 The model's files know nothing of all this: modules are swapped, and what they are is seen in `swap` alone.
 
 bitsandbytes, for CUDA, is taken as it is: modes "bnb-int8" and "nf4".
@@ -57,7 +59,7 @@ from paligemma.npz import damaged
 
 STORED = ("int8", "int4")  # modes that a checkpoint on disk can have
 MODES = ("bf16", *STORED, "bnb-int8", "nf4")
-OUTLIER = 16  # in means of the absolute values of a token, as in linear_kernels.cpp
+OUTLIER = 16  # in means of the absolute values of a token, as in the C++ files
 FEW_ROWS = 16  # up to here a product is limited by reading the weights; beyond, PyTorch's matrix product is better
 
 # ---------------------------------------------------------------------------------------------- rounding weights
@@ -158,7 +160,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     few = _few(x)
     if weight.dtype == torch.bfloat16 and (few or _many_for_kernel()) and _for_kernel(x):
         return linear_kernels.linear_bf16(x, weight, bias)
-    if weight.dtype == x.dtype == torch.bfloat16 and not (few or multiplies_bfloat16() or torch.is_grad_enabled()):
+    if weight.dtype == torch.bfloat16 and not few and slow_in_bfloat16(x) and not torch.is_grad_enabled():
         return with_bias(in_float32(x.flatten(0, -2), weight), bias, x)
     return F.linear(x, weight, bias)
 
@@ -172,11 +174,19 @@ def _many_for_kernel() -> bool:
     return linear_kernels.best_for_many_rows() and linear_kernels.all_kernels_available()
 
 
+def slow_in_bfloat16(x: Tensor) -> bool:
+    """Whether x would be multiplied number by number, and float32 is better."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16()
+
+
 def in_float32(x: Tensor, weight: Tensor, steps: Tensor | None = None) -> Tensor:
     """x [M, K], weight [N, K] in another dtype, or in 4 bits [N, K / 2] with its steps -> x weight' [M, N], float32.
 
-    The weight is made float32 a piece at a time, which stays in the cache until it is multiplied.
+    The weight is made float32 a piece at a time, which stays in the cache until it is multiplied; at once where a
+    gradient for x is wanted.
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return x.float() @ (weight if steps is None else unpack(weight, steps)).float().T
     x, y = x.float(), torch.empty(len(x), len(weight), dtype=torch.float32)
     piece = torch.empty(max(1, 2**20 // max(1, x.shape[-1])), x.shape[-1])  # 4 MB
     for first in range(0, len(weight), len(piece)):
@@ -244,7 +254,7 @@ def _attention_for_kernel(q: Tensor) -> bool:
 
 def _in_good_numbers(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
     """`attend` in float32 where the CPU would have to make each bfloat16 a float32 by itself, and back."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and not multiplies_bfloat16():
+    if slow_in_bfloat16(q):
         return attend(q.float(), k.float(), v.float(), *mask).to(q.dtype)
     return attend(q, k, v, *mask)
 
@@ -254,13 +264,13 @@ class FastConv2d(nn.Conv2d):
     pixels, and less at more."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or multiplies_bfloat16() or torch.is_grad_enabled():
+        if not slow_in_bfloat16(x) or torch.is_grad_enabled():
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
         return self._conv_forward(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
-# What stands between the products, and what takes its place in a built model.
+# What stands between the linear layers, and what takes its place in a built model.
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     GemmaAttention: FastGemmaAttention,
     SiglipAttention: FastSiglipAttention,
@@ -375,7 +385,7 @@ def exact_product(x: Tensor, weight: Tensor, scale: Tensor, packed: Tensor) -> T
 
 
 def weights_only(x: Tensor, weight: Tensor, scale: Tensor, steps: Tensor | None = None) -> Tensor:
-    """The same with activations as they are, for CPUs without 8-bit products. steps: of a weight in 4 bits."""
+    """x [M, K] times rounded weights, for CPUs without 8-bit products -> [M, N]. steps: of a weight in 4 bits."""
     return in_float32(x, weight, steps) * scale
 
 

@@ -353,9 +353,8 @@ def test_attention_to_nothing_and_to_what_is_no_number():
     assert far.isfinite().all()
 
 
-@needs_avx512
-def test_they_refuse_what_they_would_misread():
-    q, seen = torch.randn(1, 4, 3, 8).bfloat16(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+@pytest.mark.usefixtures("kernels")
+def test_gelu_and_norm_refuse_what_they_would_misread():
     x, weight = torch.randn(2, 8).bfloat16(), torch.ones(8).bfloat16()
     for wrong in (
         lambda: linear_kernels.gelu_bf16(x.float()),
@@ -363,6 +362,15 @@ def test_they_refuse_what_they_would_misread():
         lambda: linear_kernels.gelu_bf16(x, x.float()),
         lambda: linear_kernels.rms_norm_bf16(x, weight.float(), 1e-6),
         lambda: linear_kernels.rms_norm_bf16(x, weight[:7], 1e-6),
+    ):
+        with pytest.raises(ValueError, match="no kernel for x"):
+            wrong()
+
+
+@needs_avx512
+def test_attention_refuses_what_it_would_misread():
+    q, seen = torch.randn(1, 4, 3, 8).bfloat16(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    for wrong in (
         lambda: linear_kernels.attention_bf16(q.float(), q.float(), q.float(), seen, 1.0),
         lambda: linear_kernels.attention_bf16(q, q, q[:, :, :2], seen, 1.0),
         lambda: linear_kernels.attention_bf16(q, q[:, :3], q[:, :3], seen, 1.0),
@@ -521,9 +529,12 @@ def fresh(monkeypatch, tmp_path):
     """Nothing compiled yet: no library is loaded, and none lies in the cache."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.delenv("PALIGEMMA_KERNEL", raising=False)
-    linear_kernels._library.cache_clear()
+    cached = linear_kernels._library, linear_kernels._best_instructions
+    for function in cached:
+        function.cache_clear()
     yield tmp_path / "extensions"
-    linear_kernels._library.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 def answers_still(capfd, reason: str):
@@ -679,6 +690,36 @@ def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
     with torch.enable_grad():
         layer(torch.randn(1, 1, 128).bfloat16())
     assert called == []  # the kernel knows no gradients
+
+
+@needs_kernel
+def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
+    """As many as it takes, in each of the three layers, and none of those that are more."""
+    monkeypatch.setenv("PALIGEMMA_KERNEL", "avx2")
+    monkeypatch.setattr(quantization, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
+    called, in_float32 = [], quantization.in_float32
+    for name in ("linear_bf16", "linear_int8", "linear_int4"):
+        real = getattr(linear_kernels, name)
+        monkeypatch.setattr(linear_kernels, name, lambda x, *rest, real=real: called.append("kernel") or real(x, *rest))
+    monkeypatch.setattr(quantization, "in_float32", lambda *given: called.append("float32") or in_float32(*given))
+    for mode in ("bf16", "int8", "int4"):
+        layer = quantize(make_model(dtype=torch.bfloat16), mode).language_model.model.layers[0].mlp.up_proj
+        for rows in (1, 16, 17):
+            layer(torch.randn(1, rows, 128).bfloat16())
+    assert called == ["kernel", "kernel", "float32"] * 3
+
+
+def test_gradients_for_pictures_pass_through_rounded_weights(monkeypatch):
+    """Where a CPU has no 8-bit products: weights are fixed, what they multiply is not."""
+    monkeypatch.setenv("PALIGEMMA_KERNEL", "0")
+    monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
+    _, _, eight, four = layers()
+    for layer, weight in ((eight, eight.weight * eight.scale[:, None]), (four, dense(four))):
+        x = torch.randn(20, 512, requires_grad=True)
+        with torch.enable_grad():
+            layer(x).sum().backward()
+        torch.testing.assert_close(x.grad, weight.sum(0).float().expand(20, -1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])

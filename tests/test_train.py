@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,17 +191,17 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(processor):
 def test_a_step_of_muon_is_that_of_pytorch(shape, monkeypatch):
     """To the bit in bfloat16, which is all that PyTorch has. In float32, for some CPUs, up to bfloat16's rounding."""
     begin, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(3)]
-    settings = {"lr": 0.05, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    pytorchs = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
 
     def after_three_steps(kind, fast):
         monkeypatch.setattr(optimizer, "multiplies_bfloat16", lambda: fast)
         parameter = torch.nn.Parameter(begin.clone())
-        muon = kind([parameter], **settings)
+        muon = kind([parameter], lr=0.05, weight_decay=0.1)
         for parameter.grad in gradients:
             muon.step()
         return parameter.detach(), muon.state_dict()
 
-    expected, state = after_three_steps(torch.optim.Muon, True)
+    expected, state = after_three_steps(pytorchs, True)
     moved, own_state = after_three_steps(optimizer.SharedMuon, True)
     assert torch.equal(moved, expected) and not torch.equal(moved, begin)
     assert torch.equal(own_state["state"][0]["momentum_buffer"], state["state"][0]["momentum_buffer"])

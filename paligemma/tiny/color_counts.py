@@ -17,8 +17,8 @@ from a look that is paid for once (`paligemma train --keep-together`). Of them t
 less so: each count is drawn from what the counts before it leave of the five things, so that small ones are commoner.
 (They cannot all be balanced: three counts of 2.5 on average would be more than five things.)
 
-`most` bounds what is counted, not how much stands around it. Each thing more can be missed: the embedded model counts
-three things in all right in .88 of such scenes, and five in .76.
+`most` bounds what is counted, not how much stands around it. Each thing more can be missed: these scenes are fuller
+than those that the model was trained with.
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def muon_and_adamw(
     def of_kind(hidden: bool, peak: float) -> list[dict[str, Any]]:
         return [{"params": group, "lr": peak * key[1]} for key, group in groups.items() if key[0] == hidden]
 
-    optimizers: list[torch.optim.Optimizer] = [
-        SharedMuon(of_kind(True, lr), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    ]
+    optimizers: list[torch.optim.Optimizer] = [SharedMuon(of_kind(True, lr), lr, weight_decay)]
     if others := of_kind(False, adamw_lr):  # none with LoRA in hidden layers alone
         optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay))
     return optimizers
@@ -57,8 +55,12 @@ class SharedMuon(torch.optim.Muon):
     by all of them.
 
     PyTorch's own step orthogonalises in bfloat16 wherever it runs. Here it is float32 on a CPU that has no products of
-    bfloat16: of 9 seconds that a step of the embedded model took there, Muon took 7.
+    bfloat16, where Muon would otherwise take longer than all the rest.
     """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float):
+        # The size of a step of AdamW: a root mean square of 0.2 (arXiv 2502.16982).
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -71,7 +73,9 @@ class SharedMuon(torch.optim.Muon):
         for parameter, group in places[rank::world]:
             if parameter.grad is not None:
                 self._move(parameter, parameter.grad, group)
-        for owner in range(world if world > 1 else 0):
+        if world == 1:
+            return loss
+        for owner in range(min(world, len(places))):
             owned = [parameter.detach() for parameter, _ in places[owner::world]]
             flat = torch.cat([parameter.flatten() for parameter in owned])
             dist.broadcast(flat, owner)
@@ -90,7 +94,6 @@ class SharedMuon(torch.optim.Muon):
         fast = update.device.type != "cpu" or multiplies_bfloat16()
         update = orthogonalised(update.bfloat16() if fast else update, *group["ns_coefficients"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        # The size of a step of AdamW: a root mean square of 0.2 (arXiv 2502.16982).
         parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
     def state_dict(self) -> dict[str, Any]:
