@@ -240,6 +240,19 @@ def echo_json(value: Any) -> None:
     typer.echo(text)
 
 
+def hinted(pg: Any) -> Any:
+    """The model; with a hint where what follows would be slow. (Published sizes help themselves, see `utils.py`.)"""
+    import torch
+
+    from paligemma.checkpoints import published_name
+    from paligemma.linear_kernels import multiplies_bfloat16
+
+    small = pg.model.dtype == torch.bfloat16 and published_name(pg.model.config) is None
+    if small and pg.model.device.type == "cpu" and not multiplies_bfloat16():
+        note("hint: this CPU has no fast products of bfloat16; --dtype float32 answers several times as fast")
+    return pg
+
+
 def note(text: str) -> None:
     """A line on stderr. File names are no markup, and long lines are not broken."""
     notes.print(text, style="dim", markup=False, soft_wrap=True)
@@ -402,7 +415,7 @@ def evaluate(
             raise typer.BadParameter(
                 f"the answers to {task}/{split} are kept on a server: --out FOLDER saves the predictions to send there"
             )
-        pg = load(model, device=device, dtype=dtype, revision=revision)
+        pg = hinted(load(model, device=device, dtype=dtype, revision=revision))
         report = evaluate_benchmark(pg, task, data, split, count=count, about=about, **options)
     elif scenes:
         from paligemma.evaluate import evaluate as run_evaluation
@@ -415,7 +428,7 @@ def evaluate(
             raise typer.BadParameter("the small world has its own tasks: --task and --split are for other --data")
         count = count or 1000
         report = run_evaluation(
-            load(model, device=device, dtype=dtype, revision=revision),
+            hinted(load(model, device=device, dtype=dtype, revision=revision)),
             tiny_examples(count, world),
             MEASURES,
             targets=targets(world),
@@ -441,7 +454,7 @@ def evaluate(
         }
         source["codec"] = codec_of(model, revision, kind)
         rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
-        pg = load(model, device=device, dtype=dtype, revision=revision)
+        pg = hinted(load(model, device=device, dtype=dtype, revision=revision))
         report = evaluate_rows(
             pg, rows, metric, count=count, about=about, constrained=not free, max_new_tokens=max_new_tokens, **options
         )
