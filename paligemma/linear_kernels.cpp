@@ -40,45 +40,15 @@
 //
 // No header of PyTorch is used: this compiles in seconds, and the same library serves every version.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
-
-typedef uint16_t bf16;
-
-#define UNROLL _Pragma("GCC unroll 8") // the partial sums are in registers only where no loop is left to index them
+#include "linear_kernels.h"
 
 static const int MR = 6;         // rows of x in a tile: 6 * 4 partial sums + 4 weights + 1 of the 32 registers
 static const int NR = 4;         // rows of w
 static const int WIDE = 64;      // outputs of a panel: four vectors
 static const int DEEP = 512;     // four-byte steps of a panel: 128 KB, well inside the second cache
 static const int FEW = 48;       // rows up to which weights are read as they lie: a panel has to pay for its copy
-static const int GROUP = 64;     // 4-bit weights that share a step
-static const float OUTLIER = 16; // in means of the absolute values of a row
 
 // ---------------------------------------------------------------------------------------------- numbers
-
-static inline float number(float v) { return v; }
-
-static inline float number(bf16 v) {
-    uint32_t bits = uint32_t(v) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-static inline void put(float v, float* to) { *to = v; }
-
-static inline void put(float v, bf16* to) { // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    *to = v != v ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 static inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
 
@@ -642,29 +612,6 @@ static void linear_int4(
         tile_int4<R()>(rows, m, row, row_steps, out);
     };
     few_rows(rows, scale, bias, y, N, threads, tile, weight);
-}
-
-extern "C" void linear_int8_bf16(
-    const bf16* x, const int8_t* w, const float* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
-    linear_int8(x, w, scale, bias, y, M, N, K, threads);
-}
-
-extern "C" void linear_int8_f32(
-    const float* x, const int8_t* w, const float* scale, const float* bias, float* y, int M, int N, int K,
-    int threads) {
-    linear_int8(x, w, scale, bias, y, M, N, K, threads);
-}
-
-extern "C" void linear_int4_bf16(
-    const bf16* x, const uint8_t* w, const int8_t* steps, const float* scale, const bf16* bias, bf16* y, int M, int N,
-    int K, int threads) {
-    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
-}
-
-extern "C" void linear_int4_f32(
-    const float* x, const uint8_t* w, const int8_t* steps, const float* scale, const float* bias, float* y, int M,
-    int N, int K, int threads) {
-    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
 }
 
 // ---------------------------------------------------------------------------------------------- between the products

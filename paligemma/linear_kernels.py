@@ -40,6 +40,7 @@ SOURCES = {
     "AVX-512": Path(__file__).parent / "linear_kernels.cpp",
     "AVX2": Path(__file__).parent / "linear_kernels_avx2.cpp",
 }
+HEADER = Path(__file__).parent / "linear_kernels.h"  # of both
 GROUP = 64  # 4-bit weights that share a step, as in the C++ file
 # No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-w"]
@@ -151,7 +152,7 @@ def compile_kernel(source: Path) -> Path:
     Named after the source, the flags and the CPU: a home folder may be shared by machines of several kinds.
     """
     conditions = " ".join([*FLAGS, compiler() or "", _cpu_flags()])
-    key = hashlib.sha256(source.read_bytes() + conditions.encode()).hexdigest()[:16]
+    key = hashlib.sha256(HEADER.read_bytes() + source.read_bytes() + conditions.encode()).hexdigest()[:16]
     path = cache_folder() / f"{source.stem}-{key}.so"
     if not path.exists():
         print("note: compiling the kernels for this CPU, once (some seconds)", file=sys.stderr)

@@ -12,45 +12,15 @@
 //                is taken away at the end, with the sums of x over the groups
 //
 // Sums of whole numbers are exact, so results are those of the other file, to the bit where nothing is clipped. In
-// registers: R rows of x by four of w. How activations are rounded, and OUTLIER, have to be the same in both files.
+// registers: R rows of x by four of w. How activations are rounded has to be the same in both files.
 //
 // GELU and norms, at the end, are each one pass over memory.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
-typedef uint16_t bf16;
-
-#define UNROLL _Pragma("GCC unroll 8")
+#include "linear_kernels.h"
 
 static const int NR = 4;         // rows of w in a tile
 static const int MR = 3;         // rows of x: 3 * 4 partial sums + 1 or 2 weights of the 16 registers
 static const int BLOCK = 128;    // rows of x are filled up with zeros to whole blocks
-static const int GROUP = 64;     // 4-bit weights that share a step
-static const float OUTLIER = 16; // in means of the absolute values of a row
-
-static inline float number(float v) { return v; }
-
-static inline float number(bf16 v) {
-    uint32_t bits = uint32_t(v) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
-static inline void put(float v, float* to) { *to = v; }
-
-static inline void put(float v, bf16* to) { // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    *to = v != v ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 static inline float sum(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -350,29 +320,6 @@ static void linear_int4(
         tile_int4<R()>(&rows.q[m * rows.stride], rows.stride, &rows.row[m], row, row_steps, K, out);
     };
     few_rows(rows, scale, bias, y, M, N, threads, tile, weight);
-}
-
-extern "C" void linear_int8_bf16(
-    const bf16* x, const int8_t* w, const float* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
-    linear_int8(x, w, scale, bias, y, M, N, K, threads);
-}
-
-extern "C" void linear_int8_f32(
-    const float* x, const int8_t* w, const float* scale, const float* bias, float* y, int M, int N, int K,
-    int threads) {
-    linear_int8(x, w, scale, bias, y, M, N, K, threads);
-}
-
-extern "C" void linear_int4_bf16(
-    const bf16* x, const uint8_t* w, const int8_t* steps, const float* scale, const bf16* bias, bf16* y, int M, int N,
-    int K, int threads) {
-    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
-}
-
-extern "C" void linear_int4_f32(
-    const float* x, const uint8_t* w, const int8_t* steps, const float* scale, const float* bias, float* y, int M,
-    int N, int K, int threads) {
-    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
 }
 
 // ---------------------------------------------------------------------------------------------- between the products

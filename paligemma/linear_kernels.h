@@ -1,0 +1,70 @@
+// What both files of kernels have in common: the numbers, what their results depend on, and the functions of 8 and 4 bits
+// that are called from outside, which pass on to a template of the file.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+typedef uint16_t bf16;
+
+#define UNROLL _Pragma("GCC unroll 8") // the partial sums are in registers only where no loop is left to index them
+
+static const int GROUP = 64;     // 4-bit weights that share a step
+static const float OUTLIER = 16; // in means of the absolute values of a row
+
+static inline float number(float v) { return v; }
+
+static inline float number(bf16 v) {
+    uint32_t bits = uint32_t(v) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline void put(float v, float* to) { *to = v; }
+
+static inline void put(float v, bf16* to) { // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    *to = v != v ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <class T>
+static void linear_int8(
+    const T* x, const int8_t* w, const float* scale, const T* bias, T* y, int M, int N, int K, int threads);
+
+template <class T>
+static void linear_int4(
+    const T* x, const uint8_t* w, const int8_t* steps, const float* scale, const T* bias, T* y, int M, int N, int K,
+    int threads);
+
+extern "C" void linear_int8_bf16(
+    const bf16* x, const int8_t* w, const float* scale, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
+    linear_int8(x, w, scale, bias, y, M, N, K, threads);
+}
+
+extern "C" void linear_int8_f32(
+    const float* x, const int8_t* w, const float* scale, const float* bias, float* y, int M, int N, int K,
+    int threads) {
+    linear_int8(x, w, scale, bias, y, M, N, K, threads);
+}
+
+extern "C" void linear_int4_bf16(
+    const bf16* x, const uint8_t* w, const int8_t* steps, const float* scale, const bf16* bias, bf16* y, int M, int N,
+    int K, int threads) {
+    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
+}
+
+extern "C" void linear_int4_f32(
+    const float* x, const uint8_t* w, const int8_t* steps, const float* scale, const float* bias, float* y, int M,
+    int N, int K, int threads) {
+    linear_int4(x, w, steps, scale, bias, y, M, N, K, threads);
+}
