@@ -581,6 +581,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         logits_to_keep: int | None = 0,
         output_hidden_states: bool = False,
         logits_of: Tensor | None = None,
+        hidden_to_keep: int = 0,
     ) -> PaliGemmaOutput:
         """One pass over a batch of rows, or over the next tokens of cached rows.
 
@@ -594,6 +595,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         logits_to_keep: 0 all positions, n the last n; None: no logits, and the loss is computed on the labelled
             positions alone. (The head is 257,216 wide: on every position of a batch it outweighs everything else.)
         logits_of: int64 [n], the tokens whose logits are wanted, [B, S, n] in their order; not together with labels.
+        hidden_to_keep: beside `output_hidden_states` without logits and labels: of the stream after the last norm only
+            so many positions, the last ones; 0 all. The last layer computes no others.
 
         The loss is the mean cross-entropy over all labelled tokens of the batch, in float32.
         Raises ValueError on shapes that do not fit together.
@@ -619,8 +622,9 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             position_ids = place + text.position_offset
 
         streams: list[Tensor] | None = [] if output_hidden_states else None
-        everywhere = labels is not None or output_hidden_states or logits_to_keep is None
-        last = 0 if everywhere else logits_to_keep
+        last = 0
+        if labels is None:
+            last = hidden_to_keep if logits_to_keep is None else 0 if output_hidden_states else logits_to_keep
         x = self.language_model.model(x, position_ids, masks, cache, streams, last)
         if logits_to_keep is None:
             logits = None

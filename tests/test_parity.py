@@ -96,6 +96,16 @@ def test_hidden_states(pair):
         assert_equal_logits(here, there, inputs["attention_mask"].bool())
 
 
+@torch.no_grad()
+def test_the_last_hidden_states_alone(pair):
+    ours, _ = pair
+    inputs = make_inputs(ours.config, prefix=[5, 3], suffix=[2, 4])
+    everything = ours(**inputs, output_hidden_states=True, logits_to_keep=None).hidden_states
+    few = ours(**inputs, output_hidden_states=True, logits_to_keep=None, hidden_to_keep=3).hidden_states
+    torch.testing.assert_close(few[-1], everything[-1][:, -3:], rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, few[:-1], everything[:-1]))
+
+
 # ---------------------------------------------------------------------------------------------- token by token
 
 

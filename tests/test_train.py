@@ -82,6 +82,18 @@ def test_the_loss_is_that_of_transformers_on_the_same_batch(processor):
     torch.testing.assert_close(total / tokens, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_the_last_layer_computes_no_more_than_the_answers_need(processor):
+    model = make_model(processor)
+    batch = RowBatches(make_rows(), processor, batch_size=4, shuffle=False)(0)
+    widths = []
+    for layer in model.language_model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    suffix_loss()(model, batch)
+    before = (batch["labels"] != -100).any(0).nonzero()[0].item() - 1  # what predicts the first of the answers
+    whole = batch["input_ids"].shape[1]
+    assert widths == [whole] * (len(widths) - 1) + [whole - before]
+
+
 def test_suffix_and_eos_are_learned_and_nothing_else(processor):
     batch = RowBatches(make_rows(), processor, batch_size=4, shuffle=False)(0)
     tokenizer = processor.tokenizer

@@ -124,6 +124,11 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
     """The prefix-LM loss: cross-entropy of every suffix token and the end, given all before it."""
 
     def loss(model: Any, batch: Batch) -> tuple[Tensor, float, dict[str, float]]:
+        targets = batch["labels"][:, 1:]
+        labelled = targets != -100
+        # From the first position that predicts something on; without any (nothing to do for this process), two.
+        answers = labelled.any(0).nonzero().flatten().tolist()
+        kept = 1 + labelled.shape[1] - (answers or [labelled.shape[1] - 1])[0]
         out = model(
             batch["input_ids"],
             **what_is_seen(model, batch),
@@ -131,9 +136,9 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
             token_type_ids=batch["token_type_ids"],
             logits_to_keep=None,
             output_hidden_states=True,
+            hidden_to_keep=kept,
         )
-        targets = batch["labels"][:, 1:]
-        labelled = targets != -100
+        targets, labelled = targets[:, 1 - kept :], labelled[:, 1 - kept :]
         logits = model.language_model.logits(out.hidden_states[-1][:, :-1][labelled]).float()  # [tokens, V]
         targets = targets[labelled]
         # The reference shares s among the *other* V - 1 tokens, torch shares it among all V.
