@@ -248,7 +248,7 @@ def hinted(pg: Any) -> Any:
     from paligemma.linear_kernels import multiplies_bfloat16
 
     small = pg.model.dtype == torch.bfloat16 and published_name(pg.model.config) is None
-    if small and pg.model.device.type == "cpu" and not multiplies_bfloat16():
+    if small and not multiplies_bfloat16(pg.model.device):
         note("hint: this CPU has no fast products of bfloat16; --dtype float32 answers several times as fast")
     return pg
 

@@ -200,9 +200,7 @@ class _Tag:
     @staticmethod
     def fit(label: str, score: str, font_size: int, room: tuple[int, int]) -> _Tag | None:
         """The tag for a label and a score, the label shortened until it fits into the picture; None if nothing does."""
-        # Line breaks and control characters would tear the tag, lone surrogates cannot be drawn.
-        label = label[:200].encode("utf-8", "replace").decode()
-        label = " ".join("".join(c if c.isprintable() else " " for c in label).split())
+        label = one_line(label[:200])
         font = font_for(label, font_size)
 
         def tag(length: int) -> _Tag:
@@ -262,6 +260,15 @@ def _open_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | None:
     except OSError:
         return None
     return font if isinstance(font, ImageFont.FreeTypeFont) else None
+
+
+def one_line(text: str) -> str:
+    """As it can be drawn: spaces for line breaks and control characters, and no two in a row; "?" for lone surrogates.
+
+    Pillow stops with an error at some of them: raqm, which sets its lines, takes one paragraph at a time.
+    """
+    text = text.encode("utf-8", "replace").decode()
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 @lru_cache(maxsize=1024)

@@ -89,13 +89,17 @@ def best_for_many_rows() -> bool:
     return " avx512_bf16" in (flags := _cpu_flags()) and " amx_bf16" not in flags
 
 
-@cache
-def multiplies_bfloat16() -> bool:
-    """Whether PyTorch has fast products of bfloat16 on this CPU.
+def multiplies_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether PyTorch has fast products of bfloat16 on this device.
 
-    Others, such as those with AVX2 alone, compute them number by number, and float32 is many times faster. A PyTorch
-    that cannot tell, because it was built without oneDNN, is left to its own ways.
+    CPUs such as those with AVX2 alone compute them number by number, and float32 is many times faster.
     """
+    return torch.device(device).type != "cpu" or cpu_multiplies_bfloat16()
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """A PyTorch that cannot tell, because it was built without oneDNN, is left to its own ways."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is None or bool(supported())
 

@@ -176,7 +176,7 @@ def _many_for_kernel() -> bool:
 
 def slow_in_bfloat16(x: Tensor) -> bool:
     """Whether x would be multiplied number by number, and float32 is better."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16()
+    return x.dtype == torch.bfloat16 and not multiplies_bfloat16(x.device)
 
 
 def in_float32(x: Tensor, weight: Tensor, steps: Tensor | None = None) -> Tensor:

@@ -376,6 +376,8 @@ def test_a_drawn_row_shows_all_its_pictures_and_all_its_words():
     assert width == 2 * 400 + 3 * 12
     one = compare(Example("1", two[0], "answer en both ?", "exact", ("False",)), answer)
     assert one.size == (400 + 2 * 12, height - 20), "a single picture needs no name"
+    strange = compare(Example("1", two[0], "answer en both ?", "exact", ("False",)), Prediction("\n\ufffd\u05d0"))
+    assert strange.size == one.size  # a line break, and what Pillow cannot set behind one
     boxes = compare(Example("1", two, "detect dog", "detect", regions=dogs((0, 0, 10, 10))), Prediction(""))
     assert boxes.width == width
     narrow = compare(Example("1", np.zeros((400, 4, 3), np.uint8), "answer en " + 20 * "why ", "exact", ("x",)), answer)

@@ -416,7 +416,7 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_model_in_bfloat16_answers_nearly_the_same_on_a_cpu_without_its_products(way, slow, monkeypatch):
     """Everything that is float32 there: products of many rows, attention, patches. Compared with float32 throughout."""
-    monkeypatch.setattr(quantization, "multiplies_bfloat16", lambda: not slow)
+    monkeypatch.setattr("paligemma.linear_kernels.cpu_multiplies_bfloat16", lambda: not slow)
     model = make_model(dtype=torch.bfloat16)
     inputs = make_inputs(model.config, prefix=[20, 13])  # more rows than few
     plain, exact = model(**inputs).logits, copy.deepcopy(model).float()(**inputs).logits
@@ -697,7 +697,7 @@ def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
 def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
     """As many as it takes, in each of the three layers, and none of those that are more."""
     monkeypatch.setenv("PALIGEMMA_KERNEL", "avx2")
-    monkeypatch.setattr(quantization, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("paligemma.linear_kernels.cpu_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
     called, in_float32 = [], quantization.in_float32
     for name in ("linear_bf16", "linear_int8", "linear_int4"):

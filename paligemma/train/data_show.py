@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from paligemma.attention_mask import prefix_lm_mask
-from paligemma.draw import draw, font_for
+from paligemma.draw import draw, font_for, one_line
 from paligemma.grammar import parse
 from paligemma.processing_paligemma import IGNORED, PaliGemmaProcessor, load_image
 from paligemma.train.data import Row
@@ -142,7 +142,7 @@ def _chips(
             while end < len(ids) and end - i < most and ids[end] == ids[i] and valid[end] == valid[i]:
                 end += 1
         text = tokenizer.backend.id_to_token(ids[i]) or "?"
-        text = text.replace("\n", "\\n").replace("▁", "·")
+        text = one_line(text.replace("\n", "\\n").replace("▁", "·")) or "?"
         if end - i > 1:
             text += f" x {end - i}"
         yield Chip(kind, text, "-" if labels[i] == IGNORED else str(labels[i]), list(range(i, end)))
@@ -177,7 +177,8 @@ def _panel(
         left, bottom = max(left, at[0] + picture.width + MARGIN), at[1] + picture.height + MARGIN
 
     x, y = left, MARGIN
-    pen.text((x, y), f"row {row.number}   {row.source}", fill=INK, font=font_for(row.source, 14))
+    source = one_line(row.source)
+    pen.text((x, y), f"row {row.number}   {source}", fill=INK, font=font_for(source, 14))
     y += 24
     for kind, name in (
         ("image", "image"),

@@ -352,8 +352,8 @@ def own_device(world: int) -> str | None:
 def computed_in(options: Options, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype of the matrix products of a model in `dtype`: float32 instead of bfloat16 on a CPU that has no products
     of bfloat16, unless it was asked for by name."""
-    slow = torch.device(device).type == "cpu" and not multiplies_bfloat16()
-    return torch.float32 if slow and options.dtype is None and dtype == torch.bfloat16 else dtype
+    slow = dtype == torch.bfloat16 and not multiplies_bfloat16(device)
+    return torch.float32 if slow and options.dtype is None else dtype
 
 
 def prepare(model: Any, options: Options) -> None:

@@ -91,8 +91,8 @@ class SharedMuon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"])
-        fast = update.device.type != "cpu" or multiplies_bfloat16()
-        update = orthogonalised(update.bfloat16() if fast else update, *group["ns_coefficients"])
+        update = update.bfloat16() if multiplies_bfloat16(update.device) else update
+        update = orthogonalised(update, *group["ns_coefficients"])
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
