@@ -720,6 +720,9 @@ def scenes(
     ] = None,
     questions: Annotated[int, typer.Option(min=1, help="About each picture, with --task count_color.")] = 1,
     most: Annotated[int, typer.Option(min=1, max=5, help="Of the colour asked about, with --task count_color.")] = 5,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Nothing hides a part of another, with --task count_color.")
+    ] = False,
 ) -> None:
     """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
     if task not in (None, "count_color"):
@@ -727,7 +730,7 @@ def scenes(
     if task == "count_color":
         from paligemma.tiny.color_counts import write_color_counts
 
-        write_color_counts(count, out, split=split, size=size, seed=seed, questions=questions, most=most)
+        write_color_counts(count, out, split=split, size=size, seed=seed, questions=questions, most=most, apart=apart)
         note(f"written: {out}")
         return
 

@@ -18,7 +18,8 @@ less so: each count is drawn from what the counts before it leave of the five th
 (They cannot all be balanced: three counts of 2.5 on average would be more than five things.)
 
 `most` bounds what is counted, not how much stands around it. Each thing more can be missed: these scenes are fuller
-than those that the model was trained with.
+than those that the model was trained with. With `apart` none of them hides a part of another, which is where most
+mistakes are made.
 """
 
 from __future__ import annotations
@@ -32,23 +33,25 @@ from PIL import Image
 from paligemma.files import new_folder_written_whole
 from paligemma.tiny.rows import NUMBERS, Row
 from paligemma.tiny.scenes import drawing
-from paligemma.tiny.world import TINTABLE, TINTS, Scene, generator, has_held_out, render
+from paligemma.tiny.world import MIN_VISIBLE, TINTABLE, TINTS, Scene, generator, has_held_out, render
 
 MOST = 5  # things in a scene
 QUESTION = "answer en how many {color} things are there ?"
 
 
-def color_scene(seed: int, split: str = "train", size: int = 256, most: int = MOST) -> tuple[Scene, Row]:
+def color_scene(
+    seed: int, split: str = "train", size: int = 256, most: int = MOST, apart: bool = False
+) -> tuple[Scene, Row]:
     """A scene of 1 to 5 tinted things, and a question about one colour whose answer is "zero" to "five" (or `most`).
 
     The first of `color_questions`.
     """
-    scene, rows = color_questions(seed, split, size, 1, most)
+    scene, rows = color_questions(seed, split, size, 1, most, apart)
     return scene, rows[0]
 
 
 def color_questions(
-    seed: int, split: str = "train", size: int = 256, questions: int = 1, most: int = MOST
+    seed: int, split: str = "train", size: int = 256, questions: int = 1, most: int = MOST, apart: bool = False
 ) -> tuple[Scene, list[Row]]:
     """A scene of 1 to 5 tinted things, and questions about as many colours, answers "zero" to "five" (or `most`).
 
@@ -75,7 +78,8 @@ def color_questions(
         if has_held_out(things) == (split == "heldout"):
             break
     things = [things[i] for i in rng.permutation(len(things))]
-    scene = render(seed, split, size, things=things, sign=0.0, sign_only=0.0)
+    visible = 1.0 if apart else MIN_VISIBLE
+    scene = render(seed, split, size, things=things, sign=0.0, sign_only=0.0, visible=visible)
     rows = []
     for color in wanted:
         counted = tuple(thing for thing in scene.objects if thing.tint == color)
@@ -95,6 +99,7 @@ def write_color_counts(
     seed: int = 0,
     questions: int = 1,
     most: int = MOST,
+    apart: bool = False,
     *,
     progress: bool = True,
 ) -> Path:
@@ -111,7 +116,7 @@ def write_color_counts(
     with new_folder_written_whole(folder) as beside, open(beside / "rows.jsonl", "w", encoding="utf-8") as lines:
         (beside / "images").mkdir()
         for number in drawing(seeds, progress):
-            scene, rows = color_questions(number, split, size, questions, most)
+            scene, rows = color_questions(number, split, size, questions, most, apart)
             name = f"images/{split}_{number:06d}.png"
             Image.fromarray(scene.image).save(beside / name)
             for row in rows:

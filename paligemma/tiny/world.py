@@ -467,7 +467,9 @@ def _things(rng: np.random.Generator, count: int, split: str) -> list[tuple[str,
     return things
 
 
-def _place(rng: np.random.Generator, stamp: _Stamp, label: str, placed: list["_Placed"], size: int) -> "_Placed | None":
+def _place(
+    rng: np.random.Generator, stamp: _Stamp, label: str, placed: list["_Placed"], size: int, visible: float
+) -> "_Placed | None":
     """A place where the stamp hides no one too much and starts at a column of its own; None after 24 trials."""
     height, width = stamp.mask.shape
     if height > size or width > size:
@@ -488,7 +490,7 @@ def _place(rng: np.random.Generator, stamp: _Stamp, label: str, placed: list["_P
                 break
             theirs = other.mask[c - other.y : d - other.y, a - other.x : b - other.x]
             lost = theirs & stamp.mask[c - y : d - y, a - x : b - x]
-            if other.left - np.count_nonzero(lost) < MIN_VISIBLE * other.area:
+            if other.left - np.count_nonzero(lost) < visible * other.area:
                 break
             hidden.append((theirs, lost, other))
         else:
@@ -528,6 +530,7 @@ def render(
     text_length: tuple[int, int] = (1, 6),
     char_size: tuple[float, float] = (0.12, 0.2),
     things: Sequence[tuple[str, str | None]] | None = None,
+    visible: float = MIN_VISIBLE,
 ) -> Scene:
     """The scene of a seed: the same labels, boxes and picture on every call.
 
@@ -540,6 +543,7 @@ def render(
     text_length:  least and most characters on a sign.
     char_size:    font size (em) of a sign as a share of the side; long texts are shrunk until the board fits.
     things:       these pictograms, (label, tint), whatever the split may show; then `objects` does not matter.
+    visible:      least share of a pictogram that others leave to be seen; 1: none hides another.
 
     Raises ValueError for an unknown split or style, a negative seed, or bounds that make no sense.
     """
@@ -550,6 +554,8 @@ def render(
         raise ValueError(f"text_length must be a pair with 1 <= least <= most <= 6, got {text_length}")
     if not 0.08 <= object_size[0] <= object_size[1] <= 0.7:
         raise ValueError(f"object_size must be a pair with 0.08 <= least <= most <= 0.7, got {object_size}")
+    if not 0 < visible <= 1:
+        raise ValueError(f"visible must be a share above 0 and at most 1, got {visible}")
     if size < 64:
         raise ValueError(f"size must be at least 64 pixels, got {size}")
     rng = generator(seed, split)
@@ -581,13 +587,13 @@ def render(
         small, large = object_size[0], _most_that_fits(count + with_sign, object_size[1])
         for label, tint in things:
             longest = size * max(small, float(rng.uniform(small, max(small, large))) * shrink)
-            spot = _place(rng, _pictogram(rng, style, label, tint, longest), label, placed, size)
+            spot = _place(rng, _pictogram(rng, style, label, tint, longest), label, placed, size, visible)
             if spot is None:
                 break
             placed.append(spot)
         else:
             if with_sign:  # last, on top: nothing hides its text
-                spot = _place(rng, _sign(rng, text, size, char_size, board), "sign", placed, size)
+                spot = _place(rng, _sign(rng, text, size, char_size, board), "sign", placed, size, visible)
                 if spot is not None:
                     placed.append(spot)
         if len(placed) < count + with_sign or not _apart(placed, size):
