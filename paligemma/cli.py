@@ -404,6 +404,9 @@ def evaluate(
     from paligemma.evaluate.benchmarks import BENCHMARKS, evaluate_benchmark, resolved_split
     from paligemma.inference import load
 
+    def opened() -> Any:
+        return hinted(load(model, device=device, dtype=dtype, revision=revision))
+
     options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
     about = {"model": model, "data": data, "dtype": dtype}
     scenes = data.partition(":")[0] == "tiny" and not Path(data).exists()
@@ -415,7 +418,7 @@ def evaluate(
             raise typer.BadParameter(
                 f"the answers to {task}/{split} are kept on a server: --out FOLDER saves the predictions to send there"
             )
-        pg = hinted(load(model, device=device, dtype=dtype, revision=revision))
+        pg = opened()
         report = evaluate_benchmark(pg, task, data, split, count=count, about=about, **options)
     elif scenes:
         from paligemma.evaluate import evaluate as run_evaluation
@@ -428,7 +431,7 @@ def evaluate(
             raise typer.BadParameter("the small world has its own tasks: --task and --split are for other --data")
         count = count or 1000
         report = run_evaluation(
-            hinted(load(model, device=device, dtype=dtype, revision=revision)),
+            opened(),
             tiny_examples(count, world),
             MEASURES,
             targets=targets(world),
@@ -454,7 +457,7 @@ def evaluate(
         }
         source["codec"] = codec_of(model, revision, kind)
         rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
-        pg = hinted(load(model, device=device, dtype=dtype, revision=revision))
+        pg = opened()
         report = evaluate_rows(
             pg, rows, metric, count=count, about=about, constrained=not free, max_new_tokens=max_new_tokens, **options
         )
