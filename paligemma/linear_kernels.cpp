@@ -668,10 +668,6 @@ static inline __m512 exp16(__m512 x) {
 
 static const int QUERIES = 48; // of a block, whose scores stay in the cache
 
-struct Places { // how far apart in memory: batch, head, position
-    int64_t q[3], k[3], v[3], mask[2];
-};
-
 // y[b, s, h] = sum over t of softmax(scale * q[b, h, s] . k[b, h / G, t]) v[b, h / G, t], over the t that mask[b, s, t]
 // allows, or all without a mask; 0 where it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV = H / G.
 //

@@ -20,6 +20,10 @@ typedef uint16_t bf16;
 static const int GROUP = 64;     // 4-bit weights that share a step
 static const float OUTLIER = 16; // in means of the absolute values of a row
 
+struct Places { // of attention: how far apart in memory are batch, head, position
+    int64_t q[3], k[3], v[3], mask[2];
+};
+
 static inline float number(float v) { return v; }
 
 static inline float number(bf16 v) {

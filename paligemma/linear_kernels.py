@@ -4,7 +4,8 @@
         y = linear_int8(x, weight, scale, bias)
 
 There are two files. `linear_kernels.cpp` is for CPUs with AVX-512 and 8-bit dot products, and has everything below. The
-shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: linear layers for few rows, GELU and norms.
+shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: the same, but linear layers and attention for
+few rows alone.
 
 Nobody has to have a compiler: without one, or without such a CPU, `kernel_available()` is False, a line on stderr says
 why, and the layers of `quantization.py` use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that,
@@ -56,7 +57,6 @@ FUNCTIONS = {
     "rms_norm_bf16": "ppp f iii",
     "attention_bf16": "pppppp f iiiiiii",
 }
-ONLY_AVX512 = ("attention_bf16",)
 
 
 def kernel_available() -> bool:
@@ -64,8 +64,8 @@ def kernel_available() -> bool:
     return os.environ.get("PALIGEMMA_KERNEL") != "0" and _library(instructions()) is not None
 
 
-def all_kernels_available() -> bool:
-    """Whether the linear layers are good for many rows as well, and attention is there too: with AVX-512."""
+def good_for_many_rows() -> bool:
+    """Whether linear layers and attention are good for many rows as well: with AVX-512."""
     return instructions() == "AVX-512" and kernel_available()
 
 
@@ -176,8 +176,6 @@ def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     types = {"p": ctypes.c_void_p, "f": ctypes.c_float, "i": ctypes.c_int}
     for name, given in FUNCTIONS.items():
-        if name in ONLY_AVX512 and not hasattr(library, name):
-            continue
         function = getattr(library, name)
         function.argtypes = [types[letter] for letter in given.replace(" ", "")]
         function.restype = None
@@ -270,9 +268,8 @@ def _rows_of(x: Tensor) -> tuple[int, int]:
 
 def _run(name: str, given: Sequence[Tensor | ctypes.Array[Any] | None], *numbers: float) -> None:
     """Calls a function of the library: pointers, numbers, and last the threads."""
-    if (library := _library(instructions())) is None or not hasattr(library, name):
-        asked = "all_kernels_available()" if name in ONLY_AVX512 else "kernel_available()"
-        raise RuntimeError(f"{name} is not available here: ask {asked} first")
+    if (library := _library(instructions())) is None:
+        raise RuntimeError(f"{name} is not available here: ask kernel_available() first")
     pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
     getattr(library, name)(*pointers, *numbers, torch.get_num_threads())
 
@@ -284,7 +281,7 @@ def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
 
 def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
     _expect(x.shape[-1] == K and max(N, K) < 2**31, x, weights[0])
-    _expect(all(t.is_contiguous() and t.device.type == "cpu" for t in weights), x, weights[0])
+    _expect(all(t.is_contiguous() and t.is_cpu for t in weights), x, weights[0])
     if name != "linear_bf16":
         _expect(x.dtype in (torch.bfloat16, torch.float32), x, weights[0])
         name += "_bf16" if x.dtype == torch.bfloat16 else "_f32"

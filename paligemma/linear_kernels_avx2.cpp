@@ -14,13 +14,14 @@
 // Sums of whole numbers are exact, so results are those of the other file, to the bit where nothing is clipped. In
 // registers: R rows of x by four of w. How activations are rounded has to be the same in both files.
 //
-// GELU and norms, at the end, are each one pass over memory.
+// GELU and norms, at the end, are each one pass over memory; attention takes one query after the other.
 
 #include "linear_kernels.h"
 
 static const int NR = 4;         // rows of w in a tile
 static const int MR = 3;         // rows of x: 3 * 4 partial sums + 1 or 2 weights of the 16 registers
 static const int BLOCK = 128;    // rows of x are filled up with zeros to whole blocks
+static const int AHEAD = 512;    // bytes of 8-bit and 4-bit weights that are asked for before they are needed
 
 static inline float sum(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -179,6 +180,7 @@ static void tile_int8(const int8_t* x, size_t stride, const int8_t* const* w, in
     for (int k = 0; k < K; k += 32) {
         UNROLL
         for (int n = 0; n < NR; n++) {
+            _mm_prefetch((const char*)(w[n] + k + AHEAD), _MM_HINT_T0);
             const __m256i weights = load32(w[n] + k, K - k), size = _mm256_abs_epi8(weights);
             UNROLL
             for (int m = 0; m < R; m++) {
@@ -208,28 +210,40 @@ static void tile_int4(
     for (int k = 0; k < K; k += 128) {
         UNROLL
         for (int n = 0; n < NR; n++) {
+            const __m256i a = _mm256_loadu_si256((const __m256i*)(w[n] + k / 2));
+            const __m256i b = _mm256_loadu_si256((const __m256i*)(w[n] + k / 2 + 32));
+            _mm_prefetch((const char*)(w[n] + k / 2 + AHEAD), _MM_HINT_T0);
+            int16_t two; // steps, of the lower halves and of the upper ones
+            std::memcpy(&two, steps[n] + k / GROUP, 2);
+            const __m128i both = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(two));
+            const __m256i step[2] = {_mm256_broadcastw_epi16(both), _mm256_broadcastw_epi16(_mm_srli_si128(both, 2))};
             UNROLL
             for (int half = 0; half < 2; half++) {
-                __m256i a = _mm256_loadu_si256((const __m256i*)(w[n] + k / 2));
-                __m256i b = _mm256_loadu_si256((const __m256i*)(w[n] + k / 2 + 32));
-                if (half) a = _mm256_srli_epi16(a, 4), b = _mm256_srli_epi16(b, 4);
-                a = _mm256_and_si256(a, lower), b = _mm256_and_si256(b, lower);
-                const __m256i step = _mm256_set1_epi16(steps[n][k / GROUP + half]);
+                const __m256i numbers = _mm256_and_si256(half ? _mm256_srli_epi16(a, 4) : a, lower);
+                const __m256i others = _mm256_and_si256(half ? _mm256_srli_epi16(b, 4) : b, lower);
                 UNROLL
                 for (int m = 0; m < R; m++) {
                     const __m256i* v = (const __m256i*)(x + m * stride + k + GROUP * half);
-                    const __m256i first = _mm256_maddubs_epi16(a, _mm256_loadu_si256(v));
-                    const __m256i second = _mm256_maddubs_epi16(b, _mm256_loadu_si256(v + 1));
-                    const __m256i scaled = _mm256_madd_epi16(_mm256_add_epi16(first, second), step);
+                    const __m256i first = _mm256_maddubs_epi16(numbers, _mm256_loadu_si256(v));
+                    const __m256i second = _mm256_maddubs_epi16(others, _mm256_loadu_si256(v + 1));
+                    const __m256i scaled = _mm256_madd_epi16(_mm256_add_epi16(first, second), step[half]);
                     acc[m][n] = _mm256_add_epi32(acc[m][n], scaled);
                 }
             }
         }
     }
+    UNROLL
     for (int m = 0; m < R; m++)
         for (int n = 0; n < NR; n++) {
-            int of_groups = 0;
-            for (int g = 0; g < K / GROUP; g++) of_groups += int(row[m].groups[g]) * steps[n][g];
+            __m256i of_groups8 = _mm256_setzero_si256();
+            int g = 0;
+            for (; g + 16 <= K / GROUP; g += 16) {
+                const __m256i sums = _mm256_loadu_si256((const __m256i*)&row[m].groups[g]);
+                const __m256i their = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(steps[n] + g)));
+                of_groups8 = _mm256_add_epi32(of_groups8, _mm256_madd_epi16(sums, their));
+            }
+            int of_groups = sum(of_groups8);
+            for (; g < K / GROUP; g++) of_groups += int(row[m].groups[g]) * steps[n][g];
             out[m][n] = sum(acc[m][n]) - 8 * of_groups;
         }
 }
@@ -327,11 +341,11 @@ static void linear_int4(
 // y = table[x] * times, or table[x] without `times`: any function of a bfloat16, of which there are 65,536.
 extern "C" void look_up_bf16(
     const bf16* table, const bf16* x, const bf16* times, bf16* y, int M, int K, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
-    for (int m = 0; m < M; m++)
-        for (size_t at = size_t(m) * K; at < size_t(m + 1) * K; at++)
-            if (times) put(number(table[x[at]]) * number(times[at]), y + at);
-            else y[at] = table[x[at]];
+    const int64_t count = int64_t(M) * K;
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > 4096)
+    for (int64_t at = 0; at < count; at++)
+        if (times) put(number(table[x[at]]) * number(times[at]), y + at);
+        else y[at] = table[x[at]];
 }
 
 // Every row of x [M, K] divided by the root of its mean square and multiplied by 1 + weight [K]; float32 inside.
@@ -345,5 +359,39 @@ extern "C" void rms_norm_bf16(const bf16* x, const bf16* weight, bf16* y, float 
         const float inverse = 1 / std::sqrt(squares / K + eps);
 #pragma omp simd
         for (int k = 0; k < K; k++) put(number(row[k]) * inverse * (1 + number(weight[k])), y + size_t(m) * K + k);
+    }
+}
+
+// y[b, s, h] = sum over t of softmax(scale * q[b, h, s] . k[b, h / G, t]) v[b, h / G, t], over the t that mask[b, s, t]
+// allows, or all without a mask; 0 where it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV = H / G.
+extern "C" void attention_bf16(
+    const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* y, const Places* places, float scale, int B,
+    int H, int KV, int S, int T, int E, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int task = 0; task < B * S * H; task++) {
+        const int b = task / (S * H), s = task / H % S, h = task % H, head = h / (H / KV);
+        const bf16* query = q + b * places->q[0] + h * places->q[1] + s * places->q[2];
+        const bf16* keys = k + b * places->k[0] + head * places->k[1];
+        const bf16* values = v + b * places->v[0] + head * places->v[1];
+        const uint8_t* seen = mask ? mask + b * places->mask[0] + s * places->mask[1] : nullptr;
+        std::vector<float> weight(T), sums(E);
+        float largest = -INFINITY, total = 0;
+        for (int t = 0; t < T; t++) {
+            if (seen && !seen[t]) continue;
+            const bf16* key = keys + t * places->k[2];
+            float score = 0;
+#pragma omp simd reduction(+ : score)
+            for (int e = 0; e < E; e++) score += number(query[e]) * number(key[e]);
+            weight[t] = score * scale, largest = std::max(largest, weight[t]);
+        }
+        for (int t = 0; t < T; t++) {
+            if (seen && !seen[t]) continue;
+            const bf16* value = values + t * places->v[2];
+            const float of_value = std::exp(weight[t] - largest);
+            total += of_value;
+#pragma omp simd
+            for (int e = 0; e < E; e++) sums[e] += of_value * number(value[e]);
+        }
+        for (int e = 0; e < E; e++) put(total == 0 ? 0 : sums[e] / total, y + size_t(task) * E + e);
     }
 }

@@ -17,7 +17,7 @@ Activations are rounded to 8 bits with a scale per token, `round_activations`. T
 hundred times larger than the rest (arXiv 2208.07339), and a scale that reaches these leaves nothing for the others.
 So what lies beyond 16 times the mean of its token is clipped, and what was clipped is multiplied apart in float32.
 
-In all three modes GELU and norms of a bfloat16 model go through kernels as well, and with AVX-512 attention: `FAST`.
+In all three modes GELU, norms and attention of a bfloat16 model go through kernels as well: `FAST`.
 
 Two ways to compute the same: the kernels of `linear_kernels.py`, or PyTorch's own operators where those can't be had. A
 CPU with neither VNNI (dot products of 8 bits) nor products of bfloat16 multiplies many rows in float32, whose sums are
@@ -171,7 +171,7 @@ def _few(x: Tensor) -> bool:
 
 def _many_for_kernel() -> bool:
     """Whether kernels for bfloat16 are the faster also where rows are many."""
-    return linear_kernels.best_for_many_rows() and linear_kernels.all_kernels_available()
+    return linear_kernels.best_for_many_rows() and linear_kernels.good_for_many_rows()
 
 
 def slow_in_bfloat16(x: Tensor) -> bool:
@@ -249,7 +249,8 @@ class FastSiglipAttention(SiglipAttention):
 
 
 def _attention_for_kernel(q: Tensor) -> bool:
-    return q.shape[-1] % 2 == 0 and _many_for_kernel() and _for_kernel(q)
+    few = q.shape[2] <= FEW_ROWS and linear_kernels.instructions() == "AVX2"
+    return q.shape[-1] % 2 == 0 and (few or _many_for_kernel()) and _for_kernel(q)
 
 
 def _in_good_numbers(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
@@ -303,7 +304,7 @@ class Int8Linear(nn.Module):
         self.packed: Tensor | None = None  # a copy in the order that PyTorch's own product wants, made when first used
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernel_available() and (_few(x) or linear_kernels.all_kernels_available()):
+        if kernel_available() and (_few(x) or linear_kernels.good_for_many_rows()):
             return linear_kernels.linear_int8(x, self.weight, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # PyTorch's operators insist on it
         if has_dot_products():
@@ -340,7 +341,7 @@ class Int4Linear(nn.Module):
         self.packed: tuple[Tensor, Tensor] | None = None  # as in Int8Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernel_available() and (_few(x) or linear_kernels.all_kernels_available()):
+        if kernel_available() and (_few(x) or linear_kernels.good_for_many_rows()):
             return linear_kernels.linear_int4(x, self.weight, self.steps, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if len(rows) <= FEW_ROWS and len(self.weight) % 16 == 0:  # what the operator for few rows asks for

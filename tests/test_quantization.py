@@ -313,7 +313,7 @@ def test_the_norm_of_zeros_and_of_what_is_no_number():
     assert (y[[0, 2]] == 0).all() and y[1].isnan().all()
 
 
-@needs_avx512
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize(
     ("B", "H", "K", "S", "T", "E"),
@@ -340,7 +340,7 @@ def test_attention_within_the_bound_of_its_roundings(B, H, K, S, T, E, hidden):
     assert ((y.double() - exact).abs() <= bound).all()
 
 
-@needs_avx512
+@pytest.mark.usefixtures("kernels")
 def test_attention_to_nothing_and_to_what_is_no_number():
     q, k, v = (torch.randn(1, 2, 5, 8).bfloat16() for _ in range(3))
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
@@ -367,7 +367,7 @@ def test_gelu_and_norm_refuse_what_they_would_misread():
             wrong()
 
 
-@needs_avx512
+@pytest.mark.usefixtures("kernels")
 def test_attention_refuses_what_it_would_misread():
     q, seen = torch.randn(1, 4, 3, 8).bfloat16(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
     for wrong in (
@@ -399,8 +399,7 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
     exact = copy.deepcopy(model).float()(**inputs).logits
     fast = quantize(model, mode)(**inputs).logits
     text, vision = model.config.text_config, model.config.vision_config
-    of_attention = text.num_hidden_layers + vision.num_hidden_layers if kernels == "AVX-512" else 0
-    assert called.count("attention_bf16") == of_attention
+    assert called.count("attention_bf16") == text.num_hidden_layers + vision.num_hidden_layers
     assert called.count("gelu_bf16") == text.num_hidden_layers + vision.num_hidden_layers
     assert called.count("rms_norm_bf16") == 2 * text.num_hidden_layers + 1
     called.clear()
@@ -709,6 +708,15 @@ def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
         for rows in (1, 16, 17):
             layer(torch.randn(1, rows, 128).bfloat16())
     assert called == ["kernel", "kernel", "float32"] * 3
+
+    attention = quantize(make_model(dtype=torch.bfloat16), "bf16").language_model.model.layers[0].self_attn
+    called.clear()
+    real = linear_kernels.attention_bf16
+    monkeypatch.setattr(linear_kernels, "attention_bf16", lambda q, *rest: called.append(q.shape[2]) or real(q, *rest))
+    for queries in (1, 16, 17):
+        q, k = torch.randn(1, 4, queries, 32).bfloat16(), torch.randn(1, 1, 40, 32).bfloat16()
+        attention.attend(q, k, k, torch.ones(1, 1, queries, 40, dtype=torch.bool))
+    assert called == [1, 16]
 
 
 def test_gradients_for_pictures_pass_through_rounded_weights(monkeypatch):
