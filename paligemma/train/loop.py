@@ -126,9 +126,7 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
     def loss(model: Any, batch: Batch) -> tuple[Tensor, float, dict[str, float]]:
         targets = batch["labels"][:, 1:]
         labelled = targets != -100
-        # From the first position that predicts something on; without any (nothing to do for this process), two.
-        answers = labelled.any(0).nonzero().flatten().tolist()
-        kept = 1 + labelled.shape[1] - (answers or [labelled.shape[1] - 1])[0]
+        first = int(labelled.any(0).int().argmax())  # position that predicts something; 0 if none does
         out = model(
             batch["input_ids"],
             **what_is_seen(model, batch),
@@ -136,9 +134,9 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
             token_type_ids=batch["token_type_ids"],
             logits_to_keep=None,
             output_hidden_states=True,
-            hidden_to_keep=kept,
+            hidden_to_keep=batch["labels"].shape[1] - first,
         )
-        targets, labelled = targets[:, 1 - kept :], labelled[:, 1 - kept :]
+        targets, labelled = targets[:, first:], labelled[:, first:]
         logits = model.language_model.logits(out.hidden_states[-1][:, :-1][labelled]).float()  # [tokens, V]
         targets = targets[labelled]
         # The reference shares s among the *other* V - 1 tokens, torch shares it among all V.
