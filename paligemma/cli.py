@@ -716,7 +716,7 @@ def scenes(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     count: Annotated[int, typer.Option(min=1)] = 20,
     split: Annotated[str, typer.Option(help="train, val, test, heldout or twemoji.")] = "test",
-    size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 384,
+    size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 384,
     seed: int = 0,
     task: Annotated[
         str | None, typer.Option(help="count_color: a question about each picture, which the model has yet to learn.")
@@ -736,6 +736,8 @@ def scenes(
         write_color_counts(count, out, split=split, size=size, seed=seed, questions=questions, most=most, apart=apart)
         note(f"written: {out}")
         return
+    if questions != 1 or most != 5 or apart:
+        raise typer.BadParameter("--questions, --most and --apart are for --task count_color")
 
     from paligemma.tiny.scenes import write_scenes
 

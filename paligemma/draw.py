@@ -7,6 +7,7 @@ tag is put where it covers the least of the other tags and never runs off the ed
 from __future__ import annotations
 
 import math
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -263,12 +264,14 @@ def _open_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def one_line(text: str) -> str:
-    """As it can be drawn: spaces for line breaks and control characters, and no two in a row; "?" for lone surrogates.
+    """As it can be drawn: one space for control characters, line breaks and spaces in a row; "?" for lone surrogates.
 
-    Pillow stops with an error at some of them: raqm, which sets its lines, takes one paragraph at a time.
+    Pillow stops with an error at some of them: raqm, which sets its lines, takes one paragraph at a time. (Characters
+    without a shape of their own that join or part others stay: Persian and Hindi are written with them.)
     """
     text = text.encode("utf-8", "replace").decode()
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    breaks = ("Cc", "Zl", "Zp")  # control characters, separators of lines, of paragraphs
+    return " ".join("".join(" " if unicodedata.category(c) in breaks else c for c in text).split())
 
 
 @lru_cache(maxsize=1024)

@@ -64,7 +64,7 @@ def kernel_available() -> bool:
     return os.environ.get("PALIGEMMA_KERNEL") != "0" and _library(instructions()) is not None
 
 
-def good_for_many_rows() -> bool:
+def takes_many_rows() -> bool:
     """Whether linear layers and attention are good for many rows as well: with AVX-512."""
     return instructions() == "AVX-512" and kernel_available()
 
@@ -84,7 +84,7 @@ def _best_instructions() -> str | None:
 
 
 @cache
-def best_for_many_rows() -> bool:
+def beats_pytorch_in_bfloat16() -> bool:
     """Whether `linear_bf16` is also the faster for many rows: on CPUs with bfloat16 in vectors, but not in tiles."""
     return " avx512_bf16" in (flags := _cpu_flags()) and " amx_bf16" not in flags
 

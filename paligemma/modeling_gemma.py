@@ -506,7 +506,8 @@ class PaliGemmaMultiModalProjector(nn.Module):
 @dataclass
 class PaliGemmaOutput:
     """logits: [B, S, V] in the model's dtype, None if not asked for. loss: float32 scalar, with labels only.
-    hidden_states: on request, the stream before every layer and after the last norm, layers + 1 of [B, S, D]."""
+    hidden_states: on request, the stream before every layer and after the last norm, layers + 1 of [B, S, D]; of the
+    last one only the positions that `hidden_to_keep` asks for."""
 
     logits: Tensor | None
     loss: Tensor | None = None
@@ -596,13 +597,19 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             positions alone. (The head is 257,216 wide: on every position of a batch it outweighs everything else.)
         logits_of: int64 [n], the tokens whose logits are wanted, [B, S, n] in their order; not together with labels.
         hidden_to_keep: beside `output_hidden_states` without logits and labels: of the stream after the last norm only
-            so many positions, the last ones; 0 all. The last layer computes no others.
+            so many positions, the last ones; 0 all. The last layer computes no others. Anywhere else it must be 0.
 
         The loss is the mean cross-entropy over all labelled tokens of the batch, in float32.
         Raises ValueError on shapes that do not fit together.
         """
         if labels is not None and logits_of is not None:
             raise ValueError("pass labels or logits_of, not both: the loss is over the whole vocabulary")
+        alone = output_hidden_states and logits_to_keep is None and labels is None
+        if hidden_to_keep < 0 or (hidden_to_keep and not alone):
+            raise ValueError(
+                f"hidden_to_keep is {hidden_to_keep}: it is at least 0, and more only with output_hidden_states=True, "
+                "logits_to_keep=None and no labels"
+            )
         if pixel_values is not None:
             if image_features is not None:
                 raise ValueError("pass pixel_values or image_features, not both")
@@ -622,9 +629,12 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             position_ids = place + text.position_offset
 
         streams: list[Tensor] | None = [] if output_hidden_states else None
-        last = 0
-        if labels is None:
-            last = hidden_to_keep if logits_to_keep is None else 0 if output_hidden_states else logits_to_keep
+        if labels is not None:
+            last = 0
+        elif logits_to_keep is None:
+            last = hidden_to_keep
+        else:
+            last = 0 if output_hidden_states else logits_to_keep
         x = self.language_model.model(x, position_ids, masks, cache, streams, last)
         if logits_to_keep is None:
             logits = None

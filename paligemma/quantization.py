@@ -17,7 +17,8 @@ Activations are rounded to 8 bits with a scale per token, `round_activations`. T
 hundred times larger than the rest (arXiv 2208.07339), and a scale that reaches these leaves nothing for the others.
 So what lies beyond 16 times the mean of its token is clipped, and what was clipped is multiplied apart in float32.
 
-In all three modes GELU, norms and attention of a bfloat16 model go through kernels as well: `FAST`.
+In all three modes GELU and norms of a bfloat16 model go through kernels as well, and attention where its kernel is the
+faster: with AVX2 for few queries, with AVX-512 where the CPU has bfloat16 in vectors and none in tiles. See `FAST`.
 
 Two ways to compute the same: the kernels of `linear_kernels.py`, or PyTorch's own operators where those can't be had. A
 CPU with neither VNNI (dot products of 8 bits) nor products of bfloat16 multiplies many rows in float32, whose sums are
@@ -171,7 +172,7 @@ def _few(x: Tensor) -> bool:
 
 def _many_for_kernel() -> bool:
     """Whether kernels for bfloat16 are the faster also where rows are many."""
-    return linear_kernels.best_for_many_rows() and linear_kernels.good_for_many_rows()
+    return linear_kernels.beats_pytorch_in_bfloat16() and linear_kernels.takes_many_rows()
 
 
 def slow_in_bfloat16(x: Tensor) -> bool:
@@ -304,7 +305,7 @@ class Int8Linear(nn.Module):
         self.packed: Tensor | None = None  # a copy in the order that PyTorch's own product wants, made when first used
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernel_available() and (_few(x) or linear_kernels.good_for_many_rows()):
+        if kernel_available() and (_few(x) or linear_kernels.takes_many_rows()):
             return linear_kernels.linear_int8(x, self.weight, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # PyTorch's operators insist on it
         if has_dot_products():
@@ -341,7 +342,7 @@ class Int4Linear(nn.Module):
         self.packed: tuple[Tensor, Tensor] | None = None  # as in Int8Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernel_available() and (_few(x) or linear_kernels.good_for_many_rows()):
+        if kernel_available() and (_few(x) or linear_kernels.takes_many_rows()):
             return linear_kernels.linear_int4(x, self.weight, self.steps, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if len(rows) <= FEW_ROWS and len(self.weight) % 16 == 0:  # what the operator for few rows asks for

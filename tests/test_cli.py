@@ -180,6 +180,13 @@ def test_what_fails_exits_with_1_in_one_line_without_a_traceback(paligemma, argu
     assert len(err.strip().splitlines()) <= 2
 
 
+@pytest.mark.parametrize("option", [("--apart",), ("--most", "2"), ("--questions", "3")])
+def test_options_of_counting_by_color_are_for_that_task(paligemma, folder, option):
+    code, _, err = paligemma("tiny", "scenes", "--count", "1", "--out", "scenes", *option)
+    assert code == 2 and "are for --task count_color" in err
+    assert not (folder / "scenes").exists()
+
+
 def test_a_closed_stdin_is_no_picture(folder, tmp_path):
     command = [sys.executable, "-m", "paligemma", "run", "ocr", "-", "--model", "model"]
     closed = subprocess.run(

@@ -24,7 +24,7 @@ from paligemma.train.data import Row, open_rows
 from paligemma.train.data_check import PROBLEMS, check
 from paligemma.train.data_coco import fill, mask_of, unpacked
 from paligemma.train.data_files import CsvFile, JsonFile, JsonLines, RowError
-from paligemma.train.data_show import COLORS, processor_of, show, show_rows
+from paligemma.train.data_show import COLORS, _chips, processor_of, show, show_rows
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -776,6 +776,16 @@ def test_a_row_as_the_model_sees_it(folder, processor):
     assert red[side // 2 :].all(), "below the box"
 
 
+def test_a_token_that_cannot_be_seen_is_spelled_out(folder, processor):
+    row = open_rows(write_lines(folder, good(suffix="a\tdog\u200d\n")))[0]
+    inputs = processor.lay_out([row.prefix], [1], [row.suffix])
+    ids, types, valid, labels = (
+        inputs[name][0].tolist() for name in ("input_ids", "token_type_ids", "attention_mask", "labels")
+    )
+    text = "".join(chip.text for chip in _chips(ids, types, valid, labels, processor) if chip.kind == "suffix")
+    assert text == r"a\tdog<0xE2><0x80><0x8D>\n"
+
+
 def test_the_picture_is_that_of_training(folder, processor):
     """Pixel by pixel what the processor makes of it, each eleven times as large."""
     noise = np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8)
@@ -800,7 +810,7 @@ def test_padding_shows_where_rows_differ_in_length(folder, processor):
 
 def test_the_mask_is_that_of_training(folder, processor):
     """Prefix: a full block. Suffix: a triangle. Drawn from the mask that the model gets, so its area can be counted."""
-    from paligemma.train.data_show import IMAGE_ROWS, _chips, _mask_picture
+    from paligemma.train.data_show import IMAGE_ROWS, _mask_picture
 
     inputs = processor.lay_out(["caption en"], [1], ["a cat"])
     row = [inputs[name][0].tolist() for name in ("input_ids", "token_type_ids", "attention_mask", "labels")]

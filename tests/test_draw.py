@@ -1,6 +1,7 @@
 """Drawing: what is painted where, that labels can be read and stay inside, and that nothing makes it fail."""
 
 import itertools
+import unicodedata
 import zlib
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from paligemma import draw as drawing
-from paligemma.draw import PALETTE, draw, label_colors
+from paligemma.draw import PALETTE, draw, label_colors, one_line
 from paligemma.grammar import Detection, Segment
 
 GREY = (128, 128, 128)
@@ -209,6 +210,17 @@ def test_any_label_is_drawn(monkeypatch, label, system_fonts):
     image = draw(grey(200, 100), [Detection(label, (20, 40, 150, 80))])
     drawing.font_for.cache_clear()
     assert has_color(image, label_colors([label])[label]).sum() > 400  # a tag, not just the box
+
+
+def test_a_line_is_one_paragraph_and_keeps_what_joins_letters():
+    """Pillow's raqm stops with an error at a character of bidirectional class B, if letters of other scripts follow."""
+    breaks = [c for c in map(chr, range(0x11000)) if unicodedata.bidirectional(c) == "B"]
+    assert len(breaks) == 7
+    for c in breaks:
+        assert one_line(f"{c}a {c}\t{c}b{c}") == "a b"
+    persian, family = "می\u200cخواهم", "👨\u200d👩\u200d👧"
+    assert one_line(persian) == persian and one_line(family) == family
+    assert one_line("a\ud800") == "a?"
 
 
 def test_letters_that_the_own_font_lacks_come_from_another():

@@ -46,6 +46,8 @@ MID_SIZE = PaliGemmaConfig(
 
 def planned(config: PaliGemmaConfig, options: dict[str, Any]) -> Plan:
     given: dict[str, Any] = {"compute": torch.float32, **options}
+    if (words := given.pop("words_of_first", None)) is not None:
+        given["shortest_prefix"] = config.vision_config.num_patches + words
     return estimate(config, length=config.vision_config.num_patches + WORDS, answer=ANSWER, **given)
 
 
@@ -74,11 +76,15 @@ def train_as_planned(config: PaliGemmaConfig, options: dict[str, Any], out: Path
         rows = given["batch"] // count
         ids = torch.randint(3, 300, (rows, patches + WORDS))
         ids[:, :patches] = config.image_token_index
-        types = torch.zeros_like(ids)
+        types, real = torch.zeros_like(ids), torch.ones_like(ids)
         types[:, -ANSWER:] = 1
+        if (words := given.get("words_of_first")) is not None:  # a short prompt, and padding behind its answer
+            begin, end = patches + words, patches + words + ANSWER
+            types[0, begin:], real[0, end:] = 0, 0
+            types[0, begin:end] = 1
         return {
             "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
+            "attention_mask": real,
             "token_type_ids": types,
             "labels": ids.masked_fill(types == 0, -100),
             "pixel_values": torch.rand(rows, 3, side, side),
@@ -105,6 +111,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "recomputed layers": {"checkpoint_gradients": True},
     "the eye as it is, dropout": {"freeze": ("vision",), "dropout": 0.1},
     "muon": {"optimizer": "muon"},
+    "prompts of mixed length": {"words_of_first": 2},
     "LoRA": LORA,
     "LoRA in eye and decoder, recomputed layers": {**LORA, "lora": ("vision", "decoder"), "checkpoint_gradients": True},
 }

@@ -388,7 +388,7 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
     Roundings differ, and may move an 8-bit number by a step; the distance to the model in float32 is the same.
     """
     called = []
-    monkeypatch.setattr(linear_kernels, "best_for_many_rows", lambda: True)
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: True)
     for name in ("gelu_bf16", "rms_norm_bf16", "attention_bf16"):
         real = getattr(linear_kernels, name)
         monkeypatch.setattr(
@@ -681,7 +681,7 @@ def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
     called = []
     real = linear_kernels.linear_bf16
     monkeypatch.setattr(linear_kernels, "linear_bf16", lambda x, *rest: called.append(x.shape) or real(x, *rest))
-    monkeypatch.setattr(linear_kernels, "best_for_many_rows", lambda: best_for_many)
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: best_for_many)
     model = quantize(make_model(dtype=torch.bfloat16), "bf16")
     layer = model.language_model.model.layers[0].mlp.up_proj
     layer(torch.randn(1, 1, 128).bfloat16()), layer(torch.randn(1, 200, 128).bfloat16())

@@ -118,6 +118,8 @@ def test_knobs_set_the_difficulty():
         ({"objects": (0, 3)}, "objects must be a pair"),
         ({"text_length": (1, 9)}, "text_length must be a pair"),
         ({"object_size": (0.5, 0.2)}, "object_size must be a pair"),
+        ({"visible": 0}, "visible must be a share above 0 and at most 1, got 0"),
+        ({"visible": 1.5}, "visible must be a share above 0 and at most 1, got 1.5"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

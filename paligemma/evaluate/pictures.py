@@ -35,7 +35,7 @@ def compare(example: Example, prediction: Prediction) -> Image.Image:
         lines.append("right: " + " | ".join(answer or "(nothing)" for answer in dict.fromkeys(example.answers)))
     lines.append(f"answer: {prediction.text or '(nothing)'}  (score {prediction.score:.2f})")
     lines += [f"invalid: {reason}" for reason in prediction.invalid]
-    lines = [one_line(line) for line in lines]
+    lines = [one_line(line.replace("\n", "\\n")) for line in lines]
     font = font_for("".join(lines), FONT_SIZE)
     wrapped = [part for line in lines for part in _wrap(line, width - 2 * MARGIN, font)[:6]]
     top = MARGIN + (LINE if any(sides) else 0)  # above it the names, if they have any

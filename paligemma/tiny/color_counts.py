@@ -18,8 +18,7 @@ less so: each count is drawn from what the counts before it leave of the five th
 (They cannot all be balanced: three counts of 2.5 on average would be more than five things.)
 
 `most` bounds what is counted, not how much stands around it. Each thing more can be missed: these scenes are fuller
-than those that the model was trained with. With `apart` none of them hides a part of another, which is where most
-mistakes are made.
+than those that the model was trained with. With `apart` none of them hides a part of another.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def color_scene(
 ) -> tuple[Scene, Row]:
     """A scene of 1 to 5 tinted things, and a question about one colour whose answer is "zero" to "five" (or `most`).
 
-    The first of `color_questions`.
+    The first of `color_questions`. apart: nothing hides a part of another.
     """
     scene, rows = color_questions(seed, split, size, 1, most, apart)
     return scene, rows[0]
@@ -55,9 +54,9 @@ def color_questions(
 ) -> tuple[Scene, list[Row]]:
     """A scene of 1 to 5 tinted things, and questions about as many colours, answers "zero" to "five" (or `most`).
 
-    Of the split "heldout", every scene has a pair that training never shows; of the others, none has. ValueError for
-    fewer questions than one, or so many that no colour is left for things that nobody asks about, and for a `most` that
-    is not 1 to 5.
+    apart: nothing hides a part of another. Of the split "heldout", every scene has a pair that training never shows; of
+    the others, none has. ValueError for fewer questions than one, or so many that no colour is left for things that
+    nobody asks about, and for a `most` that is not 1 to 5.
     """
     if not 1 <= questions < len(TINTS):
         raise ValueError(f"questions must be 1 to {len(TINTS) - 1}, got {questions}")

@@ -83,7 +83,7 @@ STYLES = {  # split -> artwork
     "twemoji": ("twemoji",),
 }
 
-MIN_VISIBLE = 0.65  # share of an object's own pixels that no other object hides
+MIN_VISIBLE = 0.65  # share of an object's own pixels that no other object hides, if not told otherwise
 MIN_EDGE_GAP = 0.025  # of the side, between the left edges of any two objects: "from left to right" is then never a tie
 MIN_CONTRAST = 75.0  # distance in RGB between an object's rim and the middle of the background's colour
 
@@ -98,7 +98,7 @@ class SceneObject:
     tint: str | None  # one of TINTS for the classes of TINTABLE, else None
     box: Box  # exact bounds of the mask: x1 and y1 are the first column and row beyond it
     mask: np.ndarray  # bool [H, W], the visible pixels
-    visible: float  # visible share of its own pixels, at least MIN_VISIBLE
+    visible: float  # visible share of its own pixels, at least what `render` was asked for
     text: str = ""  # what a sign says
     char_boxes: tuple[Box, ...] = ()  # one per character of `text`
 
@@ -596,7 +596,7 @@ def render(
                 spot = _place(rng, _sign(rng, text, size, char_size, board), "sign", placed, size, visible)
                 if spot is not None:
                     placed.append(spot)
-        if len(placed) < count + with_sign or not _apart(placed, size):
+        if len(placed) < count + with_sign or not _edges_differ(placed, size):
             placed = []
             shrink *= 0.93
 
@@ -626,7 +626,7 @@ def _bounds(spot: _Placed) -> Box:
     )
 
 
-def _apart(placed: list[_Placed], size: int) -> bool:
+def _edges_differ(placed: list[_Placed], size: int) -> bool:
     """Whether all left edges still differ clearly, now that objects hide parts of one another."""
     edges = sorted(_bounds(spot)[0] for spot in placed)
     return all(b - a >= MIN_EDGE_GAP * size for a, b in pairwise(edges))

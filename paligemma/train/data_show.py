@@ -141,8 +141,9 @@ def _chips(
             most = processor.num_image_tokens if kind == "image" else len(ids)
             while end < len(ids) and end - i < most and ids[end] == ids[i] and valid[end] == valid[i]:
                 end += 1
-        text = tokenizer.backend.id_to_token(ids[i]) or "?"
-        text = one_line(text.replace("\n", "\\n").replace("▁", "·")) or "?"
+        text = (tokenizer.backend.id_to_token(ids[i]) or "?").replace("▁", "·")
+        if not text.isprintable():
+            text = repr(text)[1:-1]  # as "\n" or "\u200d"
         if end - i > 1:
             text += f" x {end - i}"
         yield Chip(kind, text, "-" if labels[i] == IGNORED else str(labels[i]), list(range(i, end)))

@@ -396,12 +396,14 @@ def plan_of(options: Options) -> Plan:
     folder = path if path.is_dir() else path.parent
     vision = config.vision_config
     some, sample = lay_out_some(rows, PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size))
+    tokens, answers = sample["attention_mask"].sum(-1), sample["token_type_ids"].sum(-1)
     return estimate(
         config,
         batch=options.batch,
-        length=int(sample["attention_mask"].sum(-1).max()),
-        answer=int(sample["token_type_ids"].sum(-1).max()),
+        length=int(tokens.max()),
+        answer=int(answers.max()),
         images=max(len(row.pictures) for row in some),
+        shortest_prefix=int((tokens - answers).min()),
         accumulate=options.accumulate,
         freeze=options.freeze,
         lora=options.lora,

@@ -126,7 +126,7 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
     def loss(model: Any, batch: Batch) -> tuple[Tensor, float, dict[str, float]]:
         targets = batch["labels"][:, 1:]
         labelled = targets != -100
-        first = int(labelled.any(0).int().argmax())  # position that predicts something; 0 if none does
+        first = int(labelled.any(0).int().argmax())  # position that predicts anything; 0 if none does
         out = model(
             batch["input_ids"],
             **what_is_seen(model, batch),

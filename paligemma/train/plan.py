@@ -81,6 +81,7 @@ def estimate(
     length: int,
     answer: int,
     images: int = 1,
+    shortest_prefix: int | None = None,
     accumulate: int = 1,
     freeze: Sequence[str] = (),
     lora: Sequence[str] = (),
@@ -100,6 +101,8 @@ def estimate(
 
     batch:      rows of a step, over all pieces and processes. length: tokens of its longest row, pictures included.
                 answer: tokens of a row that are learned, the end included. images: in a row.
+    shortest_prefix: tokens before the answer in the row where it begins first, from where on the last layer computes
+                all rows; default: those of the longest row.
     freeze, lora, rank, lora_dropout, dropout, checkpoint_gradients: see `parts.py`.
     stored:     dtype of the weights. compute: of the matrix products (autocast).
     optimizer:  "adamw" or "muon".
@@ -114,6 +117,7 @@ def estimate(
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports the compiler
 
     rows = -(-batch // (accumulate * processes))
+    last = answer + 1 if shortest_prefix is None else length - shortest_prefix + 1
     pieces = min(2, accumulate)  # of which the second one finds gradients there already; more change nothing
     with empty_weights():
         model = PaliGemmaForConditionalGeneration(config).to(stored).train()
@@ -165,7 +169,7 @@ def estimate(
                 parameter.register_post_accumulate_grad_hook(gradient_is_there)
             for _ in range(pieces):
                 with memory.at("the forward pass"):
-                    loss = forward(model, memory, rows, length, answer, images, compute)
+                    loss = forward(model, memory, rows, length, answer, images, last, compute)
                 with memory.at("the backward pass"):
                     loss.backward()
                 del loss
@@ -190,9 +194,11 @@ def forward(
     length: int,
     answer: int,
     images: int,
+    last: int,
     compute: torch.dtype,
 ) -> Tensor:
-    """What `loop.suffix_loss` does, without looking at the content of a tensor: there is none."""
+    """What `loop.suffix_loss` does, without looking at the content of a tensor: there is none. last: positions that the
+    last layer computes."""
     config = model.config
     side, text = config.vision_config.image_size, config.text_config
     ids = torch.zeros(rows, length, dtype=torch.int64)
@@ -207,7 +213,7 @@ def forward(
             windows = {text.window(layer) for layer in range(text.num_hidden_layers)}
             masks = {window: prefix_lm_mask(ids, real, window) for window in windows}
             streams: list[Tensor] = []
-            x = model.language_model.model(x, ids, masks, None, streams, answer + 1)
+            x = model.language_model.model(x, ids, masks, None, streams, last)
         with memory.of(LOGITS):
             logits = model.language_model.logits(x[:, -answer:].flatten(0, 1)).float()  # [B * A, V]
             return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum")
