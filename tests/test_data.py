@@ -20,11 +20,12 @@ import paligemma.cli
 from paligemma.mask_codec import MaskCodec
 from paligemma.train import data_files
 from paligemma.train.batches import RowBatches
-from paligemma.train.data import Row, open_rows
+from paligemma.train.data import Row, Rows, open_rows
 from paligemma.train.data_check import PROBLEMS, check
 from paligemma.train.data_coco import fill, mask_of, unpacked
 from paligemma.train.data_files import CsvFile, JsonFile, JsonLines, RowError
 from paligemma.train.data_show import COLORS, _chips, processor_of, show, show_rows
+from paligemma.train.run_folder import fingerprint_of_data
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -588,6 +589,42 @@ def test_what_cannot_be_opened(folder, tmp_path_factory):
 def test_the_kind_follows_from_the_content(tmp_path, name, text, kind):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert open_rows(tmp_path / name).kind == kind
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_rows_files_alone(folder):
+    """A run that is written into the folder of its data goes on, whatever else lies there, unless its data change."""
+    (folder / "list.csv").write_text("image,caption\na.png,a dog\n")
+    rows = open_rows(folder)
+    assert rows.files == (folder / "list.csv",)
+    before = fingerprint_of_data(rows)
+    (folder / "run").mkdir()
+    for name in ("run/settings.json", "run/log.jsonl", "run/table.csv"):
+        (folder / name).write_text("{}")
+    assert fingerprint_of_data(open_rows(folder)) == fingerprint_of_data(open_rows(folder / "list.csv")) == before
+    (folder / "list.csv").write_text("image,caption\na.png,a cat\n")
+    assert fingerprint_of_data(open_rows(folder)) != before
+
+
+def test_the_fingerprint_takes_in_the_answers(folder):
+    questions = {"questions": [{"image_id": 7, "question": "is it red ?", "question_id": 70}]}
+    (folder / "q.json").write_text(json.dumps(questions))
+    found = set()
+    for answer in ("yes", "no"):
+        answers = {"annotations": [{"question_id": 70, "answers": [{"answer": answer}]}]}
+        (folder / "a.json").write_text(json.dumps(answers))
+        rows = open_rows(folder / "q.json", annotations=folder / "a.json")
+        assert rows.files == (folder / "q.json", folder / "a.json")
+        found.add(fingerprint_of_data(rows))
+    (folder / "q.json").write_text(json.dumps({**questions, **answers}))
+    rows = open_rows(folder / "q.json")
+    assert rows.files == (folder / "q.json",) and len(found | {fingerprint_of_data(rows)}) == 3
+
+
+def test_rows_of_no_file_have_no_fingerprint():
+    assert fingerprint_of_data(Rows("jsonl", "made up", 1, lambda i: Row(None, "a", "b", i, "here"))) is None
 
 
 # --------------------------------------------------------------------------------------------------------- checking

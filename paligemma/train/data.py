@@ -69,11 +69,13 @@ class Row:
 class Rows(Sequence[Row]):
     """Rows of one source. `rows[i]` raises `RowError` for a row that cannot be used, and reads nothing else.
 
-    kind: one of `KINDS`. note: what was opened, for people.
+    kind: one of `KINDS`. note: what was opened, for people. files: all that rows are read from, but for the pictures.
     """
 
-    def __init__(self, kind: str, note: str, length: int, read: Callable[[int], Row]) -> None:
-        self.kind, self.note, self.length, self.read = kind, note, length, read
+    def __init__(
+        self, kind: str, note: str, length: int, read: Callable[[int], Row], files: Sequence[Path] = ()
+    ) -> None:
+        self.kind, self.note, self.length, self.read, self.files = kind, note, length, read, tuple(files)
 
     def __len__(self) -> int:
         return self.length
@@ -143,7 +145,7 @@ def open_rows(
         records = ArrowFiles(paths)
     files = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {path}"
     note = f"{files}: {_NAMES[kind]}, {len(records):,} rows"
-    return Rows(kind, note, len(records), RecordReader(records, folder, language, image_name))
+    return Rows(kind, note, len(records), RecordReader(records, folder, language, image_name), paths)
 
 
 _NAMES = {"jsonl": "JSON lines", "json": "a JSON list", "csv": "CSV", "parquet": "parquet", "arrow": "Arrow"}
@@ -341,7 +343,8 @@ def _vqa(
     if image_name is None:
         image_name = f"COCO_{subtype[0]}_{{image_id:012d}}.jpg" if subtype else "{image_id}.jpg"
     reader = QuestionReader(questions, answers, order, folder, image_name, language)
-    return Rows("vqa", f"{path}: VQA questions, {len(order):,} rows", len(order), reader)
+    files = dict.fromkeys((path, answers.pieces.path))  # which may be one
+    return Rows("vqa", f"{path}: VQA questions, {len(order):,} rows", len(order), reader, list(files))
 
 
 # -- what is it? --

@@ -111,7 +111,8 @@ def objects(
     left_out = [f"{len(counts) - len(images):,} pictures without objects"] if len(images) < len(counts) else []
     left_out += [f"{int(index.crowd.sum()):,} crowds"] if index.crowd.any() else []
     note = f"{path}: COCO {'masks' if reader.segment else 'boxes'}, {len(images):,} rows"
-    return Rows(kind, note + (f" ({' and '.join(left_out)} left out)" if left_out else ""), len(images), reader)
+    note += f" ({' and '.join(left_out)} left out)" if left_out else ""
+    return Rows(kind, note, len(images), reader, [path])
 
 
 @dataclass
@@ -299,7 +300,5 @@ class CaptionReader:
 
 def captions(path: Path, folder: str, language: str) -> Rows:
     index = read_index(path, with_categories=False)
-    count = len(index.image_of)
-    return Rows(
-        "coco-captions", f"{path}: COCO captions, {count:,} rows", count, CaptionReader(index, folder, language)
-    )
+    count, reader = len(index.image_of), CaptionReader(index, folder, language)
+    return Rows("coco-captions", f"{path}: COCO captions, {count:,} rows", count, reader, [path])

@@ -37,7 +37,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from paligemma.adapters import is_adapter, save_adapter
+from paligemma.adapters import is_adapter, open_adapter, save_adapter
 from paligemma.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
 from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
@@ -56,6 +56,7 @@ from paligemma.train.optimizer import muon_and_adamw
 from paligemma.train.run_folder import (
     FINISHED,
     append_to_log,
+    clear,
     fingerprint_of_data,
     last_checkpoint,
     last_checkpoint_step,
@@ -203,9 +204,9 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     settings = {field.name: getattr(options, field.name) for field in fields(options)}
     resumed = False
     if rank == 0:
-        facts = {"data": fingerprint_of_data(options.data), "weights": fingerprint(pg)}
-        if options.validation is not None:
-            facts["validation data"] = fingerprint_of_data(options.validation)
+        facts = {"data": fingerprint_of_data(rows), "weights": fingerprint(pg)}
+        if measured is not None:
+            facts["validation data"] = fingerprint_of_data(measured)
         resumed = open_run(out, settings, facts, options.resume)
         if resumed and (out / FINISHED).is_file():
             say(f"{out} is finished already; --no-resume begins anew, another --out leaves it as it is")
@@ -231,6 +232,8 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
             check_rows(rows, pg, limit, options.strict, say)
             if measured is not None:
                 check_rows(measured, pg, limit, options.strict, say)
+            if not options.resume:
+                clear(out)  # not before everything is checked: a command that is refused changes nothing
             write_settings(out, settings, facts)
         if options.shard and world == 1:
             say("note: --shard shares weights out among processes, and there is only one")
@@ -336,8 +339,16 @@ def rows_of(options: Options, path: str) -> Rows:
 
 def check_base(options: Options) -> None:
     """ValueError for LoRA beside an adapter: what would come out could not be opened, since the base of an adapter is a
-    whole model."""
-    if options.lora and is_adapter(resolve(options.model, options.revision, options.dtype, weights=False)):
+    whole model. And for a model that lies where the run is to be: beginning anew would remove it."""
+    path = resolve(options.model, options.revision, options.dtype, weights=False)
+    places = [path, path / open_adapter(path).base] if is_adapter(path) else [path]
+    for place in places:
+        if place.resolve().is_relative_to(Path(options.out).resolve()):
+            raise ValueError(
+                f"the model to begin with ({place}) lies in {options.out}, where the run would put its own: choose "
+                "another --out"
+            )
+    if options.lora and is_adapter(path):
         raise ValueError(
             f"{options.model} is an adapter, and LoRA needs a whole model: fold it into its base, with 'paligemma "
             f"merge {options.model} FOLDER', and give that folder as --model; or train all of it, without --lora"

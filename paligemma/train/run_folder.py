@@ -24,6 +24,7 @@ from typing import Any
 from paligemma.evaluate.runner import environment
 from paligemma.files import write_text
 from paligemma.train import checkpointing
+from paligemma.train.data import Rows
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # What a run may be given differently when it goes on: none of it changes the losses (but that dropout draws anew for
@@ -40,7 +41,6 @@ FREE = {
     "checkpoint_gradients",
     "shard",
 }
-DATA_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
     "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -48,14 +48,18 @@ MODEL_FILES = (
 )  # fmt: skip
 
 
-def fingerprint_of_data(path: str | os.PathLike[str]) -> str:
-    """Of a file its content; of a folder the names, sizes and contents of its data files (not of its pictures)."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in DATA_FILES)
+def fingerprint_of_data(rows: Rows) -> str | None:
+    """Of the contents of all files that the rows are read from, such as VQA's questions and answers, but not of the
+    pictures; None for rows that are read from no file.
+
+    What else lies in the folder does not count (it may be the run itself), nor do names: data may be moved.
+    """
+    if not rows.files:
+        return None
     digest = hashlib.sha256()
-    for file in files:
-        if file != path:
-            digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
+    for file in rows.files:
+        if len(rows.files) > 1:
+            digest.update(f"{file.stat().st_size}\n".encode())  # where one ends and the next begins
         with open(file, "rb") as content:
             while block := content.read(1 << 20):
                 digest.update(block)
@@ -63,8 +67,8 @@ def fingerprint_of_data(path: str | os.PathLike[str]) -> str:
 
 
 def open_run(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], resume: bool) -> bool:
-    """True if the folder holds a run with the same settings and facts, which is to go on; False if it is new (or made
-    new, with resume=False).
+    """True if the folder holds a run with the same settings and facts, which is to go on; False if a run is to begin
+    there: in a new folder, or with resume=False in the place of the old one. Changes nothing: `clear` does.
 
     settings: the options. facts: what they stood for: fingerprints of data and weights.
     ValueError that names what differs, and for a folder of something else; FileExistsError for a file.
@@ -75,8 +79,6 @@ def open_run(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], r
     if not known and out.is_dir() and any(file for file in out.iterdir() if not file.name.startswith(".")):
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     if not known or not resume:
-        if known:
-            clear(out)
         return False
     try:
         saved = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
@@ -107,11 +109,19 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove a run, its settings first; other files in the folder stay."""
-    for name in (SETTINGS, FINISHED, LOG, "report.html"):
-        (out / name).unlink(missing_ok=True)
+    """Remove a run, but for its settings, which those of the next one replace; other files in the folder stay.
+
+    Killed in the middle it leaves less of the old run, which is still known as one and can be begun anew.
+    """
+    (out / FINISHED).unlink(missing_ok=True)
     for name in ("checkpoints", "validation", "tensorboard"):
-        shutil.rmtree(out / name, ignore_errors=True)
+        aside = out / f".{name}.old"  # removing takes a moment, and half a checkpoint must not be called one
+        shutil.rmtree(aside, ignore_errors=True)
+        if (out / name).exists():
+            os.replace(out / name, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    for name in (LOG, "report.html"):
+        (out / name).unlink(missing_ok=True)
     for pattern in MODEL_FILES:
         for file in out.glob(pattern):
             file.unlink()
