@@ -35,7 +35,14 @@ from paligemma.train.data import Row, Rows
 if TYPE_CHECKING:
     from torch import nn
 
-MEASURE_OF = {"detect": "detect", "segment": "segment", "caption": "caption", "ocr": "reading"}  # all others: exact
+MEASURE_OF = {  # all others: exact
+    "detect": "detect",
+    "segment": "segment",
+    "ocr": "reading",
+    "caption": "caption",
+    "cap": "caption",  # as pages of the web have it
+    "describe": "caption",  # at length
+}
 EXAMPLES = 12  # rows that are drawn at every validation
 
 
