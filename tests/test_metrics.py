@@ -526,7 +526,11 @@ def test_coco_figures_are_those_of_pycocotools(masks: bool):
 def test_coco_figures_of_nothing():
     dog = Region("dog", (0, 0, 10, 10))
     assert coco_metrics([([], [dog])])["AP"] == -1
-    assert coco_metrics([([dog], [])])["AP"] == 0
+    unanswered = coco_metrics([([dog], [])])
+    assert unanswered["AP"] == unanswered["AP_small"] == unanswered["AR_small"] == 0
+    assert [unanswered[f"{kind}_{size}"] for kind in ("AP", "AR") for size in ("medium", "large")] == [-1] * 4, (
+        "there was no such object to be found"
+    )
     assert math.isnan(average_precision([([], [dog])]))
     assert average_precision([([dog], [])]) == 0
     assert average_precision([([dog], [dog]), ([], [Region("cat", (0, 0, 5, 5))])]) == 1, "no picture has a cat"

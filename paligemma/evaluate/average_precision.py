@@ -120,13 +120,11 @@ def coco_metrics(rows: Sequence[Row], masks: bool = False) -> dict[str, float]:
                 results.append({**_coco_entry(region, image_id, ids, masks), "score": score})
     if not annotations:
         return dict.fromkeys(COCO_FIGURES, -1.0)
-    if not results:
-        return dict.fromkeys(COCO_FIGURES, 0.0)
-    categories = [{"id": number, "name": label} for label, number in ids.items()]
-    truth_set = COCO({"images": images, "annotations": annotations, "categories": categories})
-    evaluation = COCOeval_faster(
-        truth_set, truth_set.loadRes(results), "segm" if masks else "bbox", print_function=lambda *words: None
-    )
+    rest = {"images": images, "categories": [{"id": number, "name": label} for label, number in ids.items()]}
+    truth_set = COCO({**rest, "annotations": annotations})
+    # Before faster-coco-eval 1.8 loadRes, like pycocotools', takes no empty list.
+    result_set = truth_set.loadRes(results) if results else COCO({**rest, "annotations": []})
+    evaluation = COCOeval_faster(truth_set, result_set, "segm" if masks else "bbox", print_function=lambda *words: None)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
