@@ -43,6 +43,8 @@ SOURCES = {
 }
 HEADER = Path(__file__).parent / "linear_kernels.h"  # of both
 GROUP = 64  # 4-bit weights that share a step, as in the C++ file
+MOST_INPUTS = 2**17  # of a layer in 8 or 4 bits: so many products of whole numbers, at most 127 * 127, fit into 32 bits
+ASKED = os.environ.get("PALIGEMMA_KERNEL", "1")  # once: each layer asks for it, and the environment takes its time
 # No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-w"]
 
@@ -61,7 +63,7 @@ FUNCTIONS = {
 
 def kernel_available() -> bool:
     """Whether the compiled layers can be used. The first time on a machine this compiles them and says so on stderr."""
-    return os.environ.get("PALIGEMMA_KERNEL") != "0" and _library(instructions()) is not None
+    return ASKED != "0" and _library(instructions()) is not None
 
 
 def takes_many_rows() -> bool:
@@ -72,7 +74,7 @@ def takes_many_rows() -> bool:
 def instructions() -> str | None:
     """Which of the files is for this CPU, "AVX-512" or "AVX2"; None if neither is."""
     best = _best_instructions()
-    return "AVX2" if best is not None and os.environ.get("PALIGEMMA_KERNEL") == "avx2" else best
+    return "AVX2" if best is not None and ASKED == "avx2" else best
 
 
 @cache
@@ -187,24 +189,29 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, all in bfloat16: x [..., K], weight [N, K], bias [N] -> [..., N]. Float32 sums."""
-    _expect(weight.dtype == torch.bfloat16 and x.dtype == torch.bfloat16, x, weight)
+    _expect(weight.dtype == x.dtype == torch.bfloat16 and weight.ndim == 2, x, weight)
     return _call("linear_bf16", x, [weight], bias, weight.shape[0], weight.shape[1])
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K], bfloat16 or float32, rounded to 8 bits a row; int8 weight [N, K], float32 scale [N] -> [..., N]."""
+    """x [..., K], bfloat16 or float32, rounded to 8 bits a row; int8 weight [N, K], float32 scale [N] -> [..., N].
+
+    K is at most MOST_INPUTS.
+    """
+    _expect(weight.dtype == torch.int8 and weight.ndim == 2, x, weight)
     N, K = weight.shape
-    _expect(weight.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (N,), x, weight)
+    _expect(scale.dtype == torch.float32 and scale.shape == (N,) and K <= MOST_INPUTS, x, weight)
     return _call("linear_int8", x, [weight, scale], bias, N, K)
 
 
 def linear_int4(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same for two weights a byte: uint8 weight [N, K / 2], int8 steps [N, K / 64], float32 scale [N].
 
-    A weight is (n - 8) * step * scale; K is a multiple of 128.
+    A weight is (n - 8) * step * scale, steps being -15 to 15; K is a multiple of 128, at most MOST_INPUTS.
     """
+    _expect(weight.dtype == torch.uint8 and weight.ndim == 2, x, weight)
     N, K = weight.shape[0], weight.shape[1] * 2
-    _expect(weight.dtype == torch.uint8 and K % (2 * GROUP) == 0, x, weight)
+    _expect(K % (2 * GROUP) == 0 and K <= MOST_INPUTS, x, weight)
     _expect(steps.dtype == torch.int8 and steps.shape == (N, K // GROUP), x, weight)
     _expect(scale.dtype == torch.float32 and scale.shape == (N,), x, weight)
     return _call("linear_int4", x, [weight, steps, scale], bias, N, K)
@@ -212,9 +219,9 @@ def linear_int4(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: T
 
 def gelu_bf16(x: Tensor, times: Tensor | None = None) -> Tensor:
     """`F.gelu(x, approximate="tanh") * times`, or without `times`; bfloat16 [..., K], equal to the bit."""
-    _expect(x.dtype == torch.bfloat16 and x.device.type == "cpu", x, x if times is None else times)
+    _expect(x.dtype == torch.bfloat16, x, x if times is None else times)
     if times is not None:
-        _expect(times.dtype == x.dtype and times.device == x.device and times.shape == x.shape, x, times)
+        _expect(times.dtype == x.dtype and times.shape == x.shape, x, times)
         times = times.contiguous()
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -233,7 +240,6 @@ def _gelu_table() -> Tensor:
 def rms_norm_bf16(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., K] over the root of its mean square, times 1 + weight [K]: bfloat16, computed in float32."""
     _expect(x.dtype == weight.dtype == torch.bfloat16 and weight.shape == x.shape[-1:], x, weight)
-    _expect(x.device.type == weight.device.type == "cpu", x, weight)
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     _run("rms_norm_bf16", [x, weight, y], eps, *_rows_of(x))
@@ -247,7 +253,7 @@ def attention_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     as [B, S, H, E]. A query that may look at nothing gets zeros.
     """
     (B, H, S, E), (K, T) = q.shape, k.shape[1:3]
-    _expect(q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.device.type == "cpu", q, k)
+    _expect(q.dtype == k.dtype == v.dtype == torch.bfloat16, q, k)
     _expect(k.shape == v.shape == (B, K, T, E) and T > 0 and E % 2 == 0 and H % K == 0, q, k)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     places = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0]
@@ -255,7 +261,7 @@ def attention_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
         _expect(mask.dtype == torch.bool and mask.shape == (B, 1, S, T), q, mask)
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         places[-2:] = mask.stride(0), mask.stride(2)
-    y = torch.empty(B, S, H, E, dtype=q.dtype)
+    y = q.new_empty(B, S, H, E)
     if y.numel():
         numbers = (ctypes.c_int64 * len(places))(*places)
         _run("attention_bf16", [q, k, v, mask, y, numbers], scale, B, H, K, S, T, E)
@@ -270,8 +276,15 @@ def _run(name: str, given: Sequence[Tensor | ctypes.Array[Any] | None], *numbers
     """Calls a function of the library: pointers, numbers, and last the threads."""
     if (library := _library(instructions())) is None:
         raise RuntimeError(f"{name} is not available here: ask kernel_available() first")
-    pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
-    getattr(library, name)(*pointers, *numbers, torch.get_num_threads())
+    getattr(library, name)(*map(_address, given), *numbers, torch.get_num_threads())
+
+
+def _address(x: Tensor | ctypes.Array[Any] | None) -> int | ctypes.Array[Any] | None:
+    if not isinstance(x, Tensor):
+        return x
+    if not x.is_cpu:  # where it points to is not for the CPU to read
+        raise ValueError(f"no kernel for a tensor {x.dtype} {list(x.shape)} on {x.device}: they are for the CPU")
+    return x.data_ptr()
 
 
 def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
@@ -280,8 +293,8 @@ def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
 
 
 def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
-    _expect(x.shape[-1] == K and max(N, K) < 2**31, x, weights[0])
-    _expect(all(t.is_contiguous() and t.is_cpu for t in weights), x, weights[0])
+    _expect(x.shape[-1] == K and 0 < K < 2**31 and N < 2**31, x, weights[0])
+    _expect(all(t.is_contiguous() for t in weights), x, weights[0])
     if name != "linear_bf16":
         _expect(x.dtype in (torch.bfloat16, torch.float32), x, weights[0])
         name += "_bf16" if x.dtype == torch.bfloat16 else "_f32"
@@ -289,8 +302,8 @@ def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: i
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
         _expect(bias.shape == (N,), x, weights[0])
-    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
-    M = x.numel() // K if K else 0
+    y = x.new_empty(*x.shape[:-1], N)
+    M = x.numel() // K
     if M and N:
         _run(name, [x, *weights, bias, y], M, N, K)
     return y

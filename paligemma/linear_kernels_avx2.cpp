@@ -35,12 +35,19 @@ static inline int sum(__m256i v) {
     return _mm_cvtsi128_si32(_mm_hadd_epi32(half, half));
 }
 
-// 32 bytes of which the first `count` are read, zeros behind them.
-static inline __m256i load32(const void* from, int count) {
-    if (count >= 32) return _mm256_loadu_si256((const __m256i*)from);
+static inline __m256i load_whole(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+
+// The first `count` of 32 bytes, zeros behind them. Not for the loops: what is in registers would be put away for it.
+static inline __m256i load_part(const void* from, int count) {
     alignas(32) char bytes[32] = {};
     std::memcpy(bytes, from, count);
     return _mm256_load_si256((const __m256i*)bytes);
+}
+
+// Keeps a loaded vector in its register: left alone, the compiler loads it anew for each instruction that uses it.
+static inline __m256i kept(__m256i v) {
+    asm("" : "+x"(v));
+    return v;
 }
 
 static int whole_blocks(int K) { return (K + BLOCK - 1) / BLOCK * BLOCK; }
@@ -66,10 +73,10 @@ static void tile_bf16(const float* x, size_t stride, const bf16* const* w, int K
     for (int m = 0; m < R; m++)
         UNROLL
         for (int n = 0; n < NR; n++) acc[m][n] = _mm256_setzero_ps();
-    for (int k = 0; k < K; k += 16) {
+    const auto step = [&](int k, auto load) __attribute__((always_inline)) {
         UNROLL
         for (int n = 0; n < NR; n++) {
-            const __m256i both = load32(w[n] + k, 2 * (K - k));
+            const __m256i both = load(w[n] + k);
             const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
             const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(both, upper));
             UNROLL
@@ -79,7 +86,10 @@ static void tile_bf16(const float* x, size_t stride, const bf16* const* w, int K
                 acc[m][n] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(from + 8), acc[m][n]);
             }
         }
-    }
+    };
+    int k = 0;
+    for (; k + 16 <= K; k += 16) step(k, load_whole);
+    if (k < K) step(k, [&](const bf16* from) { return load_part(from, 2 * (K - k)); });
     UNROLL
     for (int m = 0; m < R; m++)
         UNROLL
@@ -89,7 +99,7 @@ static void tile_bf16(const float* x, size_t stride, const bf16* const* w, int K
 // ---------------------------------------------------------------------------------------------- activations in 8 bits
 
 struct Outlier {
-    int k;      // where it stands
+    unsigned k; // where it stands (unsigned: places in 4 bits are then found by shifts)
     float rest; // what was clipped
 };
 
@@ -145,7 +155,7 @@ static void round_row(const T* x, int K, std::vector<float>& v, int8_t* q, Row& 
         int beyond = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_andnot_ps(sign, a), _mm256_set1_ps(bound), _CMP_GT_OQ));
         for (; beyond; beyond &= beyond - 1) {
             const int at = k + __builtin_ctz(beyond);
-            row.outliers.push_back({at, v[at] - q[at] * row.scale});
+            row.outliers.push_back({unsigned(at), v[at] - q[at] * row.scale});
         }
     }
     row.groups.resize(whole / GROUP);
@@ -177,11 +187,11 @@ static void tile_int8(const int8_t* x, size_t stride, const int8_t* const* w, in
     for (int m = 0; m < R; m++)
         UNROLL
         for (int n = 0; n < NR; n++) acc[m][n] = _mm256_setzero_si256();
-    for (int k = 0; k < K; k += 32) {
+    const auto step = [&](int k, auto load) __attribute__((always_inline)) {
         UNROLL
         for (int n = 0; n < NR; n++) {
             _mm_prefetch((const char*)(w[n] + k + AHEAD), _MM_HINT_T0);
-            const __m256i weights = load32(w[n] + k, K - k), size = _mm256_abs_epi8(weights);
+            const __m256i weights = load(w[n] + k), size = _mm256_abs_epi8(weights);
             UNROLL
             for (int m = 0; m < R; m++) {
                 const __m256i v = _mm256_loadu_si256((const __m256i*)(x + m * stride + k));
@@ -189,7 +199,10 @@ static void tile_int8(const int8_t* x, size_t stride, const int8_t* const* w, in
                 acc[m][n] = _mm256_add_epi32(acc[m][n], _mm256_madd_epi16(pairs, ones));
             }
         }
-    }
+    };
+    int k = 0;
+    for (; k + 32 <= K; k += 32) step(k, load_whole);
+    if (k < K) step(k, [&](const int8_t* from) { return load_part(from, K - k); });
     UNROLL
     for (int m = 0; m < R; m++)
         UNROLL
@@ -208,10 +221,13 @@ static void tile_int4(
         UNROLL
         for (int n = 0; n < NR; n++) acc[m][n] = _mm256_setzero_si256();
     for (int k = 0; k < K; k += 128) {
+        __m256i only[4]; // of one row of x there is room for these numbers in registers
+        if (R == 1)
+            UNROLL
+            for (int i = 0; i < 4; i++) only[i] = kept(load_whole(x + k + 32 * i));
         UNROLL
         for (int n = 0; n < NR; n++) {
-            const __m256i a = _mm256_loadu_si256((const __m256i*)(w[n] + k / 2));
-            const __m256i b = _mm256_loadu_si256((const __m256i*)(w[n] + k / 2 + 32));
+            const __m256i a = kept(load_whole(w[n] + k / 2)), b = kept(load_whole(w[n] + k / 2 + 32));
             _mm_prefetch((const char*)(w[n] + k / 2 + AHEAD), _MM_HINT_T0);
             int16_t two; // steps, of the lower halves and of the upper ones
             std::memcpy(&two, steps[n] + k / GROUP, 2);
@@ -223,9 +239,10 @@ static void tile_int4(
                 const __m256i others = _mm256_and_si256(half ? _mm256_srli_epi16(b, 4) : b, lower);
                 UNROLL
                 for (int m = 0; m < R; m++) {
-                    const __m256i* v = (const __m256i*)(x + m * stride + k + GROUP * half);
-                    const __m256i first = _mm256_maddubs_epi16(numbers, _mm256_loadu_si256(v));
-                    const __m256i second = _mm256_maddubs_epi16(others, _mm256_loadu_si256(v + 1));
+                    const int8_t* v = x + m * stride + k + GROUP * half;
+                    const __m256i first = _mm256_maddubs_epi16(numbers, R == 1 ? only[2 * half] : load_whole(v));
+                    const __m256i second =
+                        _mm256_maddubs_epi16(others, R == 1 ? only[2 * half + 1] : load_whole(v + 32));
                     const __m256i scaled = _mm256_madd_epi16(_mm256_add_epi16(first, second), step[half]);
                     acc[m][n] = _mm256_add_epi32(acc[m][n], scaled);
                 }
@@ -244,7 +261,7 @@ static void tile_int4(
             }
             int of_groups = sum(of_groups8);
             for (; g < K / GROUP; g++) of_groups += int(row[m].groups[g]) * steps[n][g];
-            out[m][n] = sum(acc[m][n]) - 8 * of_groups;
+            out[m][n] = int(unsigned(sum(acc[m][n])) - 8u * unsigned(of_groups)); // the first may have come around
         }
 }
 
@@ -288,15 +305,17 @@ static void few_rows(
         tiles_of_rows(M, [&](auto R, int m) {
             int out[R()][NR];
             tile(R, m, n, out);
-            for (int r = 0; r < R(); r++)
+            for (int r = 0; r < R(); r++) {
+                const Row& row = rows.row[m + r];
+                float rest[NR] = {};
+                for (const Outlier& outlier : row.outliers)
+                    for (int i = 0; i < NR; i++) rest[i] += outlier.rest * weight(n[i], outlier.k);
                 for (int i = 0; i < NR; i++) {
-                    const Row& row = rows.row[m + r];
-                    float rest = 0;
-                    for (const Outlier& outlier : row.outliers) rest += outlier.rest * weight(n[i], outlier.k);
                     const float s = scale[n[i]];
-                    put(out[r][i] * s * row.scale + rest * s + (bias ? number(bias[n[i]]) : 0),
+                    put(out[r][i] * s * row.scale + rest[i] * s + (bias ? number(bias[n[i]]) : 0),
                         y + size_t(m + r) * N + n[i]);
                 }
+            }
         });
     }
 }
@@ -305,7 +324,7 @@ template <class T>
 static void linear_int8(
     const T* x, const int8_t* w, const float* scale, const T* bias, T* y, int M, int N, int K, int threads) {
     const Rows rows = round_rows(x, M, K);
-    auto weight = [&](int n, int k) { return float(w[size_t(n) * K + k]); };
+    auto weight = [&](int n, unsigned k) { return float(w[size_t(n) * K + k]); };
     auto tile = [&](auto R, int m, const int* n, int (*out)[NR]) {
         const int8_t* row[NR];
         for (int i = 0; i < NR; i++) row[i] = w + size_t(n[i]) * K;
@@ -319,7 +338,7 @@ static void linear_int4(
     const T* x, const uint8_t* w, const int8_t* steps, const float* scale, const T* bias, T* y, int M, int N, int K,
     int threads) {
     const Rows rows = round_rows(x, M, K);
-    auto weight = [&](int n, int k) {
+    auto weight = [&](int n, unsigned k) {
         const int byte = w[size_t(n) * (K / 2) + k / 128 * 64 + k % 64];
         const int number = k % 128 < 64 ? byte & 15 : byte >> 4;
         return float((number - 8) * steps[size_t(n) * (K / GROUP) + k / GROUP]);

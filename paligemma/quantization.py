@@ -180,13 +180,18 @@ def slow_in_bfloat16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and not multiplies_bfloat16(x.device)
 
 
+def _learns(x: Tensor) -> bool:
+    """Whether something before x wants its gradient. Rounded to 8 bits it would have none: activations stay whole."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 def in_float32(x: Tensor, weight: Tensor, steps: Tensor | None = None) -> Tensor:
     """x [M, K], weight [N, K] in another dtype, or in 4 bits [N, K / 2] with its steps -> x weight' [M, N], float32.
 
     The weight is made float32 a piece at a time, which stays in the cache until it is multiplied; at once where a
     gradient for x is wanted.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    if _learns(x):
         return x.float() @ (weight if steps is None else unpack(weight, steps)).float().T
     x, y = x.float(), torch.empty(len(x), len(weight), dtype=torch.float32)
     piece = torch.empty(max(1, 2**20 // max(1, x.shape[-1])), x.shape[-1])  # 4 MB
@@ -232,7 +237,7 @@ class FastSiglipMLP(SiglipMLP):
 
 
 class FastGemmaAttention(GemmaAttention):
-    """Attention by its kernel: weights rounded to bfloat16 as in PyTorch's, sums in another order."""
+    """Attention by its kernel: as in PyTorch's, but for the order of sums (and with AVX2 unrounded weights)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if self.explicit or not _attention_for_kernel(q):
@@ -305,6 +310,8 @@ class Int8Linear(nn.Module):
         self.packed: Tensor | None = None  # a copy in the order that PyTorch's own product wants, made when first used
 
     def forward(self, x: Tensor) -> Tensor:
+        if _learns(x):
+            return with_bias(weights_only(x.flatten(0, -2), self.weight, self.scale), self.bias, x)
         if kernel_available() and (_few(x) or linear_kernels.takes_many_rows()):
             return linear_kernels.linear_int8(x, self.weight, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # PyTorch's operators insist on it
@@ -342,6 +349,8 @@ class Int4Linear(nn.Module):
         self.packed: tuple[Tensor, Tensor] | None = None  # as in Int8Linear
 
     def forward(self, x: Tensor) -> Tensor:
+        if _learns(x):
+            return with_bias(weights_only(x.flatten(0, -2), self.weight, self.scale, self.steps), self.bias, x)
         if kernel_available() and (_few(x) or linear_kernels.takes_many_rows()):
             return linear_kernels.linear_int4(x, self.weight, self.steps, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()

@@ -5,8 +5,11 @@ bit; bfloat16 results are float32 sums in some order, and stay within the bound 
 """
 
 import copy
+import ctypes
 import json
 import math
+import mmap
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -49,14 +52,14 @@ BOTH = [pytest.param("AVX-512", marks=needs_avx512), pytest.param("AVX2", marks=
 @pytest.fixture(params=BOTH)
 def kernels(request, monkeypatch):
     """The kernels of either file. A CPU with AVX-512 has AVX2 as well."""
-    monkeypatch.setenv("PALIGEMMA_KERNEL", "avx2" if request.param == "AVX2" else "1")
+    monkeypatch.setattr(linear_kernels, "ASKED", "avx2" if request.param == "AVX2" else "1")
     return request.param
 
 
 @pytest.fixture(params=[*BOTH, "plain"])
 def way(request, monkeypatch):
     """All ways to compute the same."""
-    monkeypatch.setenv("PALIGEMMA_KERNEL", {"AVX2": "avx2", "plain": "0"}.get(request.param, "1"))
+    monkeypatch.setattr(linear_kernels, "ASKED", {"AVX2": "avx2", "plain": "0"}.get(request.param, "1"))
     return request.param
 
 
@@ -188,12 +191,21 @@ def test_8_bit_kernel_is_exact_to_the_bit(M, N, K, bias):
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("K", [36864, linear_kernels.MOST_INPUTS])
 @pytest.mark.parametrize("M", [1, 60])
-def test_8_bit_sums_do_not_overflow(M):
-    """The longest row of any published model, all weights and activations at their largest."""
-    K = 36864
+def test_sums_do_not_overflow(M, K):
+    """The longest row of any published model, and the longest there may be: weights and activations at their largest.
+
+    In 4 bits sums of n, which is at most 15, may overflow on the way; those of n - 8 don't.
+    """
     x, weight = torch.ones(M, K), torch.full((4, K), -127, dtype=torch.int8)
     assert linear_kernels.linear_int8(x, weight, torch.ones(4)).tolist() == [[-127.0 * K] * 4] * M
+    for n in (0, 15):
+        weight, steps = torch.full((4, K // 2), 17 * n, dtype=torch.uint8), torch.full((4, K // 64), 15).char()
+        y = linear_kernels.linear_int4(x, weight, steps, torch.ones(4))
+        assert y.tolist() == [[(n - 8) * 15.0 * K] * 4] * M
+    with pytest.raises(ValueError, match="no kernel for x"):
+        linear_kernels.linear_int8(torch.ones(1, 2**17 + 1), torch.ones(4, 2**17 + 1).char(), torch.ones(4))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -268,6 +280,10 @@ def test_kernels_refuse_what_they_would_misread():
         lambda: linear_kernels.linear_int4(x, packed, steps.short(), scale),
         lambda: linear_kernels.linear_int4(x, packed, steps, scale.bfloat16()),
         lambda: linear_kernels.linear_int4(x[:, :64], packed[:, :32].contiguous(), steps[:, :1].contiguous(), scale),
+        lambda: linear_kernels.linear_int8(x, weight[None], scale),
+        lambda: linear_kernels.linear_bf16(x.bfloat16(), weight[None].bfloat16()),
+        lambda: linear_kernels.linear_int8(x[:, :0], weight[:, :0], scale),
+        lambda: linear_kernels.linear_bf16(x[:, :0].bfloat16(), weight[:, :0].bfloat16()),
     ):
         with pytest.raises(ValueError, match="no kernel for x"):
             wrong()
@@ -276,6 +292,70 @@ def test_kernels_refuse_what_they_would_misread():
     assert torch.equal(
         linear_kernels.linear_int8(columns, weight, scale), linear_kernels.linear_int8(columns.clone(), weight, scale)
     )
+
+
+def elsewhere(x: torch.Tensor) -> torch.Tensor:
+    """The same shape on a device whose memory the CPU cannot read."""
+    return torch.empty_like(x, device="meta")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_kernels_refuse_what_lies_on_another_device():
+    x, weight, scale = torch.randn(2, 128), torch.zeros(4, 128, dtype=torch.int8), torch.ones(4)
+    q, of_norm, seen = torch.randn(1, 2, 3, 128).bfloat16(), torch.ones(128).bfloat16(), torch.ones(1, 1, 3, 3).bool()
+    for wrong in (
+        lambda: linear_kernels.linear_int8(elsewhere(x), weight, scale),
+        lambda: linear_kernels.linear_int8(x, elsewhere(weight), scale),
+        lambda: linear_kernels.linear_int8(x, weight, elsewhere(scale)),
+        lambda: linear_kernels.linear_int8(x, weight, scale, elsewhere(scale)),
+        lambda: linear_kernels.attention_bf16(elsewhere(q), q, q, seen, 1.0),
+        lambda: linear_kernels.attention_bf16(q, q, elsewhere(q), seen, 1.0),
+        lambda: linear_kernels.attention_bf16(q, q, q, elsewhere(seen), 1.0),
+        lambda: linear_kernels.gelu_bf16(q, elsewhere(q)),
+        lambda: linear_kernels.rms_norm_bf16(q, elsewhere(of_norm), 1e-6),
+    ):
+        with pytest.raises(ValueError, match="on meta: they are for the CPU"):
+            wrong()
+    with torch.device("meta"):  # where new tensors are wanted is not where results belong
+        assert linear_kernels.linear_int8(x, weight, scale).is_cpu
+        assert linear_kernels.attention_bf16(q, q, q, None, 1.0).is_cpu
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")
+def test_kernels_read_nothing_behind_the_end_of_a_tensor(kernels):
+    """What they read ends where memory does: a step further, and the process would be ended by a signal."""
+    process = multiprocessing.get_context("spawn").Process(target=use_what_ends_with_its_page, args=(kernels,))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+
+
+def use_what_ends_with_its_page(kernels: str) -> None:
+    linear_kernels.ASKED = "avx2" if kernels == "AVX2" else "1"
+    kept = []  # the pages: a tensor does not hold them
+
+    def at_the_end(x: torch.Tensor) -> torch.Tensor:
+        whole = -(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+        kept.append(memory)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + whole), mmap.PAGESIZE, 0) == 0
+        moved = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=whole - x.nbytes)
+        return moved.view(x.shape).copy_(x)
+
+    for M, K in ((1, 1), (2, 17), (3, 63), (1, 269), (5, 300)):
+        x, weight = torch.randn(M, K), torch.randn(70, K)
+        linear_kernels.linear_bf16(at_the_end(x.bfloat16()), at_the_end(weight.bfloat16()))
+        in_8_bits = [at_the_end(part) for part in round_rows(weight)]
+        for dtype in (torch.bfloat16, torch.float32):
+            linear_kernels.linear_int8(at_the_end(x.to(dtype)), *in_8_bits)
+        linear_kernels.rms_norm_bf16(at_the_end(x.bfloat16()), at_the_end(weight[0].bfloat16()), 1e-6)
+        linear_kernels.gelu_bf16(at_the_end(x.bfloat16()), at_the_end(x.bfloat16()))
+        in_4_bits = [at_the_end(part) for part in round_groups(torch.randn(70, 384))]
+        linear_kernels.linear_int4(at_the_end(torch.randn(M, 384)), *in_4_bits)
+        q, k = torch.randn(1, 2, M, 18).bfloat16(), torch.randn(1, 1, K, 18).bfloat16()
+        seen = at_the_end(torch.rand(1, 1, M, K) < 0.7)
+        linear_kernels.attention_bf16(at_the_end(q), at_the_end(k), at_the_end(k), seen, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------- between the products
@@ -322,11 +402,12 @@ def test_the_norm_of_zeros_and_of_what_is_no_number():
 def test_attention_within_the_bound_of_its_roundings(B, H, K, S, T, E, hidden):
     """Half a unit of bfloat16 for each weight, up to 2^-8 of it, and for the result; float32 before and after.
 
-    Queries, keys and values lie as the model leaves them: heads beside each other, or in a cache with room behind.
+    Queries, keys and values lie as the model leaves them: heads beside each other, or in a cache with room behind. The
+    mask is a part of a larger one.
     """
     q = torch.randn(B, S, H, E).bfloat16().transpose(1, 2)
     k, v = torch.randn(B, K, T + 3, E).bfloat16()[:, :, :T], torch.randn(B, T, K, E).bfloat16().transpose(1, 2)
-    mask = torch.rand(B, 1, S, T) < 0.7
+    mask = (torch.rand(B, 1, S + 2, T + 3) < 0.7)[:, :, -S:, 1 : T + 1]
     mask[..., 0] = True
     keys, values = (x.double().repeat_interleave(H // K, dim=1) for x in (k, v))
     scores = q.double() @ keys.mT * 0.3
@@ -451,7 +532,7 @@ def test_both_ways_are_equal_to_the_bit_where_nothing_is_clipped(kernels, monkey
     _, _, eight, _ = layers()
     x = torch.rand(60 if kernels == "AVX-512" else 16, 512) - 0.5
     compiled = eight(x)
-    monkeypatch.setenv("PALIGEMMA_KERNEL", "0")
+    monkeypatch.setattr(linear_kernels, "ASKED", "0")
     assert torch.equal(eight(x), compiled)
 
 
@@ -512,7 +593,7 @@ def test_no_number_comes_out_where_none_went_in(way):
 
 def test_a_cpu_without_8_bit_products(monkeypatch):
     """Weights stay small there, activations stay as they are."""
-    monkeypatch.setenv("PALIGEMMA_KERNEL", "0")
+    monkeypatch.setattr(linear_kernels, "ASKED", "0")
     monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
     weight, bias, eight, _ = layers()
     for M in (1, 40):
@@ -528,7 +609,7 @@ def test_a_cpu_without_8_bit_products(monkeypatch):
 def fresh(monkeypatch, tmp_path):
     """Nothing compiled yet: no library is loaded, and none lies in the cache."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.delenv("PALIGEMMA_KERNEL", raising=False)
+    monkeypatch.setattr(linear_kernels, "ASKED", "1")
     cached = linear_kernels._library, linear_kernels._best_instructions
     for function in cached:
         function.cache_clear()
@@ -695,7 +776,7 @@ def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
 @needs_kernel
 def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
     """As many as it takes, in each of the three layers, and none of those that are more."""
-    monkeypatch.setenv("PALIGEMMA_KERNEL", "avx2")
+    monkeypatch.setattr(linear_kernels, "ASKED", "avx2")
     monkeypatch.setattr("paligemma.linear_kernels.cpu_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
     called, in_float32 = [], quantization.in_float32
@@ -719,16 +800,15 @@ def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
     assert called == [1, 16]
 
 
-def test_gradients_for_pictures_pass_through_rounded_weights(monkeypatch):
-    """Where a CPU has no 8-bit products: weights are fixed, what they multiply is not."""
-    monkeypatch.setenv("PALIGEMMA_KERNEL", "0")
-    monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
+@pytest.mark.parametrize("rows", [1, 20])
+def test_gradients_for_pictures_pass_through_rounded_weights(way, rows):
+    """Weights are fixed, what they multiply is not. Activations in 8 bits would have no gradient, or next to none."""
     _, _, eight, four = layers()
     for layer, weight in ((eight, eight.weight * eight.scale[:, None]), (four, dense(four))):
-        x = torch.randn(20, 512, requires_grad=True)
+        x = torch.randn(2, rows, 512, requires_grad=True)
         with torch.enable_grad():
             layer(x).sum().backward()
-        torch.testing.assert_close(x.grad, weight.sum(0).float().expand(20, -1), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(x.grad, weight.sum(0).float().expand(2, rows, -1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
