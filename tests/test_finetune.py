@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import paligemma
 from paligemma.checkpoints import open_checkpoint, save_pretrained
 from paligemma.cli import app
 from paligemma.tiny.scenes import write_scenes
-from paligemma.train import checkpointing, run_report
+from paligemma.train import checkpointing, run_folder, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
 from paligemma.train.data import Row, open_rows
 from paligemma.train.finetune import Options, finetune, plan_of, prepare, rows_of
@@ -416,6 +417,76 @@ def test_a_run_goes_on_only_with_the_same_settings_and_data(base, data, tmp_path
         run(base, data, out)
     run(base, data, out, resume=False, steps=2)
     assert len(losses(out)) == 2, "begun anew"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_refused_command_leaves_the_old_run_as_it_is(base, data, tmp_path):
+    """Also with --no-resume, which begins anew in its place: not before all is known to be right."""
+    out = tmp_path / "run"
+    run(base, data, out)
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(Path(data).read_text() + '{"image": null, "prefix": "caption en"}\n')
+    with pytest.raises(ValueError, match="no part 'visoin'"):
+        run(base, data, out, resume=False, freeze=("visoin",))
+    with pytest.raises(ValueError, match="no suffix"):
+        run(base, str(broken), out, resume=False, images=str(Path(data).parent))
+    with pytest.raises(ValueError, match="no suffix"):
+        run(base, data, out, resume=False, images=str(Path(data).parent), validation=str(broken))
+    with pytest.raises(ValueError, match="none of them learns"):
+        run(base, data, out, resume=False, optimizer="muon", freeze=("vision", "decoder"))
+    assert contents(out) == before
+    run(base, data, out, resume=False, steps=2)
+    assert len(losses(out)) == 2 and (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_is_not_put_where_its_model_lies(base, data, tmp_path):
+    out = tmp_path / "run"
+    run(base, data, out)
+    save_pretrained(paligemma.load(base).model, out / "base", paligemma.load(base).processor)
+    adapter = tmp_path / "adapter"
+    run(str(out), data, adapter, lora=("decoder",), steps=1)
+    before = contents(out)
+    for model in (out, out / "base", tmp_path / "adapter" / ".." / "run", adapter):
+        for others in ({"lora": ("decoder",)}, {}):
+            if model != adapter or not others:  # an adapter is refused LoRA anyway
+                with pytest.raises(ValueError, match=rf"lies in {re.escape(str(out))}, .*choose another --out"):
+                    run(str(model), data, out, resume=False, **others)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_killed_while_the_old_run_is_removed(base, data, tmp_path, monkeypatch, moment):
+    """The same command begins anew all the same, and so does the old one."""
+    out = tmp_path / "run"
+    run(base, data, out, steps=2)
+    (out / "notes.txt").write_text("mine")
+    left = iter(range(moment, -1, -1))
+
+    def killed_in(act, removes):
+        def acting(path, *rest, **options):
+            if next(left, -1) == 0:
+                if removes and (files := sorted(file for file in Path(path).rglob("*") if file.is_file())):
+                    files[0].unlink()  # half removed
+                raise KeyboardInterrupt
+            return act(path, *rest, **options)
+
+        return acting
+
+    monkeypatch.setattr("paligemma.train.run_folder.shutil.rmtree", killed_in(shutil.rmtree, True))
+    monkeypatch.setattr("paligemma.train.run_folder.os.replace", killed_in(os.replace, False))
+    with pytest.raises(KeyboardInterrupt):
+        run_folder.clear(out)
+    monkeypatch.undo()
+    shutil.copytree(out, tmp_path / "old")
+    run(base, data, tmp_path / "old", steps=2)
+    run(base, data, out, resume=False, steps=3)
+    assert len(losses(out)) == 3 and (out / "notes.txt").exists()
+    assert {path.name for path in out.iterdir() if path.name.startswith(".")} == set()
 
 
 def test_moved_data_are_the_same_data(base, data, tmp_path):
