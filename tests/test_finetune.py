@@ -147,11 +147,17 @@ def test_validation_measures_captions_as_evaluate_does(base, tmp_path):
 
 
 def test_validation_whose_pictures_are_gone_does_not_end_the_run(base, data, tmp_path):
-    Path(write_data(tmp_path / "validation"))
-    for picture in (tmp_path / "validation").glob("*.png"):
-        picture.unlink()
-    more = {"validation": str(tmp_path / "validation" / "rows.jsonl"), "validate_every": 1, "steps": 2}
-    said = run(base, data, tmp_path / "run", **more)
+    more = {"validation": write_data(tmp_path / "validation"), "validate_every": 1, "steps": 2}
+    options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, **more})
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("numbers"):
+            for picture in (tmp_path / "validation").glob("*.png"):
+                picture.unlink()
+
+    finetune(options, say)
     assert sum("none of the pictures can be read" in line for line in said) == 2, "on the way and at the end"
     assert json.loads((tmp_path / "run" / "finished.json").read_text())["figures"] == []
     paligemma.load(str(tmp_path / "run"))
@@ -627,6 +633,36 @@ def test_missing_before_the_first_step(base, data, tmp_path):
     assert any("missing picture: 1 of 8 rows, they are skipped; the first is" in line for line in said)
     with pytest.raises(ValueError, match=r"missing picture: 1 row.*\n.*rows\.jsonl:4: no picture at"):
         run(base, data, tmp_path / "strict", strict=True)
+
+
+def test_pictures_that_are_all_missing_are_an_error(base, data, tmp_path):
+    """Which is what a mistyped --images looks like. Those of the validation rows too: better now than after hours."""
+    wrong = r"none of the pictures is there: .*rows\.jsonl:1: no picture at .*or to the folder given as --images"
+    with pytest.raises(ValueError, match=wrong):
+        run(base, data, tmp_path / "run", images="nowhere")
+    validation = write_data(tmp_path / "validation")
+    for picture in Path(validation).parent.glob("*.png"):
+        picture.unlink()
+    with pytest.raises(ValueError, match=wrong):
+        run(base, data, tmp_path / "run", validation=validation)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_could_read_no_picture_is_no_success(base, data, tmp_path):
+    """All of them vanish after they were seen, and there are too few rows for `MOST_SKIPPED`."""
+    options = Options(model=base, data=data, out=str(tmp_path / "run"), **SMALL)
+
+    def vanish():
+        for picture in Path(data).parent.glob("*.png"):
+            picture.rename(picture.with_suffix(".away"))
+
+    for say in (during(vanish), None):  # nor when the same command is given again
+        with pytest.raises(OSError, match=r"nothing was learned.* 24 rows .*no such file\. .*--no-resume"):
+            finetune(options, say)
+    assert not (tmp_path / "run" / "finished.json").exists() and not list((tmp_path / "run").glob("model*"))
+    for picture in Path(data).parent.glob("*.away"):
+        picture.rename(picture.with_suffix(".png"))
+    run(base, data, tmp_path / "run", resume=False)
 
 
 def test_a_disk_that_went_away_ends_the_run(base, tmp_path):

@@ -296,6 +296,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         )
         if rank:
             return last
+        check_learned(out)
         save_model(pg, options, out, dtype)
         if board is not None:
             board.close()
@@ -455,10 +456,21 @@ def check_rows(rows: Rows, pg: PaliGemma, limit: int, strict: bool, say: Callabl
     if bad:
         report.counts, report.not_checked = bad, []  # which are options of another command
         raise ValueError(f"these rows cannot be trained on as they are:\n{report}")
+    if report.counts.get("missing picture") and not any(map(has_its_pictures, rows)):
+        first = report.first["missing picture"][0]
+        raise ValueError(
+            f"none of the pictures is there: {first.source}: {first.message}. Names are relative to the file they "
+            "stand in, or to the folder given as --images: is that the right one?"
+        )
     for name, count in report.counts.items():
         first = report.first[name][0]
         what = "they are skipped" if name == "missing picture" else "they are cut at its edge"
         say(f"note: {name}: {count:,} of {len(rows):,} rows, {what}; the first is {first.source}: {first.message}")
+
+
+def has_its_pictures(row: Row) -> bool:
+    """Whether a row has pictures, and all of them are there."""
+    return bool(row.pictures) and all(isinstance(one, bytes) or os.path.isfile(one) for one in row.pictures)
 
 
 def announcement(
@@ -506,6 +518,18 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 # --- after --------------------------------------------------------------------------------------------------------
+
+
+def check_learned(out: Path) -> None:
+    """OSError if no row of any step could be read: the model is as it was, and no result."""
+    log = read_log(out)
+    skipped = [entry for entry in log if "skipped" in entry]
+    if skipped and not any("loss" in entry for entry in log):
+        last = skipped[-1]
+        raise OSError(
+            f"nothing was learned, since no picture could be read; the last of {len(skipped):,} rows that were left "
+            f"out: {last['skipped']}: {last['error']}. Once they are there, begin anew with --no-resume"
+        )
 
 
 def save_model(pg: PaliGemma, options: Options, out: Path, dtype: torch.dtype) -> None:
