@@ -229,6 +229,17 @@ def test_the_vision_tower_learns_at_its_share_of_the_rate(base, data, tmp_path, 
             assert slower[key] == pytest.approx(share * same[key], rel=0.02, abs=1e-7), key
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_is_of_eye_and_projector_alone(base, data, tmp_path, optimizer):
+    for name, decay in (("none", 0.0), ("some", 0.5)):
+        run(base, data, tmp_path / name, steps=1, warmup=0.0, optimizer=optimizer, weight_decay=decay)
+    none, some = (paligemma.load(str(tmp_path / name)).model.state_dict() for name in ("none", "some"))
+    for key in none:
+        kernel = key.startswith(("vision_tower", "multi_modal_projector")) and none[key].ndim > 1
+        kernel &= "position_embedding" not in key
+        assert torch.equal(none[key], some[key]) != kernel, key
+
+
 def test_beside_muon_adamw_gets_a_third_of_the_rate(base, data, tmp_path):
     said = run(base, data, tmp_path / "run", steps=1, warmup=0.0, optimizer="muon", lr=3e-3)
     assert any("learning rate 0.003 (0.001 for embedding, norms and biases, by AdamW)" in line for line in said)

@@ -177,16 +177,37 @@ def test_the_vision_tower_may_learn_more_slowly(processor, tmp_path, monkeypatch
     assert moved["multi_modal_projector.linear.weight"] == pytest.approx(lr, rel=1e-2)
 
 
-def test_a_slower_vision_tower_decays_as_before(processor):
+@pytest.mark.parametrize("vision_lr", [1.0, 0.1])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_is_the_references_whatever_the_share_of_the_vision_tower(processor, tmp_path, kind, vision_lr):
+    """Where a step has no gradient, all that moves is what decays: the kernels of eye and projector, by the learning
+    rate times the decay, of which the tower's share of the learning rate takes nothing."""
     model = make_model(processor)
-    same, slower = decayed_apart(model, 0.1), decayed_apart(model, 0.1, vision_lr=1e-6)
-    vision = {id(parameter) for parameter in model.vision_tower.parameters()}
-    assert {id(p) for group in slower if group.get("lr") == 1e-6 for p in group["params"]} == vision
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    lr, decay = SMALL["lr"], 0.5
+    settings = {**SMALL, "steps": 1, "warmup": 0.0, "schedule": "constant"}
+    config = TrainConfig(**settings, weight_decay=decay, vision_lr=vision_lr)
+    optimizers = None
+    if kind == "muon":
+        slower = ("vision_tower", vision_lr)
+        optimizers = muon_and_adamw(model, lr, lr, decay, slower=slower, decay_as_reference=True)
 
-    def decay(groups):
-        return {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    def flat(model, batch):
+        return 0 * model.multi_modal_projector.linear.weight.sum(), 1.0, {}
 
-    assert decay(slower) == decay(same) and sum(len(group["params"]) for group in slower) == len(decay(same))
+    train(model, RowBatches(make_rows(), processor, 4), config, tmp_path, loss=flat, optimizers=optimizers)
+    for name, parameter in model.named_parameters():
+        kernel = name.startswith(("vision_tower", "multi_modal_projector")) and parameter.ndim > 1
+        kernel &= "position_embedding" not in name
+        left = (1 - lr * decay if kernel else 1.0) * before[name]
+        torch.testing.assert_close(parameter.detach(), left, rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_a_model_made_from_nothing_decays_in_every_parameter(processor):
+    """... by its own learning rate, as the recipe of the embedded model has it."""
+    model = make_model(processor)
+    for each in muon_and_adamw(model, 0.02, 0.01, weight_decay=0.1, slower=("vision_tower", 0.1)):
+        assert {group["weight_decay"] for group in each.param_groups} == {0.1}
 
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(processor):

@@ -221,7 +221,12 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     if options.optimizer == "muon":
         slower = ("vision_tower", options.vision_lr)
         optimizers = muon_and_adamw(
-            pg.model, options.peak, options.peak_beside_muon, options.weight_decay, slower=slower
+            pg.model,
+            options.peak,
+            options.peak_beside_muon,
+            options.weight_decay,
+            slower=slower,
+            decay_as_reference=True,
         )
     limit = options.max_length or pg.model.config.text_config.max_position_embeddings
     steps = steps_of(options, len(rows))

@@ -45,6 +45,7 @@ from paligemma.files import write_text
 from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
+from paligemma.train.optimizer import decays_in_reference
 from paligemma.train.run_folder import LOG, append_to_log, read_log
 
 
@@ -159,23 +160,22 @@ def what_is_seen(model: Any, batch: Batch) -> dict[str, Tensor]:
     return {"image_features": features.index_select(0, batch["pictures"])}
 
 
-def decayed_apart(model: nn.Module, weight_decay: float, vision_lr: float | None = None) -> list[dict[str, Any]]:
-    """Parameter groups as in the reference: weight decay on the matrices of the vision tower and the projector alone.
+def decayed_apart(
+    model: nn.Module, weight_decay: float, lr: float = 1e-5, vision_lr: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW with weight decay as in the reference (`optimizer.decays_in_reference`).
 
-    (Its mask is `.*/kernel$`, and no parameter of its language model is called kernel.)
-
-    vision_lr: a learning rate of the vision tower's own, which gets groups of its own for it.
+    vision_lr: the vision tower's share of the learning rate. It decays as without it: there decay is added to the step
+    behind its `lr_mults`. Torch multiplies it with the group's own rate, so here it is divided by the share.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {(True, False): [], (False, False): []}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kernel = parameter.ndim > 1 and name.startswith(("vision_tower", "multi_modal_projector"))
-            kernel = kernel and "embedding.weight" not in name.replace("patch_embedding", "")
-            own = vision_lr is not None and name.startswith("vision_tower")
-            groups.setdefault((kernel, own), []).append(parameter)
+            share = vision_lr if name.startswith("vision_tower") else 1.0
+            groups.setdefault((decays_in_reference(name, parameter), share), []).append(parameter)
     return [
-        {"params": group, "weight_decay": weight_decay if kernel else 0.0} | ({"lr": vision_lr} if own else {})
-        for (kernel, own), group in groups.items()
+        {"params": group, "lr": lr * share, "weight_decay": weight_decay / share if decays else 0.0}
+        for (decays, share), group in groups.items()
     ]
 
 
@@ -220,8 +220,7 @@ def train(
     loss = loss or suffix_loss(config.label_smoothing)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optimizers is None:
-        own = config.lr * config.vision_lr if config.vision_lr != 1 else None
-        groups = decayed_apart(model, config.weight_decay, own)
+        groups = decayed_apart(model, config.weight_decay, config.lr, config.vision_lr)
         optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8)]
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = {name: value.clone() for name, value in trained_state(model).items()} if config.ema else None

@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from paligemma.linear_kernels import multiplies_bfloat16
 
 
+def decays_in_reference(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter has weight decay in big_vision: the matrices of the vision tower and the projector alone.
+
+    (Its mask is `.*/kernel$`, and no parameter of its language model is called kernel.)
+    """
+    eye = name.startswith(("vision_tower", "multi_modal_projector"))
+    return eye and parameter.ndim > 1 and "embedding.weight" not in name.replace("patch_embedding", "")
+
+
 def muon_and_adamw(
     model: nn.Module,
     lr: float,
@@ -20,26 +29,36 @@ def muon_and_adamw(
     weight_decay: float = 0.02,
     betas: tuple[float, float] = (0.9, 0.98),
     slower: tuple[str, float] | None = None,
+    decay_as_reference: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between hidden layers, AdamW for all that is not one: embeddings, heads, norms, biases.
 
     Muon gives every direction of a matrix the same step; scaled with `match_rms_adamw` it takes AdamW's learning rates.
     slower: (what a parameter's name contains, factor): these learn with the learning rate times the factor.
+    weight_decay: times the learning rate; of all parameters. decay_as_reference: of those in `decays_in_reference`, and
+    as much of those that learn more slowly.
 
     ValueError for a model of which no such matrix learns.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = slower[1] if slower is not None and slower[0] in name else 1.0
             hidden = ".layers." in name and parameter.ndim == 2
-            groups.setdefault((hidden, factor), []).append(parameter)
+            decay = weight_decay
+            if decay_as_reference:  # torch multiplies it with the group's own rate
+                decay = weight_decay / factor if decays_in_reference(name, parameter) else 0.0
+            groups.setdefault((hidden, factor, decay), []).append(parameter)
 
-    if not any(hidden for hidden, _ in groups):
+    if not any(hidden for hidden, _, _ in groups):
         raise ValueError("muon is for the matrices between hidden layers, and none of them learns: choose adamw")
 
     def of_kind(hidden: bool, peak: float) -> list[dict[str, Any]]:
-        return [{"params": group, "lr": peak * key[1]} for key, group in groups.items() if key[0] == hidden]
+        return [
+            {"params": group, "lr": peak * factor, "weight_decay": decay}
+            for (kind, factor, decay), group in groups.items()
+            if kind == hidden
+        ]
 
     optimizers: list[torch.optim.Optimizer] = [SharedMuon(of_kind(True, lr), lr, weight_decay)]
     if others := of_kind(False, adamw_lr):  # none with LoRA in hidden layers alone
