@@ -343,7 +343,37 @@ def test_no_pictures_or_masks_are_kept_in_memory():
     run(StubModel(lambda image, prompt: says("...", segments=[segment])), examples, {"segment": spying})
     ((example, prediction),) = kept
     assert example.image is None
-    assert [region.mask for region in (*example.regions, *prediction.regions)] == [None, None]
+    assert [(region.mask, region.packed) for region in (*example.regions, *prediction.regions)] == [(None, None)] * 2
+
+
+def test_masks_that_are_compared_together_are_kept_packed():
+    """Average precision needs those of all rows."""
+    true = dogs((0, 0, 40, 40), mask=True)
+    kept = []
+    measure = replace(MEASURES["coco-masks"], together=lambda rows: kept.extend(rows) or {})
+    segment = Segment("dog", (0, 0, 40, 40), true[0].mask, [0] * 16, 0.5)
+    examples = [Example("a", IMAGE, "segment dog", "coco-masks", regions=true)]
+    run(StubModel(lambda image, prompt: says("...", segments=[segment])), examples, {"coco-masks": measure})
+    ((example, prediction),) = kept
+    for region in (*example.regions, *prediction.regions):
+        assert region.mask is None and len(region.packed["counts"]) < 20
+    assert prediction.regions[0].score == 0.5, "by which they are ranked"
+
+
+def test_coco_figures_of_masks():
+    """Half of the mask in the same box: an IoU of .5, which is right at one of COCO's ten thresholds."""
+    true = dogs((0, 0, 40, 40), mask=True)
+    half = true[0].mask.copy()
+    half[20:] = False
+    segment = Segment("dog", (0, 0, 40, 40), half, [0] * 16, 0.9)
+    examples = [Example("a", IMAGE, "segment dog", "coco-masks", regions=true)]
+    report = run(StubModel(lambda image, prompt: says("...", segments=[segment])), examples)
+    assert report["coco-masks", "AP"].value == pytest.approx(0.1)
+    assert report["coco-masks", "AP50"].value == report["coco-masks", "AP_medium"].value * 10 == pytest.approx(1)
+    assert report["coco-masks", "mIoU"].value == 0.5
+    report = run(StubModel(lambda image, prompt: says("")), examples)
+    named = {figure.name: figure.value for figure in report.figures}
+    assert named["AP"] == named["AP_medium"] == 0 and "AP_small" not in named, "no object is small"
 
 
 def test_the_worst_rows_are_drawn_task_by_task_the_surest_first(tmp_path):

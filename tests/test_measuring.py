@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from paligemma import cli
-from paligemma.grammar import Detection
+from paligemma.grammar import Detection, parse
 from paligemma.inference import Answer, load
 from paligemma.tiny.scenes import write_scenes
 from paligemma.train.data import open_rows
@@ -101,6 +101,29 @@ def test_all_prompts_for_a_caption_are_measured_as_captions(folder: Path, prompt
     report = evaluate_rows(Says({prompt: "a dog"}), rows, progress=False)
     assert set(report.counts) == {"caption"} and report.counts["caption"].rows == 1, "two captions of one picture"
     assert report["caption", "BLEU-1"].value > 0
+
+
+def test_coco_figures_of_boxes_and_of_masks(folder: Path):
+    """On the same `segment` rows: an answer with the right boxes and, in one of two, another mask."""
+
+    class Draws(Says):
+        codec = load("tiny").codec
+
+        def generate(self, images, prompts, max_new_tokens, codec, **options):
+            read = [parse(self.answers[prompt], image.size, codec=codec) for image, prompt in zip(images, prompts)]
+            return [Answer("...", [], [], 0.5, True, found.detections, found.segments, []) for found in read]
+
+    def segment(label: str, code: int) -> str:
+        return "<loc0000><loc0000><loc0512><loc0512>" + f"<seg{code:03d}>" * 16 + f" {label}"
+
+    labels = ("dog", "cat")
+    rows = open_rows(write(folder, *({"prefix": f"segment {label}", "suffix": segment(label, 64)} for label in labels)))
+    pg = Draws({"segment dog": segment("dog", 64), "segment cat": segment("cat", 0)})  # 0: a sixth of those pixels
+    boxes, masks = (evaluate_rows(pg, rows, metric, progress=False) for metric in ("coco", "coco-masks"))
+    assert boxes["coco", "AP"].value == pytest.approx(1)
+    assert masks["coco-masks", "AP"].value == pytest.approx(0.5), "of two classes one was found"
+    assert masks["coco-masks", "mIoU"].value == pytest.approx(0.5, abs=0.1)
+    assert evaluate_rows(pg, rows, "detect", progress=False)["detect", "recall"].value == 1
 
 
 def test_captions_of_one_picture_are_one_row(folder: Path):

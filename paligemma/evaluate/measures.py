@@ -11,16 +11,17 @@ is the ratio of the sums over all rows; its interval follows (`intervals.py`). F
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paligemma.evaluate.average_precision import coco_metrics, mean_area, rank
+from paligemma.evaluate.average_precision import coco_metrics, mean_area, packed, rank
 from paligemma.evaluate.captions import bleu, cider_d
 from paligemma.evaluate.intervals import bootstrap
-from paligemma.evaluate.regions import instance_ious, match_boxes
+from paligemma.evaluate.regions import Region, instance_ious, match_boxes
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.text import anls, character_errors, edit_distance, exact_match, relaxed_match, word_errors
 from paligemma.evaluate.vqa import normalize, vqa_accuracy
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
     from paligemma.mask_codec import MaskCodec
 
 Ratios = Mapping[str, tuple[float, float]]
-Rows = Sequence[tuple[Example, Prediction]]  # without pictures and masks
+Rows = Sequence[tuple[Example, Prediction]]  # without pictures, and their regions as `Measure.keep` leaves them
 Values = dict[str, tuple[float, float, float]]  # value, and the ends of its interval (NaN where there is none)
 
 NAN = float("nan")
+
+
+def without_mask(region: Region) -> Region:
+    return replace(region, mask=None)
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,16 @@ class Measure:
 
     regions: answers are boxes or masks, so one without any, if it is not empty, is invalid.
     lower_is_better: names of figures.
+    masks: the regions are to have masks.
+    keep: what is kept of a region until `together` sees all rows. A mask has a byte for every pixel.
     """
 
     score: Callable[[Example, Prediction], Ratios]
     together: Callable[[Rows], Values] | None = None
     regions: bool = False
     lower_is_better: tuple[str, ...] = ()
+    masks: bool = False
+    keep: Callable[[Region], Region] = without_mask
 
 
 def _exact(example: Example, prediction: Prediction) -> Ratios:
@@ -133,8 +142,8 @@ def _ranking(rows: Rows, orders: int = 20, samples: int = 200) -> Values:
     }
 
 
-def _coco(rows: Rows) -> Values:
-    figures = coco_metrics([(e.regions, p.regions) for e, p in rows])
+def _coco(rows: Rows, masks: bool = False) -> Values:
+    figures = coco_metrics([(e.regions, p.regions) for e, p in rows], masks)
     return {name: (value, NAN, NAN) for name, value in figures.items() if value >= 0}  # -1: nothing of this size
 
 
@@ -158,7 +167,8 @@ CAPTION = Measure(lambda example, prediction: {}, _captions)
 EMPTY = Measure(_empty)
 DETECT = Measure(_detect, _ranking, regions=True)
 COCO = Measure(_detect, _coco, regions=True)  # of boxes
-SEGMENT = Measure(_segment, regions=True)
+SEGMENT = Measure(_segment, regions=True, masks=True)
+COCO_MASKS = Measure(_segment, partial(_coco, masks=True), regions=True, masks=True, keep=packed)
 
 MEASURES: dict[str, Measure] = {
     "exact": EXACT,
@@ -172,6 +182,7 @@ MEASURES: dict[str, Measure] = {
     "detect": DETECT,
     "coco": COCO,
     "segment": SEGMENT,
+    "coco-masks": COCO_MASKS,
 }
 
 

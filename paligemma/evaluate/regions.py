@@ -5,6 +5,7 @@ Letters: n, m regions; H, W the picture.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ class Region:
     box: Box
     mask: np.ndarray | None = None  # bool [H, W]
     score: float | None = None  # of a prediction
+    packed: dict[str, Any] | None = None  # the mask as COCO's packed run lengths, where those of all rows are kept
 
 
 def box_iou(a: Sequence[Box], b: Sequence[Box]) -> np.ndarray:

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scored:
-    """A row after it was answered, without its picture and masks: a million of them must not fill the memory."""
+    """A row after it was answered, without its picture, and its masks only as far as its measure keeps them: a million
+    of them must not fill the memory."""
 
     example: Example
     prediction: Prediction
@@ -94,12 +95,11 @@ def evaluate(
     place: dict[str, int] = {}  # of each row among the examples: figures must not depend on the order of answering
 
     def take(example: Example, prediction: Prediction) -> None:
-        ratios = {
-            name: (float(top), float(bottom))
-            for name, (top, bottom) in measures[example.task].score(example, prediction).items()
-        }
-        worst_rows.offer(example, prediction, badness(ratios, measures[example.task]), place[example.id])
-        rows.append(Scored(_light(example), _light(prediction), ratios))
+        measure = measures[example.task]
+        ratios = {name: (float(a), float(b)) for name, (a, b) in measure.score(example, prediction).items()}
+        worst_rows.offer(example, prediction, badness(ratios, measure), place[example.id])
+        there, found = ([measure.keep(region) for region in one.regions] for one in (example, prediction))
+        rows.append(Scored(replace(example, image=None, regions=there), replace(prediction, regions=found), ratios))
 
     def fresh(bar: Any) -> Iterator[Example]:
         """Examples that still have to be run; the others are taken as they were saved."""
@@ -276,13 +276,6 @@ def _score_line(row: Scored) -> dict[str, Any]:
         "text": row.prediction.text,
         "scores": row.ratios,
     }
-
-
-def _light(thing: Any) -> Any:
-    regions = [replace(region, mask=None) for region in thing.regions]
-    return (
-        replace(thing, regions=regions, image=None) if isinstance(thing, Example) else replace(thing, regions=regions)
-    )
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -101,14 +101,15 @@ def opened(row: Row) -> Any:
 
 
 def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
-    """A row with its picture opened. What its suffix says of boxes and masks becomes regions. Rows about one picture
-    are of one group: an interval must not take them for independent."""
+    """A row with its picture opened. What its suffix says of boxes and masks becomes regions: where boxes are measured
+    also the box of each mask. Rows about one picture are of one group: an interval must not take them for independent.
+    """
     regions: list[Region] = []
     if MEASURES[measure].regions:
-        masks = measure == "segment"
+        masks = MEASURES[measure].masks
         size = (picture[0] if isinstance(picture, tuple) else picture).size
         parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
-        found = parsed.segments if masks else parsed.detections
+        found: list[Any] = [*parsed.segments] if masks else [*parsed.detections, *parsed.segments]
         regions = [Region(item.label, item.box, getattr(item, "mask", None)) for item in found]
     answers = () if regions else right_answers(row)
     return Example(str(row.number), picture, row.prefix, measure, answers, regions, group=what_is_seen(row))
