@@ -1,6 +1,7 @@
 """`paligemma train`: from rows to a folder that everything opens, through interruptions and bad data."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -375,6 +376,18 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
         ({"schedule": "cosinus"}, "schedule is 'cosinus', expected one of cosine, linear, constant"),
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"weight_decay": math.nan}, "weight_decay is nan, expected a number from 0 on"),
+        ({"save_every": math.nan}, "save_every is nan, expected a number from 0 on"),
+        ({"lr": math.inf}, "lr is inf"),
+        ({"rank": 0, "lora": ("decoder",)}, "rank is 0, expected at least 1"),
+        ({"alpha": -1.0, "lora": ("decoder",)}, "alpha is -1, expected a number above 0"),
+        ({"weight_decay": 0.1, "lora": ("decoder",)}, "neither learns: leave out --weight-decay"),
+        ({"weight_decay": 0.1, "freeze": ("vision", "projector")}, "neither learns: leave out --weight-decay"),
+        ({"rank": 4}, "rank would do nothing without --lora"),
+        ({"alpha": 8.0, "lora_dropout": 0.1}, "alpha and lora_dropout would do nothing without --lora"),
+        ({"metric": "vqa"}, "metric would do nothing without --validation"),
+        ({"validate_every": 5}, "validate_every would do nothing without --validation"),
+        ({"validation_rows": 5}, "validation_rows would do nothing without --validation"),
         ({"vision_lr": 0.0}, "0 is --freeze vision"),
         ({"vision_lr": 1.5}, "in (0, 1]"),
         ({"vision_lr": 0.1, "freeze": ("vision",)}, "leave out --vision-lr"),
@@ -389,6 +402,28 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
 def test_options_that_cannot_work_are_refused(wrong, named):
     with pytest.raises(ValueError, match=re.escape(named)):
         Options(**{"model": "tiny", "data": "d", "out": "o", "steps": 3, **wrong})
+
+
+@pytest.mark.parametrize(
+    "fine",
+    [
+        {"weight_decay": 0.1, "lora": ("projector",)},
+        {"weight_decay": 0.1, "freeze": ("vision",), "save_every": 0.0},
+        {"vision_lr": 0.1, "lora": ("vision", "decoder"), "rank": 4, "alpha": 8.0, "lora_dropout": 0.1},
+        {"validation": "v", "metric": "vqa", "validate_every": 5, "validation_rows": 5},
+    ],
+)
+def test_and_those_that_can_are_not(fine):
+    Options(**{"model": "tiny", "data": "d", "out": "o", "steps": 3, **fine})
+
+
+@pytest.mark.parametrize("wrong", [{"annotations": "answers.json"}, {"every_label": True}])
+def test_options_of_another_kind_of_data_are_refused(base, data, tmp_path, wrong):
+    name = next(iter(wrong)).replace("_", "-")
+    options = Options(model=base, data=data, out=str(tmp_path / "run"), **wrong)
+    for refusing in (finetune, plan_of):
+        with pytest.raises(ValueError, match=rf"is jsonl: leave out --{name}"):
+            refusing(options)
 
 
 def test_a_run_that_could_not_begin_does_not_bar_the_folder(base, data, tmp_path):

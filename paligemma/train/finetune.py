@@ -76,6 +76,9 @@ if TYPE_CHECKING:
 BEARABLE = ("missing picture", "box outside")
 
 
+MEASURING = ("metric", "validate_every", "validation_rows")
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of the command. The help of `paligemma train` says what they mean."""
@@ -135,39 +138,55 @@ class Options:
 
     def __post_init__(self) -> None:
         least = {"batch": 1, "accumulate": 1, "validation_rows": 1, "validate_every": 0, "steps": 1, "max_length": 1}
+        least |= {"rank": 1, "image_size": 1}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} is {value}, expected at least {bound}")
-        for name in ("epochs", "minutes", "lr", "clip"):
+        # Written so that nan is refused, with which every comparison is false.
+        for name in ("epochs", "minutes", "lr", "clip", "alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value:g}, expected more than 0")
+                raise ValueError(f"{name} is {value:g}, expected a number above 0")
+        for name in ("weight_decay", "save_every"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value:g}, expected a number from 0 on")
         for name in ("warmup", "label_smoothing", "dropout", "ema", "lora_dropout"):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value:g}, expected a share in [0, 1)")
         if not 0 < self.vision_lr <= 1:
             raise ValueError(f"vision_lr is {self.vision_lr:g}, expected a share in (0, 1]; 0 is --freeze vision")
-        if self.vision_lr != 1 and ("vision" in self.freeze or (self.lora and "vision" not in self.lora)):
-            raise ValueError("vision_lr is for a vision tower that learns, and here it doesn't: leave out --vision-lr")
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("steps and epochs both say how long to train: give one of them")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay:g}, expected 0 or more")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
+        if parse_dtype(self.dtype) == torch.float16:
+            raise ValueError("gradients underflow in float16: train in bfloat16 or float32")
+        measure_of("", self.metric)
+
+        # What does not go together, or would do nothing.
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs both say how long to train: give one of them")
         if self.optimizer == "muon" and self.shard:
             raise ValueError("muon needs whole matrices, and sharding cuts them up: choose adamw")
         if self.freeze and self.lora:
             raise ValueError("LoRA freezes all that it is not put beside: leave out --freeze")
         if self.lora and self.image_size is not None:
             raise ValueError("an adapter's base keeps its resolution: leave out --image-size, or train the whole model")
-        if parse_dtype(self.dtype) == torch.float16:
-            raise ValueError("gradients underflow in float16: train in bfloat16 or float32")
-        measure_of("", self.metric)
+        learns = set(self.lora) or {"vision", "projector", "decoder"}.difference(self.freeze)
+        if self.vision_lr != 1 and "vision" not in learns:
+            raise ValueError("vision_lr is for a vision tower that learns, and here it doesn't: leave out --vision-lr")
+        if self.weight_decay and not learns & {"vision", "projector"}:
+            raise ValueError(
+                "weight_decay is, as in the reference, of vision tower and projector alone, and here neither learns: "
+                "leave out --weight-decay"
+            )
+        for owner, names in {"lora": ("rank", "alpha", "lora_dropout"), "validation": MEASURING}.items():
+            given = [name for name in names if getattr(self, name) != DEFAULTS[name]]
+            if given and not getattr(self, owner):
+                raise ValueError(f"{' and '.join(given)} would do nothing without --{owner}: add it, or leave them out")
 
     @property
     def peak(self) -> float:
@@ -177,6 +196,9 @@ class Options:
     def peak_beside_muon(self) -> float:
         """Of what AdamW trains there."""
         return self.peak / 3
+
+
+DEFAULTS = {field.name: field.default for field in fields(Options)}
 
 
 def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -196,6 +218,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     out = Path(options.out)
     rows = rows_of(options, options.data)
     measured = rows_of(options, options.validation) if options.validation is not None else None
+    check_kind(options, rows)
     if not len(rows) or (measured is not None and not len(measured)):
         raise ValueError(f"{options.data if not len(rows) else options.validation} has no rows")
 
@@ -343,6 +366,17 @@ def rows_of(options: Options, path: str) -> Rows:
     )
 
 
+def check_kind(options: Options, rows: Rows) -> None:
+    """ValueError for options that are of another kind of data, where they would do nothing."""
+    kinds_of = {"annotations": ("vqa",), "every_label": ("coco-detect", "coco-segment")}
+    for name, kinds in kinds_of.items():
+        if getattr(options, name) and rows.kind not in kinds:
+            raise ValueError(
+                f"{name} is for data of the kind {' or '.join(kinds)}, and {options.data} is {rows.kind}: leave out "
+                f"--{name.replace('_', '-')}, or say with --kind what the data is"
+            )
+
+
 def check_base(options: Options) -> None:
     """ValueError for LoRA beside an adapter: what would come out could not be opened, since the base of an adapter is a
     whole model. And for a model that lies where the run is to be: beginning anew would remove it."""
@@ -410,6 +444,7 @@ def plan_of(options: Options) -> Plan:
     dtype = parse_dtype(options.dtype) or dtype
     computed = computed_in(options, dtype, pick_device(options.device))
     rows = rows_of(options, options.data)
+    check_kind(options, rows)
     folder = path if path.is_dir() else path.parent
     vision = config.vision_config
     some, sample = lay_out_some(rows, PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size))
