@@ -1,5 +1,5 @@
-// What both files of kernels have in common: the numbers, what their results depend on, and the functions of 8 and 4 bits
-// that are called from outside, which pass on to a template of the file.
+// What both files of kernels have in common: the numbers, what their results depend on, the functions of 8 and 4 bits
+// that are called from outside, which pass on to a template of the file, and rotary positions.
 
 #pragma once
 
@@ -39,6 +39,34 @@ static inline void put(float v, bf16* to) { // to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &v, 4);
     *to = v != v ? bf16(0x7fc0) : bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float rounded(float v) { // to bfloat16 and back
+    bf16 to;
+    put(v, &to);
+    return number(to);
+}
+
+// x: B x H x S rows of E numbers, at the distances from[3] of batch, head, position; cos, sin: [B, S, E / 2]; y: [B, H, S, E].
+// Rounded after every step, as PyTorch does.
+extern "C" void rotary_bf16(
+    const bf16* x, const bf16* cos, const bf16* sin, bf16* y, const int64_t* from, int B, int H, int S, int E,
+    int threads) {
+    const int half = E / 2;
+#pragma omp parallel for num_threads(threads) schedule(static) if (S > 8)
+    for (int row = 0; row < B * H * S; row++) {
+        const int b = row / (H * S), h = row / S % H, s = row % S;
+        const bf16* first = x + b * from[0] + h * from[1] + s * from[2];
+        const bf16* second = first + half;
+        const bf16* c = cos + size_t(b * S + s) * half;
+        const bf16* n = sin + size_t(b * S + s) * half;
+        bf16* to = y + size_t(row) * E;
+        for (int e = 0; e < half; e++) {
+            const float a = number(first[e]), z = number(second[e]), of_cos = number(c[e]), of_sin = number(n[e]);
+            put(rounded(a * of_cos) - rounded(z * of_sin), to + e);
+            put(rounded(z * of_cos) + rounded(a * of_sin), to + half + e);
+        }
+    }
 }
 
 template <class T>

@@ -5,7 +5,7 @@
 
 There are two files. `linear_kernels.cpp` is for CPUs with AVX-512 and 8-bit dot products, and has everything below. The
 shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: the same, but linear layers and attention for
-few rows alone.
+few rows alone. What they share is in `linear_kernels.h`.
 
 Nobody has to have a compiler: without one, or without such a CPU, `kernel_available()` is False, a line on stderr says
 why, and the layers of `quantization.py` use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that,
@@ -57,6 +57,7 @@ FUNCTIONS = {
     "linear_int4_f32": "pppppp iiii",
     "look_up_bf16": "pppp iii",
     "rms_norm_bf16": "ppp f iii",
+    "rotary_bf16": "ppppp iiiii",
     "attention_bf16": "pppppp f iiiiiii",
 }
 
@@ -243,6 +244,18 @@ def rms_norm_bf16(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     _run("rms_norm_bf16", [x, weight, y], eps, *_rows_of(x))
+    return y
+
+
+def rotary_bf16(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`modeling_gemma.apply_rotary`: x [B, H, S, E], cos and sin [B, 1, S, E / 2]; bfloat16, equal to the bit."""
+    B, H, S, E = x.shape
+    _expect(x.dtype == cos.dtype == sin.dtype == torch.bfloat16, x, cos)
+    _expect(cos.shape == sin.shape == (B, 1, S, E // 2) and E % 2 == 0, x, cos)
+    x, cos, sin = x if x.stride(-1) == 1 else x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = x.new_empty(B, H, S, E)
+    if y.numel():
+        _run("rotary_bf16", [x, cos, sin, y, (ctypes.c_int64 * 3)(*x.stride()[:3])], B, H, S, E)
     return y
 
 

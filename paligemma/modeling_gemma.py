@@ -350,11 +350,14 @@ class GemmaAttention(nn.Module):
         q = self.q_proj(x[:, -last:]).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, S, E]; -0 keeps all
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, S, E]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k = apply_rotary(q, cos[:, :, -last:], sin[:, :, -last:]), apply_rotary(k, cos, sin)
+        q, k = self.turn(q, cos[:, :, -last:], sin[:, :, -last:]), self.turn(k, cos, sin)
         mask = mask[:, :, -last:]  # [B, 1, S, T]
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, K, T, E]
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(-2))  # [B, S, D]
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return apply_rotary(x, cos, sin)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Shapes as in `explicit_attention`."""

@@ -17,8 +17,9 @@ Activations are rounded to 8 bits with a scale per token, `round_activations`. T
 hundred times larger than the rest (arXiv 2208.07339), and a scale that reaches these leaves nothing for the others.
 So what lies beyond 16 times the mean of its token is clipped, and what was clipped is multiplied apart in float32.
 
-In all three modes GELU and norms of a bfloat16 model go through kernels as well, and attention where its kernel is the
-faster: with AVX2 for few queries, with AVX-512 where the CPU has bfloat16 in vectors and none in tiles. See `FAST`.
+In all three modes GELU, norms and rotary positions of a bfloat16 model go through kernels as well, and attention where
+its kernel is the faster: with AVX2 for few queries, with AVX-512 where the CPU has bfloat16 in vectors and none in
+tiles. See `FAST`.
 
 Two ways to compute the same: the kernels of `linear_kernels.py`, or PyTorch's own operators where those can't be had. A
 CPU with neither VNNI (dot products of 8 bits) nor products of bfloat16 multiplies many rows in float32, whose sums are
@@ -237,7 +238,13 @@ class FastSiglipMLP(SiglipMLP):
 
 
 class FastGemmaAttention(GemmaAttention):
-    """Attention by its kernel: as in PyTorch's, but for the order of sums (and with AVX2 unrounded weights)."""
+    """Attention by its kernel: as in PyTorch's, but for the order of sums (and with AVX2 unrounded weights). Rotary
+    positions by theirs: equal to the bit."""
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if len(cos) != len(x) or not _for_kernel(x):
+            return super().turn(x, cos, sin)
+        return linear_kernels.rotary_bf16(x, cos, sin)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if self.explicit or not _attention_for_kernel(q):

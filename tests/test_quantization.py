@@ -23,7 +23,7 @@ import paligemma
 from paligemma import linear_kernels, quantization
 from paligemma.checkpoints import convert, open_checkpoint, save_pretrained
 from paligemma.cli import app
-from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration, apply_rotary, rotary_tables
 from paligemma.quantization import (
     GROUP,
     FastLinear,
@@ -354,6 +354,8 @@ def use_what_ends_with_its_page(kernels: str) -> None:
         in_4_bits = [at_the_end(part) for part in round_groups(torch.randn(70, 384))]
         linear_kernels.linear_int4(at_the_end(torch.randn(M, 384)), *in_4_bits)
         q, k = torch.randn(1, 2, M, 18).bfloat16(), torch.randn(1, 1, K, 18).bfloat16()
+        angles = torch.randn(1, 1, M, 9).bfloat16()
+        linear_kernels.rotary_bf16(at_the_end(q), at_the_end(angles), at_the_end(angles))
         seen = at_the_end(torch.rand(1, 1, M, K) < 0.7)
         linear_kernels.attention_bf16(at_the_end(q), at_the_end(k), at_the_end(k), seen, 1.0)
 
@@ -391,6 +393,21 @@ def test_the_norm_of_zeros_and_of_what_is_no_number():
     x[1, 39] = math.nan
     y = linear_kernels.rms_norm_bf16(x, torch.ones(40).bfloat16(), 1e-6)
     assert (y[[0, 2]] == 0).all() and y[1].isnan().all()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("B", "H", "S", "E"), [(1, 8, 66, 256), (2, 1, 1, 32), (3, 2, 5, 6), (1, 2, 0, 8)])
+def test_rotary_positions_are_equal_to_the_bit(B, H, S, E):
+    """Of queries and keys as projections leave them, of all positions or the last of them."""
+    x = (torch.randn(B, S + 2, H, E) * 3).bfloat16().transpose(1, 2)
+    places = 7 * torch.arange(S + 2) + 100 * torch.arange(B)[:, None]
+    cos, sin = rotary_tables(places, E, 1e4, torch.bfloat16)
+    for last in (S + 2, S):
+        given = x[:, :, S + 2 - last :], cos[:, :, S + 2 - last :], sin[:, :, S + 2 - last :]
+        assert torch.equal(linear_kernels.rotary_bf16(*given), apply_rotary(*given))
+    if S > 1:
+        x[0, 0, 1, 2] = math.nan
+        assert linear_kernels.rotary_bf16(x, cos, sin).isnan().sum() == 2
 
 
 @pytest.mark.usefixtures("kernels")
@@ -457,6 +474,9 @@ def test_attention_refuses_what_it_would_misread():
         lambda: linear_kernels.attention_bf16(q, q[:, :3], q[:, :3], seen, 1.0),
         lambda: linear_kernels.attention_bf16(q, q, q, seen.int(), 1.0),
         lambda: linear_kernels.attention_bf16(q, q, q, seen[..., :2], 1.0),
+        lambda: linear_kernels.rotary_bf16(q, q[:, :1], q[:, :1]),
+        lambda: linear_kernels.rotary_bf16(q, q[:, :1, :, :4].float(), q[:, :1, :, :4].float()),
+        lambda: linear_kernels.rotary_bf16(q, q[:, :1, :2, :4], q[:, :1, :2, :4]),
     ):
         with pytest.raises(ValueError, match="no kernel for x"):
             wrong()
@@ -470,7 +490,7 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
     """
     called = []
     monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: True)
-    for name in ("gelu_bf16", "rms_norm_bf16", "attention_bf16"):
+    for name in ("gelu_bf16", "rms_norm_bf16", "attention_bf16", "rotary_bf16"):
         real = getattr(linear_kernels, name)
         monkeypatch.setattr(
             linear_kernels, name, lambda *given, name=name, real=real: called.append(name) or real(*given)
@@ -483,6 +503,7 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
     assert called.count("attention_bf16") == text.num_hidden_layers + vision.num_hidden_layers
     assert called.count("gelu_bf16") == text.num_hidden_layers + vision.num_hidden_layers
     assert called.count("rms_norm_bf16") == 2 * text.num_hidden_layers + 1
+    assert called.count("rotary_bf16") == 2 * text.num_hidden_layers  # queries and keys
     called.clear()
     for module in model.modules():
         if type(module) in quantization.FAST.values():
