@@ -458,6 +458,9 @@ def evaluate(
         source["codec"] = codec_of(model, revision, kind)
         rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
         pg = opened()
+        # Which rows there are and how they are asked, so that --out is continued with the same.
+        chosen = {"kind": kind, "images": images, "annotations": annotations, "image_name": image_name, "split": split}
+        about |= chosen | {"language": None if language == "en" else language, "every_label": every_label or None}
         report = evaluate_rows(
             pg, rows, metric, count=count, about=about, constrained=not free, max_new_tokens=max_new_tokens, **options
         )
@@ -567,7 +570,9 @@ def finetune(
         bool, typer.Option("--shard", help="Under torchrun: share weights and optimizer out among the processes.")
     ] = False,
     seed: int = 0,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a row, pictures included.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a row, pictures included; longer answers are cut.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Another resolution than the checkpoint's.")] = None,
     kind: Annotated[str | None, typer.Option(help="What the data is, where its content does not say.")] = None,
     images: Annotated[str | None, typer.Option(help="The folder that names of pictures are relative to.")] = None,
@@ -587,7 +592,14 @@ def finetune(
     ] = None,
     revision: Revision = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or remove it.")] = True,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at a picture that cannot be read.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Stop at rows that are otherwise skipped (a picture that cannot be read) or cut (a box that reaches "
+            "out of it, an answer that is too long).",
+        ),
+    ] = False,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 120.0,
     plan: Annotated[bool, typer.Option("--plan", help="Only say how much memory it would need.")] = False,
 ) -> None:

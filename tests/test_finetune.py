@@ -644,6 +644,24 @@ def test_the_plan_is_told_and_nothing_done(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_longest_of_all_rows_makes_the_plan(base, data, tmp_path, monkeypatch):
+    """It stands where a sample would hardly look, has two pictures, and is no longer than it will be trained on."""
+    asked: dict[str, int] = {}
+    monkeypatch.setattr("paligemma.train.plan.estimate", lambda config, **options: asked.update(options))
+    lines = [json.dumps({"image": "0.png", "prefix": f"answer en {i} ?", "suffix": "red"}) for i in range(1000)]
+    lines[333] = json.dumps({"image": ["0.png", "1.png"], "prefix": "caption en", "suffix": "red " * 40})
+    Path(data).write_text("\n".join(lines))
+    encode = paligemma.load(base).processor.tokenizer.encode
+    answer = len(encode("red " * 40)) + 1
+    length = 2 * 4 + 1 + len(encode("caption en\n")) + answer
+    for options, cut in (({}, 0), ({"max_length": length - 5}, 5)):
+        plan_of(Options(model=base, data=data, out=str(tmp_path / "run"), **options))
+        assert (asked["length"], asked["answer"], asked["images"]) == (length - cut, answer - cut, 2)
+        assert asked["shortest_prefix"] == 4 + 1 + len(encode("answer en 1 ?\n"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: pictures and prompt take \d+ tokens, and 6 is the most"):
+        plan_of(Options(model=base, data=data, out=str(tmp_path / "run"), max_length=6))
+
+
 # ------------------------------------------------------------------------------------------------------- bad data
 
 
@@ -738,18 +756,35 @@ def test_a_step_without_any_readable_row_is_passed_over(base, data, tmp_path):
     assert len(steps) == 7 and checkpointing.load_last(tmp_path / "run" / "checkpoints")["step"] == 8
 
 
-def test_a_suffix_that_is_too_long_is_named_before_the_first_step(base, data, tmp_path):
+def test_a_suffix_that_is_too_long_is_named_and_cut(base, data, tmp_path, recwarn):
+    """As the reference's tokens are, the end first; with strict it is an error."""
     with open(data, "a") as file:
         file.write(json.dumps({"image": "0.png", "prefix": "caption en", "suffix": "red " * 40}) + "\n")
+    wanted = {"max_length": 40, "batch": 9, "steps": 2}
+    said = run(base, data, tmp_path / "run", **wanted)
+    (note,) = [line for line in said if "suffix too long" in line]
+    assert "1 of 9 rows, the ends of their answers are cut off" in note and "rows.jsonl:9: " in note
+    assert any("the longest 40" in line for line in said), "as it is trained on"
+    assert not [warning for warning in recwarn if "suffixes were cut" in str(warning.message)], "which is said once"
+    (first, _) = [entry for entry in log_of(tmp_path / "run") if "loss" in entry]
+    tokenizer = paligemma.load(base).processor.tokenizer
+    prompt = 4 + 1 + len(tokenizer.encode("caption en\n"))
+    others = [len(tokenizer.encode(json.loads(line)["suffix"])) + 1 for line in Path(data).read_text().splitlines()[:8]]
+    assert first["weight"] == sum(others) + 40 - prompt, "answer tokens that were learned"
     with pytest.raises(ValueError, match=r"suffix too long: 1 row.*\n.*rows\.jsonl:9: \d+ tokens, max_length is 40"):
-        run(base, data, tmp_path / "run", max_length=40)
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(
-        ValueError, match=r"rows\.jsonl:10: 9010 tokens, max_length is 8192"
-    ):  # without max_length the limit is what the model has
-        with open(data, "a") as file:
-            file.write(json.dumps({"image": "0.png", "prefix": "caption en", "suffix": "red " * 9000}) + "\n")
-        run(base, data, tmp_path / "run", max_length=None)
+        run(base, data, tmp_path / "strict", strict=True, **wanted)
+
+
+def test_without_max_length_the_limit_is_the_models(base, data, tmp_path):
+    with open(data, "a") as file:
+        file.write(json.dumps({"image": "0.png", "prefix": "caption en", "suffix": "red " * 9000}) + "\n")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:9: 9010 tokens, max_length is 8192"):
+        run(base, data, tmp_path / "run", strict=True)
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error(base, data, tmp_path):
+    with pytest.raises(ValueError, match=r"no room: 8 rows.*\n.*rows\.jsonl:1: pictures and prompt take \d+ tokens"):
+        run(base, data, tmp_path / "run", max_length=6)
 
 
 def test_rows_that_are_none_are_named(base, data, tmp_path):

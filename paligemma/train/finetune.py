@@ -28,7 +28,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +51,7 @@ from paligemma.train import distributed, parts
 from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.batches import Batch, RowBatches
 from paligemma.train.data import Row, Rows, open_rows
-from paligemma.train.data_check import check
+from paligemma.train.data_check import _Lengths, check
 from paligemma.train.data_show import codec_of
 from paligemma.train.loop import SCHEDULES, NotFinite, TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
@@ -72,8 +74,12 @@ from paligemma.utils import pick_device, resolve
 if TYPE_CHECKING:
     from paligemma.train.plan import Plan
 
-# What the check finds that need not keep a run from beginning.
-BEARABLE = ("missing picture", "box outside")
+# What the check finds that need not keep a run from beginning, and what becomes of such rows.
+BEARABLE = {
+    "missing picture": "they are skipped",
+    "box outside": "they are cut at its edge",
+    "suffix too long": "the ends of their answers are cut off, as in the reference",
+}
 
 
 MEASURING = ("metric", "validate_every", "validation_rows")
@@ -251,7 +257,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
             slower=slower,
             decay_as_reference=True,
         )
-    limit = options.max_length or pg.model.config.text_config.max_position_embeddings
+    limit = limit_of(options, pg.model.config)
     steps = steps_of(options, len(rows))
     if rank == 0:
         if resumed:
@@ -312,16 +318,17 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         shard=options.shard,
     )
     try:
-        last = train(
-            pg.model,
-            batches,
-            config,
-            out,
-            optimizers=optimizers,
-            validate=sight or no_figures,
-            on_log=board,
-            resume=resumed,
-        )
+        with cut_silently():
+            last = train(
+                pg.model,
+                batches,
+                config,
+                out,
+                optimizers=optimizers,
+                validate=sight or no_figures,
+                on_log=board,
+                resume=resumed,
+            )
         if rank:
             return last
         check_learned(out)
@@ -428,8 +435,8 @@ def prepare(model: Any, options: Options) -> None:
 
 
 def plan_of(options: Options) -> Plan:
-    """What memory the run would need, from the configuration and a sample of the rows; weights are not loaded (nor
-    downloaded). Raises as `finetune` does for data and options."""
+    """What memory the run would need, from the configuration and the lengths of all rows; weights are not loaded (nor
+    downloaded). ValueError as in `finetune` for options, and for the first row whose length cannot be told."""
     from paligemma.train.plan import estimate
 
     check_base(options)
@@ -447,15 +454,11 @@ def plan_of(options: Options) -> Plan:
     check_kind(options, rows)
     folder = path if path.is_dir() else path.parent
     vision = config.vision_config
-    some, sample = lay_out_some(rows, PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size))
-    tokens, answers = sample["attention_mask"].sum(-1), sample["token_type_ids"].sum(-1)
+    processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)
     return estimate(
         config,
         batch=options.batch,
-        length=int(tokens.max()),
-        answer=int(answers.max()),
-        images=max(len(row.pictures) for row in some),
-        shortest_prefix=int((tokens - answers).min()),
+        **sizes_of(rows, processor, limit_of(options, config)),
         accumulate=options.accumulate,
         freeze=options.freeze,
         lora=options.lora,
@@ -473,11 +476,33 @@ def plan_of(options: Options) -> Plan:
     )
 
 
-def lay_out_some(rows: Rows, processor: PaliGemmaProcessor, count: int = 200) -> tuple[list[Row], Batch]:
+def limit_of(options: Options, config: PaliGemmaConfig) -> int:
+    """Most tokens of a row."""
+    return options.max_length or config.text_config.max_position_embeddings
+
+
+def sizes_of(rows: Rows, processor: PaliGemmaProcessor, limit: int) -> dict[str, int]:
+    """What `plan.estimate` asks of rows. Of all of them: the longest makes the peak, however rare it is."""
+    lengths = _Lengths(processor)
+    length = answer = images = 0
+    shortest_prefix = limit
+    with Console(stderr=True).status(f"measuring {len(rows):,} rows"):
+        for row in rows:
+            prefix, suffix = lengths(row)
+            if prefix >= limit:
+                raise ValueError(f"{row.source}: pictures and prompt take {prefix} tokens, and {limit} is the most")
+            suffix = min(suffix, limit - prefix)
+            length, answer = max(length, prefix + suffix), max(answer, suffix)
+            images, shortest_prefix = max(images, len(row.pictures)), min(shortest_prefix, prefix)
+    return {"length": length, "answer": answer, "images": images, "shortest_prefix": shortest_prefix}
+
+
+def lay_out_some(rows: Rows, processor: PaliGemmaProcessor, limit: int, count: int = 200) -> tuple[list[Row], Batch]:
     """About `count` rows from all over the data, and their tokens."""
     some = [rows[i] for i in range(0, len(rows), max(1, len(rows) // count))]
     prefixes, suffixes = [row.prefix for row in some], [row.suffix for row in some]
-    return some, processor.lay_out(prefixes, [len(row.pictures) for row in some], suffixes)
+    with cut_silently():
+        return some, processor.lay_out(prefixes, [len(row.pictures) for row in some], suffixes, max_length=limit)
 
 
 def steps_of(options: Options, rows: int) -> int:
@@ -504,8 +529,8 @@ def check_rows(rows: Rows, pg: PaliGemma, limit: int, strict: bool, say: Callabl
         )
     for name, count in report.counts.items():
         first = report.first[name][0]
-        what = "they are skipped" if name == "missing picture" else "they are cut at its edge"
-        say(f"note: {name}: {count:,} of {len(rows):,} rows, {what}; the first is {first.source}: {first.message}")
+        rows_of_them = f"{name}: {count:,} of {len(rows):,} rows, {BEARABLE[name]}"
+        say(f"note: {rows_of_them}; the first is {first.source}: {first.message}")
 
 
 def has_its_pictures(row: Row) -> bool:
@@ -517,7 +542,7 @@ def announcement(
     options: Options, rows: Rows, pg: PaliGemma, steps: int, dtype: torch.dtype, computed: torch.dtype
 ) -> list[str]:
     """What is going to happen."""
-    some, sample = lay_out_some(rows, pg.processor)
+    some, sample = lay_out_some(rows, pg.processor, limit_of(options, pg.model.config))
     tokens, answer = (float(sample[name].sum()) / len(some) for name in ("attention_mask", "token_type_ids"))
     longest = int(sample["attention_mask"].sum(-1).max())
 
@@ -684,6 +709,14 @@ def peak_memory_of_device() -> float:
 
 def to_stderr(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def cut_silently() -> Iterator[None]:
+    """Inside, the processor does not warn of answers that it cuts: `check_rows` has told of all of them at once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* suffixes were cut")
+        yield
 
 
 def no_figures(model: Any, step: int) -> dict[str, Any]:
