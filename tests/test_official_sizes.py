@@ -1,6 +1,6 @@
 """The published sizes. The shapes of all of them are checked on the meta device, in the default run. Behind the
-marker `official` two of them are written with random weights (6 GB of disk), loaded and made to answer, and the memory
-that takes is measured:
+marker `official` two of them are written with random weights (6 GB of disk), loaded and made to answer, a third runs
+from its file, the largest is written anew in 4 bits (15 GB of disk), and the memory that takes is measured:
 
     pytest tests/test_official_sizes.py -m official -s
 """
@@ -10,6 +10,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from paligemma.checkpoints import _write_config, _write_safetensors, expected_shapes, published_config
 from paligemma.modeling_gemma import PaliGemmaConfig
+from paligemma.quantization import open_quantized
 
 # Parameters and bytes at 224 pixels, as published (PaliGemma 1 in float32, PaliGemma 2 in bfloat16).
 PARAMETERS = {
@@ -208,3 +210,38 @@ def test_a_checkpoint_nearly_as_large_as_the_machine_runs_from_its_file(tmp_path
     assert facts["dtype"] == "torch.bfloat16" and len(facts["tokens"]) == 1
     assert facts["loaded"] - facts["torch"] < 0.2e9
     assert facts["answered"] - facts["torch"] < 0.1 * weights  # activations, and the workspace of the products
+
+
+@pytest.mark.official
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_a_checkpoint_twice_as_large_as_the_machine_is_quantised(tmp_path):
+    """55.3 GB, of which no more than one matrix is held: as it was, and as it becomes."""
+    config = published_config("paligemma2-28b", 224)
+    write_sparse(config, tmp_path / "whole")
+    command = [
+        sys.executable,
+        "-m",
+        "paligemma",
+        "quantize",
+        str(tmp_path / "whole"),
+        str(tmp_path / "small"),
+        "--int4",
+    ]
+    most, start = 0, time.time()
+    with (tmp_path / "errors").open("w+") as errors:
+        process = subprocess.Popen(command, stderr=errors)
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            own = next((line for line in status if line.startswith("RssAnon")), "RssAnon: 0 kB")
+            most = max(most, int(own.split()[1]) * 1024)
+            time.sleep(0.05)
+        errors.seek(0)
+        assert process.returncode == 0, errors.read()
+    files = list((tmp_path / "small").glob("*.safetensors"))
+    size, seconds = sum(file.stat().st_size for file in files), time.time() - start
+    print(f"\npaligemma2-28b in 4 bits: {size / 1e9:.2f} GB, {seconds:.0f} s, {most / 1e9:.2f} GB of its own memory")
+    assert open_quantized(tmp_path / "small").mode == "int4"
+    assert 0.5 * PARAMETERS["paligemma2-28b"][0] < size < 0.6 * PARAMETERS["paligemma2-28b"][0]
+    largest = max(map(math.prod, expected_shapes(config).values()))
+    assert most < 0.5e9 + 3 * largest  # Python and PyTorch; two bytes as it was, one as it becomes
+    shutil.rmtree(tmp_path / "small")
