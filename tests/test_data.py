@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ import paligemma.cli
 from paligemma.mask_codec import MaskCodec
 from paligemma.train import data_files
 from paligemma.train.batches import RowBatches
-from paligemma.train.data import Row, Rows, open_rows
+from paligemma.train.data import Row, Rows, _in_folder, open_rows
 from paligemma.train.data_check import PROBLEMS, check
 from paligemma.train.data_coco import fill, mask_of, unpacked
 from paligemma.train.data_files import CsvFile, JsonFile, JsonLines, RowError
@@ -553,6 +554,93 @@ def test_without_pyarrow_the_error_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         open_rows(folder / "x.parquet")
+
+
+# ----------------------------------------------------------------------------------------------------------- splits
+
+
+def put(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"PAR1")
+
+
+def files_of(folder, split=None):
+    """Which files are read, without reading them."""
+    return [file.relative_to(folder).as_posix() for file in _in_folder(folder, None, split)[1]]
+
+
+@pytest.mark.parametrize("train, test, split", [
+    (["train.parquet"], ["test.parquet"], "train"),
+    (["train/0000.parquet", "train/0001.parquet"], ["test/0000.parquet"], "train"),  # how the Hub converts
+    (["default/train/0000.parquet"], ["default/test/0000.parquet"], "train"),
+    (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+     ["data/train_extra-00000-of-00001.parquet"], "train"),
+    (["train-00000-of-00001-0123456789abcdef.parquet"], ["test-00000-of-00001-0123456789abcdef.parquet"], "train"),
+    (["train.parquet/part-00000-c000.snappy.parquet", "train.parquet/part-00001-c000.snappy.parquet"],
+     ["test.parquet/part-00000-c000.snappy.parquet"], "train"),  # Spark's folders
+    (["coco-2017-train.parquet"], ["coco-2017-val.parquet"], "coco-2017-train"),
+    (["en/train-00000-of-00001.parquet"], ["en/test-00000-of-00001.parquet"], "train"),
+    (["train.jsonl"], ["train_extra.jsonl", "constrained.jsonl"], "train"),
+    (["train.csv"], ["test.csv"], "train"),
+    (["train.jsonl"], ["labels.csv"], "train"),  # not the CSV because it is one
+    (["captions_val2014.json"], ["captions_train2014.json"], "captions_val2014"),
+])  # fmt: skip
+def test_a_split_is_its_own_files_and_no_other(tmp_path, train, test, split):
+    put(tmp_path, *train, *test)
+    assert files_of(tmp_path, split) == train
+
+
+@pytest.mark.parametrize("files, split, words", [
+    (["train.parquet", "test.parquet"], None, "has the splits test, train: choose one with split= (--split)"),
+    (["train/0000.parquet", "test/0000.parquet"], None, "has the splits test, train: choose"),
+    (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], None, "has the splits test, train:"),
+    (["train/0000.parquet"], "test", "has no split 'test'; it has train: choose one of these"),
+    (["train.jsonl"], "test", "has no split 'test'; it has train"),
+    (["train.jsonl", "val.csv"], "test", "has no split 'test'; it has val, train"),
+    (["0000.parquet"], "test", "has no split 'test'; it has (numbers alone)"),
+    # both languages have one
+    (["de/train-00000-of-00001.parquet", "en/train-00000-of-00001.parquet"], "train", "the splits de/train, en/train"),
+    # a language is no split
+    (["en/test-00000-of-00001.parquet", "en/train-00000-of-00001.parquet"], "en", "the splits en/test, en/train"),
+    (["train-00000.csv", "train-00001.csv"], "train", "2 files that could be meant"),
+])  # fmt: skip
+def test_splits_are_never_mixed_nor_ignored(tmp_path, files, split, words):
+    put(tmp_path, *files)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        open_rows(tmp_path, split=split)
+
+
+def test_files_of_one_split_need_no_choice(tmp_path):
+    put(tmp_path, "0000.parquet", "0001.parquet")
+    assert files_of(tmp_path) == ["0000.parquet", "0001.parquet"]
+    put(tmp_path / "spark.parquet", "part-00000-c000.parquet", "part-00001-c000.parquet", "_SUCCESS")
+    assert len(files_of(tmp_path / "spark.parquet")) == 2
+    put(tmp_path / "shards", "train-00000.parquet", "train-00001.parquet")
+    assert files_of(tmp_path / "shards") == files_of(tmp_path / "shards", "train")
+    put(tmp_path / "named", "x.csv/notes.txt", "y.csv")
+    assert files_of(tmp_path / "named") == ["y.csv"], "a folder is no file, whatever it is called"
+
+
+def test_the_split_of_a_full_name_comes_first(tmp_path):
+    put(tmp_path, "train.parquet", "extra/train.parquet")
+    assert files_of(tmp_path, "train") == ["train.parquet"]
+    assert files_of(tmp_path, "extra/train") == ["extra/train.parquet"]
+
+
+def test_where_there_are_no_splits_none_can_be_chosen(folder):
+    with pytest.raises(ValueError, match=r"my\.jsonl is a single file, without splits: leave out split="):
+        open_rows(write_lines(folder, good()), split="train")
+    (folder / "saved").mkdir()
+    (folder / "saved" / "state.json").write_text('{"_data_files": []}')
+    with pytest.raises(ValueError, match="saved is one data set, without splits: leave out split="):
+        open_rows(folder / "saved", split="train")
+    (folder / "dataset_dict.json").write_text('{"splits": ["saved", "test"]}')
+    with pytest.raises(ValueError, match="has the splits saved, test: choose one"):
+        open_rows(folder)
+    with pytest.raises(ValueError, match="has no split 'train'; it has saved, test"):
+        open_rows(folder, split="train")
+    assert len(_in_folder(folder, None, "saved")[1]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ what is it?

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def open_rows(
     annotations: for VQA, the file with the answers.
     image_name: where records have no image, the name of its file by their other fields:
         "COCO_val2014_{image_id:012d}.jpg", which is the default in files of VQA v2.
-    split: "train", "test", ...: which one, in a folder with several.
+    split: "train", "test", ...: which one, in a folder with several. An error where there is none to choose.
     language: of questions and captions, in the prompts made of them.
     every_label: COCO: ask for all labels of the data set in every row, also in pictures without any (whose answer is
         empty), instead of those in the picture.
@@ -121,6 +122,8 @@ def open_rows(
         raise ValueError(f"there is no kind of data {kind!r}; there are: {', '.join(KINDS)}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if split is not None and not path.is_dir():
+        raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
     found, paths = _in_folder(path, kind, split) if path.is_dir() else (kind, [path])
     kind = kind or found or _recognised(paths[0])
     folder = str(images if images is not None else paths[0].parent)
@@ -351,46 +354,79 @@ def _vqa(
 
 
 def _in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | None, list[Path]]:
-    """The kind and the files of the data set in a folder."""
-    splits = folder / "dataset_dict.json"  # several data sets that `datasets` has saved together
-    if splits.is_file():
-        names = json.loads(splits.read_text())["splits"]
-        if split is None and len(names) > 1:
-            raise ValueError(f"{folder} has the splits {', '.join(names)}: choose one with split=")
-        name = split or names[0]
-        if name not in names:
-            raise ValueError(f"{folder} has no split {name!r}; it has {', '.join(names)}")
-        return _in_folder(folder / name, kind, None)
+    """The kind and the files of the data set in a folder. They are of one split, and of several none is chosen unasked:
+    who trains on "test" too doesn't see it."""
+    saved = folder / "dataset_dict.json"  # several data sets that `datasets` has saved together
+    if saved.is_file():
+        splits = {name: [folder / name] for name in json.loads(saved.read_text())["splits"]}
+        return _in_folder(_of_one_split(splits, folder, split)[0], kind, None)
     state = folder / "state.json"
     if state.is_file() and kind in (None, "arrow"):
+        if split is not None:
+            raise ValueError(f"{folder} is one data set, without splits: leave out split= (--split)")
         files = json.loads(state.read_text())["_data_files"]
         # Names out of a file, so they must not lead elsewhere.
         return "arrow", [folder / Path(file["filename"]).name for file in files]
 
-    parquet = sorted(folder.rglob("*.parquet"))
+    parquet = sorted(file for file in folder.rglob("*.parquet") if file.is_file())  # Spark calls folders so too
     if parquet and kind in (None, "parquet"):
-        names = list(dict.fromkeys(file.name.split("-")[0].removesuffix(".parquet") for file in parquet))
-        if split is None and len(names) > 1 and all("-" in file.name for file in parquet):
-            raise ValueError(f"{folder} has the splits {', '.join(names)}: choose one with split=")
-        chosen = [file for file in parquet if split is None or file.name.startswith(split)]
-        if not chosen:
-            raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(names)}")
-        return "parquet", chosen
+        return "parquet", _of_one_split(_splits(parquet, folder), folder, split)
 
+    others: list[Path] = []  # files that are no rows of this split
     for name, endings in (("csv", (".csv", ".tsv")), ("jsonl", (".jsonl", ".ndjson")), (None, (".json",))):
-        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in endings)
-        found = [file for file in found if split is None or split in file.name] or found
-        if found and (kind is None or name in (None, kind)):
-            if len(found) > 1:
-                raise ValueError(
-                    f"{folder} has {len(found)} files that could be meant ({', '.join(file.name for file in found[:5])}"
-                    f"{', ...' if len(found) > 5 else ''}): name one of them"
-                )
+        if kind is not None and name not in (None, kind):
+            continue
+        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in endings and file.is_file())
+        if split is not None:
+            others += found
+            found = _splits(found, folder).get(split, [])
+        if len(found) > 1:
+            raise ValueError(
+                f"{folder} has {len(found)} files that could be meant ({', '.join(file.name for file in found[:5])}"
+                f"{', ...' if len(found) > 5 else ''}): name one of them"
+            )
+        if found:
             return kind or name, found
+    if others:
+        return None, _of_one_split(_splits(others, folder), folder, split)  # which says what there is
     raise ValueError(
         f"{folder} is a folder without a CSV file that says what its pictures show (nor JSON lines, JSON, parquet or a "
         "data set of Hugging Face): write a CSV with the columns image, prefix, suffix"
     )
+
+
+# What numbers the files that belong together: all of the name, all that Spark writes, or the end of it.
+_NUMBER = re.compile(r"^\d+$|^part-\d+.*$|-\d{5}(-of-\d{5})?(-[0-9a-f]+)?$")
+
+
+def _splits(files: Sequence[Path], folder: Path) -> dict[str, list[Path]]:
+    """The files of each split. Its name is what remains of their paths without numbers: "train" of `train.jsonl`,
+    `data/train-00000-of-00002.parquet`, `train/0000.parquet` and `train.parquet/part-00000.parquet`, "en/train" of
+    `en/train-00000-of-00001.parquet`."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        *folders, _ = file.relative_to(folder).parts
+        parts = [part.removesuffix(".parquet") for part in folders if part != "data"]  # as the Hub likes to call it
+        parts.append(_NUMBER.sub("", file.stem))
+        splits.setdefault("/".join(filter(None, parts)) or "(numbers alone)", []).append(file)
+    return splits
+
+
+def _of_one_split(splits: dict[str, list[Path]], folder: Path, split: str | None) -> list[Path]:
+    """The files of the split that is asked for, or of the only one. "train" is "en/train" too, if no other is."""
+    names = list(splits) if split is None else [name for name in splits if split in name.split("/")]
+    if split in splits:
+        names = [split]
+    if not names:
+        raise ValueError(
+            f"{folder} has no split {split!r}; it has {', '.join(splits)}: choose one of these with split= (--split)"
+        )
+    if len(names) > 1:
+        raise ValueError(
+            f"{folder} has the splits {', '.join(names)}: choose one with split= (--split); files that belong together "
+            "are called NAME-00000, NAME-00001, ..."
+        )
+    return splits[names[0]]
 
 
 def _recognised(path: Path) -> str:
