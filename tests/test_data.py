@@ -229,6 +229,51 @@ def test_three_ways_to_say_it(folder, record, prefix, suffix):
     assert (row.prefix, row.suffix) == (prefix, suffix)
 
 
+@pytest.mark.parametrize("record, suffixes, answers", [
+    ({"caption": ["one", "two", "three"]}, ("one", "two", "three"), ("one", "two", "three")),
+    ({"question": "who ?", "answers": ["me", "you", "you"]}, ("me", "you", "you"), ("me", "you", "you")),
+    ({"prefix": "x", "answers": [{"answer": "a"}, {"answer": "b"}]}, ("a", "b"), ("a", "b")),
+    ({"question": "x", "answers": ["a", "b"], "multiple_choice_answer": "b"}, ("a", "b"), ("a", "b")),  # VQA's
+    # an answer that is named is the only one that is learned
+    ({"question": "who ?", "answer": "me", "answers": ["me", "you"]}, (), ("me", "you")),
+    ({"prefix": "x", "suffix": "me", "answers": ["me", "you"]}, (), ("me", "you")),
+    # what the picture reads is no caption of it
+    ({"caption": "a street", "text": ["STOP", "GO"]}, (), ()),
+    ({"caption": ["a street", "a road"], "answers": ["x"]}, ("a street", "a road"), ("a street", "a road")),
+])  # fmt: skip
+def test_of_several_answers_all_are_learned_and_all_are_right(folder, record, suffixes, answers):
+    row = open_rows(write_lines(folder, {"image": "a.png", **record}))[0]
+    assert (row.suffixes, row.answers) == (suffixes, answers)
+
+
+def test_each_epoch_learns_another_caption(folder, processor):
+    """In as many epochs as a row has captions each of them once; in one epoch, of as many rows, each once too. A batch
+    stays a function of the step."""
+    captions = ["one", "two", "three"]
+    rows = open_rows(write_lines(folder, *[{"image": "a.png", "caption": captions}] * 3, good(suffix="always this")))
+    decode, batches = processor.tokenizer.decode, RowBatches(rows, processor, batch_size=4, seed=5)
+
+    def learned(step):
+        batch = batches(step)
+        return [decode(labels[labels != -100].tolist()[:-1]) for labels in batch["labels"]]
+
+    epochs = [learned(step) for step in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted([*captions, "always this"])] * 3
+    by_row = [[] for _ in rows]
+    for step, epoch in enumerate(epochs):
+        for place, suffix in enumerate(epoch):
+            by_row[batches._row(4 * step + place)].append(suffix)
+    assert [sorted(suffixes) for suffixes in by_row[:3]] == [sorted(captions)] * 3
+    batches = RowBatches(rows, processor, batch_size=4, seed=5)
+    assert [learned(step) for step in (2, 0, 1)] == [epochs[2], epochs[0], epochs[1]]
+
+
+def test_each_of_several_answers_is_checked(folder, processor):
+    path = write_lines(folder, *[{"image": "a.png", "caption": ["a dog", bad]} for bad in ("", "<eos>", "a dog " * 9)])
+    report = check(open_rows(path), processor, max_length=20)
+    assert report.counts == {"empty suffix": 1, "reserved token": 1, "suffix too long": 1}
+
+
 @pytest.mark.parametrize("record, problem, words", [
     ({"image": "a.png", "prefix": "x"}, "missing key", "no suffix"),
     ({"image": "a.png", "suffix": "x"}, "missing key", "no prefix"),
@@ -501,6 +546,7 @@ def test_vqa_questions_and_annotations(folder):
         (str(folder / "COCO_val2014_000000000042.jpg"), "answer en what is it ?", "dog"),
         (str(folder / "COCO_val2014_000000000007.jpg"), "answer en is it red ?", "yes"),
     ]
+    assert [row.suffixes for row in rows] == [row.answers for row in rows] == [("cat",), ("no", "yes", "yes")]
     with pytest.raises(ValueError, match="questions without answers: name the file"):
         open_rows(folder / "q.json")
     answers["annotations"].pop()

@@ -5,8 +5,9 @@ else.
     batches(step=7, part=0, parts=4)       # the first quarter of step 7's 32 rows, as tensors for the model
 
 `rows` is anything with `len` and `[i]` that gives `{"image": ..., "prefix": ..., "suffix": ...}` (or an object with
-such attributes). `image` is what `load_image` takes, a tuple of them, or None. The parts of a step are shared out among
-processes and among the pieces of an accumulated batch; together they are the same rows however many parts there are.
+such attributes). `image` is what `load_image` takes, a tuple of them, or None. Of the `suffixes` of a row that has them
+each epoch takes another. The parts of a step are shared out among processes and among the pieces of an accumulated
+batch; together they are the same rows however many parts there are.
 
 Several questions about one picture: a batch holds each of its pictures once, and `pictures` says which of them each row
 sees, so that the vision tower need not look twice (`loop.suffix_loss`). Shuffled row by row they would hardly ever come
@@ -63,6 +64,7 @@ class RowBatches:
         """None where nothing is left for a part: a step of more parts than rows, or all of its rows were skipped."""
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
         rows: list[Any] = []
+        suffixes: list[str] = []
         pixels: list[Tensor] = []  # of each picture
         seen: dict[Any, int] = {}  # which of them is it?
         shown: list[list[int]] = []  # to each row
@@ -90,6 +92,7 @@ class RowBatches:
                 continue
             self._skipped = 0
             rows.append(row)
+            suffixes.append(_suffix(row, self.seed + number + place // len(self.rows)))
             seen |= {identity: len(pixels) + i for i, identity in enumerate(new)}
             pixels += new.values()
             shown.append([seen[_identity(picture)] for picture in _pictures(row)])
@@ -98,7 +101,7 @@ class RowBatches:
         batch = self.processor.lay_out(
             [_get(row, "prefix") for row in rows],
             [len(pictures) for pictures in shown],
-            [_get(row, "suffix") for row in rows],
+            suffixes,
             padding_side="right",
             max_length=self.max_length,
         )
@@ -149,6 +152,14 @@ def _identity(picture: Any) -> Any:
 
 def _get(row: Any, name: str, default: Any = None) -> Any:
     return row.get(name, default) if isinstance(row, dict) else getattr(row, name, default)
+
+
+def _suffix(row: Any, turn: int) -> str:
+    """Each of several is taken as often as the others, whatever their number: no lot is drawn. (`turn` goes up by one
+    from epoch to epoch, and begins elsewhere in each row, so that one epoch too has first, second and third captions.)
+    """
+    several = _get(row, "suffixes", ())
+    return several[turn % len(several)] if several else _get(row, "suffix")
 
 
 def _pictures(row: Any) -> tuple[Any, ...]:

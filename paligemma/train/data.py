@@ -18,11 +18,14 @@
 In the first five a record says what the model reads and writes in one of three ways; what else it has is ignored:
 
     {"image": "7.png", "prefix": "answer en what is it ?", "suffix": "a dog"}     (or "answers" instead of a suffix)
-    {"image": "7.png", "question": "what is it ?", "answers": ["a dog", "dog", "a dog"]}     -> the commonest answer
-    {"image": "7.png", "caption": "a dog asleep"}
+    {"image": "7.png", "question": "what is it ?", "answers": ["a dog", "dog", "a dog"]}
+    {"image": "7.png", "caption": "a dog asleep"}                                 (or a list of them)
 
 `image` (or `file_name`) is a path, relative to the file it stands in (or to `images`), a list of them for a row that
 sees several, or, in Arrow and parquet, the picture itself. `null` is allowed: a row without a picture.
+
+Of several answers or captions training takes another in each epoch (`batches.py`), as the reference does, and measuring
+takes any for right; with an "answer" or a suffix beside them, that one alone is learned.
 
 Rows are read when they are asked for, and asking for a row twice gives the same row: see `data_files.py`.
 """
@@ -51,7 +54,8 @@ KINDS = ("jsonl", "json", "csv", "parquet", "arrow", "coco-detect", "coco-segmen
 @dataclass(frozen=True)
 class Row:
     """One example. `image`: one picture, a tuple of several that the row sees together, or None. `suffix` is what is
-    trained on; `answers` are all that count as right when answers are measured, where the data have several."""
+    trained on, unless there are `suffixes`, which are in turn; `answers` are all that count as right when answers are
+    measured. Both are empty where the data have but one."""
 
     image: Picture | tuple[Picture, ...] | None
     prefix: str
@@ -61,6 +65,7 @@ class Row:
     size: tuple[int, int] | None = None  # width and height as the annotation gives them
     boxes: tuple[Box, ...] = field(default=(), repr=False)  # as annotated, in pixels, before they are cut and rounded
     answers: tuple[str, ...] = field(default=(), repr=False)
+    suffixes: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -171,16 +176,16 @@ class RecordReader:
 
 def to_row(record: dict[str, Any], folder: str, language: str, image_name: str | None, number: int, where: str) -> Row:
     """A record in one of the three forms at the head of this file -> a row. RowError for any other."""
-    prefix, suffix = record.get("prefix"), record.get("suffix")
+    prefix, suffix, answers = record.get("prefix"), record.get("suffix"), _answers(record)
+    named = suffix is not None or record.get("answer") is not None
+    if suffix is None and prefix is None and record.get("question") is not None:
+        prefix = f"answer {language} {record['question']}"
     if suffix is None and prefix is not None:
         suffix = best_answer(record)
     elif suffix is None:
         caption = next((record[key] for key in ("caption", "text") if record.get(key) is not None), None)
-        if record.get("question") is not None:
-            prefix = f"answer {language} {record['question']}"
-            suffix = best_answer(record)
-        elif caption is not None:
-            prefix = f"caption {language}"
+        if caption is not None:
+            prefix, answers, named = f"caption {language}", caption, False
             suffix = caption[0] if isinstance(caption, list) and caption else caption
     for name, value in (("prefix", prefix), ("suffix", suffix)):
         if value is None:
@@ -213,7 +218,10 @@ def to_row(record: dict[str, Any], folder: str, language: str, image_name: str |
         picture: Any = tuple(_picture(item, folder, where) for item in value) or None
     else:
         picture = None if value is None else _picture(value, folder, where)
-    return Row(picture, prefix, suffix, number, where, answers=all_answers(record))  # type: ignore[arg-type]
+    right: tuple[str, ...] = ()
+    if isinstance(answers, list) and all(isinstance(text, str) for text in answers):
+        right = tuple(answers)
+    return Row(picture, prefix, suffix, number, where, answers=right, suffixes=() if named else right)  # type: ignore[arg-type]
 
 
 def _picture(value: Any, folder: str, where: str) -> Picture:
@@ -232,8 +240,8 @@ def _short(value: Any) -> str:
 
 
 def best_answer(record: dict[str, Any]) -> Any:
-    """The answer to train on: the one that the data set names, or else the commonest; of equally common ones the
-    first. None if there is none. Answers are text, or objects with the text in "answer" (VQA)."""
+    """The answer that the data set names, or else the commonest; of equally common ones the first. None if there is
+    none. Answers are text, or objects with the text in "answer" (VQA)."""
     for key in ("multiple_choice_answer", "suffix", "answer"):
         if record.get(key) is not None:
             return record[key]
@@ -243,14 +251,6 @@ def best_answer(record: dict[str, Any]) -> Any:
     if not all(isinstance(text, str) for text in answers):
         return answers
     return Counter(answers).most_common(1)[0][0]
-
-
-def all_answers(record: dict[str, Any]) -> tuple[str, ...]:
-    """Every right answer, or every caption, of a record that has a list of them; () for others."""
-    for found in (_answers(record), record.get("caption"), record.get("text")):
-        if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
-            return tuple(found)
-    return ()
 
 
 def _answers(record: dict[str, Any]) -> Any:
@@ -302,7 +302,7 @@ class QuestionReader:
         where = f"{self.questions.pieces.path} questions[{i}]"
         question = self.questions.element("questions", i)
         answers = self.answers.element("annotations", int(self.order[i]))
-        question["answer"], question["answers"] = best_answer(answers), answers.get("answers")
+        question |= {key: answers.get(key) for key in ("answer", "answers", "multiple_choice_answer")}
         return to_row(question, self.folder, self.language, self.image_name, i, where)
 
 

@@ -191,23 +191,24 @@ _ITEM = re.compile(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>((?:<seg\d{
 
 
 def text_problems(row: Row) -> Iterator[tuple[str, str]]:
-    """(problem, what exactly) of prefix, suffix and boxes."""
-    prefix, suffix = row.prefix, row.suffix
+    """(problem, what exactly) of prefix, suffix (or each of several) and boxes."""
+    prefix = row.prefix
     asked = prefix.startswith(("detect ", "segment "))
     if prefix.endswith(("\n", "\r")):
         yield "newline after prefix", f"the prefix ends in a line break: {prefix[-30:]!r}"
     if "<" in prefix and (token := _RESERVED.search(prefix)):
         yield "reserved token", f"the prefix contains {token[0]}"
-    if "<" in suffix and (token := _RESERVED.search(suffix)):
-        yield "reserved token", f"the suffix contains {token[0]}"
-    if not suffix.strip() and not (asked and suffix == ""):
-        yield "empty suffix", "the suffix is empty" if suffix == "" else f"the suffix is nothing but space: {suffix!r}"
     if asked and ";" in prefix:
         for label in prefix.partition(" ")[2].split(" ; "):
             if ";" in label:
                 yield "label with ;", f"the prompt asks for {label!r}"
-    if "<loc" in suffix or "<seg" in suffix or (asked and suffix.strip()):
-        yield from _region_problems(suffix, asked, prefix.startswith("segment "))
+    for suffix in dict.fromkeys(row.suffixes) or (row.suffix,):
+        if "<" in suffix and (token := _RESERVED.search(suffix)):
+            yield "reserved token", f"the suffix contains {token[0]}"
+        if not suffix.strip() and not (asked and suffix == ""):
+            yield "empty suffix", "the suffix is empty" if suffix == "" else f"the suffix is only space: {suffix!r}"
+        if "<loc" in suffix or "<seg" in suffix or (asked and suffix.strip()):
+            yield from _region_problems(suffix, asked, prefix.startswith("segment "))
     if row.size is not None:
         width, height = row.size
         for x0, y0, x1, y1 in row.boxes:
@@ -251,7 +252,7 @@ def _region_problems(suffix: str, asked: bool, masks: bool) -> Iterator[tuple[st
 
 
 class _Lengths:
-    """Tokens of a row: (pictures, <bos>, prefix and newline; suffix and <eos>)."""
+    """Tokens of a row: (pictures, <bos>, prefix and newline; suffix and <eos>, of several the longest)."""
 
     def __init__(self, processor: PaliGemmaProcessor) -> None:
         self.per_picture = processor.num_image_tokens
@@ -260,4 +261,5 @@ class _Lengths:
         self.suffix = lru_cache(maxsize=10_000)(lambda suffix: len(encode(suffix + "<eos>")))
 
     def __call__(self, row: Row) -> tuple[int, int]:
-        return len(row.pictures) * self.per_picture + self.prefix(row.prefix), self.suffix(row.suffix)
+        suffix = max(map(self.suffix, row.suffixes)) if row.suffixes else self.suffix(row.suffix)
+        return len(row.pictures) * self.per_picture + self.prefix(row.prefix), suffix

@@ -179,7 +179,8 @@ def _panel(
 
     x, y = left, MARGIN
     source = one_line(row.source)
-    pen.text((x, y), f"row {row.number}   {source}", fill=INK, font=font_for(source, 14))
+    turn = f"   (one of {len(row.suffixes)} answers, which are learned in turn)" if len(row.suffixes) > 1 else ""
+    pen.text((x, y), f"row {row.number}   {source}{turn}", fill=INK, font=font_for(source, 14))
     y += 24
     for kind, name in (
         ("image", "image"),
