@@ -408,7 +408,7 @@ def evaluate(
         return hinted(load(model, device=device, dtype=dtype, revision=revision))
 
     options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
-    about = {"model": model, "data": data, "dtype": dtype}
+    about: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}
     scenes = data.partition(":")[0] == "tiny" and not Path(data).exists()
     if task in BENCHMARKS and not scenes:
         if free or max_new_tokens or kind or images or annotations or image_name or every_label or language != "en":
@@ -455,12 +455,11 @@ def evaluate(
             "language": language,
             "every_label": every_label,
         }
+        # Which rows there are and what they ask: --out is only continued with the same.
+        about |= {"kind": kind, **{name: value for name, value in source.items() if value}}
         source["codec"] = codec_of(model, revision, kind)
         rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
         pg = opened()
-        # Which rows there are and how they are asked, so that --out is continued with the same.
-        chosen = {"kind": kind, "images": images, "annotations": annotations, "image_name": image_name, "split": split}
-        about |= chosen | {"language": None if language == "en" else language, "every_label": every_label or None}
         report = evaluate_rows(
             pg, rows, metric, count=count, about=about, constrained=not free, max_new_tokens=max_new_tokens, **options
         )

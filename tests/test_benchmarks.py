@@ -563,6 +563,11 @@ def test_a_run_goes_on_and_invalid_answers_count(tmp_path: Path):
     assert report["pope", "accuracy"].rows == 6
     again = measured(case, tmp_path / "data", Says([]), out_folder=tmp_path / "run")
     assert [figure.value for figure in again.figures] == [figure.value for figure in report.figures]
+    for name in case.files:
+        if name.endswith((".jpg", ".png")):
+            Image.new("RGB", (9, 9), "blue").save(tmp_path / "data" / name)
+    with pytest.raises(ValueError, match="saw another picture there than here"):
+        evaluate_benchmark(Says([]), case.task, tmp_path / "data", case.split, out_folder=tmp_path / "run")
     first = measured(case, tmp_path / "data", count=2)
     assert first["pope", "accuracy"].rows == 2
 

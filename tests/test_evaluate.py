@@ -333,6 +333,78 @@ def test_a_folder_is_not_continued_with_other_weights(tmp_path):
         run(pg, questions(4), out_folder=tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["a file", "pixels", "one of two"])
+def test_a_row_that_sees_another_picture_is_another_row(tmp_path, kind: str):
+    """The prompt is the same, and so is the name of the picture."""
+
+    def row(color: str) -> list[Example]:
+        picture = Image.new("RGB", (8, 8), color)
+        picture.save(tmp_path / "a.png")
+        image = {"a file": str(tmp_path / "a.png"), "pixels": picture, "one of two": (IMAGE, picture)}[kind]
+        return [Example("0", image, "answer en what color ?", "exact", (color,))]
+
+    pg = StubModel(lambda image, prompt: says("red"))
+    run(pg, row("red"), out_folder=tmp_path / "run")
+    assert run(pg, row("red"), out_folder=tmp_path / "run")["exact", "exact"].value == 1
+    assert len(pg.prompts) == 1, "the same picture, opened once more, is not asked about again"
+    with pytest.raises(ValueError, match=r"row 0, 'answer en what color \?', saw another picture there than here"):
+        run(pg, row("blue"), out_folder=tmp_path / "run")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "scores.jsonl", "results.json", "worst/me.png"])
+def test_a_folder_with_files_of_somebody_else_is_left_as_it_is(tmp_path, name: str):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"image": 7}\nand no line break at the end')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"has {name.split('/')[0]} and no run.json .*choose another folder"):
+        run(StubModel(coin), questions(3), out_folder=tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "Expecting value"), ("[1]", "expected an object, got list"), ("\xff", "can't decode")]
+)
+def test_a_damaged_run_json_is_named(tmp_path, text: str, message: str):
+    run(StubModel(coin), questions(3), out_folder=tmp_path)
+    (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"run.json does not say what run this is \(.*{message}.*choose another"):
+        run(StubModel(coin), questions(3), out_folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{'id': 1}", "Expecting property"), ("", "Expecting value"), ('{"i": 1}', "no 'id'"), ("\xff", "can't decode")],
+)
+def test_a_damaged_prediction_is_named_and_nothing_is_cut_off(tmp_path, line: str, message: str):
+    """Only the last line can be one that was cut off. It is here too, and stays until all others are read."""
+    run(StubModel(coin), questions(3), out_folder=tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(b"\n".join([first, line.encode("latin-1"), rest[:-5]]))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"predictions.jsonl:2 is no prediction \(.*{message}.*: remove this line"):
+        run(StubModel(coin), questions(3), out_folder=tmp_path)
+    assert contents(tmp_path) == before
+    path.write_bytes(b"\n".join([first, rest[:-5]]))
+    pg = StubModel(coin)
+    run(pg, questions(3), out_folder=tmp_path)
+    assert len(pg.prompts) == 1, "the row that was cut off"
+
+
+def test_a_prediction_that_is_not_whole_is_named(tmp_path):
+    run(StubModel(coin), questions(3), out_folder=tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    del lines[1]["regions"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"the line with the id 'exact1' is no prediction \(no 'regions'\): remove"):
+        run(StubModel(coin), questions(3), out_folder=tmp_path)
+
+
 def test_no_pictures_or_masks_are_kept_in_memory():
     """A million rows must not fill the memory: the rows that are summed up have lost theirs."""
     examples = [Example("a", IMAGE, "segment dog", "segment", regions=dogs((0, 0, 9, 9), mask=True))]

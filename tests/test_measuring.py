@@ -181,6 +181,32 @@ def test_yes_and_no_are_the_only_right_answers_of_their_metric(folder: Path):
         evaluate_rows(Says({"a": "yes", "b": "no"}), open_rows(path), "yes-no", progress=False)
 
 
+TWO_PICTURES = [  # of which the same is asked
+    {"prefix": "what color is it ?", "suffix": "red", "image": "a.png"},
+    {"prefix": "what color is it ?", "suffix": "green", "image": "b.png"},
+]
+
+
+def test_a_folder_is_only_continued_on_the_same_data(folder: Path):
+    """Rows are known by their number, and data by its path: both may stay as they are while all else changes."""
+    pg = Says({"what color is it ?": "red"})
+
+    def measure(path: Path) -> float | None:
+        report = evaluate_rows(pg, open_rows(path), "exact", out_folder=folder / "run", progress=False)
+        return report["exact", "exact"].value
+
+    assert measure(write(folder, *TWO_PICTURES)) == measure(write(folder, *TWO_PICTURES)) == 0.5
+    assert len(pg.asked) == 2, "the second time all was known"
+    with pytest.raises(ValueError, match=r"holds another run: \{'data content': .* there, .* here"):
+        measure(write(folder, *TWO_PICTURES[::-1]))
+    with pytest.raises(ValueError, match="data content"):
+        measure(write(folder, TWO_PICTURES[0]))
+    Image.new("RGB", (100, 50), "green").save(folder / "b.png")
+    with pytest.raises(ValueError, match=r"row 1, 'what color is it \?', saw another picture there than here"):
+        measure(write(folder, *TWO_PICTURES))
+    assert len(pg.asked) == 2
+
+
 def test_a_row_that_cannot_be_measured_is_named(folder: Path):
     with pytest.raises(FileNotFoundError, match=r"test.jsonl:2: .*gone.png: no such file"):
         rows = open_rows(
@@ -233,6 +259,18 @@ def test_evaluate_your_rows(paligemma, folder: Path):
     (line,) = (folder / "run/predictions.jsonl").read_text().splitlines()
     assert json.loads(line)["text"] == answer
     assert report["about"]["metric"] == "vqa" and report["about"]["data"] == "test.jsonl"
+
+
+def test_a_run_is_only_continued_with_the_options_that_choose_its_rows(paligemma, folder: Path):
+    write(folder, *TWO_PICTURES)
+    command = ("evaluate", "--data", "test.jsonl", "--out", "run", "--max-new-tokens", "1", "--json")
+    assert paligemma(*command)[0] == 0
+    for option in (["--kind", "jsonl"], ["--images", str(folder)], ["--language", "de"]):
+        code, out, err = paligemma(*command, *option)
+        assert (code, out) == (1, "") and f"{{'{option[0][2:]}': " in err and "choose another folder" in err
+    write(folder, *TWO_PICTURES[::-1])
+    code, out, err = paligemma(*command)
+    assert (code, out) == (1, "") and "'data content': " in err, "the same path, but not the same rows"
 
 
 def test_rows_are_read_as_they_were_trained_on(paligemma, folder: Path):

@@ -4,6 +4,7 @@
     Console().print(report.table())
 
     runs/measured/
+      run.json            what run this is: it only goes on with the same model, data and options
       predictions.jsonl   every answer, written as it comes: a run that was cut off goes on where it stopped
       scores.jsonl        what every row adds to each figure
       results.json        the figures
@@ -18,6 +19,7 @@ import hashlib
 import heapq
 import json
 import math
+import os
 import platform
 import time
 from collections import Counter
@@ -29,15 +31,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from paligemma.evaluate.intervals import ratio_interval
 from paligemma.evaluate.measures import MEASURES, Measure, Ratios
 from paligemma.evaluate.report import Counts, Figure, Report, number, write_lines
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.files import write_text
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
+from paligemma.processing_paligemma import load_image
 
 if TYPE_CHECKING:
     from paligemma.inference import PaliGemma
+
+WRITTEN = (
+    "predictions.jsonl",
+    "scores.jsonl",
+    "results.json",
+    "worst",
+)  # into the folder of a run, beside its run.json
+AGAIN = "remove this line, and its row is asked again"
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ def evaluate(
     out_folder:     see above. Rows that are in its `predictions.jsonl` are not run again.
     targets:        (task, figure) -> the least value hoped for (the most, for error rates).
     about:          what this run is (model, data, ...): goes into the report. A folder is only continued with the same,
-                    and with the same weights.
+                    and with the same weights; a row in it only counts if it was asked the same of the same picture.
     constrained:    decode `detect` and `segment` under the grammar, as `pg.detect` does; False: freely, as published
                     figures are made.
     max_new_tokens: default 512 for `detect` and `segment`, 128 for the rest.
@@ -112,13 +125,7 @@ def evaluate(
                 raise ValueError(f"two rows have the id {example.id!r}")
             place[example.id] = len(place)
             if example.id in saved:
-                entry = saved.pop(example.id)
-                if entry["prompt"] != example.prompt:
-                    raise ValueError(
-                        f"{folder}: row {example.id} was asked {entry['prompt']!r} there and {example.prompt!r} here; "
-                        "choose another folder"
-                    )
-                take(example, Prediction.from_dict(entry))
+                take(example, saved_prediction(saved.pop(example.id), example, folder))
                 bar()
             else:
                 yield example
@@ -224,36 +231,115 @@ def _progress(show: bool, total: int | None) -> Iterator[Any]:
 
 
 def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Saved predictions by id. A line that was cut off is removed. ValueError if they are of another run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    notice = folder / "run.json"
+    """Saved predictions by id. A last line that was cut off is removed.
+
+    ValueError if they are of another run or cannot be read, and for a folder with files of somebody else;
+    FileExistsError for a file. Then nothing was changed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, expected a folder to write the run to")
+    notice, path = folder / "run.json", folder / "predictions.jsonl"
     current = json.loads(json.dumps(about))
     if notice.exists():
-        before = json.loads(notice.read_text(encoding="utf-8"))
+        before = _read_notice(notice)
         changed = [key for key in {**before, **current} if before.get(key) != current.get(key)]
         if changed:
             there, here = ({key: values.get(key) for key in changed} for values in (before, current))
             raise ValueError(f"{folder} holds another run: {there} there, {here} here; choose another folder")
-    path = folder / "predictions.jsonl"
+    elif found := [name for name in WRITTEN if (folder / name).exists()]:
+        raise ValueError(
+            f"{folder} has {', '.join(found)} and no run.json that says of which run: choose another folder, since a "
+            "run would write over it"
+        )
+    saved = {}
     if path.exists():
+        saved = read_predictions(path)  # before anything is cut off
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         if whole != raw:
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(notice, json.dumps(current, indent=2) + "\n")
-    return read_predictions(path) if path.exists() else {}
+    return saved
+
+
+def _read_notice(path: Path) -> dict[str, Any]:
+    try:
+        notice = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(notice, dict):
+            raise ValueError(f"expected an object, got {type(notice).__name__}")
+        return notice
+    except ValueError as error:
+        raise ValueError(f"{path} does not say what run this is ({error}): choose another folder") from None
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
-    """By id. (`splitlines` would also part lines at what an answer may hold, such as U+2028.)"""
-    with open(path, encoding="utf-8", newline="\n") as file:
-        return {entry["id"]: entry for entry in map(json.loads, file)}
+    """By id; a last line that was cut off is none. ValueError names the line that cannot be read."""
+    found = {}
+    with open(path, "rb") as file:  # parts lines at \n alone; `splitlines` also at what an answer may hold, U+2028
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                entry = json.loads(line)
+                found[entry["id"]] = entry
+            except (ValueError, KeyError, TypeError) as error:
+                what = f"no {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(
+                    f"{path}:{number} is no prediction ({what}): {AGAIN}, or choose another folder"
+                ) from None
+    return found
+
+
+def saved_prediction(entry: dict[str, Any], example: Example, folder: Path | None) -> Prediction:
+    """What was answered to an example before. ValueError if it was asked something else then, or saw something else,
+    and for an entry that is not whole.
+
+    Right answers are not compared: no prediction depends on them, and figures are computed anew.
+    """
+    try:
+        prompt, prediction = entry["prompt"], Prediction.from_dict(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{folder}/predictions.jsonl: the line with the id {example.id!r} is no prediction ({what}): {AGAIN}"
+        ) from None
+    if prompt != example.prompt:
+        raise ValueError(
+            f"{folder}: row {example.id} was asked {prompt!r} there and {example.prompt!r} here; choose another folder"
+        )
+    if "seen" in entry and entry["seen"] != fingerprint_of_picture(example.image):  # older lines do not say
+        raise ValueError(
+            f"{folder}: row {example.id}, {prompt!r}, saw another picture there than here; choose another folder"
+        )
+    return prediction
+
+
+def fingerprint_of_picture(image: Any) -> str:
+    """Of one picture or a tuple: files by their bytes, all others by their pixels. Not by name: a picture may be
+    replaced under its name, and a data set be moved."""
+    digest = hashlib.blake2b(digest_size=8)
+    for one in image if isinstance(image, tuple) else (image,):
+        if isinstance(one, (str, os.PathLike)):
+            content = Path(one).read_bytes()
+        else:
+            pixels = np.asarray(load_image(one))
+            content = f"{pixels.shape} ".encode() + pixels.tobytes()
+        digest.update(hashlib.blake2b(content).digest())
+    return digest.hexdigest()
 
 
 def append(path: Path, batch: Sequence[Example], predictions: Sequence[Prediction]) -> None:
     lines = [
-        {"id": e.id, "task": e.task, "prompt": e.prompt, "answers": list(e.answers), **p.to_dict()}
+        {
+            "id": e.id,
+            "task": e.task,
+            "prompt": e.prompt,
+            "seen": fingerprint_of_picture(e.image),
+            "answers": list(e.answers),
+            **p.to_dict(),
+        }
         for e, p in zip(batch, predictions)
     ]
     with open(path, "a", encoding="utf-8", newline="\n") as file:

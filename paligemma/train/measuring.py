@@ -18,6 +18,7 @@ from paligemma.evaluate import Example, evaluate
 from paligemma.evaluate.benchmarks import BENCHMARKS
 from paligemma.evaluate.measures import MEASURES
 from paligemma.train.data import Row, Rows
+from paligemma.train.run_folder import fingerprint_of_data
 from paligemma.train.sight import measure_of, opened, right_answers, to_example, what_is_seen
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def evaluate_rows(
     **options: Any,
 ) -> Report:
     """metric: one of `MEASURES`, or "auto": by the first word of each prompt. count: the first so many alone, where all
-    captions of a picture are one. about, options: as of `evaluate.runner.evaluate`.
+    captions of a picture are one. about, options: as of `evaluate.runner.evaluate`. An `out_folder` is only continued
+    while the files of the rows stay as they are.
 
     ValueError for an unknown metric, `RowError` for a row that cannot be read, and what `load_image` raises for its
     picture, with the row's place.
@@ -58,7 +60,10 @@ def evaluate_rows(
     # Captions are gathered first, so their number is not that of the rows.
     total = count if metric in ("auto", "caption") else min(len(rows), count or len(rows))
     examples = examples_of(rows, metric, pg, count)
-    return evaluate(pg, examples, MEASURES, about={**(about or {}), "metric": metric}, total=total, **options)
+    about = {**(about or {}), "metric": metric}
+    if options.get("out_folder") is not None:  # the path alone does not say that it is the same data there
+        about["data content"] = fingerprint_of_data(rows)
+    return evaluate(pg, examples, MEASURES, about=about, total=total, **options)
 
 
 def examples_of(rows: Rows, metric: str, pg: PaliGemma, count: int | None = None) -> Iterator[Example]:
