@@ -44,12 +44,8 @@ from paligemma.processing_paligemma import load_image
 if TYPE_CHECKING:
     from paligemma.inference import PaliGemma
 
-WRITTEN = (
-    "predictions.jsonl",
-    "scores.jsonl",
-    "results.json",
-    "worst",
-)  # into the folder of a run, beside its run.json
+# What a run writes beside its run.json.
+WRITTEN = ("predictions.jsonl", "scores.jsonl", "results.json", "worst")
 AGAIN = "remove this line, and its row is asked again"
 
 
