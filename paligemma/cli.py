@@ -562,6 +562,9 @@ def finetune(
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = 8,
     alpha: Annotated[float | None, typer.Option(help="Of LoRA. Default: its rank.")] = None,
     lora_dropout: Annotated[float, typer.Option(help="Of LoRA.")] = 0.0,
+    quantize: Annotated[
+        str | None, typer.Option(help="Round what LoRA leaves as it is: nf4 (QLoRA), bnb-int8; by bitsandbytes, CUDA.")
+    ] = None,
     checkpoint_gradients: Annotated[
         bool, typer.Option("--checkpoint-gradients", help="Less memory, a third more time.")
     ] = False,

@@ -312,6 +312,73 @@ def test_muon_trains_lora_too(base, data, tmp_path):
         assert strengths.max() < 1.3 * 0.2 * max(B.shape) ** 0.5 * lr and strengths.min() > 0.3 * strengths.max(), name
 
 
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes without a GPU has a lot to say
+@pytest.mark.parametrize("mode", ["nf4", "bnb-int8"])
+def test_lora_learns_beside_rounded_weights(base, data, tmp_path, monkeypatch, mode):
+    """QLoRA, on a CPU: four bits stay four bits, the adapter learns and goes on after an interruption."""
+    pytest.importorskip("bitsandbytes", reason="it rounds the weights")
+    pytest.importorskip("peft")
+    out = tmp_path / "run"
+    wanted = {"lora": ("decoder",), "quantize": mode, "rank": 4, "lr": 3e-2, "steps": 30, "batch": 8}
+    said = run(base, data, out, validation=data, **wanted)
+    (learns,) = [line for line in said if line.startswith("learns")]
+    everything = sum(parameter.numel() for parameter in paligemma.load(base).model.parameters())
+    learned, total = (
+        int(number.replace(",", "")) for number in re.search(r"([\d,]+) of ([\d,]+) par", learns).groups()
+    )
+    assert total == everything + learned and learns.endswith(f"rounded to {mode}")
+    assert json.loads((out / "finished.json").read_text())["figures"][0]["value"] == 1.0
+    assert f"rounded to {mode}" in (out / "report.html").read_text()
+    state = checkpointing.load_last(out / "checkpoints")["model"]
+    assert all("lora_" in name for name in state), "neither the base nor how it is rounded is in the checkpoints"
+    assert not list(out.glob("model*")) and paligemma.load(str(out)).ask(Image.new("RGB", (28, 28)), "what ?").text
+
+    made = RowBatches.__call__
+
+    def interrupted(self, step, *part):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return made(self, step, *part)
+
+    monkeypatch.setattr(RowBatches, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "cut", validation=data, **wanted)
+    monkeypatch.undo()
+    run(base, data, tmp_path / "cut", validation=data, **wanted)
+    assert losses(tmp_path / "cut") == losses(out)
+
+
+def test_without_the_package_that_rounds_it_is_said_before_anything_is_loaded(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("paligemma.train.finetune.find_spec", lambda name: None)
+    monkeypatch.setattr("paligemma.train.finetune.load", None)
+    arguments = ["train", "--model", base, "--data", data, "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, [*arguments, "--lora", "decoder", "--quantize", "nf4"])
+    assert isinstance(done.exception, ImportError)
+    assert str(done.exception) == "--quantize nf4 needs bitsandbytes: pip install bitsandbytes"
+    assert not (tmp_path / "run").exists()
+
+
+def test_how_to_round_is_told_to_load(base, data, tmp_path, monkeypatch):
+    """Also where the package that does it is not installed."""
+    asked = []
+    monkeypatch.setattr("paligemma.train.finetune.find_spec", lambda name: name)
+    monkeypatch.setattr("paligemma.train.finetune.load", lambda *given: asked.extend(given) or paligemma.load(base))
+    run(base, data, tmp_path / "run", lora=("decoder",), quantize="nf4", steps=1)
+    assert asked == [base, None, None, "nf4", None, None]
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]["quantize"] == "nf4"
+
+
+def test_a_checkpoint_of_rounded_weights_is_refused_and_told_what_to_begin_with(data, tmp_path):
+    """Those of the CPU: their kernels have no gradient."""
+    half = tmp_path / "int8"
+    assert CliRunner().invoke(app, ["quantize", "tiny", str(half), "--int8"]).exit_code == 0
+    with pytest.raises(ValueError, match="has rounded weights, which cannot learn: begin with the checkpoint"):
+        run(str(half), data, tmp_path / "run")
+    with pytest.raises(ValueError, match="which is for answering alone"):
+        run(str(half), data, tmp_path / "run", lora=("decoder",))
+    assert not (tmp_path / "run").exists()
+
+
 def test_lora_beside_an_adapter_is_refused_before_the_run(base, data, tmp_path):
     pytest.importorskip("peft")
     adapter, out = tmp_path / "adapter", tmp_path / "run"
@@ -385,6 +452,9 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
         ({"weight_decay": 0.1, "freeze": ("vision", "projector")}, "neither learns: leave out --weight-decay"),
         ({"rank": 4}, "rank would do nothing without --lora"),
         ({"alpha": 8.0, "lora_dropout": 0.1}, "alpha and lora_dropout would do nothing without --lora"),
+        ({"quantize": "nf4"}, "rounded weights cannot learn, LoRA beside them can"),
+        ({"quantize": "int4", "lora": ("decoder",)}, "quantize is 'int4', expected nf4 or bnb-int8"),
+        ({"quantize": "nf4", "lora": ("decoder",), "shard": True}, "leave out --shard"),
         ({"metric": "vqa"}, "metric would do nothing without --validation"),
         ({"validate_every": 5}, "validate_every would do nothing without --validation"),
         ({"validation_rows": 5}, "validation_rows would do nothing without --validation"),
@@ -640,7 +710,10 @@ def test_the_plan_is_told_and_nothing_done(data, tmp_path):
     arguments = ["train", "--data", data, "--out", str(tmp_path / "run"), "--plan", "--batch", "2", "--lora", "decoder"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert re.search(r"activations of the decoder", done.stdout) and re.search(r"in all .*\d\.\d\d", done.stdout)
+    assert re.search(r"activations of the decoder", done.stdout)
+    total = re.search(r"in all .* (\d+\.\d\d)", done.stdout)
+    rounded = CliRunner().invoke(app, [*arguments, "--quantize", "nf4"]).stdout
+    assert float(re.search(r"in all .* (\d+\.\d\d)", rounded)[1]) < float(total[1])
     assert not (tmp_path / "run").exists()
 
 

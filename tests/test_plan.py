@@ -21,6 +21,7 @@ from paligemma.empty import empty_weights
 from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
+from paligemma.quantization import quantize
 from paligemma.train import parts, sharding
 from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.loop import TrainConfig, train
@@ -60,6 +61,8 @@ def train_as_planned(config: PaliGemmaConfig, options: dict[str, Any], out: Path
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.uniform_(-0.02, 0.02)
+    if given.get("quantize"):
+        quantize(model, given["quantize"])
     if "lora" in given:
         parts.add_lora(model, given["lora"], given.get("rank", 8))
     elif "freeze" in given:
@@ -114,18 +117,23 @@ RUNS: dict[str, dict[str, Any]] = {
     "prompts of mixed length": {"words_of_first": 2},
     "LoRA": LORA,
     "LoRA in eye and decoder, recomputed layers": {**LORA, "lora": ("vision", "decoder"), "checkpoint_gradients": True},
+    "LoRA beside four bits": {**LORA, "quantize": "nf4"},
+    "LoRA beside four bits, recomputed layers": {**LORA, "quantize": "nf4", "checkpoint_gradients": True},
 }
 
 
 BOTH_KINDS = [("gemma", run) for run in RUNS] + [("gemma2", "full"), ("gemma2", "LoRA")]
 
 
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes without a GPU has a lot to say
 @pytest.mark.parametrize("kind, run", BOTH_KINDS)
 def test_the_rehearsal_needs_what_the_run_needs(tmp_path, kind, run):
     """The bytes of real tensors, counted in a real run. Its ids, masks and counters are of other types than the plan's,
     which shows where all else is as small as here."""
     config = tiny_config(kind, vocab_size=2048, hidden_size=64, intermediate_size=512, vision_hidden_size=64)
     options = {"batch": 4, **RUNS[run]}
+    if "quantize" in options:
+        pytest.importorskip("bitsandbytes", reason="it rounds the weights")
     memory = Memory({})
     with memory:
         train_as_planned(config, options, tmp_path)
@@ -160,6 +168,22 @@ def test_a_plan_is_a_table():
     assert f"{plan.total / 1e6:.2f}" in written.getvalue() and "MB" in written.getvalue()
     rich.console.Console(file=written, width=100).print(Plan({"weights": 5_854_000_000}, "a step").table())
     assert "5.85" in written.getvalue() and "GB" in written.getvalue()
+
+
+def test_four_bits_need_a_quarter():
+    """... of what the linear layers need in bfloat16, and a scale. The embedding stays as it is."""
+    whole, rounded = (planned(MID_SIZE, {"batch": 2, **LORA, "quantize": mode}) for mode in (None, "nf4"))
+    with empty_weights():
+        model = PaliGemmaForConditionalGeneration(MID_SIZE)
+    linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    saved = whole.components["weights"] - rounded.components["weights"]
+    assert saved == pytest.approx(linear * (2 - 1 / 2 - 1 / 64), rel=1e-3)
+    assert whole.total - rounded.total == pytest.approx(saved, rel=0.3)
+
+
+def test_other_roundings_are_not_planned():
+    with pytest.raises(ValueError, match="knows what nf4 needs, and not bnb-int8: leave out --quantize"):
+        planned(MID_SIZE, {"batch": 2, **LORA, "quantize": "bnb-int8"})
 
 
 def test_a_row_without_room_is_refused():

@@ -32,6 +32,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ from paligemma.inference import CODEC_FILE, PaliGemma, load
 from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.quantization import is_quantized
 from paligemma.train import distributed, parts
 from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.batches import Batch, RowBatches
@@ -82,6 +84,7 @@ BEARABLE = {
 }
 
 
+ROUNDED = ("nf4", "bnb-int8")  # modes of `paligemma.load` that let gradients through
 MEASURING = ("metric", "validate_every", "validation_rows")
 
 
@@ -126,6 +129,7 @@ class Options:
     rank: int = 8
     alpha: float | None = None
     lora_dropout: float = 0.0
+    quantize: str | None = None  # what LoRA does not change: nf4, bnb-int8
     checkpoint_gradients: bool = False
     shard: bool = False
     image_size: int | None = None
@@ -181,6 +185,15 @@ class Options:
             raise ValueError("LoRA freezes all that it is not put beside: leave out --freeze")
         if self.lora and self.image_size is not None:
             raise ValueError("an adapter's base keeps its resolution: leave out --image-size, or train the whole model")
+        if self.quantize not in (None, *ROUNDED):
+            raise ValueError(
+                f"quantize is {self.quantize!r}, expected {' or '.join(ROUNDED)}: through other rounded weights no "
+                "gradient goes"
+            )
+        if self.quantize and not self.lora:
+            raise ValueError("rounded weights cannot learn, LoRA beside them can: add --lora, or leave out --quantize")
+        if self.quantize and self.shard:
+            raise ValueError("rounded weights are not shared out among processes: leave out --shard")
         learns = set(self.lora) or {"vision", "projector", "decoder"}.difference(self.freeze)
         if self.vision_lr != 1 and "vision" not in learns:
             raise ValueError("vision_lr is for a vision tower that learns, and here it doesn't: leave out --vision-lr")
@@ -219,6 +232,8 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     something cannot be written: the last good checkpoint stays; KeyboardInterrupt after Ctrl-C, when all is saved.
     """
     check_base(options)
+    if options.quantize and find_spec("bitsandbytes") is None:  # told before gigabytes are read
+        raise ImportError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
     rank, world = distributed.start()
     say = quietly if rank else say or to_stderr
     out = Path(options.out)
@@ -229,7 +244,7 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         raise ValueError(f"{options.data if not len(rows) else options.validation} has no rows")
 
     device = options.device or own_device(world)
-    pg = load(options.model, device, options.dtype, None, options.revision, options.image_size)
+    pg = load(options.model, device, options.dtype, options.quantize, options.revision, options.image_size)
     settings = {field.name: getattr(options, field.name) for field in fields(options)}
     resumed = False
     if rank == 0:
@@ -409,16 +424,21 @@ def own_device(world: int) -> str | None:
 
 def computed_in(options: Options, dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The dtype of the matrix products of a model in `dtype`: float32 instead of bfloat16 on a CPU that has no products
-    of bfloat16, unless it was asked for by name."""
+    of bfloat16, unless it was asked for by name. Weights rounded by bitsandbytes keep to what they were loaded in."""
     slow = dtype == torch.bfloat16 and not multiplies_bfloat16(device)
-    return torch.float32 if slow and options.dtype is None else dtype
+    return torch.float32 if slow and options.dtype is None and options.quantize is None else dtype
 
 
 def prepare(model: Any, options: Options) -> None:
     """Which weights learn, and how."""
+    if is_quantized(model) and not options.lora:
+        raise ValueError(
+            f"{options.model} has rounded weights, which cannot learn: begin with the checkpoint that it was made of"
+        )
     torch.manual_seed(options.seed)  # what LoRA begins with
     if options.lora:
-        model.to(computed_in(options, model.dtype, model.device))
+        if not options.quantize:
+            model.to(computed_in(options, model.dtype, model.device))
         parts.add_lora(model, options.lora, options.rank, options.alpha, options.lora_dropout)
     else:
         model.float()
@@ -464,6 +484,7 @@ def plan_of(options: Options) -> Plan:
         lora=options.lora,
         rank=options.rank,
         lora_dropout=options.lora_dropout,
+        quantize=options.quantize,
         dropout=options.dropout,
         stored=computed if options.lora else torch.float32,
         compute=computed,
@@ -550,11 +571,12 @@ def announcement(
     total: dict[str, int] = {}
     for name, parameter in pg.model.named_parameters():
         part = next(part for part, prefix in parts.PARTS.items() if name.startswith(prefix))
-        total[part] = total.get(part, 0) + parameter.numel()
+        total[part] = total.get(part, 0) + parts.count(parameter)
         if parameter.requires_grad:
             learned[part] = learned.get(part, 0) + parameter.numel()
     listed = ", ".join(f"{part} {count:,}" for part, count in learned.items())
     how = f"LoRA of rank {options.rank} in " if options.lora else ""
+    rounded = f", the weights beside it rounded to {options.quantize}" if options.quantize else ""
     epochs = steps * options.batch / len(rows)
     rates = f"{options.peak:g}"
     if options.optimizer == "muon":
@@ -570,7 +592,7 @@ def announcement(
     return [
         f"data    {rows.note}; a row has {tokens:.0f} tokens, {answer:.1f} of them the answer, the longest {longest} "
         f"({len(some):,} rows looked at)",
-        f"learns  {how}{listed}: {sum(learned.values()):,} of {sum(total.values()):,} parameters",
+        f"learns  {how}{listed}: {sum(learned.values()):,} of {sum(total.values()):,} parameters{rounded}",
         f"steps   {long} of {options.batch} rows; {options.optimizer}, learning rate {rates}, "
         f"{warmup}, then {options.schedule}",
         f"numbers computed in {name_of(computed)}{slow}, what learns is kept in float32 and saved in "
@@ -657,6 +679,8 @@ def finish(
         what = "adapter" if options.lora else "model"
         note = f"Figures and examples are of the {what} as it was saved: greedy answers to {len(sight.rows)} rows of "
         note += f"{options.validation}."
+        if options.quantize:
+            note += f" The weights beside it were rounded to {options.quantize}; beside whole ones answers may differ."
     write_report(
         out / "report.html",
         f"{options.model} fine-tuned on {Path(options.data).name}",

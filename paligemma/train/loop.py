@@ -364,9 +364,10 @@ def train(
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The `state_dict` without frozen parameters."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: value.detach() for name, value in model.state_dict().items() if name not in frozen}
+    """The `state_dict` without frozen parameters, and without what bitsandbytes puts there beside them."""
+    changing = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    changing |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {name: value.detach() for name, value in model.state_dict().items() if name in changing}
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ own files know nothing of training. The parts have these names:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -169,6 +170,12 @@ def suit_cpu(model: PaliGemmaForConditionalGeneration) -> None:
 
 def is_small(model: nn.Module) -> bool:
     return sum(parameter.nbytes for parameter in model.parameters()) <= 10**9
+
+
+def count(parameter: Tensor) -> int:
+    """How many numbers a parameter holds. Of those in four bits a byte holds two."""
+    rounded = getattr(parameter, "quant_state", None)  # of bitsandbytes
+    return parameter.numel() if rounded is None else math.prod(rounded.shape)
 
 
 def _names(parts: str | Sequence[str], known: dict[str, str], what: str) -> list[str]:

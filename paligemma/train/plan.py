@@ -87,6 +87,7 @@ def estimate(
     lora: Sequence[str] = (),
     rank: int = 8,
     lora_dropout: float = 0.0,
+    quantize: str | None = None,
     dropout: float = 0.0,
     stored: torch.dtype = torch.float32,
     compute: torch.dtype = torch.bfloat16,
@@ -104,13 +105,19 @@ def estimate(
     shortest_prefix: tokens before the answer in the row where it begins first, from where on the last layer computes
                 all rows; default: those of the longest row.
     freeze, lora, rank, lora_dropout, dropout, checkpoint_gradients: see `parts.py`.
+    quantize:   "nf4" if the linear layers are rounded so, and LoRA learns beside them.
     stored:     dtype of the weights. compute: of the matrix products (autocast).
     optimizer:  "adamw" or "muon".
     shard:      the processes share the weights out (`sharding.py`), instead of having all of them each.
     foreach:    the optimizer works on all weights at once, as it does on a GPU.
 
-    Raises ValueError for a row that has no room for its pictures and its answer, and what `parts.py` raises.
+    Raises ValueError for a row that has no room for its pictures and its answer, for another `quantize`, and what
+    `parts.py` raises.
     """
+    if quantize not in (None, "nf4"):
+        raise ValueError(
+            f"a plan knows what nf4 needs, and not {quantize}: leave out --quantize to see what whole weights need"
+        )
     tokens = images * config.vision_config.num_patches
     if length < tokens + answer or answer < 1:
         raise ValueError(f"a row of {length} tokens has no room for {tokens} of pictures and {answer} of the answer")
@@ -121,6 +128,11 @@ def estimate(
     pieces = min(2, accumulate)  # of which the second one finds gradients there already; more change nothing
     with empty_weights():
         model = PaliGemmaForConditionalGeneration(config).to(stored).train()
+        if quantize is not None:
+            for name, layer in list(model.named_modules()):
+                if isinstance(layer, nn.Linear):
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(parent), leaf, RoundedLinear(layer))
         if lora:
             parts.add_lora(model, lora, rank, dropout=lora_dropout)
         elif freeze:
@@ -185,6 +197,33 @@ def estimate(
     components = {kind: round(memory.fullest[kind]) for kind in ORDER if round(memory.fullest.get(kind, 0))}
     components[UNSEEN] = 64 * 10**6 + sum(components.values()) // 50
     return Plan(components, memory.moment)
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer as bitsandbytes has it in nf4: two weights a byte, and a byte for the scale of each 64.
+
+    They are whole for the time of a product, in the backward pass once more.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        count = layer.weight.numel()
+        packed = torch.empty(count // 2 + count // 64, dtype=torch.uint8, device="meta")
+        self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return WholeForAMoment.apply(x, (self.out_features, self.in_features))
+
+
+class WholeForAMoment(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.shape = shape
+        return x @ x.new_empty(shape).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient @ gradient.new_empty(ctx.shape), None
 
 
 def forward(
