@@ -114,6 +114,41 @@ def test_a_broken_line_is_named_and_the_others_can_be_read(tmp_path):
         file[6]
 
 
+DIGITS = "9" * 5000  # Python makes a number of 4,300 at most
+
+
+def test_a_number_of_too_many_digits_is_the_problem_of_its_row_alone(folder):
+    fine, bad = json.dumps(good()), f'{{"image": "a.png", "caption": "süß", "id": {DIGITS}}}'
+    as_lines, as_list = folder / "x.txt", folder / "x.json"
+    for place, lines in enumerate(([bad, fine], [fine, bad, fine])):  # first too, by which the kind is known
+        as_lines.write_text("\n".join(lines))
+        as_list.write_text(f"[{','.join(lines)}]")
+        for path, where in ((as_lines, f"{as_lines}:{place + 1}"), (as_list, f"{as_list} row[{place}]")):
+            report = check(open_rows(path))
+            assert report.counts == {"not JSON": 1} and report.rows == len(lines)
+            assert f"{where}: not JSON that can be read: a number of thousands of digits" in str(report)
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 16])
+def test_such_a_number_is_passed_over_wherever_a_window_ends(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(data_files, "BLOCK", block)
+    (tmp_path / "x.json").write_text(f'{{"a": [1, {DIGITS}, {{"b": -{DIGITS}}}, 2], "c": {DIGITS}}}')
+    seen = []
+    file = JsonFile(tmp_path / "x.json", lambda key, element: seen.append(element))
+    assert seen == [1, DIGITS, {"b": "-" + DIGITS}, 2, DIGITS]
+    assert (file.element("a", 0), file.element("a", 3)) == (1, 2)
+    with pytest.raises(RowError, match=r"x\.json a\[1\]: not JSON that can be read"):
+        file.element("a", 1)
+
+
+def test_a_first_line_that_is_nested_too_deeply_is_a_broken_row(folder):
+    path = write_lines(folder, "{" + '"a":{' * 100_000, good())
+    report = check(open_rows(path))
+    assert report.counts == {"not JSON": 1} and f"{path}:1: " in str(report) and "nested too deeply" in str(report)
+    with pytest.raises(ValueError, match=r"no-name is not JSON: nested too deeply at byte 6"):
+        open_rows(path.rename(folder / "no-name"))
+
+
 def test_a_file_that_changes_is_not_read_at_old_places(tmp_path):
     path = write_lines(tmp_path, *[good(suffix="x" * 50_000) for _ in range(4)])
     rows = open_rows(path)
@@ -307,6 +342,27 @@ def test_pictures_in_another_folder_and_under_other_names(folder, tmp_path_facto
         open_rows(path)[0]
 
 
+@pytest.mark.parametrize("name", ["{image_id:5}.jpg", "{image_id.x}.jpg", "{image_id[0]}.jpg", "{image_id:c}.jpg"])
+def test_a_name_that_does_not_fit_a_row_is_its_problem(folder, name):
+    records = [{"image_id": value, "caption": "x"} for value in ({}, None, [], 1 << 40)]
+    report = check(open_rows(write_lines(folder, *records), image_name=name))
+    assert report.rows == 4 and set(report.counts) <= {"missing key", "missing picture"}
+    assert "my.jsonl:1: image_name" in str(report)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("{image_id:1000000000}.jpg", "'1000000000' is no width; expected a number up to 255"),
+    ("{image_id:.1000000000f}.jpg", "is no width"),
+    ("{image_id:0000000001000000000d}.jpg", "is no width"),
+    (f"{{image_id:{DIGITS}}}.jpg", "is no width"),
+    ("{image_id:{width}}.jpg", "'{width}' is no width"),
+    ("{image_id.jpg", "expected '}' before end of string; expected something like '{image_id:012d}.jpg'"),
+])  # fmt: skip
+def test_a_name_that_would_fill_the_memory_is_refused(folder, name, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        open_rows(write_lines(folder, {"image_id": 1, "width": 10**9, "caption": "x"}), image_name=name)
+
+
 # -------------------------------------------------------------------------------------------------------------- CSV
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=8)
@@ -369,7 +425,8 @@ COCO = {
 
 
 def write_coco(folder, name="coco.json", **changes):
-    (folder / name).write_text(json.dumps({**COCO, **changes}, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps({**COCO, **changes}, ensure_ascii=False)
+    (folder / name).write_bytes(text.encode("utf-8", "surrogatepass"))  # halves of characters too
     return folder / name
 
 
@@ -408,7 +465,13 @@ def test_coco_at_the_other_scale(folder):
     ({"annotations": [{"image_id": 10, "category_id": 7, "bbox": [0, 0, 1, 1]}]},
      "1 of 1 annotations have an unknown category_id, the first is annotations\\[0\\] with 7: add it to 'categories'"),
     ({"annotations": [{"category_id": 7, "bbox": [0, 0, 1, 1]}]}, "annotations\\[0\\] has no 'image_id'"),
+    ({"annotations": [{"image_id": [1], "category_id": 1}]}, "no 'image_id': expected a number or text, got \\[1\\]"),
+    ({"annotations": [{"image_id": 10, "category_id": {}}]}, "coco.json annotations\\[0\\] has no 'category_id'"),
+    ({"annotations": [[1]]}, "annotations\\[0\\]: expected an object, got \\[1\\]"),
     ({"images": [{"file_name": "a.png"}]}, "images\\[0\\] has no 'id'"),
+    ({"images": [{"id": {}}]}, "coco.json images\\[0\\] has no 'id'"),
+    ({"categories": [{"id": 1, "name": "dog"}, {"id": [2], "name": "cat"}]}, "categories\\[1\\] has no 'id'"),
+    ({"categories": [{"id": 1}]}, "categories\\[0\\] has no 'name'"),
     ({"images": COCO["images"] * 2}, "several pictures with the same id"),
 ])  # fmt: skip
 def test_a_coco_file_that_does_not_fit_together(folder, changes, words):
@@ -426,6 +489,11 @@ def test_a_coco_file_that_does_not_fit_together(folder, changes, words):
     ({"bbox": [0, 0, -5, 10]}, "dog", "box or mask"),
     ({"bbox": [0, 0, 10]}, "dog", "box or mask"),
     ({}, "dog", "box or mask"),
+    ({"bbox": [0, 0, float("inf"), 10]}, "dog", "box or mask"),
+    ({"bbox": [0, 0, float("nan"), 10]}, "dog", "box or mask"),
+    ({"bbox": [0, 0, 10**400, 10]}, "dog", "box or mask"),
+    ({"bbox": 3}, "dog", "box or mask"),
+    ({"bbox": [0, 0, 10, 10]}, "half \ud83d", "half a character"),
 ])  # fmt: skip
 def test_coco_rows_that_cannot_be_right(folder, annotation, category, problem):
     path = write_coco(
@@ -437,6 +505,14 @@ def test_coco_rows_that_cannot_be_right(folder, annotation, category, problem):
     assert report.counts == {problem: 1}
     assert report.first[problem][0].source == f"{path} images[0] (id 30)"
     assert report.bad_rows == 1 and report.rows == 2
+
+
+@pytest.mark.parametrize("width", [float("inf"), float("nan"), 0, "40", None])
+def test_a_coco_picture_without_a_size_is_its_rows_problem(folder, width):
+    path = write_coco(folder, images=[{**COCO["images"][0], "width": width}, *COCO["images"][1:]])
+    report = check(open_rows(path))
+    assert report.counts == {"missing key": 1} and report.rows == 2
+    assert f"images[0] (id 30): boxes need the picture's width and height, got {width} x 20" in str(report)
 
 
 def test_a_pixel_beyond_the_border_is_rounding(folder):
@@ -549,6 +625,15 @@ def test_vqa_questions_and_annotations(folder):
     assert [row.suffixes for row in rows] == [row.answers for row in rows] == [("cat",), ("no", "yes", "yes")]
     with pytest.raises(ValueError, match="questions without answers: name the file"):
         open_rows(folder / "q.json")
+    for questions["questions"][1]["question_id"] in ([1], {}, None):
+        (folder / "c.json").write_text(json.dumps(questions))
+        with pytest.raises(ValueError, match=r"c\.json questions\[1\] has no question_id.* expected a number or text"):
+            open_rows(folder / "c.json", annotations=folder / "a.json")
+    answers["annotations"][0]["question_id"] = [1]
+    (folder / "b.json").write_text(json.dumps(answers))
+    with pytest.raises(ValueError, match=r"b\.json annotations\[0\] has no question_id"):
+        open_rows(folder / "q.json", annotations=folder / "b.json")
+    answers["annotations"][0]["question_id"] = 70
     answers["annotations"].pop()
     (folder / "b.json").write_text(json.dumps(answers))
     with pytest.raises(ValueError, match=r"1 of 2 questions .* the first is question_id 420"):
@@ -768,6 +853,10 @@ CODES = "".join(f"<seg{i:03d}>" for i in range(16))
 BAD = {
     "not UTF-8": [],  # written below
     "not JSON": ["{'image': 'a.png'}"],
+    "half a character": [
+        good(suffix="a dog \ud83d"), good(prefix="\ude00 ?"), {"image": "a.png", "caption": ["x", "y\ud83d"]},
+        {"image": "a.png", "question": "x", "answer": "y", "answers": ["y", "\ud83d"]},
+    ],
     "missing key": [{"image": "a.png"}],
     "wrong type": [good(suffix=1)],
     "missing picture": [good(image="gone.png"), good(image=["a.png", "gone.png"]), good(image=".")],
@@ -800,6 +889,7 @@ FINE = [
     good(), good(image=None), good(image=["a.png", "b.png"]), good(prefix=""), good(suffix="a ; b"),
     good(prefix="detect dog ; cat", suffix=f"{BOX} dog ; {BOX} cat"), good(prefix="detect dog", suffix=""),
     good(prefix="segment dog", suffix=f"{BOX}{CODES} dog"), good(prefix="the dog", suffix=BOX + CODES),
+    good(suffix="a dog \U0001f600"),
     good(prefix="caption", suffix=f"{BOX} a dog; it sleeps"), good(prefix="answer en 1 < 2 ?", suffix="<yes>"),
 ]  # fmt: skip
 
@@ -826,6 +916,18 @@ def test_every_problem_has_a_test():
 def test_what_is_right_is_not_complained_about(folder, processor):
     report = check(open_rows(write_lines(folder, *FINE)), processor, max_length=100, open_pictures=True)
     assert report.ok and report.not_checked == [] and report.rows == len(FINE)
+
+
+def test_half_a_character_is_named_with_a_tokenizer_too_and_can_be_printed(folder, processor):
+    """It is neither counted nor written out, since no tokenizer and no stream takes it."""
+    path = write_lines(folder, good(), good(suffix="\ud83d"), good(image="\ud83d.png"), {"\ud83d": 1})
+    report = check(open_rows(path), processor)
+    assert report.counts == {"half a character": 1, "missing picture": 1, "missing key": 1}
+    text = str(report).encode("utf-8").decode("utf-8")
+    assert f"{path}:2: '\\ud83d' stands alone in '\\ud83d'" in text
+    assert "no picture at" in text and "\\ud83d.png" in text and "it has \\ud83d" in text
+    with pytest.raises(RowError, match=r"my\.jsonl:2"):
+        open_rows(path)[:3]
 
 
 def test_bytes_that_are_no_text(folder):

@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from paligemma.train.data_files import BOM, ArrowFiles, CsvFile, JsonFile, JsonLines, RowError, elements_of
@@ -88,10 +89,17 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
-            return [self.read(k) for k in range(self.length)[i]]
+            return [self[k] for k in range(self.length)[i]]
         if not -self.length <= i < self.length:
             raise IndexError(f"row {i} of {self.length}")
-        return self.read(i % self.length)
+        row = self.read(i % self.length)
+        for text in (row.prefix, row.suffix, *row.suffixes, *row.answers):
+            if not text.isascii() and (half := _HALF.search(text)):  # no tokenizer takes it, and no file
+                raise RowError(row.source, "half a character", f"{half[0]!r} stands alone in {_short(text)}")
+        return row
+
+
+_HALF = re.compile("[\ud800-\udfff]")  # of a pair that makes a character beyond the first 65,536
 
 
 def open_rows(
@@ -127,6 +135,8 @@ def open_rows(
         raise ValueError(f"there is no kind of data {kind!r}; there are: {', '.join(KINDS)}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    if image_name is not None:
+        check_image_name(image_name)
     if split is not None and not path.is_dir():
         raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
     found, paths = _in_folder(path, kind, split) if path.is_dir() else (kind, [path])
@@ -163,7 +173,7 @@ _NAMES = {"jsonl": "JSON lines", "json": "a JSON list", "csv": "CSV", "parquet":
 
 @dataclass(frozen=True)
 class RecordReader:
-    """Record i as a row. (Not a closure: it has to reach the processes that load data.)"""
+    """Record i as a row. (Not a closure, so that rows can be pickled.)"""
 
     records: Any  # records[i] -> dict, records.where(i)
     folder: str
@@ -210,7 +220,7 @@ def to_row(record: dict[str, Any], folder: str, language: str, image_name: str |
     else:
         try:
             value = image_name.format(**record)
-        except (KeyError, ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise RowError(
                 where, "missing key", f"image_name {image_name!r} does not fit its fields: {error}"
             ) from None
@@ -222,6 +232,18 @@ def to_row(record: dict[str, Any], folder: str, language: str, image_name: str |
     if isinstance(answers, list) and all(isinstance(text, str) for text in answers):
         right = tuple(answers)
     return Row(picture, prefix, suffix, number, where, answers=right, suffixes=() if named else right)  # type: ignore[arg-type]
+
+
+def check_image_name(name: str) -> None:
+    """ValueError for what cannot be filled in, or would be a longer name than any file has: a width of a thousand
+    million takes as many bytes."""
+    try:
+        specs = [spec or "" for _, _, spec, _ in Formatter().parse(name)]
+    except ValueError as error:
+        raise ValueError(f"image_name {name!r}: {error}; expected something like '{{image_id:012d}}.jpg'") from None
+    for spec in specs:
+        if "{" in spec or any(float(number) > 255 for number in re.findall(r"\d+", spec)):
+            raise ValueError(f"image_name {name!r}: {spec!r} is no width; expected a number up to 255, as in '012d'")
 
 
 def _picture(value: Any, folder: str, where: str) -> Picture:
@@ -283,7 +305,7 @@ class JsonRecords:
         return record
 
     def where(self, i: int) -> str:
-        return f"{self.file.pieces.path} {self.key or 'row'}[{i}]"
+        return self.file.where(self.key, i)
 
 
 # -- VQA --
@@ -299,7 +321,7 @@ class QuestionReader:
     language: str
 
     def __call__(self, i: int) -> Row:
-        where = f"{self.questions.pieces.path} questions[{i}]"
+        where = self.questions.where("questions", i)
         question = self.questions.element("questions", i)
         answers = self.answers.element("annotations", int(self.order[i]))
         question |= {key: answers.get(key) for key in ("answer", "answers", "multiple_choice_answer")}
@@ -316,18 +338,22 @@ def _vqa(
 
     def look(key: str, element: Any) -> None:
         if key in ids:
-            if not isinstance(element, dict) or "question_id" not in element:
+            found = element.get("question_id") if isinstance(element, dict) else None
+            if not isinstance(found, (int, float, str)):
                 raise ValueError(
-                    f"{key}[{len(ids[key])}] has no question_id, by which questions and answers are joined"
+                    f"{file} {key}[{len(ids[key])}] has no question_id, by which questions and answers are joined: "
+                    f"expected a number or text, got {_short(found)}"
                 )
-            ids[key].append(element["question_id"])
+            ids[key].append(found)
         elif key == "data_subtype":
             subtype.append(str(element))
 
-    questions = answers = JsonFile(path, look)
+    file = path
+    questions = answers = JsonFile(file, look)
     if annotations is not None:
         ids["annotations"].clear()
-        answers = JsonFile(annotations, look)
+        file = Path(annotations)
+        answers = JsonFile(file, look)
     if not questions.count("questions"):
         raise ValueError(f"{path} has no 'questions'")
     if not answers.count("annotations"):
@@ -446,9 +472,9 @@ def _recognised(path: Path) -> str:
         return "json"
     if start.startswith(b"{"):
         try:
-            first = json.loads(start.split(b"\n", 1)[0])
-        except ValueError:  # not whole on a line: a document, unless its name says that the line is broken
-            first = None
+            first = json.loads(start.split(b"\n", 1)[0], parse_int=str)  # however many digits
+        except (ValueError, RecursionError):
+            first = None  # not whole on a line: a document, unless its name says that the line is broken
         document = first is None or any(isinstance(first.get(key), list) for key in _DOCUMENT)
         if path.suffix.lower() in (".jsonl", ".ndjson") or not document:
             return "jsonl"

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from paligemma.train.data import Picture, Row, Rows
-from paligemma.train.data_files import RowError
+from paligemma.train.data_files import RowError, printable
 
 if TYPE_CHECKING:
     from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PROBLEMS = {
     "not UTF-8": "save the file in the encoding UTF-8",
     "not JSON": "write each row with json.dumps, one a line",
+    "half a character": "an emoji that was cut in two, as by taking the first so many characters: write it whole",
     "missing key": "each row needs image, prefix and suffix (or question and answer, or caption)",
     "wrong type": "prefix and suffix are text, image is a path or a list of them",
     "missing picture": "paths are relative to the file they stand in, or to the folder given as images= (--images)",
@@ -150,7 +151,7 @@ def check(
             for name, message in found.items():
                 report.counts[name] = report.counts.get(name, 0) + 1
                 if report.counts[name] <= show:
-                    report.first.setdefault(name, []).append(Problem(i, source, message))
+                    report.first.setdefault(name, []).append(Problem(i, source, printable(message)))
         if progress is not None and i % 1000 == 999:
             progress(i + 1)
     if progress is not None:

@@ -14,6 +14,7 @@ encoded, when its row is asked for.
 
 from __future__ import annotations
 
+import math
 import os
 from array import array
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paligemma.train.data import Row, Rows
+from paligemma.train.data import Row, Rows, _short
 from paligemma.train.data_files import JsonFile, RowError
 
 if TYPE_CHECKING:
@@ -50,17 +51,20 @@ def read_index(path: Path, with_categories: bool) -> Index:
     crowd = array("b")
 
     def look(key: str, element: Any) -> None:
-        try:
-            if key == "images":
-                images[element["id"]] = len(images)
-            elif key == "categories":
-                categories[element["id"]] = element["name"]
-            elif key == "annotations":
-                image_ids.append(element["image_id"])
-                category_ids.append(element["category_id"] if with_categories else None)
-                crowd.append(bool(element.get("iscrowd", 0)))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: {_nth(key, images, categories, image_ids)} has no {error}") from None
+        before = {"images": len(images), "categories": len(categories), "annotations": len(image_ids)}.get(key)
+        if before is None:
+            return
+        where = f"{path} {key}[{before}]"
+        if not isinstance(element, dict):
+            raise ValueError(f"{where}: expected an object, got {_short(element)}")
+        if key == "annotations":
+            image_ids.append(_id(element, "image_id", where))
+            category_ids.append(_id(element, "category_id", where) if with_categories else None)
+            crowd.append(bool(element.get("iscrowd", 0)))
+        elif key == "images":
+            images[_id(element, "id", where)] = len(images)
+        else:
+            categories[_id(element, "id", where)] = str(_id(element, "name", where))
 
     file = JsonFile(path, look)
     for key in ("images", "annotations", "categories") if with_categories else ("images", "annotations"):
@@ -74,8 +78,11 @@ def read_index(path: Path, with_categories: bool) -> Index:
     return Index(file, np.array([images[i] for i in image_ids], np.int64), np.array(crowd, bool), categories)
 
 
-def _nth(key: str, images: dict, categories: dict, annotations: list) -> str:
-    return f"{key}[{len({'images': images, 'categories': categories}.get(key, annotations))}]"
+def _id(element: dict[str, Any], key: str, where: str) -> Any:
+    value = element.get(key)
+    if not isinstance(value, (int, float, str)):
+        raise ValueError(f"{where} has no {key!r}: expected a number or text, got {_short(value)}")
+    return value
 
 
 def _all_known(path: Path, key: str, ids: Sequence[Any], known: dict[Any, Any], where: str) -> None:
@@ -83,7 +90,7 @@ def _all_known(path: Path, key: str, ids: Sequence[Any], known: dict[Any, Any], 
     if unknown:
         raise ValueError(
             f"{path}: {len(unknown)} of {len(ids)} annotations have an unknown {key}, the first is "
-            f"annotations[{unknown[0]}] with {ids[unknown[0]]!r}: add it to {where!r}, or remove them"
+            f"annotations[{unknown[0]}] with {_short(ids[unknown[0]])}: add it to {where!r}, or remove them"
         )
 
 
@@ -140,7 +147,7 @@ class ObjectReader:
         items: list[Detection | Segment] = []
         for place in annotations.tolist():
             annotation = file.element("annotations", place)
-            label = str(names[annotation["category_id"]])
+            label = names[annotation["category_id"]]
             try:
                 if self.segment:
                     mask = mask_of(annotation.get("segmentation"), size)
@@ -150,11 +157,11 @@ class ObjectReader:
                     if box is None:
                         raise ValueError("it has no bbox")
                     items.append(Detection(label, box))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise RowError(where, "box or mask", f"annotations[{place}]: {error}") from None
 
         present = {item.label for item in items}
-        labels = [name for name in dict.fromkeys(map(str, names.values())) if self.every_label or name in present]
+        labels = [name for name in dict.fromkeys(names.values()) if self.every_label or name in present]
         for label in labels:
             if ";" in label:
                 raise RowError(
@@ -195,7 +202,7 @@ def _path(folder: str, image: dict[str, Any], where: str) -> str:
 def _size(image: dict[str, Any], where: str, needed: bool = False) -> Any:
     """(width, height) in pixels."""
     size = image.get("width"), image.get("height")
-    if not all(isinstance(side, (int, float)) and side >= 1 for side in size):
+    if not all(isinstance(side, (int, float)) and 1 <= side < math.inf for side in size):
         if needed:
             raise RowError(
                 where, "missing key", f"boxes need the picture's width and height, got {size[0]} x {size[1]}"

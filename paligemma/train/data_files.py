@@ -37,11 +37,17 @@ class RowError(ValueError):
     """A row that cannot be used. `where`: "my.jsonl:12"; `problem`: one of `data_check.PROBLEMS`."""
 
     def __init__(self, where: str, problem: str, message: str) -> None:
+        message = printable(message)  # it may quote what is in the row
         super().__init__(where, problem, message)  # what pickle hands to __init__ again
         self.where, self.problem, self.message = where, problem, message
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
+
+
+def printable(text: str) -> str:
+    """Halves of characters, which no stream takes, as "\\ud83d"."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class Pieces:
@@ -120,11 +126,17 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         # Not `str(error)`: its line number would count within the line.
         raise RowError(where, "not JSON", f"not JSON: {error.msg} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise RowError(where, "not JSON", "not JSON that can be read: nested too deeply") from None
+    except (RecursionError, ValueError) as error:
+        raise RowError(where, "not JSON", _unreadable(error)) from None
     if not isinstance(record, dict):
         raise RowError(where, "not JSON", f'expected an object like {{"image": ...}}, got {type(record).__name__}')
     return record
+
+
+def _unreadable(error: Exception) -> str:
+    """What Python does not read though it is JSON."""
+    deep = isinstance(error, RecursionError)
+    return f"not JSON that can be read: {'nested too deeply' if deep else 'a number of thousands of digits'}"
 
 
 # -- one large JSON document --
@@ -156,7 +168,13 @@ class JsonFile:
 
     def element(self, key: str, i: int) -> Any:
         start, end = self.spans[key][i].tolist()
-        return json.loads(self.pieces.read(start, end))
+        try:
+            return json.loads(self.pieces.read(start, end))
+        except (RecursionError, ValueError) as error:
+            raise RowError(self.where(key, i), "not JSON", _unreadable(error)) from None
+
+    def where(self, key: str, i: int) -> str:
+        return f"{self.pieces.path} {key or 'row'}[{i}]"
 
 
 class _Window:
@@ -167,6 +185,7 @@ class _Window:
     """
 
     decoder = json.JSONDecoder()
+    lenient = json.JSONDecoder(parse_int=str)  # slower: for numbers of more digits than Python makes an int of
     space = re.compile(r"[ \t\n\r]*")
 
     def __init__(self, file: IO[bytes], name: str) -> None:
@@ -202,9 +221,10 @@ class _Window:
         """The next value and the bytes it stands in."""
         if not self.next():
             raise self.error("it ends early")
+        decoder = self.decoder
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
+                value, end = decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 # Cut off by the end of the window, or really wrong?
                 cut_off = error.msg.startswith("Unterminated") or error.pos > len(self.text) - 16
@@ -214,13 +234,16 @@ class _Window:
                 raise wrong from None
             except RecursionError:
                 raise self.error("nested too deeply") from None
+            except ValueError:  # too many digits: the row's problem, when it is read, and not the file's
+                decoder = self.lenient
+                continue
             if len(self.text) - end < 3 and self.text[end : end + 1] not in tuple(" \t\n\r,]}") and self.grow():
                 continue  # a number that might go on: "1" of "1e+16"
             piece, start = self.text[self.at : end], self.start + self.at
             self.at = end
             if not piece.isascii():
                 try:
-                    value = json.loads(piece.encode("latin-1"))
+                    value = decoder.decode(piece.encode("latin-1").decode("utf-8", "surrogatepass"))
                 except UnicodeDecodeError:
                     raise self.error("it is not UTF-8") from None
             return value, start, start + len(piece)
@@ -370,7 +393,10 @@ class ArrowFiles:
         file, k = self.groups[group]
         batch = self.files[file][k] if isinstance(self.files[file], list) else self._unpacked(file, k)
         row = i - self.firsts[group]
-        return {name: batch.column(j)[row].as_py() for j, name in enumerate(batch.schema.names)}
+        try:
+            return {name: batch.column(j)[row].as_py() for j, name in enumerate(batch.schema.names)}
+        except UnicodeDecodeError as error:
+            raise RowError(self.where(i), "not UTF-8", f"a text that is not UTF-8: {error}") from None
 
     def _unpacked(self, file: int, k: int) -> Any:
         if (file, k) not in self.kept:
