@@ -232,48 +232,29 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
     something cannot be written: the last good checkpoint stays; KeyboardInterrupt after Ctrl-C, when all is saved.
     """
     check_base(options)
-    if options.quantize and find_spec("bitsandbytes") is None:  # told before gigabytes are read
-        raise ImportError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
+    check_packages(options)
     rank, world = distributed.start()
     say = quietly if rank else say or to_stderr
     out = Path(options.out)
-    rows = rows_of(options, options.data)
-    measured = rows_of(options, options.validation) if options.validation is not None else None
-    check_kind(options, rows)
-    if not len(rows) or (measured is not None and not len(measured)):
-        raise ValueError(f"{options.data if not len(rows) else options.validation} has no rows")
-
+    rows, measured = both_rows_of(options)
     device = options.device or own_device(world)
     pg = load(options.model, device, options.dtype, options.quantize, options.revision, options.image_size)
+
     settings = {field.name: getattr(options, field.name) for field in fields(options)}
-    resumed = False
-    if rank == 0:
-        facts = {"data": fingerprint_of_data(rows), "weights": fingerprint(pg)}
-        if measured is not None:
-            facts["validation data"] = fingerprint_of_data(measured)
-        resumed = open_run(out, settings, facts, options.resume)
-        if resumed and (out / FINISHED).is_file():
-            say(f"{out} is finished already; --no-resume begins anew, another --out leaves it as it is")
+    facts = facts_of(pg, rows, measured) if rank == 0 else {}
+    resumed = rank == 0 and open_run(out, settings, facts, options.resume)
     resumed = bool(distributed.from_the_first(float(resumed)))
     if distributed.from_the_first(float(resumed and (out / FINISHED).is_file())):
+        say(f"{out} is finished already; --no-resume begins anew, another --out leaves it as it is")
         return json.loads((out / FINISHED).read_text(encoding="utf-8"))
 
     dtype = pg.model.dtype
     computed = computed_in(options, dtype, pg.model.device)
     prepare(pg.model, options)
-    optimizers = None
-    if options.optimizer == "muon":
-        slower = ("vision_tower", options.vision_lr)
-        optimizers = muon_and_adamw(
-            pg.model,
-            options.peak,
-            options.peak_beside_muon,
-            options.weight_decay,
-            slower=slower,
-            decay_as_reference=True,
-        )
+    optimizers = optimizers_of(pg.model, options)
     limit = limit_of(options, pg.model.config)
     steps = steps_of(options, len(rows))
+    sight = board = None
     if rank == 0:
         if resumed:
             say(f"going on in {out}: {last_checkpoint(out)}")
@@ -288,13 +269,9 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
             say("note: --shard shares weights out among processes, and there is only one")
         for line in announcement(options, rows, pg, steps, dtype, computed):
             say(line)
-    distributed.wait_for_all()
-
-    sight = board = None
-    if rank == 0:
         board = TensorBoard(out / "tensorboard", last_checkpoint_step(out), say)
         sight = look(options, pg, rows if measured is None else measured, out, say)
-
+    distributed.wait_for_all()
     # All processes have to know when one looks: with a sharded model they all help to put it together.
     looks = measured is not None and bool(distributed.from_the_first(float(sight is not None)))
 
@@ -312,38 +289,18 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         keep_together=options.keep_together,
         on_skip=None if options.strict else skip,
     )
-    config = TrainConfig(
-        steps=steps,
-        lr=options.peak,
-        vision_lr=options.vision_lr,
-        warmup=options.warmup,
-        schedule=options.schedule,
-        weight_decay=options.weight_decay,
-        clip=options.clip,
-        accumulate=options.accumulate,
-        label_smoothing=options.label_smoothing,
-        autocast=computed if computed != torch.float32 else None,
-        ema=options.ema,
-        seed=options.seed,
-        save_every=options.save_every,
-        log_every=1,
-        validate_every=options.validate_every if looks else 0,
-        validate_last=False,  # but once the model is as it is saved
-        minutes=options.minutes,
-        shard=options.shard,
-    )
-    try:
-        with cut_silently():
-            last = train(
-                pg.model,
-                batches,
-                config,
-                out,
-                optimizers=optimizers,
-                validate=sight or no_figures,
-                on_log=board,
-                resume=resumed,
-            )
+    config = config_of(options, steps, computed)
+    with told_what_to_do(out, batches), cut_silently():
+        last = train(
+            pg.model,
+            batches,
+            config if looks else replace(config, validate_every=0),
+            out,
+            optimizers=optimizers,
+            validate=sight or no_figures,
+            on_log=board,
+            resume=resumed,
+        )
         if rank:
             return last
         check_learned(out)
@@ -351,6 +308,13 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         if board is not None:
             board.close()
         return finish(options, pg, out, sight, measured is not None, say)
+
+
+@contextmanager
+def told_what_to_do(out: Path, batches: RowBatches) -> Iterator[None]:
+    """What ends a run says what is left of it, and how to go on."""
+    try:
+        yield
     except NotFinite as error:
         named = ", ".join(batches.sources(error.step))
         raise FloatingPointError(
@@ -388,6 +352,17 @@ def rows_of(options: Options, path: str) -> Rows:
     )
 
 
+def both_rows_of(options: Options) -> tuple[Rows, Rows | None]:
+    """Those to train on, and those to measure answers on. ValueError if there are none."""
+    rows = rows_of(options, options.data)
+    check_kind(options, rows)
+    measured = rows_of(options, options.validation) if options.validation is not None else None
+    for path, found in ((options.data, rows), (options.validation, measured)):
+        if found is not None and not len(found):
+            raise ValueError(f"{path} has no rows")
+    return rows, measured
+
+
 def check_kind(options: Options, rows: Rows) -> None:
     """ValueError for options that are of another kind of data, where they would do nothing."""
     kinds_of = {"annotations": ("vqa",), "every_label": ("coco-detect", "coco-segment")}
@@ -415,6 +390,18 @@ def check_base(options: Options) -> None:
             f"{options.model} is an adapter, and LoRA needs a whole model: fold it into its base, with 'paligemma "
             f"merge {options.model} FOLDER', and give that folder as --model; or train all of it, without --lora"
         )
+
+
+def check_packages(options: Options) -> None:
+    """ImportError for one that is missing: now, and not when gigabytes were read."""
+    if options.quantize and find_spec("bitsandbytes") is None:
+        raise ImportError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
+
+
+def facts_of(pg: PaliGemma, rows: Rows, measured: Rows | None) -> dict[str, Any]:
+    """What the options stood for, when a run began."""
+    facts = {"data": fingerprint_of_data(rows), "weights": fingerprint(pg)}
+    return facts if measured is None else {**facts, "validation data": fingerprint_of_data(measured)}
 
 
 def own_device(world: int) -> str | None:
@@ -452,6 +439,43 @@ def prepare(model: Any, options: Options) -> None:
         parts.suit_cpu(model)
         if not parts.is_small(model):
             give_back_freed_memory()  # small models would be a tenth slower with it
+
+
+def optimizers_of(model: Any, options: Options) -> list[torch.optim.Optimizer] | None:
+    """None for AdamW as in the reference, which the loop makes itself."""
+    if options.optimizer == "adamw":
+        return None
+    return muon_and_adamw(
+        model,
+        options.peak,
+        options.peak_beside_muon,
+        options.weight_decay,
+        slower=("vision_tower", options.vision_lr),
+        decay_as_reference=True,
+    )
+
+
+def config_of(options: Options, steps: int, computed: torch.dtype) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        lr=options.peak,
+        vision_lr=options.vision_lr,
+        warmup=options.warmup,
+        schedule=options.schedule,
+        weight_decay=options.weight_decay,
+        clip=options.clip,
+        accumulate=options.accumulate,
+        label_smoothing=options.label_smoothing,
+        autocast=computed if computed != torch.float32 else None,
+        ema=options.ema,
+        seed=options.seed,
+        save_every=options.save_every,
+        log_every=1,
+        validate_every=options.validate_every,
+        validate_last=False,  # but once the model is as it is saved
+        minutes=options.minutes,
+        shard=options.shard,
+    )
 
 
 def plan_of(options: Options) -> Plan:
