@@ -15,14 +15,19 @@ into the same batch; `keep_together` shuffles pictures instead, with all of thei
 
 A picture that cannot be read (a disk that went away, a file that was moved) need not end a run of hours: with `on_skip`
 its row is left out and told of. Only when many rows in a row are lost there is something wrong with more than a row.
+
+`Ahead` decodes the pictures of the next step while this one is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,13 +37,24 @@ Batch = dict[str, Tensor]
 MOST_SKIPPED = 100  # rows one after the other
 
 
+@dataclass
+class Loaded:
+    """Rows of a step with their pictures: all of a batch that takes long."""
+
+    rows: list[Any] = field(default_factory=list)  # that can be used
+    suffixes: list[str] = field(default_factory=list)  # of each
+    shown: list[list[int]] = field(default_factory=list)  # to each, numbers of pictures
+    pixels: np.ndarray | None = None  # float32 [pictures, 3, image_size, image_size]
+    skipped: list[tuple[str, Exception] | None] = field(default_factory=list)  # of every row: where and why, or not
+
+
 class RowBatches:
     """Shuffles anew in every epoch; the last rows of an epoch are filled up with the first of the next.
 
     max_length cuts rows (images included) at the end of the suffix; padding is on the right, as in the reference's
     training. keep_together: neighbours with the same pictures stay neighbours; for this all rows (not their pictures)
     are read once, in the beginning. on_skip is called with the step, where the row stands, and the error, for a row
-    whose picture cannot be read; without it that error is raised.
+    whose picture cannot be read; without it that is an error, which names step and row.
     """
 
     def __init__(
@@ -62,12 +78,17 @@ class RowBatches:
 
     def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch | None:
         """None where nothing is left for a part: a step of more parts than rows, or all of its rows were skipped."""
+        return self.lay_out(step, self.load(step, part, parts))
+
+    def load(self, step: int, part: int = 0, parts: int = 1) -> Loaded:
+        """The first half of a call, which takes long: rows are read and their pictures decoded. Nothing is told here.
+
+        Without `on_skip` FileNotFoundError, OSError or ValueError for a picture, with the step and the row's place.
+        """
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        rows: list[Any] = []
-        suffixes: list[str] = []
-        pixels: list[Tensor] = []  # of each picture
+        loaded = Loaded()
+        pixels: list[np.ndarray] = []  # of each picture
         seen: dict[Any, int] = {}  # which of them is it?
-        shown: list[list[int]] = []  # to each row
         each, more = divmod(len(places), parts)  # the first parts get one more; neighbours stay together
         first = part * each + min(part, more)
         for place in places[first : first + each + (part < more)]:
@@ -76,39 +97,54 @@ class RowBatches:
             try:
                 pictures = {_identity(picture): picture for picture in _pictures(row)}
                 new = {
-                    identity: preprocess(load_image(picture), self.processor.image_size)
+                    identity: preprocess(load_image(picture), self.processor.image_size).numpy()
                     for identity, picture in pictures.items()
                     if identity not in seen
                 }
             except (OSError, ValueError) as error:
+                source = str(_get(row, "source", f"row {number}"))
                 if self.on_skip is None:
-                    raise
-                self.on_skip(step, _get(row, "source", f"row {number}"), error)
-                self._skipped += 1
-                if self._skipped >= MOST_SKIPPED:
-                    raise OSError(
-                        f"the pictures of {MOST_SKIPPED} rows one after the other could not be read, the last: {error}"
-                    ) from error
+                    kind = next(kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind))
+                    raise kind(f"step {step + 1}, {source}: {error}") from error
+                loaded.skipped.append((source, error))
                 continue
-            self._skipped = 0
-            rows.append(row)
-            suffixes.append(_suffix(row, self.seed + number + place // len(self.rows)))
+            loaded.skipped.append(None)
+            loaded.rows.append(row)
+            loaded.suffixes.append(_suffix(row, self.seed + number + place // len(self.rows)))
             seen |= {identity: len(pixels) + i for i, identity in enumerate(new)}
             pixels += new.values()
-            shown.append([seen[_identity(picture)] for picture in _pictures(row)])
+            loaded.shown.append([seen[_identity(picture)] for picture in _pictures(row)])
+        if pixels:
+            loaded.pixels = np.stack(pixels)
+        return loaded
+
+    def lay_out(self, step: int, loaded: Loaded) -> Batch | None:
+        """The second half: `on_skip` is called, and the rest becomes tensors."""
+        for skip in loaded.skipped:
+            self._skipped = 0 if skip is None else self._skipped + 1
+            if skip is None or self.on_skip is None:
+                continue
+            source, error = skip
+            self.on_skip(step, source, error)
+            if self._skipped >= MOST_SKIPPED:
+                raise OSError(
+                    f"the pictures of {MOST_SKIPPED} rows one after the other could not be read, the last: {source}: "
+                    f"{error}"
+                ) from error
+        rows, shown = loaded.rows, loaded.shown
         if not rows:
             return None
         batch = self.processor.lay_out(
             [_get(row, "prefix") for row in rows],
             [len(pictures) for pictures in shown],
-            suffixes,
+            loaded.suffixes,
             padding_side="right",
             max_length=self.max_length,
         )
-        if pixels:
-            batch["pixel_values"] = torch.stack(pixels)
+        if loaded.pixels is not None:
+            batch["pixel_values"] = torch.from_numpy(loaded.pixels)
             in_order = [picture for pictures in shown for picture in pictures]
-            if len(in_order) > len(pixels):
+            if len(in_order) > len(loaded.pixels):
                 batch["pictures"] = torch.tensor(in_order)
         return batch
 
@@ -131,6 +167,48 @@ class RowBatches:
                 places = torch.randperm(int(self._run[-1]) + 1, generator=generator)  # of the runs
                 self._order = places[self._run].argsort(stable=True)
         return int(self._order[place])
+
+
+class Ahead:
+    """`batches`, but the pictures of the next step are decoded in a thread while the caller works on this one.
+
+        with Ahead(batches, steps=1000) as ahead:
+            train(model, ahead, TrainConfig(steps=1000), out)
+
+    It gives what `batches` gives; errors and skipped rows show in the step that they belong to, since the thread only
+    loads (`RowBatches.load`) and all else happens when a batch is asked for. One batch more lies in memory. Until the
+    end of `with`, which is that of the thread too, nothing else may read `batches` or their rows.
+
+    steps: of the whole run; beyond them nothing is loaded. world: how many processes there are, each of which takes
+    every `world`-th part of a step. What is asked for out of this order is loaded when it is.
+    """
+
+    # The thread computes next to nothing in torch, which would start threads of its own beside those of the step, and
+    # causes no warnings, whose filters all threads share.
+
+    def __init__(self, batches: RowBatches, steps: int, world: int = 1) -> None:
+        self.batches, self.steps, self.world = batches, steps, world
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._coming: tuple[tuple[int, int, int], Future[Loaded]] | None = None  # what is loaded, and for which call
+
+    def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch | None:
+        asked, coming = (step, part, parts), self._coming
+        self._coming = None
+        if coming is not None and coming[0] != asked:
+            coming[1].cancel()
+            coming = None
+        future = self._thread.submit(self.batches.load, *asked) if coming is None else coming[1]
+        loaded = future.result()
+        after = (step, part + self.world, parts) if part + self.world < parts else (step + 1, part % self.world, parts)
+        if after[0] < self.steps:
+            self._coming = after, self._thread.submit(self.batches.load, *after)
+        return self.batches.lay_out(step, loaded)
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 def runs_of_pictures(rows: Sequence[Any]) -> Tensor:
