@@ -11,9 +11,9 @@ stacks the layers and transposes the matrices; `bigvision_table` says how, for b
 
 What is unusual:
 - *Nothing is held twice.* The model is built without memory (the meta device) and its tensors are put in one by one.
-  A safetensors file is memory-mapped: a tensor that keeps its dtype stays a view of the file and costs memory when it
-  is first used. The map is private, so training in place changes the copy in memory and never the file. A tensor that
-  changes its dtype gets a map of its own, which goes away with it.
+  A safetensors file is memory-mapped (`mapped.py`): a tensor that keeps its dtype stays a view of the file and costs
+  memory when it is first used. The map is private, so training in place changes the copy in memory and never the file.
+  A tensor that changes its dtype gets a map of its own, which goes away with it.
 - *Strict.* What is missing, unexpected, of another shape or not floating point is named, all in one error.
 - *No pickle*, ever. And no name in a checkpoint reaches outside its folder.
 - *Saving is all or nothing.* Everything is written into a folder beside and moved when it is complete.
@@ -37,16 +37,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from paligemma.empty import empty_weights
+from paligemma.mapped import DTYPES as SAFETENSORS_DTYPES
+from paligemma.mapped import FLOATS, MappedFile, Shape
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.npz import NPY_DTYPES, NpzReader, damaged, npz_parts
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
-
-Shape = tuple[int, ...]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -57,8 +57,6 @@ COMPANIONS = (
 ).split()
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WHOLE_NUMBERS = {"I8": torch.int8, "U8": torch.uint8}  # in quantised checkpoints only
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -276,16 +274,15 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
     found: dict[str, tuple[Shape, torch.dtype | str]] = {}
     for file in files:
         try:
-            with safe_open(file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  (not a dictionary)
-                    name, header = our_name(key), opened.get_slice(key)
-                    if name in place:
-                        raise ValueError(f"{path} holds {name} twice, as {place[name][1]} and as {key}")
-                    place[name] = file, key
-                    dtype = header.get_dtype()
-                    found[name] = tuple(header.get_shape()), SAFETENSORS_DTYPES.get(dtype, dtype)
+            tensors_of_file = MappedFile(file).tensors
         except SafetensorError as error:
             raise damaged(file, error) from None
+        for key, (shape, kind) in tensors_of_file.items():
+            name = our_name(key)
+            if name in place:
+                raise ValueError(f"{path} holds {name} twice, as {place[name][1]} and as {key}")
+            place[name] = file, key
+            found[name] = shape, FLOATS.get(kind, kind)
 
     if HEAD in found:
         if EMBEDDING not in found:  # some writers drop the other one of two names for one matrix
@@ -298,16 +295,15 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
         del place[HEAD], found[HEAD]
     check_tensors(str(path), found, expected_shapes(config))
 
-    maps: dict[Path, Any] = {}
+    maps: dict[Path, MappedFile] = {}
 
     def read(name: str, mapped: bool = False) -> Tensor:
         file, key = place[name]
-        if mapped:  # one map per file, shared by all of its tensors
-            if file not in maps:
-                maps[file] = safe_open(file, "pt")
-            return maps[file].get_tensor(key)
-        with safe_open(file, "pt") as opened:  # a map of its own: the pages it touched go with the tensor
-            return opened.get_tensor(key)
+        if not mapped:
+            return MappedFile(file).read(key)  # a map of its own: the pages it touched go with the tensor
+        if file not in maps:  # one map per file, shared by all of its tensors
+            maps[file] = MappedFile(file)
+        return maps[file].read(key)
 
     tensors = {name: (shape, dtype) for name, (shape, dtype) in found.items() if isinstance(dtype, torch.dtype)}
     return Checkpoint(path, "safetensors", files, config, tensors, read)
@@ -315,12 +311,10 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
 
 def _equal(one: tuple[Path, str], other: tuple[Path, str], rows: int = 8192) -> bool:
     """Whether two matrices on disk are the same, compared a few rows at a time."""
-    with safe_open(one[0], "pt") as file, safe_open(other[0], "pt") as other_file:
-        a, b = file.get_slice(one[1]), other_file.get_slice(other[1])
-        shape = a.get_shape()
-        if shape != b.get_shape() or a.get_dtype() != b.get_dtype():
-            return False
-        return all(torch.equal(a[i : i + rows], b[i : i + rows]) for i in range(0, shape[0], rows))
+    a, b = MappedFile(one[0]).read(one[1]), MappedFile(other[0]).read(other[1])
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(map(torch.equal, a.split(rows), b.split(rows)))
 
 
 # ------------------------------------------------------------------------------------------------ big_vision .npz
@@ -789,7 +783,7 @@ def _write_safetensors(
     if len(shards) > 1:
         files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
 
-    codes = {dtype: code for code, dtype in (SAFETENSORS_DTYPES | WHOLE_NUMBERS).items()}
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
     with contextlib.ExitStack() as stack:
         place: dict[str, tuple[Any, int]] = {}
         for file_name, names in zip(files, shards):

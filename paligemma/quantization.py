@@ -42,12 +42,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from paligemma import checkpoints, linear_kernels
-from paligemma.checkpoints import Checkpoint, Shape, empty_model, expected_shapes, open_checkpoint
+from paligemma.checkpoints import Checkpoint, empty_model, expected_shapes, open_checkpoint
 from paligemma.linear_kernels import GROUP, kernel_available, multiplies_bfloat16
+from paligemma.mapped import DTYPES, MappedFile, Shape
 from paligemma.modeling_gemma import (
     GemmaAttention,
     GemmaEmbedding,
@@ -698,11 +699,11 @@ class QuantizedCheckpoint:
         kept, config = checkpoints.parse_dtype(dtype) or self.dtype, self.config
         if image_size is not None:
             config = replace(config, vision_config=replace(config.vision_config, image_size=image_size))
-        maps = {file: safe_open(file, "pt") for file in set(self.place.values())}
+        maps = {file: MappedFile(file) for file in set(self.place.values())}
         not_rounded = expected_shapes(config)
 
         def read(name: str) -> Tensor:
-            tensor: Tensor = maps[self.place[name]].get_tensor(name)
+            tensor = maps[self.place[name]].read(name)
             if name == checkpoints.POSITIONS and image_size is not None:
                 tensor = checkpoints.resample_positions(tensor, config.vision_config.num_patches).to(tensor.dtype)
             return tensor.to(kept) if name in not_rounded and tensor.is_floating_point() else tensor
@@ -723,20 +724,18 @@ def open_quantized(path: Path) -> QuantizedCheckpoint:
         files = checkpoints.files_of_index(folder / checkpoints.INDEX)
     if not files[0].is_file():
         raise FileNotFoundError(f"{folder} holds no weights: expected {checkpoints.WEIGHTS} or {checkpoints.INDEX}")
-    dtypes = checkpoints.SAFETENSORS_DTYPES | checkpoints.WHOLE_NUMBERS
     place: dict[str, Path] = {}
     found: dict[str, tuple[Shape, torch.dtype | str]] = {}
     for file in files:
         try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  (not a dictionary)
-                    header = opened.get_slice(name)
-                    if name in place:
-                        raise ValueError(f"{folder} holds {name} twice, in {place[name].name} and in {file.name}")
-                    place[name] = file
-                    found[name] = tuple(header.get_shape()), dtypes.get(header.get_dtype(), header.get_dtype())
+            tensors = MappedFile(file).tensors
         except SafetensorError as error:
             raise damaged(file, error) from None
+        for name, (shape, code) in tensors.items():
+            if name in place:
+                raise ValueError(f"{folder} holds {name} twice, in {place[name].name} and in {file.name}")
+            place[name] = file
+            found[name] = shape, DTYPES.get(code, code)
     norm = found.get("language_model.model.norm.weight", ((), torch.bfloat16))[1]
     dtype = norm if isinstance(norm, torch.dtype) and norm.is_floating_point else torch.bfloat16
     expected = stored_tensors(config, mode, dtype)

@@ -22,7 +22,7 @@ ROOT = Path(paligemma.__file__).parent
 LAYERS = [
     # the leaves: each can be read alone
     "files empty configuration attention_mask kv_cache modeling_siglip processing_paligemma mask_codec grammar draw "
-    "formats npz linear_kernels",
+    "formats npz mapped linear_kernels",
     "modeling_gemma",
     "generation checkpoints quantization adapters offload",
     "utils info",

@@ -35,6 +35,7 @@ from paligemma.checkpoints import (
     resample_positions,
     save_pretrained,
 )
+from paligemma.mapped import MappedFile
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import load_tokenizer
 
@@ -286,6 +287,31 @@ def test_tensors_of_the_files_dtype_stay_in_the_file(folder):
     loaded = load_model(folder)
     (mapped,) = maps_of(folder)  # one map for all
     assert all(parameter.data_ptr() in mapped for parameter in loaded.parameters())
+
+
+@linux
+def test_a_file_larger_than_the_machine_can_be_mapped(tmp_path):
+    """A header, a number, and a hole. Of the map every page may be written to, which changes no file."""
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    size = 2 * 1024 * int(total.split()[1])
+    header = {
+        "one": {"dtype": "BF16", "shape": [1, 2], "data_offsets": [0, 4]},
+        "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [4, 4]},
+        "large": {"dtype": "U8", "shape": [size], "data_offsets": [4, 4 + size]},
+        "last": {"dtype": "F32", "shape": [], "data_offsets": [4 + size, 8 + size]},
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path = tmp_path / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + b"\x80\x3f\x00\xc0")
+        file.truncate(8 + len(text) + 8 + size)
+    file = MappedFile(path)
+    assert file.tensors == {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()}
+    assert torch.equal(file.read("one"), torch.tensor([[1.0, -2.0]]).bfloat16())
+    assert file.read("none").shape == (0, 3) and file.read("last") == 0
+    large = file.read("large")
+    large[-1] = 7
+    assert len(large) == size and file.read("large")[-1] == 7 and MappedFile(path).read("large")[-1] == 0
 
 
 @linux

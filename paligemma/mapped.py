@@ -1,0 +1,63 @@
+"""A safetensors file, its tensors views of a memory map: bytes are read when they are first used, and what memory has
+no room for is dropped and read again.
+
+    file = MappedFile("model.safetensors")
+    file.tensors["language_model.model.norm.weight"]      # ((2048,), "BF16")
+    file.read("language_model.model.norm.weight")
+
+The format: 8 bytes with the length of the header, the header in JSON (for each name dtype, shape and the first and last
+byte), the bytes. (https://github.com/huggingface/safetensors)
+
+Why not `safe_open(path, "pt")`, which does the same: it maps the file private and writable, and Linux promises no more
+of such memory than the machine has, so that a file larger than the machine could not even be opened. We want it
+writable too (training in place changes the pages in memory, never the file), but ask for no promise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import sys
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WHOLE_NUMBERS = {"I8": torch.int8, "U8": torch.uint8}  # in quantised checkpoints only
+DTYPES = FLOATS | WHOLE_NUMBERS
+
+MAP_NORESERVE = 0x4000  # of Linux; Python's module has no name for it
+
+
+class MappedFile:
+    """An open file. tensors: shape and dtype, as the format calls it, by name.
+
+    Raises SafetensorError for a file that is none or is cut off, and OSError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        with safe_open(path, "np"):  # checks the header, and that every byte it speaks of is there
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            how: dict[str, Any] = {"access": mmap.ACCESS_COPY}
+            if sys.platform == "linux":
+                how = {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+            self._map = mmap.mmap(file.fileno(), 0, **how)
+        header.pop("__metadata__", None)
+        self.tensors: dict[str, tuple[Shape, str]] = {n: (tuple(t["shape"]), t["dtype"]) for n, t in header.items()}
+        self._first = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+
+    def read(self, name: str) -> Tensor:
+        """A view of the file, which stays mapped for as long as there is one."""
+        shape, dtype = self.tensors[name]
+        if not (count := math.prod(shape)):
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        return torch.frombuffer(self._map, dtype=DTYPES[dtype], count=count, offset=self._first[name]).view(shape)
