@@ -284,40 +284,20 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 for group, lr in zip(optimizer.param_groups, lrs):
                     group["lr"] = lr * factor
-
-            here: dict[str, float] = {"loss": 0.0, "weight": 0.0, "tokens": 0.0}  # sums over this step's parts
-            for piece in range(config.accumulate):
-                part = rank + piece * world
-                batch = batches(step, part, config.accumulate * world)
-                if batch is None and not shard:
-                    continue
-                batch = batch or sharding.nothing()
-                torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + part) % 2**63)
-                if "attention_mask" in batch:
-                    here["tokens"] += float(batch["attention_mask"].sum())
-                batch = {name: value.to(device) for name, value in batch.items()}
-                with torch.autocast(device.type, config.autocast, enabled=config.autocast is not None):
-                    total, weight, figures = loss(model, batch)
-                total.backward()
-                for name, value in {"loss": float(total.detach()), "weight": weight, **figures}.items():
-                    here[name] = here.get(name, 0.0) + value
+            here = add_gradients(model, batches, loss, config, step, rank, world)
             here["stop"] = float(asked_to_stop())
             here = distributed.sums_of(here)
             if not math.isfinite(here["loss"]):
                 raise NotFinite("loss", here["loss"], step)
             stop, tokens = here.pop("stop"), here.pop("tokens")
-            here["gradient"] = 0.0
+            norm = 0.0
             if here["weight"]:  # otherwise no row of this step could be read, and nothing is learned
-                distributed.add_up(trained)
-                for parameter in trained:
-                    if parameter.grad is not None:
-                        parameter.grad /= here["weight"]
-                norm = distributed.clip(trained, config.clip)
+                norm = divide_and_clip(trained, here["weight"], config.clip)
                 if not math.isfinite(norm):
                     raise NotFinite("gradient", norm, step)
-                here["gradient"] = here["weight"] * norm
                 for optimizer in optimizers:
                     optimizer.step()
+            here["gradient"] = here["weight"] * norm
             step += 1
             if average is not None:
                 update_average(average, model, min(config.ema, step / (step + 10)))
@@ -361,6 +341,42 @@ def train(
     if validate and rank == 0 and config.validate_last:
         last |= validated(whole, None, validate, step, log)
     return last
+
+
+def add_gradients(
+    model: nn.Module, batches: Batches, loss: LossFunction, config: TrainConfig, step: int, rank: int, world: int
+) -> dict[str, float]:
+    """Forward and backward through this process's parts of a step, which adds to the gradients. Returns the sums over
+    these parts of the loss and its figures, of its weight and of all tokens."""
+    first = next(model.parameters())
+    device, shard = first.device, distributed.is_sharded(first)
+    sums: dict[str, float] = {"loss": 0.0, "weight": 0.0, "tokens": 0.0}
+    for piece in range(config.accumulate):
+        part = rank + piece * world
+        batch = batches(step, part, config.accumulate * world)
+        if batch is None and not shard:
+            continue
+        batch = batch or sharding.nothing()
+        torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + part) % 2**63)
+        if "attention_mask" in batch:
+            sums["tokens"] += float(batch["attention_mask"].sum())
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with torch.autocast(device.type, config.autocast, enabled=config.autocast is not None):
+            total, weight, figures = loss(model, batch)
+        total.backward()
+        for name, value in {"loss": float(total.detach()), "weight": weight, **figures}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def divide_and_clip(trained: Sequence[nn.Parameter], weight: float, most: float) -> float:
+    """Of the gradients' sums over all processes their mean, and that with a norm of at most `most`. Returns the norm
+    of the mean."""
+    distributed.add_up(trained)
+    for parameter in trained:
+        if parameter.grad is not None:
+            parameter.grad /= weight
+    return distributed.clip(trained, most)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
