@@ -19,7 +19,7 @@ from PIL import Image
 import paligemma
 import paligemma.cli
 from paligemma.mask_codec import MaskCodec
-from paligemma.train import data_files
+from paligemma.train import data_coco, data_files
 from paligemma.train.batches import RowBatches
 from paligemma.train.data import Row, Rows, _in_folder, open_rows
 from paligemma.train.data_check import PROBLEMS, check
@@ -493,6 +493,7 @@ def test_a_coco_file_that_does_not_fit_together(folder, changes, words):
     ({"bbox": [0, 0, float("nan"), 10]}, "dog", "box or mask"),
     ({"bbox": [0, 0, 10**400, 10]}, "dog", "box or mask"),
     ({"bbox": 3}, "dog", "box or mask"),
+    ({"bbox": []}, "dog", "box or mask"),
     ({"bbox": [0, 0, 10, 10]}, "half \ud83d", "half a character"),
 ])  # fmt: skip
 def test_coco_rows_that_cannot_be_right(folder, annotation, category, problem):
@@ -507,12 +508,14 @@ def test_coco_rows_that_cannot_be_right(folder, annotation, category, problem):
     assert report.bad_rows == 1 and report.rows == 2
 
 
-@pytest.mark.parametrize("width", [float("inf"), float("nan"), 0, "40", None])
+@pytest.mark.parametrize("width", [float("inf"), float("nan"), 0, None, 1e9, 1 << 26, 10**400])
 def test_a_coco_picture_without_a_size_is_its_rows_problem(folder, width):
     path = write_coco(folder, images=[{**COCO["images"][0], "width": width}, *COCO["images"][1:]])
     report = check(open_rows(path))
     assert report.counts == {"missing key": 1} and report.rows == 2
-    assert f"images[0] (id 30): boxes need the picture's width and height, got {width} x 20" in str(report)
+    (found,) = report.first["missing key"]
+    assert found.source == f"{path} images[0] (id 30)"
+    assert found.message == f"boxes need the picture's width and height, got {data_coco._short(width)} x 20"
 
 
 def test_a_pixel_beyond_the_border_is_rounding(folder):
@@ -568,6 +571,12 @@ def test_a_polygon_is_the_pixels_whose_centre_lies_inside():
     assert fill(np.array([(-5, -5), (50, -5), (50, 50), (-5, 50)]), (6, 4)).all(), "cut off at the border"
     two = mask_of([[0, 0, 1, 0, 1, 4, 0, 4], [5, 0, 6, 0, 6, 4, 5, 4]], (6, 4))
     assert two.sum(0).tolist() == [4, 0, 0, 0, 0, 4]
+
+
+@pytest.mark.parametrize("corner", [float("inf"), float("nan"), 1e308, "x", None])
+def test_a_polygon_without_end_is_refused(corner):
+    with pytest.raises((ValueError, TypeError)):
+        mask_of([[0, 0, 1, 0, 1, corner]], (6, 4))
 
 
 def test_masks_agree_with_cocos_own_tool():

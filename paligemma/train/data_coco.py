@@ -14,7 +14,6 @@ encoded, when its row is asked for.
 
 from __future__ import annotations
 
-import math
 import os
 from array import array
 from collections.abc import Sequence
@@ -29,6 +28,9 @@ from paligemma.train.data_files import JsonFile, RowError
 
 if TYPE_CHECKING:
     from paligemma.mask_codec import Box, MaskCodec
+
+
+MOST_PIXELS = 1 << 28  # of a picture: half as much again as Pillow opens
 
 
 @dataclass
@@ -202,13 +204,16 @@ def _path(folder: str, image: dict[str, Any], where: str) -> str:
 def _size(image: dict[str, Any], where: str, needed: bool = False) -> Any:
     """(width, height) in pixels."""
     size = image.get("width"), image.get("height")
-    if not all(isinstance(side, (int, float)) and 1 <= side < math.inf for side in size):
-        if needed:
-            raise RowError(
-                where, "missing key", f"boxes need the picture's width and height, got {size[0]} x {size[1]}"
-            )
-        return None
-    return int(size[0]), int(size[1])  # type: ignore[arg-type]
+    sides = [int(side) for side in size if isinstance(side, (int, float)) and 1 <= side <= MOST_PIXELS]
+    if len(sides) == 2 and sides[0] * sides[1] <= MOST_PIXELS:
+        return sides[0], sides[1]
+    if needed:
+        raise RowError(
+            where,
+            "missing key",
+            f"boxes need the picture's width and height, got {_short(size[0])} x {_short(size[1])}",
+        )
+    return None
 
 
 def _box(annotation: dict[str, Any]) -> Box | None:
@@ -245,7 +250,10 @@ def mask_of(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         raise ValueError("it has no segmentation: polygons or run lengths are needed for a mask")
     mask = np.zeros((height, width), bool)
     for polygon in segmentation:
-        mask |= fill(np.array(polygon, np.float64).reshape(-1, 2), size)
+        corners = np.array(polygon, np.float64).reshape(-1, 2)
+        if not (np.abs(corners) < 1e9).all():
+            raise ValueError("its polygon has a corner without end, or one that is no number")
+        mask |= fill(corners, size)
     return mask
 
 
