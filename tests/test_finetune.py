@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,18 @@ def run(base: str, data: str, out: Path, **others) -> list[str]:
     said: list[str] = []
     finetune(Options(model=base, data=data, out=str(out), **{**SMALL, **others}), said.append)
     return said
+
+
+def interrupt_in_step_4(monkeypatch) -> None:
+    """Ctrl-C while its batch is made."""
+    lay_out = RowBatches.lay_out
+
+    def interrupted(self, step, loaded):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return lay_out(self, step, loaded)
+
+    monkeypatch.setattr(RowBatches, "lay_out", interrupted)
 
 
 def log_of(out: Path) -> list[dict]:
@@ -333,14 +347,7 @@ def test_lora_learns_beside_rounded_weights(base, data, tmp_path, monkeypatch, m
     assert all("lora_" in name for name in state), "neither the base nor how it is rounded is in the checkpoints"
     assert not list(out.glob("model*")) and paligemma.load(str(out)).ask(Image.new("RGB", (28, 28)), "what ?").text
 
-    made = RowBatches.__call__
-
-    def interrupted(self, step, *part):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return made(self, step, *part)
-
-    monkeypatch.setattr(RowBatches, "__call__", interrupted)
+    interrupt_in_step_4(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(base, data, tmp_path / "cut", validation=data, **wanted)
     monkeypatch.undo()
@@ -509,14 +516,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(base, data, tmp_path, monkeyp
     """Dropout is on: random numbers have to be the same too."""
     run(base, data, tmp_path / "whole", dropout=0.2, save_every=100.0)
 
-    made = RowBatches.__call__
-
-    def interrupted(self, step, *part):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return made(self, step, *part)
-
-    monkeypatch.setattr(RowBatches, "__call__", interrupted)
+    interrupt_in_step_4(monkeypatch)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 4, which is saved; the same command goes on"):
         run(base, data, tmp_path / "cut", dropout=0.2, save_every=100.0)
     monkeypatch.undo()
@@ -526,6 +526,39 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(base, data, tmp_path, monkeyp
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     one, other = (paligemma.load(str(tmp_path / name)).model.state_dict() for name in ("cut", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stopped_while_the_next_batch_is_loaded(base, data, tmp_path, monkeypatch):
+    """At once, as by a second Ctrl-C. A picture of the step after is missing, which is told when that comes: once."""
+    options = Options(model=base, data=data, out="", **{**SMALL, "batch": 8, "dropout": 0.2})
+    finetune(replace(options, out=str(tmp_path / "whole")), during((Path(data).parent / "3.png").unlink))
+    shutil.copy(Path(data).parent / "7.png", Path(data).parent / "3.png")  # which is checked before the first step
+
+    load, lay_out = RowBatches.load, RowBatches.lay_out
+    loaded_step_5, threads = threading.Event(), []
+
+    def loading(self, step, *part):
+        loaded = load(self, step, *part)
+        if step == 4:
+            threads.append(threading.current_thread())
+            loaded_step_5.set()
+        return loaded
+
+    def stopped(self, step, loaded):
+        if step == 3:
+            assert loaded_step_5.wait(60)
+            raise KeyboardInterrupt
+        return lay_out(self, step, loaded)
+
+    monkeypatch.setattr(RowBatches, "load", loading)
+    monkeypatch.setattr(RowBatches, "lay_out", stopped)
+    options = replace(options, out=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at once: the last good checkpoint is .*step-00000003"):
+        finetune(options, during((Path(data).parent / "3.png").unlink))
+    assert threads[0] is not threading.main_thread() and not threads[0].is_alive()
+    monkeypatch.undo()
+    assert finetune(options)["summary"]["rows skipped"] == 6
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_a_run_goes_on_only_with_the_same_settings_and_data(base, data, tmp_path):
@@ -882,9 +915,9 @@ def test_a_loss_that_is_no_number_stops_and_names_step_and_rows(base, data, tmp_
 
 def test_its_step_is_named_also_after_one_without_rows(base, data, tmp_path, monkeypatch):
     """Step 1 has nothing to log."""
-    made = RowBatches.__call__
+    lay_out = RowBatches.lay_out
     monkeypatch.setattr(
-        RowBatches, "__call__", lambda self, step, *part: None if step == 1 else made(self, step, *part)
+        RowBatches, "lay_out", lambda self, step, loaded: None if step == 1 else lay_out(self, step, loaded)
     )
     with pytest.raises(FloatingPointError, match="of step 2 is") as stopped:
         run(base, data, tmp_path / "run", lr=1e30, warmup=0.0, batch=1)

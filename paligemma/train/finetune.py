@@ -51,7 +51,7 @@ from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
 from paligemma.quantization import is_quantized
 from paligemma.train import distributed, parts
 from paligemma.train.allocator import give_back_freed_memory
-from paligemma.train.batches import Batch, RowBatches
+from paligemma.train.batches import Ahead, Batch, RowBatches
 from paligemma.train.data import Row, Rows, open_rows
 from paligemma.train.data_check import _Lengths, check
 from paligemma.train.data_show import codec_of
@@ -290,17 +290,18 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
         on_skip=None if options.strict else skip,
     )
     config = config_of(options, steps, computed)
-    with told_what_to_do(out, batches), cut_silently():
-        last = train(
-            pg.model,
-            batches,
-            config if looks else replace(config, validate_every=0),
-            out,
-            optimizers=optimizers,
-            validate=sight or no_figures,
-            on_log=board,
-            resume=resumed,
-        )
+    with told_what_to_do(out, batches):
+        with cut_silently(), Ahead(batches, steps, world) as ahead:
+            last = train(
+                pg.model,
+                ahead,
+                config if looks else replace(config, validate_every=0),
+                out,
+                optimizers=optimizers,
+                validate=sight or no_figures,
+                on_log=board,
+                resume=resumed,
+            )
         if rank:
             return last
         check_learned(out)
