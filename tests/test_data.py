@@ -159,7 +159,7 @@ def test_a_file_that_changes_is_not_read_at_old_places(tmp_path):
 
 
 def test_rows_go_through_pickle(folder):
-    """As they do on their way to processes that load data."""
+    """Which they need for nothing here: it is for those who load them in processes of their own."""
     rows = open_rows(write_lines(folder, good(), good(suffix="a cat")))
     again = pickle.loads(pickle.dumps(rows))
     assert again[1] == rows[1] and again.note == rows.note
@@ -687,6 +687,16 @@ def test_parquet_and_arrow(folder):
     (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     rows = open_rows(saved, images=folder)
     assert (rows.kind, [row.suffix for row in rows]) == ("arrow", list("012345"))
+
+
+def test_a_text_in_parquet_that_is_not_utf8_is_its_rows_problem(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    ends = pyarrow.py_buffer(np.array([0, 2, 4], np.int32).tobytes())
+    captions = pyarrow.StringArray.from_buffers(2, ends, pyarrow.py_buffer(b"okb\xff"))
+    parquet.write_table(pyarrow.table({"image": ["a.png"] * 2, "caption": captions}), folder / "x.parquet")
+    report = check(open_rows(folder / "x.parquet"))
+    assert report.counts == {"not UTF-8": 1} and report.first["not UTF-8"][0].source.endswith("x.parquet row 1")
 
 
 def test_without_pyarrow_the_error_says_what_to_install(folder, monkeypatch):
