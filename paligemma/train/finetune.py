@@ -5,9 +5,10 @@
     paligemma evaluate --model runs/mine ...           paligemma.load("runs/mine")
 
 What happens, in this order: the options are compared with those of the run that may lie in the folder; the model is
-loaded and told which parts of it learn; every row is checked; what is going to happen is said; `loop.train` trains,
-with a look at generated answers now and then (`sight.py`); the model is saved as checkpoints are published (an adapter
-with LoRA); its final figures and a report are written.
+loaded and told which parts of it learn; every row is checked; an old run that is to be begun anew is removed, now that
+nothing can be refused any more; what is going to happen is said; `loop.train` trains, with a look at generated answers
+now and then (`sight.py`); the model is saved as checkpoints are published (an adapter with LoRA); its final figures and
+a report are written.
 
 Learning rates: what is right for a head that is new is too much for an eye that took a billion pictures to make, so it
 may have a share of it (`vision_lr`). Muon takes AdamW's learning rates for the matrices between hidden layers, LoRA's
@@ -16,7 +17,8 @@ the embedded model was made.
 
 Numbers: what learns is kept in float32 whatever it is computed in, since a small step is lost in the eight bits of
 bfloat16: a weight of 0.02 does not move by 1e-5. It is saved in the dtype it was loaded in, which is computed in, too;
-but in float32 by a CPU that has no fast products of bfloat16, unless `dtype` names it.
+but in float32 by a CPU that has no fast products of bfloat16, unless `dtype` names it. What LoRA is put beside may be
+rounded to four bits (`quantize`: QLoRA, arXiv 2305.14314); the adapter then lies beside the whole weights.
 """
 
 from __future__ import annotations

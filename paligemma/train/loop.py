@@ -82,7 +82,7 @@ class TrainConfig:
     warmup: float = 0.05  # share of all steps
     schedule: str = "cosine"  # to 0 at the end; or "linear", "constant"
     decay_from: float = 0.0  # share of all steps at which "cosine" and "linear" begin to fall
-    weight_decay: float = 0.0  # as torch's AdamW: times the learning rate
+    weight_decay: float = 0.0  # as torch's AdamW: times the learning rate, whatever `vision_lr`
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0  # of the gradient's norm
     accumulate: int = 1  # pieces in which each process works through its part of a batch
