@@ -61,6 +61,7 @@ extern "C" void rotary_bf16(
         const bf16* c = cos + size_t(b * S + s) * half;
         const bf16* n = sin + size_t(b * S + s) * half;
         bf16* to = y + size_t(row) * E;
+#pragma omp simd
         for (int e = 0; e < half; e++) {
             const float a = number(first[e]), z = number(second[e]), of_cos = number(c[e]), of_sin = number(n[e]);
             put(rounded(a * of_cos) - rounded(z * of_sin), to + e);

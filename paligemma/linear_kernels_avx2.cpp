@@ -389,19 +389,20 @@ extern "C" void attention_bf16(
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int task = 0; task < B * S * H; task++) {
         const int b = task / (S * H), s = task / H % S, h = task % H, head = h / (H / KV);
-        const bf16* query = q + b * places->q[0] + h * places->q[1] + s * places->q[2];
+        const bf16* from = q + b * places->q[0] + h * places->q[1] + s * places->q[2];
         const bf16* keys = k + b * places->k[0] + head * places->k[1];
         const bf16* values = v + b * places->v[0] + head * places->v[1];
         const uint8_t* seen = mask ? mask + b * places->mask[0] + s * places->mask[1] : nullptr;
-        std::vector<float> weight(T), sums(E);
+        std::vector<float> query(E), weight(T), sums(E);
+        for (int e = 0; e < E; e++) query[e] = number(from[e]) * scale;
         float largest = -INFINITY, total = 0;
         for (int t = 0; t < T; t++) {
             if (seen && !seen[t]) continue;
             const bf16* key = keys + t * places->k[2];
             float score = 0;
 #pragma omp simd reduction(+ : score)
-            for (int e = 0; e < E; e++) score += number(query[e]) * number(key[e]);
-            weight[t] = score * scale, largest = std::max(largest, weight[t]);
+            for (int e = 0; e < E; e++) score += query[e] * number(key[e]);
+            weight[t] = score, largest = std::max(largest, score);
         }
         for (int t = 0; t < T; t++) {
             if (seen && !seen[t]) continue;
