@@ -532,6 +532,8 @@ def finetune(
     out: Annotated[Path, typer.Option(help="The folder of the run; in the end the model itself.")],
     model: Model = "tiny",
     validation: Annotated[str | None, typer.Option(help="Rows to measure answers on; the same kind of data.")] = None,
+    validation_split: Annotated[str | None, typer.Option(help="Which one, as --split.")] = None,
+    validation_annotations: Annotated[str | None, typer.Option(help="VQA: the file with its answers.")] = None,
     metric: Annotated[str, typer.Option(help="auto (by prompt), exact, vqa, anls, caption, detect, ...")] = "auto",
     validate_every: Annotated[int, typer.Option(min=0, help="Steps. Default: only at the end.")] = 0,
     validation_rows: Annotated[int, typer.Option(min=1, help="How many of them, drawn by lot.")] = 256,

@@ -29,7 +29,7 @@ from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_folder, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
 from paligemma.train.data import Row, open_rows
-from paligemma.train.finetune import Options, finetune, plan_of, prepare, rows_of
+from paligemma.train.finetune import Options, both_rows_of, finetune, plan_of, prepare
 from paligemma.train.measuring import evaluate_rows
 from paligemma.train.sight import measure_of, to_example, with_all_captions
 
@@ -437,7 +437,7 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
     data = str(tmp_path / "scenes" / "coco.json")
     said = run("tiny", data, tmp_path / "run", kind="coco-segment", steps=1, batch=2)
     assert any("2 rows" in line for line in said)
-    row = rows_of(Options(model="tiny", data=data, out="", kind="coco-segment"), data)[0]
+    row = both_rows_of(Options(model="tiny", data=data, out="", kind="coco-segment"))[0][0]
     assert row.prefix.startswith("segment ") and row.suffix.count("<seg") % 16 == 0 and "<seg" in row.suffix
 
 
@@ -576,6 +576,34 @@ def test_a_run_goes_on_only_with_the_same_settings_and_data(base, data, tmp_path
 
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_data_and_validation_have_splits_of_their_own(base, data, tmp_path):
+    both = Path(data).with_name("train.jsonl")
+    Path(data).rename(both)
+    lines = both.read_text().splitlines(keepends=True)
+    both.with_name("val.jsonl").write_text("".join(lines[:3]))
+    folder = str(both.parent)
+    options = Options(model=base, data=folder, split="train", out=str(tmp_path), validation=folder)
+    assert [len(rows) for rows in both_rows_of(replace(options, validation_split="val"))] == [8, 3]
+    assert [len(rows) for rows in both_rows_of(replace(options, validation=str(both)))] == [8, 8]
+    with pytest.raises(ValueError, match=r"train.*val"):
+        both_rows_of(options)
+
+
+def test_data_and_validation_have_answers_of_their_own(base, data, tmp_path):
+    for number, answer in enumerate(("yes", "no")):
+        question = {"question_id": 1, "image_id": number, "question": "is it ?"}
+        for name, content in {"questions": question, "answers": {**question, "answers": [{"answer": answer}]}}.items():
+            key = "questions" if name == "questions" else "annotations"
+            Path(data).with_name(f"{name}{number}.json").write_text(json.dumps({key: [content]}))
+    names = [str(Path(data).with_name(f"{name}{n}.json")) for n in (0, 1) for name in ("questions", "answers")]
+    options = Options(
+        base, names[0], str(tmp_path), annotations=names[1], validation=names[2], validation_annotations=names[3],
+        image_name="{image_id}.png",
+    )  # fmt: skip
+    rows, measured = both_rows_of(options)
+    assert (rows[0].suffix, measured[0].suffix) == ("yes", "no")
 
 
 def test_a_refused_command_leaves_the_old_run_as_it_is(base, data, tmp_path):

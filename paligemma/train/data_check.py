@@ -113,7 +113,7 @@ def check(
         report.not_checked.append("whether rows are too long (no max_length: --max-length)")
     if not open_pictures:
         report.not_checked.append("whether pictures can be opened (open_pictures: --open-pictures)")
-    lengths = _Lengths(processor) if processor is not None else None
+    lengths = Lengths(processor) if processor is not None else None
     # Bounded, so that a million different pictures do not fill the memory with their names.
     picture_problem = lru_cache(maxsize=100_000)(_opened if open_pictures else _there)
 
@@ -252,7 +252,7 @@ def _region_problems(suffix: str, asked: bool, masks: bool) -> Iterator[tuple[st
 # -- lengths --
 
 
-class _Lengths:
+class Lengths:
     """Tokens of a row: (pictures, <bos>, prefix and newline; suffix and <eos>, of several the longest)."""
 
     def __init__(self, processor: PaliGemmaProcessor) -> None:

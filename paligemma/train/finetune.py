@@ -55,7 +55,7 @@ from paligemma.train import distributed, parts
 from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.batches import Ahead, Batch, RowBatches
 from paligemma.train.data import Row, Rows, open_rows
-from paligemma.train.data_check import _Lengths, check
+from paligemma.train.data_check import Lengths, check
 from paligemma.train.data_show import codec_of
 from paligemma.train.loop import SCHEDULES, NotFinite, TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
@@ -87,7 +87,7 @@ BEARABLE = {
 
 
 ROUNDED = ("nf4", "bnb-int8")  # modes of `paligemma.load` that let gradients through
-MEASURING = ("metric", "validate_every", "validation_rows")
+MEASURING = ("validation_split", "validation_annotations", "metric", "validate_every", "validation_rows")
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ class Options:
     revision: str | None = None
     # what is looked at
     validation: str | None = None
+    validation_split: str | None = None
+    validation_annotations: str | None = None
     metric: str = "auto"
     validate_every: int = 0
     validation_rows: int = 256
@@ -341,14 +343,14 @@ def told_what_to_do(out: Path, batches: RowBatches) -> Iterator[None]:
 # --- before -------------------------------------------------------------------------------------------------------
 
 
-def rows_of(options: Options, path: str) -> Rows:
+def rows_of(options: Options, path: str, split: str | None, annotations: str | None) -> Rows:
     return open_rows(
         path,
         options.kind,
         images=options.images,
-        annotations=options.annotations,
+        annotations=annotations,
         image_name=options.image_name,
-        split=options.split,
+        split=split,
         language=options.language,
         every_label=options.every_label,
         codec=codec_of(options.model, options.revision, options.kind),
@@ -357,9 +359,11 @@ def rows_of(options: Options, path: str) -> Rows:
 
 def both_rows_of(options: Options) -> tuple[Rows, Rows | None]:
     """Those to train on, and those to measure answers on. ValueError if there are none."""
-    rows = rows_of(options, options.data)
+    rows = rows_of(options, options.data, options.split, options.annotations)
     check_kind(options, rows)
-    measured = rows_of(options, options.validation) if options.validation is not None else None
+    measured = None
+    if options.validation is not None:
+        measured = rows_of(options, options.validation, options.validation_split, options.validation_annotations)
     for path, found in ((options.data, rows), (options.validation, measured)):
         if found is not None and not len(found):
             raise ValueError(f"{path} has no rows")
@@ -497,7 +501,7 @@ def plan_of(options: Options) -> Plan:
         config = replace(config, vision_config=replace(config.vision_config, image_size=options.image_size))
     dtype = parse_dtype(options.dtype) or dtype
     computed = computed_in(options, dtype, pick_device(options.device))
-    rows = rows_of(options, options.data)
+    rows = rows_of(options, options.data, options.split, options.annotations)
     check_kind(options, rows)
     folder = path if path.is_dir() else path.parent
     vision = config.vision_config
@@ -531,7 +535,7 @@ def limit_of(options: Options, config: PaliGemmaConfig) -> int:
 
 def sizes_of(rows: Rows, processor: PaliGemmaProcessor, limit: int) -> dict[str, int]:
     """What `plan.estimate` asks of rows. Of all of them: the longest makes the peak, however rare it is."""
-    lengths = _Lengths(processor)
+    lengths = Lengths(processor)
     length = answer = images = 0
     shortest_prefix = limit
     with Console(stderr=True).status(f"measuring {len(rows):,} rows"):

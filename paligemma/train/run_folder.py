@@ -31,7 +31,9 @@ SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # each piece of a batch).
 FREE = {
     "data",
+    "annotations",
     "validation",
+    "validation_annotations",
     "out",
     "resume",
     "strict",
