@@ -499,7 +499,7 @@ def test_options_of_another_kind_of_data_are_refused(base, data, tmp_path, wrong
     name = next(iter(wrong)).replace("_", "-")
     options = Options(model=base, data=data, out=str(tmp_path / "run"), **wrong)
     for refusing in (finetune, plan_of):
-        with pytest.raises(ValueError, match=rf"is jsonl: leave out --{name}"):
+        with pytest.raises(ValueError, match=rf"is jsonl: leave out .*--{name}"):
             refusing(options)
 
 

@@ -141,6 +141,15 @@ def open_rows(
         raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
     found, paths = _in_folder(path, kind, split) if path.is_dir() else (kind, [path])
     kind = kind or found or _recognised(paths[0])
+    for option, given, kinds in (
+        ("annotations", annotations, ("vqa",)),
+        ("every_label", every_label, ("coco-detect", "coco-segment")),
+    ):
+        if given and kind not in kinds:
+            raise ValueError(
+                f"{option} is for data of the kind {' or '.join(kinds)}, and {path} is {kind}: leave out "
+                f"{option}= (--{option.replace('_', '-')}), or say with kind= (--kind) what the data is"
+            )
     folder = str(images if images is not None else paths[0].parent)
 
     if kind.startswith("coco"):

@@ -360,7 +360,6 @@ def rows_of(options: Options, path: str, split: str | None, annotations: str | N
 def both_rows_of(options: Options) -> tuple[Rows, Rows | None]:
     """Those to train on, and those to measure answers on. ValueError if there are none."""
     rows = rows_of(options, options.data, options.split, options.annotations)
-    check_kind(options, rows)
     measured = None
     if options.validation is not None:
         measured = rows_of(options, options.validation, options.validation_split, options.validation_annotations)
@@ -368,17 +367,6 @@ def both_rows_of(options: Options) -> tuple[Rows, Rows | None]:
         if found is not None and not len(found):
             raise ValueError(f"{path} has no rows")
     return rows, measured
-
-
-def check_kind(options: Options, rows: Rows) -> None:
-    """ValueError for options that are of another kind of data, where they would do nothing."""
-    kinds_of = {"annotations": ("vqa",), "every_label": ("coco-detect", "coco-segment")}
-    for name, kinds in kinds_of.items():
-        if getattr(options, name) and rows.kind not in kinds:
-            raise ValueError(
-                f"{name} is for data of the kind {' or '.join(kinds)}, and {options.data} is {rows.kind}: leave out "
-                f"--{name.replace('_', '-')}, or say with --kind what the data is"
-            )
 
 
 def check_base(options: Options) -> None:
@@ -502,7 +490,6 @@ def plan_of(options: Options) -> Plan:
     dtype = parse_dtype(options.dtype) or dtype
     computed = computed_in(options, dtype, pick_device(options.device))
     rows = rows_of(options, options.data, options.split, options.annotations)
-    check_kind(options, rows)
     folder = path if path.is_dir() else path.parent
     vision = config.vision_config
     processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)
