@@ -124,6 +124,12 @@ def is_adapter(path: Path) -> bool:
     return True
 
 
+def base_of(folder: Path) -> str:
+    """What an adapter says that it belongs to, from its settings alone. Raises as `open_adapter` does for these."""
+    base: str = _settings(folder / CONFIG)["base_model_name_or_path"]
+    return base
+
+
 def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
     """Reads the settings of an adapter and the headers of its tensors.
 

@@ -169,7 +169,8 @@ def check_tensors(
 
 
 class Read(Protocol):
-    """Reads one tensor by our name, in the dtype of the file. `mapped`: it may stay a view of the file for good."""
+    """Reads one tensor by our name, in the dtype of the file. `mapped`: it may stay a view of the file for good. Else
+    copy it and forget it: as long as it is there, it holds a map and an open file of its own."""
 
     def __call__(self, name: str, mapped: bool = False) -> Tensor: ...
 
@@ -287,7 +288,7 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
     if HEAD in found:
         if EMBEDDING not in found:  # some writers drop the other one of two names for one matrix
             place[EMBEDDING], found[EMBEDDING] = place[HEAD], found[HEAD]
-        elif not _equal(place[HEAD], place[EMBEDDING]):
+        elif _are_numbers(found[HEAD], found[EMBEDDING]) and not _equal(place[HEAD], place[EMBEDDING]):
             raise ValueError(
                 f"{path}: {place[HEAD][1]} differs from {place[EMBEDDING][1]}. PaliGemma's output layer is its input "
                 "embedding; a checkpoint in which the two were trained apart cannot be loaded"
@@ -307,6 +308,11 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
 
     tensors = {name: (shape, dtype) for name, (shape, dtype) in found.items() if isinstance(dtype, torch.dtype)}
     return Checkpoint(path, "safetensors", files, config, tensors, read)
+
+
+def _are_numbers(*found: tuple[Shape, torch.dtype | str]) -> bool:
+    """Whether all are of a dtype that is read here. Others are named later, with all else that does not fit."""
+    return all(isinstance(dtype, torch.dtype) for _, dtype in found)
 
 
 def _equal(one: tuple[Path, str], other: tuple[Path, str], rows: int = 8192) -> bool:

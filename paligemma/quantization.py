@@ -504,7 +504,8 @@ def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaFo
     """Swaps the linear layers of a built model, in place, one after the other. Returns the model.
 
     mode: "bf16" changes how bfloat16 layers are computed, not what; "int8" and "int4" round the weights (see the head
-    of this file); "bnb-int8" and "nf4" use bitsandbytes. A quantised model is for answering: it can't be trained.
+    of this file); "bnb-int8" and "nf4" use bitsandbytes. Rounded weights are for answering: they can't be trained
+    (LoRA beside those of bitsandbytes can).
     Raises ValueError for an unknown mode, a model that is quantised already or is not on the CPU.
     """
     check_mode(mode, model.device)
@@ -595,7 +596,7 @@ def rounded_reader(checkpoint: Checkpoint, mode: str, dtype: torch.dtype) -> Cal
         if name in kept:
             return kept.pop(name)
         if name not in source:
-            return checkpoint.read(name).to(dtype)
+            return checkpoint.read(name, mapped=checkpoint.tensors[name][1] == dtype).to(dtype)
         module, kind = source[name]
         parts = parts_of(module, kind)
         rounded = dict(zip(parts, rounded_parts(module, checkpoint.read(f"{module}.weight"), kind)))

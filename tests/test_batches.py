@@ -130,6 +130,22 @@ def test_an_error_shows_in_its_step(processor):
     assert not threads()
 
 
+def test_who_stops_waits_for_a_picture_and_not_for_a_step(processor):
+    batches, go_on = in_order(processor), threading.Event()
+
+    class Slow(Rows):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            return row if i < 5 or go_on.wait(timeout=60) else None
+
+    batches.rows = Slow()
+    with Ahead(batches, steps=3) as ahead:
+        ahead(0)
+        assert batches.rows.wait_for(6)
+        threading.Timer(0.2, go_on.set).start()  # after the end has begun
+    assert batches.rows.read == [0, 1, 2, 3, 4, 5] and not threads()
+
+
 def test_training_is_the_same_with_batches_loaded_ahead(processor, tmp_path):
     """Also when it goes on after a stop."""
 

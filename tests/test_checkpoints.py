@@ -258,6 +258,13 @@ def test_a_head_of_its_own_is_an_error(gemma, tmp_path, name):
         load_model(tmp_path)
 
 
+def test_a_head_in_whole_numbers_is_named_with_the_rest(gemma, tmp_path):
+    whole = gemma.state_dict()[EMBEDDING].long()
+    write(tmp_path, gemma.config, {**gemma.state_dict(), EMBEDDING: whole, "lm_head.weight": whole.clone()})
+    with pytest.raises(ValueError, match=rf"not floating point.*{EMBEDDING} is I64"):
+        load_model(tmp_path)
+
+
 def test_a_file_that_holds_the_tied_matrix_under_the_heads_name_only(gemma, tmp_path):
     state = gemma.state_dict()
     write(tmp_path, gemma.config, {"lm_head.weight": state.pop(EMBEDDING), **state})

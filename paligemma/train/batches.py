@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,10 @@ class RowBatches:
         """None where nothing is left for a part: a step of more parts than rows, or all of its rows were skipped."""
         return self.lay_out(step, self.load(step, part, parts))
 
-    def load(self, step: int, part: int = 0, parts: int = 1) -> Loaded:
+    def load(self, step: int, part: int = 0, parts: int = 1, stop: Event | None = None) -> Loaded:
         """The first half of a call, which takes long: rows are read and their pictures decoded. Nothing is told here.
 
+        stop: once it is set nobody wants the rest.
         Without `on_skip` FileNotFoundError, OSError or ValueError for a picture, with the step and the row's place.
         """
         places = range(step * self.batch_size, (step + 1) * self.batch_size)
@@ -92,6 +94,8 @@ class RowBatches:
         each, more = divmod(len(places), parts)  # the first parts get one more; neighbours stay together
         first = part * each + min(part, more)
         for place in places[first : first + each + (part < more)]:
+            if stop is not None and stop.is_set():
+                break
             number = self._row(place)
             row = self.rows[number]
             try:
@@ -183,12 +187,12 @@ class Ahead:
     every `world`-th part of a step. What is asked for out of this order is loaded when it is.
     """
 
-    # The thread computes next to nothing in torch, which would start threads of its own beside those of the step, and
-    # causes no warnings, whose filters all threads share.
+    # The thread causes no warnings, whose filters all threads share, and computes next to nothing in torch, which would
+    # start threads of its own beside those of the step. (Masks of COCO are the exception: the codec makes them tokens.)
 
     def __init__(self, batches: RowBatches, steps: int, world: int = 1) -> None:
         self.batches, self.steps, self.world = batches, steps, world
-        self._thread = ThreadPoolExecutor(1, "batches")
+        self._thread, self._stop = ThreadPoolExecutor(1, "batches"), Event()
         self._coming: tuple[tuple[int, int, int], Future[Loaded]] | None = None  # what is loaded, and for which call
 
     def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch | None:
@@ -197,17 +201,21 @@ class Ahead:
         if coming is not None and coming[0] != asked:
             coming[1].cancel()
             coming = None
-        future = self._thread.submit(self.batches.load, *asked) if coming is None else coming[1]
+        future = self._load(*asked) if coming is None else coming[1]
         loaded = future.result()
         after = (step, part + self.world, parts) if part + self.world < parts else (step + 1, part % self.world, parts)
         if after[0] < self.steps:
-            self._coming = after, self._thread.submit(self.batches.load, *after)
+            self._coming = after, self._load(*after)
         return self.batches.lay_out(step, loaded)
+
+    def _load(self, step: int, part: int, parts: int) -> Future[Loaded]:
+        return self._thread.submit(self.batches.load, step, part, parts, self._stop)
 
     def __enter__(self) -> Ahead:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop.set()  # a picture is waited for, not the rest of a step
         self._thread.shutdown(cancel_futures=True)
 
 

@@ -176,7 +176,7 @@ class ObjectReader:
             if x0 <= x1 and y0 <= y1 and (x1 < 0 or y1 < 0 or x0 > size[0] or y0 > size[1]):
                 raise RowError(
                     where,
-                    "box outside",
+                    "box or mask",
                     f"the box {item.box} of {item.label!r} lies outside of the picture, which is {size[0]} x {size[1]}",
                 )
         try:

@@ -4,11 +4,11 @@
 
     paligemma evaluate --model runs/mine ...           paligemma.load("runs/mine")
 
-What happens, in this order: the options are compared with those of the run that may lie in the folder; the model is
-loaded and told which parts of it learn; every row is checked; an old run that is to be begun anew is removed, now that
-nothing can be refused any more; what is going to happen is said; `loop.train` trains, with a look at generated answers
-now and then (`sight.py`); the model is saved as checkpoints are published (an adapter with LoRA); its final figures and
-a report are written.
+What happens, in this order: the model is loaded; it and the options are compared with those of the run that may lie in
+the folder; it is told which parts of it learn; every row is checked; an old run that is to be begun anew is removed,
+now that nothing can be refused any more; what is going to happen is said; `loop.train` trains, with a look at generated
+answers now and then (`sight.py`); the model is saved as checkpoints are published (an adapter with LoRA); its final
+figures and a report are written.
 
 Learning rates: what is right for a head that is new is too much for an eye that took a billion pictures to make, so it
 may have a share of it (`vision_lr`). Muon takes AdamW's learning rates for the matrices between hidden layers, LoRA's
@@ -42,7 +42,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from paligemma.adapters import is_adapter, open_adapter, save_adapter
+from paligemma.adapters import base_of, is_adapter, save_adapter
 from paligemma.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
 from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
@@ -233,7 +233,8 @@ def finetune(options: Options, say: Callable[[str], None] | None = None) -> dict
 
     ValueError for rows that cannot be trained on (naming them), for options that do not fit together, and for a folder
     that holds a run with others; FloatingPointError, naming step and rows, for a loss that is no number; OSError when
-    something cannot be written: the last good checkpoint stays; KeyboardInterrupt after Ctrl-C, when all is saved.
+    something cannot be written: the last good checkpoint stays; ImportError for a package that is missing;
+    KeyboardInterrupt after Ctrl-C, when all is saved.
     """
     check_base(options)
     check_packages(options)
@@ -323,7 +324,7 @@ def told_what_to_do(out: Path, batches: RowBatches) -> Iterator[None]:
     except NotFinite as error:
         named = ", ".join(batches.sources(error.step))
         raise FloatingPointError(
-            f"{error}. Its rows: {named}. {last_checkpoint(out).capitalize()}; begin anew with a lower --lr, or "
+            f"{error}. Its rows: {named}; {last_checkpoint(out)}; begin anew with a lower --lr, or "
             "without these rows if it is their fault"
         ) from None
     except KeyboardInterrupt as stop:
@@ -373,7 +374,7 @@ def check_base(options: Options) -> None:
     """ValueError for LoRA beside an adapter: what would come out could not be opened, since the base of an adapter is a
     whole model. And for a model that lies where the run is to be: beginning anew would remove it."""
     path = resolve(options.model, options.revision, options.dtype, weights=False)
-    places = [path, path / open_adapter(path).base] if is_adapter(path) else [path]
+    places = [path, path / base_of(path)] if is_adapter(path) else [path]
     for place in places:
         if place.resolve().is_relative_to(Path(options.out).resolve()):
             raise ValueError(
@@ -391,6 +392,8 @@ def check_packages(options: Options) -> None:
     """ImportError for one that is missing: now, and not when gigabytes were read."""
     if options.quantize and find_spec("bitsandbytes") is None:
         raise ImportError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
+    if options.lora and find_spec("peft") is None:
+        raise ImportError("--lora needs peft: pip install peft")
 
 
 def facts_of(pg: PaliGemma, rows: Rows, measured: Rows | None) -> dict[str, Any]:

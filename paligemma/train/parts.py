@@ -93,7 +93,7 @@ def add_lora(
         if re.fullmatch(pattern, name) and not isinstance(layer, nn.Linear):
             raise ValueError(
                 f"{name} is {type(layer).__name__}, which is for answering alone: load the model without quantize, or "
-                "with quantize='nf4'"
+                "with quantize='nf4' or 'bnb-int8'"
             )
     try:
         import peft
