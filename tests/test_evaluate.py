@@ -311,14 +311,15 @@ def test_predictions_and_scores_are_saved_row_by_row(tmp_path):
 
 def test_a_folder_is_not_continued_with_something_else(tmp_path):
     pg = StubModel(coin)
-    run(pg, questions(3), out_folder=tmp_path, about={"model": "one"})
-    with pytest.raises(ValueError, match=r"'model': 'one'.* there, .*'model': 'two'.* here"):
-        run(pg, questions(3), out_folder=tmp_path, about={"model": "two"})
+    run(pg, questions(3), out_folder=tmp_path, about={"metric": "one", "model": "here", "data": "here"})
+    run(pg, questions(3), out_folder=tmp_path, about={"metric": "one", "model": "moved", "data": "moved"})
+    with pytest.raises(ValueError, match=r"\{'metric': 'one'\} there, \{'metric': 'two'\} here"):
+        run(pg, questions(3), out_folder=tmp_path, about={"metric": "two"})
     with pytest.raises(ValueError, match="constrained"):
-        run(pg, questions(3), out_folder=tmp_path, about={"model": "one"}, constrained=False)
+        run(pg, questions(3), out_folder=tmp_path, about={"metric": "one"}, constrained=False)
     changed = [Example("exact0", IMAGE, "answer en something else ?", "exact", ("yes",))]
     with pytest.raises(ValueError, match="row exact0 was asked"):
-        run(pg, changed, out_folder=tmp_path, about={"model": "one"})
+        run(pg, changed, out_folder=tmp_path, about={"metric": "one"})
 
 
 def test_a_folder_is_not_continued_with_other_weights(tmp_path):

@@ -3,7 +3,9 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from paligemma import cli
 from paligemma.grammar import Detection, parse
 from paligemma.inference import Answer, load
 from paligemma.tiny.scenes import write_scenes
-from paligemma.train.data import open_rows
+from paligemma.train.data import Row, open_rows
+from paligemma.train.finetune import Options
 from paligemma.train.measuring import evaluate_rows, examples_of, metric_of
+from paligemma.train.sight import budget_for
 
 
 class Says:
@@ -188,8 +192,10 @@ TWO_PICTURES = [  # of which the same is asked
 
 
 def test_a_folder_is_only_continued_on_the_same_data(folder: Path):
-    """Rows are known by their number, and data by its path: both may stay as they are while all else changes."""
+    """Rows are known by their number: what each was asked and saw is compared. Right answers may be corrected, rows
+    added, files moved."""
     pg = Says({"what color is it ?": "red"})
+    Image.new("RGB", (100, 50), "green").save(folder / "b.png")
 
     def measure(path: Path) -> float | None:
         report = evaluate_rows(pg, open_rows(path), "exact", out_folder=folder / "run", progress=False)
@@ -197,14 +203,36 @@ def test_a_folder_is_only_continued_on_the_same_data(folder: Path):
 
     assert measure(write(folder, *TWO_PICTURES)) == measure(write(folder, *TWO_PICTURES)) == 0.5
     assert len(pg.asked) == 2, "the second time all was known"
-    with pytest.raises(ValueError, match=r"holds another run: \{'data content': .* there, .* here"):
+    with pytest.raises(ValueError, match=r"row 0, 'what color is it \?', saw another picture there than here"):
         measure(write(folder, *TWO_PICTURES[::-1]))
-    with pytest.raises(ValueError, match="data content"):
-        measure(write(folder, TWO_PICTURES[0]))
-    Image.new("RGB", (100, 50), "green").save(folder / "b.png")
+    corrected = {**TWO_PICTURES[1], "suffix": "red"}
+    assert measure(write(folder, TWO_PICTURES[0], corrected)) == 1.0 and len(pg.asked) == 2
+    moved = folder / "moved.jsonl"
+    write(folder, *TWO_PICTURES, TWO_PICTURES[0]).rename(moved)
+    assert measure(moved) == pytest.approx(2 / 3) and len(pg.asked) == 3, "one row more"
+    Image.new("RGB", (100, 50), "blue").save(folder / "b.png")
     with pytest.raises(ValueError, match=r"row 1, 'what color is it \?', saw another picture there than here"):
         measure(write(folder, *TWO_PICTURES))
-    assert len(pg.asked) == 2
+    assert len(pg.asked) == 3
+
+
+def test_an_answer_may_be_as_long_as_the_longest_right_one():
+    words = SimpleNamespace(processor=SimpleNamespace(tokenizer=SimpleNamespace(encode=str.split)))
+    row = Row("a.png", "caption en", "a dog", 0, "rows:1")
+    longer = 20 * "long "
+    for more, longest in ({}, 2), ({"answers": ("a dog", longer)}, 20), ({"suffixes": ("a dog", longer)}, 20):
+        assert budget_for([row, replace(row, **more)], words) == 2 * longest + 8
+
+
+@pytest.mark.parametrize("metric", ["coco", "coco-masks"])
+def test_a_package_that_a_metric_needs_is_missed_before_the_first_answer(folder: Path, monkeypatch, metric):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    pg, rows = Says({}), open_rows(write(folder, {"prefix": "detect dog", "suffix": ""}))
+    with pytest.raises(ImportError, match="faster-coco-eval: pip install"):
+        evaluate_rows(pg, rows, metric, progress=False)
+    with pytest.raises(ImportError, match="faster-coco-eval"):
+        Options("tiny", str(folder / "test.jsonl"), str(folder / "run"), validation="test.jsonl", metric=metric)
+    assert pg.asked == []
 
 
 def test_a_row_that_cannot_be_measured_is_named(folder: Path):
@@ -262,15 +290,16 @@ def test_evaluate_your_rows(paligemma, folder: Path):
 
 
 def test_a_run_is_only_continued_with_the_options_that_choose_its_rows(paligemma, folder: Path):
+    Image.new("RGB", (100, 50), "green").save(folder / "b.png")
     write(folder, *TWO_PICTURES)
     command = ("evaluate", "--data", "test.jsonl", "--out", "run", "--max-new-tokens", "1", "--json")
     assert paligemma(*command)[0] == 0
-    for option in (["--kind", "jsonl"], ["--images", str(folder)], ["--language", "de"]):
+    for option in (["--kind", "jsonl"], ["--language", "de"]):
         code, out, err = paligemma(*command, *option)
         assert (code, out) == (1, "") and f"{{'{option[0][2:]}': " in err and "choose another folder" in err
     write(folder, *TWO_PICTURES[::-1])
     code, out, err = paligemma(*command)
-    assert (code, out) == (1, "") and "'data content': " in err, "the same path, but not the same rows"
+    assert (code, out) == (1, "") and "saw another picture" in err, "the same path, but not the same rows"
 
 
 def test_rows_are_read_as_they_were_trained_on(paligemma, folder: Path):

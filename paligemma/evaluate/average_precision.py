@@ -96,7 +96,7 @@ def coco_metrics(rows: Sequence[Row], masks: bool = False) -> dict[str, float]:
     predictions without a mask are left out. There are no crowds among the true regions.
     ImportError without faster-coco-eval; ValueError for masks and a true region without one.
     """
-    coco = _package()
+    coco = package()
     labels = sorted({region.label for truth, _ in rows for region in truth})
     ids = {label: number for number, label in enumerate(labels, 1)}
     images: list[dict[str, Any]] = []
@@ -138,7 +138,7 @@ def packed(region: Region) -> Region:
     ImportError without faster-coco-eval."""
     if region.mask is None:
         return region
-    runs = _package().mask.encode(np.asfortranarray(region.mask, np.uint8))
+    runs = package().mask.encode(np.asfortranarray(region.mask, np.uint8))
     return Region(region.label, region.box, None, region.score, runs)
 
 
@@ -149,10 +149,11 @@ def _shape(region: Region, masks: bool) -> dict[str, Any] | None:
         return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
     runs = packed(region).packed
     # Without its box: for a result that has one the tools take the box's area, not the mask's, for its size.
-    return None if runs is None else {"segmentation": runs, "area": int(_package().mask.area(runs))}
+    return None if runs is None else {"segmentation": runs, "area": int(package().mask.area(runs))}
 
 
-def _package() -> Any:
+def package() -> Any:
+    """faster-coco-eval. ImportError that says what to install."""
     try:
         import faster_coco_eval
     except ImportError:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 # What a run writes beside its run.json.
 WRITTEN = ("predictions.jsonl", "scores.jsonl", "results.json", "worst")
+# Where things lie. Data and models may be moved: weights are compared, and row by row what was asked and seen.
+PLACES = ("model", "data", "images", "annotations")
 AGAIN = "remove this line, and its row is asked again"
 
 
@@ -238,7 +240,7 @@ def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, A
     current = json.loads(json.dumps(about))
     if notice.exists():
         before = _read_notice(notice)
-        changed = [key for key in {**before, **current} if before.get(key) != current.get(key)]
+        changed = [key for key in {**before, **current} if key not in PLACES and before.get(key) != current.get(key)]
         if changed:
             there, here = ({key: values.get(key) for key in changed} for values in (before, current))
             raise ValueError(f"{folder} holds another run: {there} there, {here} here; choose another folder")
@@ -318,11 +320,10 @@ def fingerprint_of_picture(image: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for one in image if isinstance(image, tuple) else (image,):
         if isinstance(one, (str, os.PathLike)):
-            content = Path(one).read_bytes()
+            digest.update(hashlib.blake2b(Path(one).read_bytes()).digest())
         else:
-            pixels = np.asarray(load_image(one))
-            content = f"{pixels.shape} ".encode() + pixels.tobytes()
-        digest.update(hashlib.blake2b(content).digest())
+            pixels = np.ascontiguousarray(load_image(one))
+            digest.update(f"{pixels.shape}".encode() + hashlib.blake2b(pixels.data).digest())
     return digest.hexdigest()
 
 

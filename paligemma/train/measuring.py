@@ -18,7 +18,6 @@ from paligemma.evaluate import Example, evaluate
 from paligemma.evaluate.benchmarks import BENCHMARKS
 from paligemma.evaluate.measures import MEASURES
 from paligemma.train.data import Row, Rows
-from paligemma.train.run_folder import fingerprint_of_data
 from paligemma.train.sight import measure_of, opened, right_answers, to_example, what_is_seen
 
 if TYPE_CHECKING:
@@ -50,8 +49,8 @@ def evaluate_rows(
     **options: Any,
 ) -> Report:
     """metric: one of `MEASURES`, or "auto": by the first word of each prompt. count: the first so many alone, where all
-    captions of a picture are one. about, options: as of `evaluate.runner.evaluate`. An `out_folder` is only continued
-    while the files of the rows stay as they are.
+    captions of a picture are one. about, options: as of `evaluate.runner.evaluate`. What an `out_folder` holds is taken
+    row by row, as long as prompts and pictures are the same.
 
     ValueError for an unknown metric, `RowError` for a row that cannot be read, and what `load_image` raises for its
     picture, with the row's place.
@@ -61,8 +60,6 @@ def evaluate_rows(
     total = count if metric in ("auto", "caption") else min(len(rows), count or len(rows))
     examples = examples_of(rows, metric, pg, count)
     about = {**(about or {}), "metric": metric}
-    if options.get("out_folder") is not None:  # the path alone does not say that it is the same data there
-        about["data content"] = fingerprint_of_data(rows)
     return evaluate(pg, examples, MEASURES, about=about, total=total, **options)
 
 

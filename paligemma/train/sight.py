@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paligemma.evaluate import Example, Prediction, Region, evaluate
+from paligemma.evaluate.average_precision import package
 from paligemma.evaluate.measures import MEASURES
 from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Report
@@ -47,12 +48,15 @@ EXAMPLES = 12  # rows that are drawn at every validation
 
 
 def measure_of(prompt: str, metric: str = "auto") -> str:
-    """The name of the measure for a prompt: by its first word, or `metric`. ValueError for a metric that is none."""
+    """The name of the measure for a prompt: by its first word, or `metric`. ValueError for a metric that is none,
+    ImportError for one whose package is missing."""
     if metric == "auto":
         return MEASURE_OF.get(prompt.strip().partition(" ")[0], "exact")
     metric = "reading" if metric == "ocr" else metric
     if metric not in MEASURES:
         raise ValueError(f"there is no metric {metric!r}; there are: auto, ocr, {', '.join(MEASURES)}")
+    if metric.startswith("coco"):
+        package()  # missing, it is told before the first answer and not after the last
     return metric
 
 
@@ -204,7 +208,7 @@ def budget_for(rows: list[Row], pg: PaliGemma) -> int:
     """New tokens that an answer may have: twice the longest right one and some, at most what inference allows. A model
     that has not learned to stop would otherwise cost 512 tokens a row."""
     encode = pg.processor.tokenizer.encode
-    longest = max(len(encode(row.suffix)) for row in rows)
+    longest = max(len(encode(text)) for row in rows for text in (row.suffix, *row.suffixes, *row.answers))
     most = BOX_BUDGET if any(MEASURES[measure_of(row.prefix)].regions for row in rows) else TEXT_BUDGET
     return min(most, 2 * longest + 8)
 
