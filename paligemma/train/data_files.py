@@ -177,6 +177,15 @@ class JsonFile:
         return f"{self.pieces.path} {key or 'row'}[{i}]"
 
 
+def _int_or_digits(digits: str) -> int | str:
+    """Python makes no int of more than 4,300 digits. Such a number stays text; those beside it are still numbers, so
+    that an id is found by what it is."""
+    try:
+        return int(digits)
+    except ValueError:
+        return digits
+
+
 class _Window:
     """A stretch of a JSON file, moved along it.
 
@@ -185,7 +194,7 @@ class _Window:
     """
 
     decoder = json.JSONDecoder()
-    lenient = json.JSONDecoder(parse_int=str)  # slower: for numbers of more digits than Python makes an int of
+    lenient = json.JSONDecoder(parse_int=_int_or_digits)  # slower
     space = re.compile(r"[ \t\n\r]*")
 
     def __init__(self, file: IO[bytes], name: str) -> None:
