@@ -14,6 +14,7 @@ encoded, when its row is asked for.
 
 from __future__ import annotations
 
+import math
 import os
 from array import array
 from collections.abc import Sequence
@@ -204,16 +205,20 @@ def _path(folder: str, image: dict[str, Any], where: str) -> str:
 def _size(image: dict[str, Any], where: str, needed: bool = False) -> Any:
     """(width, height) in pixels."""
     size = image.get("width"), image.get("height")
-    sides = [int(side) for side in size if isinstance(side, (int, float)) and 1 <= side <= MOST_PIXELS]
+    sides = [int(side) for side in size if isinstance(side, (int, float)) and 1 <= side < math.inf]
     if len(sides) == 2 and sides[0] * sides[1] <= MOST_PIXELS:
         return sides[0], sides[1]
-    if needed:
+    if not needed:
+        return None
+    given = f"{_short(size[0])} x {_short(size[1])}"
+    if len(sides) == 2:
         raise RowError(
             where,
-            "missing key",
-            f"boxes need the picture's width and height, got {_short(size[0])} x {_short(size[1])}",
+            "unreadable picture",
+            f"width and height are {given}: more pixels than a picture that can be opened has; expected "
+            f"{MOST_PIXELS:,} at most: correct them, or make the picture smaller",
         )
-    return None
+    raise RowError(where, "missing key", f"boxes need the picture's width and height, got {given}")
 
 
 def _box(annotation: dict[str, Any]) -> Box | None:
