@@ -179,7 +179,8 @@ def _panel(
 
     x, y = left, MARGIN
     source = one_line(row.source)
-    turn = f"   (one of {len(row.suffixes)} answers, which are learned in turn)" if len(row.suffixes) > 1 else ""
+    answers = len(set(row.suffixes))  # ten people may have given the same
+    turn = f"   (one of {answers} answers, which are learned in turn)" if answers > 1 else ""
     pen.text((x, y), f"row {row.number}   {source}{turn}", fill=INK, font=font_for(source, 14))
     y += 24
     for kind, name in (
