@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,14 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_tokenizer import build_tokenizer
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import paligemma
 import paligemma.cli
 from paligemma.mask_codec import MaskCodec
 from paligemma.train import data_coco, data_files
 from paligemma.train.batches import RowBatches
-from paligemma.train.data import Row, Rows, _in_folder, open_rows
+from paligemma.train.data import Row, Rows, _in_folder, _splits, open_rows
 from paligemma.train.data_check import PROBLEMS, check
 from paligemma.train.data_coco import fill, mask_of, unpacked
 from paligemma.train.data_files import CsvFile, JsonFile, JsonLines, RowError
@@ -118,7 +119,7 @@ DIGITS = "9" * 5000  # Python makes a number of 4,300 at most
 
 
 def test_a_number_of_too_many_digits_is_the_problem_of_its_row_alone(folder):
-    fine, bad = json.dumps(good()), f'{{"image": "a.png", "caption": "süß", "id": {DIGITS}}}'
+    fine, bad = json.dumps(good()), f'{{"image": "a.png", "caption": "süß", "id": 5, "area": {DIGITS}}}'
     as_lines, as_list = folder / "x.txt", folder / "x.json"
     for place, lines in enumerate(([bad, fine], [fine, bad, fine])):  # first too, by which the kind is known
         as_lines.write_text("\n".join(lines))
@@ -132,10 +133,10 @@ def test_a_number_of_too_many_digits_is_the_problem_of_its_row_alone(folder):
 @pytest.mark.parametrize("block", [1, 100, 1 << 16])
 def test_such_a_number_is_passed_over_wherever_a_window_ends(tmp_path, monkeypatch, block):
     monkeypatch.setattr(data_files, "BLOCK", block)
-    (tmp_path / "x.json").write_text(f'{{"a": [1, {DIGITS}, {{"b": -{DIGITS}}}, 2], "c": {DIGITS}}}')
+    (tmp_path / "x.json").write_text(f'{{"a": [1, {DIGITS}, {{"b": -{DIGITS}, "id": 5, "é": 1}}, 2], "c": {DIGITS}}}')
     seen = []
     file = JsonFile(tmp_path / "x.json", lambda key, element: seen.append(element))
-    assert seen == [1, DIGITS, {"b": "-" + DIGITS}, 2, DIGITS]
+    assert seen == [1, DIGITS, {"b": "-" + DIGITS, "id": 5, "é": 1}, 2, DIGITS], "its siblings are numbers"
     assert (file.element("a", 0), file.element("a", 3)) == (1, 2)
     with pytest.raises(RowError, match=r"x\.json a\[1\]: not JSON that can be read"):
         file.element("a", 1)
@@ -508,7 +509,29 @@ def test_coco_rows_that_cannot_be_right(folder, annotation, category, problem):
     assert report.bad_rows == 1 and report.rows == 2
 
 
-@pytest.mark.parametrize("width", [float("inf"), float("nan"), 0, None, 1e9, 1 << 26, 10**400])
+def test_a_coco_annotation_with_such_a_number_belongs_to_its_picture(folder):
+    path = write_coco(folder)
+    path.write_text(path.read_text().replace('"id": 5,', f'"id": 5, "area": {DIGITS},'))
+    report = check(open_rows(path))
+    assert report.counts == {"not JSON": 1} and report.rows == 2
+    assert report.first["not JSON"][0].source == f"{path} annotations[4]"
+
+
+@pytest.mark.parametrize("width, height", [(20_000, 20_000), (1e9, 20), (1 << 26, 20), (10**400, 20)])
+def test_a_coco_picture_larger_than_can_be_opened_is_its_rows_problem(folder, width, height):
+    image = {**COCO["images"][0], "width": width, "height": height}
+    path = write_coco(folder, images=[image, *COCO["images"][1:]])
+    report = check(open_rows(path))
+    assert report.counts == {"unreadable picture": 1} and report.rows == 2
+    (found,) = report.first["unreadable picture"]
+    assert found.source == f"{path} images[0] (id 30)"
+    assert found.message == (
+        f"width and height are {data_coco._short(width)} x {height}: more pixels than a picture that can be opened "
+        "has; expected 268,435,456 at most: correct them, or make the picture smaller"
+    )
+
+
+@pytest.mark.parametrize("width", [float("inf"), float("nan"), 0, None, "40"])
 def test_a_coco_picture_without_a_size_is_its_rows_problem(folder, width):
     path = write_coco(folder, images=[{**COCO["images"][0], "width": width}, *COCO["images"][1:]])
     report = check(open_rows(path))
@@ -729,6 +752,10 @@ def files_of(folder, split=None):
     (["train-00000-of-00001-0123456789abcdef.parquet"], ["test-00000-of-00001-0123456789abcdef.parquet"], "train"),
     (["train.parquet/part-00000-c000.snappy.parquet", "train.parquet/part-00001-c000.snappy.parquet"],
      ["test.parquet/part-00000-c000.snappy.parquet"], "train"),  # Spark's folders
+    (["train-001.parquet", "train-002.parquet"], ["test-001.parquet"], "train"),
+    (["train_0.parquet", "train_1.parquet"], ["test_0.parquet", "test_1.parquet"], "train"),
+    (["train.0.parquet", "train.1.parquet"], ["test.0.parquet"], "train"),
+    (["train-000/x_0.parquet", "train-001/x_1.parquet"], ["test-000/x_0.parquet"], "train"),
     (["coco-2017-train.parquet"], ["coco-2017-val.parquet"], "coco-2017-train"),
     (["en/train-00000-of-00001.parquet"], ["en/test-00000-of-00001.parquet"], "train"),
     (["train.jsonl"], ["train_extra.jsonl", "constrained.jsonl"], "train"),
@@ -745,6 +772,8 @@ def test_a_split_is_its_own_files_and_no_other(tmp_path, train, test, split):
     (["train.parquet", "test.parquet"], None, "has the splits test, train: choose one with split= (--split)"),
     (["train/0000.parquet", "test/0000.parquet"], None, "has the splits test, train: choose"),
     (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], None, "has the splits test, train:"),
+    (["train_0.parquet", "train_1.parquet", "test_0.parquet"], None, "has the splits test, train: choose"),
+    (["train.0.parquet", "test.0.parquet"], None, "has the splits test, train: choose"),
     (["train/0000.parquet"], "test", "has no split 'test'; it has train: choose one of these"),
     (["train.jsonl"], "test", "has no split 'test'; it has train"),
     (["train.jsonl", "val.csv"], "test", "has no split 'test'; it has val, train"),
@@ -761,15 +790,60 @@ def test_splits_are_never_mixed_nor_ignored(tmp_path, files, split, words):
         open_rows(tmp_path, split=split)
 
 
-def test_files_of_one_split_need_no_choice(tmp_path):
-    put(tmp_path, "0000.parquet", "0001.parquet")
-    assert files_of(tmp_path) == ["0000.parquet", "0001.parquet"]
-    put(tmp_path / "spark.parquet", "part-00000-c000.parquet", "part-00001-c000.parquet", "_SUCCESS")
-    assert len(files_of(tmp_path / "spark.parquet")) == 2
-    put(tmp_path / "shards", "train-00000.parquet", "train-00001.parquet")
-    assert files_of(tmp_path / "shards") == files_of(tmp_path / "shards", "train")
-    put(tmp_path / "named", "x.csv/notes.txt", "y.csv")
-    assert files_of(tmp_path / "named") == ["y.csv"], "a folder is no file, whatever it is called"
+SHARDS = [
+    ["0000.parquet", "0001.parquet"],
+    ["part-00000-c000.parquet", "part-00001-c000.parquet"],  # Spark
+    ["year=2020/part-00000-c0.snappy.parquet", "year=2021/part-00000-c0.snappy.parquet"],  # Spark's partitionBy, Hive
+    ["name-00000.parquet", "name-00001.parquet"],
+    ["name-001.parquet", "name-002.parquet"],
+    ["part.0.parquet", "part.1.parquet", "part.10.parquet", *(f"part.{i}.parquet" for i in range(2, 10))],  # dask
+    ["data_0.parquet", "data_1.parquet"],  # DuckDB
+    ["name-000000000000.parquet", "name-000000000001.parquet"],  # BigQuery
+    ["data/chunk-000/episode_000000.parquet", "data/chunk-000/episode_000001.parquet",
+     "data/chunk-001/episode_000002.parquet"],  # LeRobot
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files", SHARDS)
+def test_files_of_one_split_need_no_choice(tmp_path, files):
+    put(tmp_path, *files, "_SUCCESS")
+    assert files_of(tmp_path) == files
+
+
+@pytest.mark.parametrize("form", ["{}/", "split={}/", "year=2020/split={}/"])
+@pytest.mark.parametrize("files", SHARDS)
+def test_shards_of_several_splits_demand_a_choice(tmp_path, files, form):
+    put(tmp_path, *(form.format(split) + file for split in ("train", "test") for file in files))
+    with pytest.raises(ValueError, match=r"has the splits test\S*, train\S*: choose one with split="):
+        files_of(tmp_path)
+    assert files_of(tmp_path, "train") == [form.format("train") + file for file in files]
+
+
+@pytest.mark.parametrize("files, names", [
+    (["coco-2014.parquet", "coco-2017.parquet"], "coco-2014, coco-2017"),
+    (["coco-2014/x_0.parquet", "coco-2014/x_1.parquet", "coco-2017/x_0.parquet"], "coco-2014/x, coco-2017/x"),
+    (["x_0.parquet", "x_2.parquet"], "x_0, x_2"),  # a hole
+    (["x_2.parquet", "x_3.parquet"], "x_2, x_3"),  # no beginning
+    (["train.parquet", "train_1.parquet"], "train, train_1"),  # a copy, perhaps
+    (["2014/0000.parquet", "2017/0000.parquet"], "2014, 2017"),
+])  # fmt: skip
+def test_numbers_that_do_not_count_shards_tell_data_sets_apart(tmp_path, files, names):
+    put(tmp_path, *files)
+    with pytest.raises(ValueError, match=f"has the splits {names}: choose one"):
+        files_of(tmp_path)
+    assert files_of(tmp_path, names.split(", ")[1]) == files[-1:]
+
+
+def test_fifty_thousand_shards_are_sorted_out_in_seconds(tmp_path):
+    files = [tmp_path / f"chunk-{i // 1000:03d}/episode_{i:06d}.parquet" for i in range(50_000)]
+    start = time.perf_counter()
+    assert _splits(files, tmp_path) == {"chunk/episode": files}
+    assert time.perf_counter() - start < 20, "not longer by the square of their number"
+
+
+def test_a_folder_is_no_file_whatever_it_is_called(tmp_path):
+    put(tmp_path, "x.csv/notes.txt", "y.csv")
+    assert files_of(tmp_path) == ["y.csv"]
 
 
 def test_the_split_of_a_full_name_comes_first(tmp_path):
@@ -1066,6 +1140,18 @@ def test_a_row_as_the_model_sees_it(folder, processor):
     red = (picture == (254, 0, 0)).all(-1) | (picture == (255, 0, 0)).all(-1)
     assert 0.8 < red.mean() < 1, "a red picture, but for the box and its label"
     assert red[side // 2 :].all(), "below the box"
+
+
+@pytest.mark.parametrize("answers, words", [
+    (["a dog", "a dog", "a cat"], "(one of 2 answers, which are learned in turn)"),
+    (["a dog", "a dog"], None),
+])  # fmt: skip
+def test_the_answers_that_are_learned_in_turn_are_counted_once_each(folder, processor, monkeypatch, answers, words):
+    written = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, at, text, **how: written.append(text))
+    show(open_rows(write_lines(folder, {"image": "a.png", "question": "what ?", "answers": answers}))[0], processor)
+    (head,) = [text for text in written if text.startswith("row 0")]
+    assert head.endswith(words) if words else "in turn" not in head
 
 
 def test_a_token_that_cannot_be_seen_is_spelled_out(folder, processor):

@@ -436,15 +436,47 @@ _NUMBER = re.compile(r"^\d+$|^part-\d+.*$|-\d{5}(-of-\d{5})?(-[0-9a-f]+)?$")
 
 def _splits(files: Sequence[Path], folder: Path) -> dict[str, list[Path]]:
     """The files of each split. Its name is what remains of their paths without numbers: "train" of `train.jsonl`,
-    `data/train-00000-of-00002.parquet`, `train/0000.parquet` and `train.parquet/part-00000.parquet`, "en/train" of
-    `en/train-00000-of-00001.parquet`."""
-    splits: dict[str, list[Path]] = {}
+    `data/train-00000-of-00002.parquet`, `train/0000.parquet`, `train.parquet/part-00000.parquet` and
+    `split=train/year=2020/part-00000.parquet`, "en/train" of `en/train-00000-of-00001.parquet`."""
+    names = []
     for file in files:
         *folders, _ = file.relative_to(folder).parts
         parts = [part.removesuffix(".parquet") for part in folders if part != "data"]  # as the Hub likes to call it
+        # Hive and Spark: a column's value, of which rows of one split may have any
+        parts = [part.removeprefix("split=") for part in parts if "=" not in part or part.startswith("split=")]
         parts.append(_NUMBER.sub("", file.stem))
-        splits.setdefault("/".join(filter(None, parts)) or "(numbers alone)", []).append(file)
+        names.append("/".join(filter(None, parts)) or "(numbers alone)")
+    splits: dict[str, list[Path]] = {}
+    for name, file in zip(_without_shard_numbers(names), files, strict=True):
+        splits.setdefault(name, []).append(file)
     return splits
+
+
+def _without_shard_numbers(names: Sequence[str]) -> list[str]:
+    """`part.0` and `part.1` -> `part` twice, `chunk-000/episode_000000` -> `chunk/episode`.
+
+    Numbers at the end of a file's or folder's name are those of shards where they begin with 0 or 1 and count up
+    without holes. Others tell data sets apart, as in `coco-2014` and `coco-2017`; so does a number whose name stands
+    there without any too: `train_1` beside `train`.
+    """
+    pieces = [re.split(r"([-_.]\d+)(?=/|$)", name) for name in names]  # text, "-001", text, ..., text
+    seen: dict[tuple[str, ...], list[set[int]]] = {}  # the texts -> the numbers at each place between them
+    for parts in pieces:
+        numbers = seen.setdefault(tuple(parts[::2]), [set() for _ in parts[1::2]])
+        for found, number in zip(numbers, parts[1::2], strict=True):
+            found.add(int(number[1:]))
+
+    taken = set(names)
+    are_shards = {
+        texts: [min(found) <= 1 and max(found) - min(found) + 1 == len(found) for found in numbers]
+        for texts, numbers in seen.items()
+        if "".join(texts) not in taken
+    }
+    for parts in pieces:
+        for place, is_shard in enumerate(are_shards.get(tuple(parts[::2]), ())):
+            if is_shard:
+                parts[2 * place + 1] = ""
+    return ["".join(parts) for parts in pieces]
 
 
 def _of_one_split(splits: dict[str, list[Path]], folder: Path, split: str | None) -> list[Path]:
