@@ -455,7 +455,7 @@ def evaluate(
             "language": language,
             "every_label": every_label,
         }
-        # Which rows there are and what they ask: --out is only continued with the same.
+        # How rows are made of the data: --out is only continued with the same, wherever the files lie.
         about |= {"kind": kind, **{name: value for name, value in source.items() if value}}
         source["codec"] = codec_of(model, revision, kind)
         rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once

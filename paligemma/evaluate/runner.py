@@ -4,7 +4,7 @@
     Console().print(report.table())
 
     runs/measured/
-      run.json            what run this is: it only goes on with the same model, data and options
+      run.json            what run this is: it only goes on with the same weights and options
       predictions.jsonl   every answer, written as it comes: a run that was cut off goes on where it stopped
       scores.jsonl        what every row adds to each figure
       results.json        the figures
@@ -283,11 +283,15 @@ def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
                 entry = json.loads(line)
                 found[entry["id"]] = entry
             except (ValueError, KeyError, TypeError) as error:
-                what = f"no {error}" if isinstance(error, KeyError) else str(error)
                 raise ValueError(
-                    f"{path}:{number} is no prediction ({what}): {AGAIN}, or choose another folder"
+                    f"{path}:{number} is no prediction ({_reason(error)}): {AGAIN}, or choose another folder"
                 ) from None
     return found
+
+
+def _reason(error: Exception) -> str:
+    """Of a KeyError Python says the key alone."""
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def saved_prediction(entry: dict[str, Any], example: Example, folder: Path | None) -> Prediction:
@@ -299,9 +303,9 @@ def saved_prediction(entry: dict[str, Any], example: Example, folder: Path | Non
     try:
         prompt, prediction = entry["prompt"], Prediction.from_dict(entry)
     except (KeyError, TypeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{folder}/predictions.jsonl: the line with the id {example.id!r} is no prediction ({what}): {AGAIN}"
+            f"{folder}/predictions.jsonl: the line with the id {example.id!r} is no prediction ({_reason(error)}): "
+            f"{AGAIN}"
         ) from None
     if prompt != example.prompt:
         raise ValueError(
