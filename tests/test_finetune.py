@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_train import COLORS, make_model, make_processor
+from test_train import COLORS, kill_in_moment, make_model, make_processor
 from typer.testing import CliRunner
 
 import paligemma
@@ -651,20 +651,7 @@ def test_killed_while_the_old_run_is_removed(base, data, tmp_path, monkeypatch, 
     out = tmp_path / "run"
     run(base, data, out, steps=2)
     (out / "notes.txt").write_text("mine")
-    left = iter(range(moment, -1, -1))
-
-    def killed_in(act, removes):
-        def acting(path, *rest, **options):
-            if next(left, -1) == 0:
-                if removes and (files := sorted(file for file in Path(path).rglob("*") if file.is_file())):
-                    files[0].unlink()  # half removed
-                raise KeyboardInterrupt
-            return act(path, *rest, **options)
-
-        return acting
-
-    monkeypatch.setattr("paligemma.train.run_folder.shutil.rmtree", killed_in(shutil.rmtree, True))
-    monkeypatch.setattr("paligemma.train.run_folder.os.replace", killed_in(os.replace, False))
+    kill_in_moment(monkeypatch, "paligemma.train.run_folder", moment)
     with pytest.raises(KeyboardInterrupt):
         run_folder.clear(out)
     monkeypatch.undo()

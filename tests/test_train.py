@@ -435,25 +435,30 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert loaded["nested"][1:] == [1.5, None] and loaded["numbers"][0]["step"] == 3
 
 
-@pytest.mark.parametrize("second", [1, 2], ids=["the same step again", "the next step"])
-@pytest.mark.parametrize("moment", range(6))
-def test_killed_while_names_change_hands(tmp_path, monkeypatch, second, moment):
-    """Between any two renames and in the middle of any removal: what has a checkpoint's name can be read."""
-    checkpointing.save(tmp_path, 1, {"x": torch.ones(2), "step": 1})
+def kill_in_moment(monkeypatch, module: str, moment: int) -> None:
+    """Ctrl-C instead of a removal or a rename of the module, after `moment` others; a removal is then half done."""
     left = iter(range(moment, -1, -1))
 
     def killed_in(act, removes):
         def acting(path, *rest, **options):
             if next(left, -1) == 0:
-                if removes and Path(path).exists():
-                    next(iter(sorted(Path(path).iterdir()))).unlink()  # half removed
+                if removes and (files := sorted(file for file in Path(path).rglob("*") if file.is_file())):
+                    files[0].unlink()  # half removed
                 raise KeyboardInterrupt
             return act(path, *rest, **options)
 
         return acting
 
-    monkeypatch.setattr("paligemma.train.checkpointing.shutil.rmtree", killed_in(shutil.rmtree, True))
-    monkeypatch.setattr("paligemma.train.checkpointing.os.replace", killed_in(os.replace, False))
+    monkeypatch.setattr(f"{module}.shutil.rmtree", killed_in(shutil.rmtree, True))
+    monkeypatch.setattr(f"{module}.os.replace", killed_in(os.replace, False))
+
+
+@pytest.mark.parametrize("second", [1, 2], ids=["the same step again", "the next step"])
+@pytest.mark.parametrize("moment", range(6))
+def test_killed_while_names_change_hands(tmp_path, monkeypatch, second, moment):
+    """Between any two renames and in the middle of any removal: what has a checkpoint's name can be read."""
+    checkpointing.save(tmp_path, 1, {"x": torch.ones(2), "step": 1})
+    kill_in_moment(monkeypatch, "paligemma.train.checkpointing", moment)
     with contextlib.suppress(KeyboardInterrupt):
         checkpointing.save(tmp_path, second, {"x": torch.full((2,), 2.0), "step": second})
     monkeypatch.undo()
