@@ -666,17 +666,27 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
+// cap * tanh(x / cap), by e = exp(-2 |x| / cap): (1 - e) / (1 + e) with the sign of x.
+static inline __m512 capped16(__m512 x, float cap) {
+    const __m512 one = _mm512_set1_ps(1), e = exp16(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2 / cap)));
+    const __m512 size = _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e)), _mm512_set1_ps(cap));
+    const __mmask16 below = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return _mm512_mask_sub_ps(size, below, _mm512_setzero_ps(), size);
+}
+
 static const int QUERIES = 48; // of a block, whose scores stay in the cache
 
 // y[b, s, h] = sum over t of softmax(scale * q[b, h, s] . k[b, h / G, t]) v[b, h / G, t], over the t that mask[b, s, t]
 // allows, or all without a mask; 0 where it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV = H / G.
 //
+// cap: scores go through cap * tanh(score / cap) first, unless it is 0.
+//
 // Both products are those of many rows above. Keys and values are copied into panels once; then blocks of queries take
 // all of them, the G * S queries to a key head side by side. Weights are rounded to bfloat16 before they are multiplied
 // with values, divided by their sum at the end.
 extern "C" void attention_bf16(
-    const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* y, const Places* places, float scale, int B,
-    int H, int KV, int S, int T, int E, int threads) {
+    const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* y, const Places* places, float scale,
+    float cap, int B, int H, int KV, int S, int T, int E, int threads) {
     const int G = H / KV, pairs = (T + 1) / 2, deep = (E / 2 + 15) / 16 * 16; // steps of a panel of values, of keys
     const int key_panels = (T + WIDE - 1) / WIDE, value_panels = (E + WIDE - 1) / WIDE;
     const size_t of_head = (size_t(key_panels) * deep + size_t(value_panels) * pairs) * WIDE * 4;
@@ -739,15 +749,17 @@ extern "C" void attention_bf16(
                 if (!seen) return inside;
                 return (__mmask16)_mm_test_epi8_mask(_mm_maskz_loadu_epi8(inside, seen + t), _mm_set1_epi8(-1));
             };
-            auto score = [&](int t) {
-                const float* from = scores + (size_t(t / WIDE) * QUERIES + m) * WIDE + t % WIDE;
-                return _mm512_mul_ps(_mm512_load_ps(from), _mm512_set1_ps(scale));
-            };
+            auto score = [&](int t) { return scores + (size_t(t / WIDE) * QUERIES + m) * WIDE + t % WIDE; };
             __m512 largest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-            for (int t = 0; t < T; t += 16) largest = _mm512_mask_max_ps(largest, of_16(t), largest, score(t));
+            for (int t = 0; t < T; t += 16) {
+                __m512 scaled = _mm512_mul_ps(_mm512_load_ps(score(t)), _mm512_set1_ps(scale));
+                if (cap) scaled = capped16(scaled, cap);
+                _mm512_store_ps(score(t), scaled);
+                largest = _mm512_mask_max_ps(largest, of_16(t), largest, scaled);
+            }
             largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
             for (int t = 0; t < T; t += 16) {
-                const __m512 weight = _mm512_maskz_mov_ps(of_16(t), exp16(_mm512_sub_ps(score(t), largest)));
+                const __m512 weight = _mm512_maskz_mov_ps(of_16(t), exp16(_mm512_sub_ps(_mm512_load_ps(score(t)), largest)));
                 sum = _mm512_add_ps(sum, weight);
                 put16(0xffff, weight, weights + size_t(m) * key_panels * WIDE + t);
             }
@@ -774,3 +786,5 @@ extern "C" void attention_bf16(
         }
     }
 }
+
+#include "decoder_layer.h"

@@ -5,7 +5,7 @@
 
 There are two files. `linear_kernels.cpp` is for CPUs with AVX-512 and 8-bit dot products, and has everything below. The
 shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: the same, but linear layers and attention for
-few rows alone. What they share is in `linear_kernels.h`.
+few rows alone. What they share is in `linear_kernels.h`; `decoder_layer.h` makes a whole layer of their functions.
 
 Nobody has to have a compiler: without one, or without such a CPU, `kernel_available()` is False, a line on stderr says
 why, and the layers of `quantization.py` use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that,
@@ -41,7 +41,7 @@ SOURCES = {
     "AVX-512": Path(__file__).parent / "linear_kernels.cpp",
     "AVX2": Path(__file__).parent / "linear_kernels_avx2.cpp",
 }
-HEADER = Path(__file__).parent / "linear_kernels.h"  # of both
+HEADERS = [Path(__file__).parent / name for name in ("linear_kernels.h", "decoder_layer.h")]  # of both
 GROUP = 64  # 4-bit weights that share a step, as in the C++ file
 MOST_INPUTS = 2**17  # of a layer in 8 or 4 bits: so many products of whole numbers, at most 127 * 127, fit into 32 bits
 ASKED = os.environ.get("PALIGEMMA_KERNEL", "1")  # once: each layer asks for it, and the environment takes its time
@@ -58,8 +58,27 @@ FUNCTIONS = {
     "look_up_bf16": "pppp iii",
     "rms_norm_bf16": "ppp f iii",
     "rotary_bf16": "ppppp iiiii",
-    "attention_bf16": "pppppp f iiiiiii",
+    "attention_bf16": "pppppp ff iiiiiii",
+    "decoder_layer": "pppppppppp iiii",
 }
+
+
+class _Linear(ctypes.Structure):
+    """As in `decoder_layer.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "steps", "scale")),
+        *((name, ctypes.c_int) for name in ("N", "K")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("linears", _Linear * 7),
+        ("norms", ctypes.c_void_p * 4),
+        *((name, ctypes.c_float) for name in ("eps", "scale", "cap")),
+        *((name, ctypes.c_int) for name in ("heads", "key_heads", "head_dim")),
+    ]
 
 
 def kernel_available() -> bool:
@@ -159,7 +178,9 @@ def compile_kernel(source: Path) -> Path:
     Named after the source, the flags and the CPU: a home folder may be shared by machines of several kinds.
     """
     conditions = " ".join([*FLAGS, compiler() or "", _cpu_flags()])
-    key = hashlib.sha256(HEADER.read_bytes() + source.read_bytes() + conditions.encode()).hexdigest()[:16]
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in (*HEADERS, source)) + conditions.encode()).hexdigest()[
+        :16
+    ]
     path = cache_folder() / f"{source.stem}-{key}.so"
     if not path.exists():
         print("note: compiling the kernels for this CPU, once (some seconds)", file=sys.stderr)
@@ -259,8 +280,12 @@ def rotary_bf16(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def attention_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention_bf16(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None = None
+) -> Tensor:
     """softmax(scale * q k') v, each query head with the key head of its group; bfloat16, float32 inside.
+
+    cap: scores become cap * tanh(score / cap) first.
 
     q [B, H, S, E], k and v [B, K, T, E], mask bool [B, 1, S, T] or None for all. Returns [B, H, S, E], lying in memory
     as [B, S, H, E]. A query that may look at nothing gets zeros.
@@ -277,22 +302,87 @@ def attention_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: 
     y = q.new_empty(B, S, H, E)
     if y.numel():
         numbers = (ctypes.c_int64 * len(places))(*places)
-        _run("attention_bf16", [q, k, v, mask, y, numbers], scale, B, H, K, S, T, E)
+        _run("attention_bf16", [q, k, v, mask, y, numbers], scale, cap or 0, B, H, K, S, T, E)
     return y.transpose(1, 2)
+
+
+Weights = tuple[Tensor, Tensor | None, Tensor | None]  # of a linear layer: weight, steps, scale
+
+
+def decoder_layer(
+    x: Tensor,
+    linears: Sequence[Weights],
+    norms: Sequence[Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    used: int,
+    eps: float,
+    scale: float,
+    cap: float | None,
+) -> Tensor:
+    """A whole layer for new tokens of cached rows: x [B, S, D], bfloat16 -> [B, S, D].
+
+    linears: q, k, v, o, gate, up and down, no biases; each bfloat16 [N, K] alone, or with steps and scale what
+    `linear_int8` and `linear_int4` take. norms: [D] bfloat16, before attention, behind it (None in Gemma 1), before the
+    MLP, behind it. cos, sin: [B, 1, S, E / 2]. keys, values: the cache, bfloat16 [B, KV, columns, E]; used: its columns
+    in use, T, of which the last S are written here. mask: bool [B, 1, S, T].
+    """
+    (B, S, D), (KV, columns, E), T = x.shape, keys.shape[1:], used
+    N, wide = linears[0][0].shape[0], linears[4][0].shape[0]
+    shapes = [(N, D), (KV * E, D), (KV * E, D), (D, N), (wide, D), (wide, D), (D, wide)]
+    layer = _Layer()
+    layer.linears = tuple(_linear(*weights, *shape) for weights, shape in zip(linears, shapes, strict=True))
+    layer.norms = tuple(map(_address, norms))
+    layer.eps, layer.scale, layer.cap = eps, scale, cap or 0
+    layer.heads, layer.key_heads, layer.head_dim = N // E, KV, E
+    _expect(x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.numel() > 0, x, cos)
+    _expect(cos.shape == sin.shape == (B, 1, S, E // 2) and E % 2 == 0 and N % (KV * E) == 0, x, cos)
+    for norm in norms:
+        if norm is not None:
+            _expect(norm.dtype == torch.bfloat16 and norm.shape == (D,) and norm.is_contiguous(), x, norm)
+    _expect(norms[0] is not None and norms[2] is not None, x, keys)
+    _expect(keys.dtype == values.dtype == torch.bfloat16 and keys.shape == values.shape == (B, KV, columns, E), x, keys)
+    _expect(keys.stride(-1) == values.stride(-1) == 1 and S <= T <= columns, x, keys)
+    _expect(mask.dtype == torch.bool and mask.shape == (B, 1, S, T) and mask.stride(-1) == 1, x, mask)
+    places = (0, 0, 0, *keys.stride()[:3], *values.stride()[:3], mask.stride(0), mask.stride(2))
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty_like(x)
+    given = [_gelu_table(), x, cos, sin, mask, keys, values, y, (ctypes.c_int64 * 11)(*places)]
+    _run("decoder_layer", [ctypes.byref(layer), *given], B, S, T)
+    return y
+
+
+def _linear(weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> _Linear:
+    """Where a linear layer with N outputs and K inputs lies, checked as the functions above check it."""
+    fits = weight.is_contiguous()
+    if steps is not None:
+        fits = fits and weight.dtype == torch.uint8 and steps.dtype == torch.int8 and steps.is_contiguous()
+        fits = fits and weight.shape == (N, K // 2) and steps.shape == (N, K // GROUP) and K % (2 * GROUP) == 0
+    else:
+        fits = fits and weight.dtype == (torch.bfloat16 if scale is None else torch.int8) and weight.shape == (N, K)
+    if scale is not None:
+        fits = fits and scale.dtype == torch.float32 and scale.shape == (N,) and scale.is_contiguous()
+        fits = fits and K <= MOST_INPUTS
+    _expect(fits and (steps is None or scale is not None), weight, weight)
+    return _Linear(_address(weight), _address(steps), _address(scale), N, K)
 
 
 def _rows_of(x: Tensor) -> tuple[int, int]:
     return (x.numel() // x.shape[-1], x.shape[-1]) if x.numel() else (0, 0)
 
 
-def _run(name: str, given: Sequence[Tensor | ctypes.Array[Any] | None], *numbers: float) -> None:
+def _run(name: str, given: Sequence[Any], *numbers: float) -> None:
     """Calls a function of the library: pointers, numbers, and last the threads."""
     if (library := _library(instructions())) is None:
         raise RuntimeError(f"{name} is not available here: ask kernel_available() first")
     getattr(library, name)(*map(_address, given), *numbers, torch.get_num_threads())
 
 
-def _address(x: Tensor | ctypes.Array[Any] | None) -> int | ctypes.Array[Any] | None:
+def _address(x: Any) -> Any:
+    """Of a tensor; what else a function of the library takes is passed on."""
     if not isinstance(x, Tensor):
         return x
     if not x.is_cpu:  # where it points to is not for the CPU to read

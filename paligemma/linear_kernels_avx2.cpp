@@ -383,9 +383,10 @@ extern "C" void rms_norm_bf16(const bf16* x, const bf16* weight, bf16* y, float 
 
 // y[b, s, h] = sum over t of softmax(scale * q[b, h, s] . k[b, h / G, t]) v[b, h / G, t], over the t that mask[b, s, t]
 // allows, or all without a mask; 0 where it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV = H / G.
+// cap: scores go through cap * tanh(score / cap) first, unless it is 0.
 extern "C" void attention_bf16(
-    const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* y, const Places* places, float scale, int B,
-    int H, int KV, int S, int T, int E, int threads) {
+    const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* y, const Places* places, float scale,
+    float cap, int B, int H, int KV, int S, int T, int E, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int task = 0; task < B * S * H; task++) {
         const int b = task / (S * H), s = task / H % S, h = task % H, head = h / (H / KV);
@@ -402,6 +403,7 @@ extern "C" void attention_bf16(
             float score = 0;
 #pragma omp simd reduction(+ : score)
             for (int e = 0; e < E; e++) score += query[e] * number(key[e]);
+            if (cap) score = cap * std::tanh(score / cap);
             weight[t] = score, largest = std::max(largest, score);
         }
         for (int t = 0; t < T; t++) {
@@ -415,3 +417,5 @@ extern "C" void attention_bf16(
         for (int e = 0; e < E; e++) put(total == 0 ? 0 : sums[e] / total, y + size_t(task) * E + e);
     }
 }
+
+#include "decoder_layer.h"

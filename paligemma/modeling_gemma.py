@@ -337,7 +337,7 @@ class GemmaAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.query_scale
         self.softcap = config.attn_logit_softcapping
-        self.explicit = self.softcap is not None  # True: scores written out, which soft-capping needs
+        self.explicit = False  # True: scores written out also where nothing is soft-capped
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
@@ -361,7 +361,7 @@ class GemmaAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Shapes as in `explicit_attention`."""
-        if self.explicit:
+        if self.explicit or self.softcap is not None:
             return explicit_attention(q, k, v, mask, self.scale, self.softcap)
         return fused_attention(q, k, v, mask, self.scale)
 
@@ -538,9 +538,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     def set_explicit_attention(self, explicit: bool = True) -> None:
         """Writes attention out instead of using the fused kernel, everywhere. Soft-capped layers always do."""
         for module in self.modules():
-            if isinstance(module, GemmaAttention):
-                module.explicit = explicit or module.softcap is not None
-            elif isinstance(module, SiglipAttention):
+            if isinstance(module, GemmaAttention | SiglipAttention):
                 module.explicit = explicit
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:

@@ -47,10 +47,13 @@ from torch import Tensor, nn
 
 from paligemma import checkpoints, linear_kernels
 from paligemma.checkpoints import Checkpoint, empty_model, expected_shapes, open_checkpoint
+from paligemma.kv_cache import KVCache
 from paligemma.linear_kernels import GROUP, kernel_available, multiplies_bfloat16
 from paligemma.mapped import DTYPES, MappedFile, Shape
 from paligemma.modeling_gemma import (
+    Gemma2DecoderLayer,
     GemmaAttention,
+    GemmaDecoderLayer,
     GemmaEmbedding,
     GemmaMLP,
     GemmaRMSNorm,
@@ -250,7 +253,7 @@ class FastGemmaAttention(GemmaAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if self.explicit or not _attention_for_kernel(q):
             return _in_good_numbers(super().attend, q, k, v, mask)
-        return linear_kernels.attention_bf16(q, k, v, mask, self.scale)
+        return linear_kernels.attention_bf16(q, k, v, mask, self.scale, self.softcap)
 
 
 class FastSiglipAttention(SiglipAttention):
@@ -260,6 +263,74 @@ class FastSiglipAttention(SiglipAttention):
         if self.explicit or not _attention_for_kernel(q):
             return _in_good_numbers(super().attend, q, k, v)
         return linear_kernels.attention_bf16(q, k, v, None, q.shape[-1] ** -0.5)
+
+
+class FastGemmaDecoderLayer(GemmaDecoderLayer):
+    """The next tokens of cached rows in one call. Equal to the bit."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, last: int = 0
+    ) -> Tensor:
+        norms = self.input_layernorm, None, self.post_attention_layernorm, None
+        y = _in_one_call(self.self_attn, self.mlp, norms, x, mask, cos, sin, cache, last)
+        return super().forward(x, mask, cos, sin, cache, last) if y is None else y
+
+
+class FastGemma2DecoderLayer(Gemma2DecoderLayer):
+    """The same with the four norms of Gemma 2."""
+
+    def forward(
+        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, last: int = 0
+    ) -> Tensor:
+        norms_of_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+        norms = self.input_layernorm, self.post_attention_layernorm, *norms_of_mlp
+        y = _in_one_call(self.self_attn, self.mlp, norms, x, mask, cos, sin, cache, last)
+        return super().forward(x, mask, cos, sin, cache, last) if y is None else y
+
+
+def _in_one_call(
+    attention: GemmaAttention,
+    mlp: GemmaMLP,
+    norms: Sequence[GemmaRMSNorm | None],
+    x: Tensor,
+    mask: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: KVCache | None,
+    last: int,
+) -> Tensor | None:
+    """A decoder layer by `linear_kernels.decoder_layer`, or None where its parts have to be called one by one.
+
+    A kernel passes by the hooks of a module, and what was put in its place, such as LoRA. So there must be none.
+    """
+    if cache is None or last not in (0, x.shape[1]) or len(cos) != len(x) or not (_few(x) and _for_kernel(x)):
+        return None
+    if type(attention) is not FastGemmaAttention or attention.explicit or type(mlp) is not FastGemmaMLP:
+        return None
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    weights = [weights for linear in linears if (weights := _weights(linear)) is not None]
+    keys, values = cache.keys[attention.layer], cache.values[attention.layer]
+    if len(weights) < len(linears) or keys.dtype != x.dtype:
+        return None
+    for part in (attention, mlp, *linears, *norms):
+        if part is not None and (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__):
+            return None
+    of_norms = [None if norm is None else norm.weight for norm in norms]
+    eps = max(norm.eps for norm in norms if norm is not None)  # of a layer, all have the same
+    in_cache = keys, values, cache.used
+    return linear_kernels.decoder_layer(
+        x, weights, of_norms, cos, sin, mask, *in_cache, eps, attention.scale, attention.softcap
+    )
+
+
+def _weights(linear: nn.Module) -> linear_kernels.Weights | None:
+    """What a linear layer multiplies with, as `linear_kernels.decoder_layer` wants it; None for what it cannot take."""
+    if type(linear) not in (FastLinear, Int8Linear, Int4Linear) or linear.bias is not None:
+        return None
+    if isinstance(linear, Int4Linear):
+        return linear.weight, linear.steps, linear.scale
+    return linear.weight, None, linear.scale if isinstance(linear, Int8Linear) else None
 
 
 def _attention_for_kernel(q: Tensor) -> bool:
@@ -287,6 +358,8 @@ class FastConv2d(nn.Conv2d):
 
 # What stands between the linear layers, and what takes its place in a built model.
 FAST: dict[type[nn.Module], type[nn.Module]] = {
+    GemmaDecoderLayer: FastGemmaDecoderLayer,
+    Gemma2DecoderLayer: FastGemma2DecoderLayer,
     GemmaAttention: FastGemmaAttention,
     SiglipAttention: FastSiglipAttention,
     GemmaRMSNorm: FastRMSNorm,

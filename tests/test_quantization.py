@@ -24,6 +24,7 @@ import paligemma
 from paligemma import linear_kernels, quantization
 from paligemma.checkpoints import convert, empty_model, open_checkpoint, save_pretrained
 from paligemma.cli import app
+from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration, apply_rotary, rotary_tables
 from paligemma.quantization import (
     GROUP,
@@ -359,6 +360,11 @@ def use_what_ends_with_its_page(kernels: str) -> None:
         linear_kernels.rotary_bf16(at_the_end(q), at_the_end(angles), at_the_end(angles))
         seen = at_the_end(torch.rand(1, 1, M, K) < 0.7)
         linear_kernels.attention_bf16(at_the_end(q), at_the_end(k), at_the_end(k), seen, 1.0)
+        linears = [(at_the_end(torch.randn(18, 18).bfloat16()), None, None) for _ in range(7)]
+        norms, x, angles = [at_the_end(torch.ones(18).bfloat16()) for _ in range(4)], q[:, 0], angles[:, :, :M]
+        given = [at_the_end(part) for part in (angles, angles, seen, k, k.clone())]
+        if M <= K:
+            linear_kernels.decoder_layer(at_the_end(x), linears, norms, *given, K, 1e-6, 1.0, 5.0)
 
 
 # ---------------------------------------------------------------------------------------------- between the products
@@ -417,7 +423,8 @@ def test_rotary_positions_are_equal_to_the_bit(B, H, S, E):
     ("B", "H", "K", "S", "T", "E"),
     [(1, 8, 1, 66, 66, 256), (1, 8, 1, 1, 130, 64), (2, 4, 4, 49, 64, 72), (2, 4, 2, 48, 127, 18), (3, 2, 1, 1, 1, 2)],
 )
-def test_attention_within_the_bound_of_its_roundings(B, H, K, S, T, E, hidden):
+@pytest.mark.parametrize("cap", [None, 20.0])
+def test_attention_within_the_bound_of_its_roundings(B, H, K, S, T, E, cap, hidden):
     """Half a unit of bfloat16 for each weight, up to 2^-8 of it, and for the result; float32 before and after.
 
     Queries, keys and values lie as the model leaves them: heads beside each other, or in a cache with room behind. The
@@ -429,11 +436,13 @@ def test_attention_within_the_bound_of_its_roundings(B, H, K, S, T, E, hidden):
     mask[..., 0] = True
     keys, values = (x.double().repeat_interleave(H // K, dim=1) for x in (k, v))
     scores = q.double() @ keys.mT * 0.3
+    if cap is not None:
+        scores = cap * (scores / cap).tanh()
     weights = (scores.masked_fill(~mask, -math.inf) if hidden else scores).softmax(-1)
     exact = weights @ values
     # A score is off by the roundings of E products, a weight by a factor of e to that power, and its own.
     of_scores = float((q.double().abs() @ keys.mT.abs()).max()) * 0.3 * (E + 8) * 2.0**-24
-    y = linear_kernels.attention_bf16(q, k, v, mask if hidden else None, 0.3)
+    y = linear_kernels.attention_bf16(q, k, v, mask if hidden else None, 0.3, cap)
     assert y.shape == q.shape and y.dtype == q.dtype and y.transpose(1, 2).is_contiguous()
     bound = exact.abs() * 2.0**-8 + (weights @ values.abs()) * (2.0**-8 + 2 * of_scores + 2.0**-18)
     assert ((y.double() - exact).abs() <= bound).all()
@@ -513,6 +522,112 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
     assert called == []
     # A divergence goes with the square of an error.
     assert kl(fast, plain) < kl(plain, exact) and kl(fast, exact) < 1.25**2 * kl(plain, exact)
+
+
+# ---------------------------------------------------------------------------------------------- a layer in one call
+
+
+def cached_passes(model, rows=(20, 13)):
+    """Logits of the prefix, of three tokens more, and of one more: two rows, one of them padded."""
+    inputs = make_inputs(model.config, prefix=list(rows))
+    cache = KVCache(model.config.text_config, len(rows), 40, model.dtype)
+    logits = [model(**inputs, cache=cache).logits]
+    for tokens in (torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[11], [12]])):
+        logits.append(model(tokens, cache=cache).logits)
+    return logits, cache
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+def test_next_tokens_in_one_call_of_a_layer_are_equal_to_the_bit(kernels, mode, kind, monkeypatch):
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: True)
+    called, real = [], linear_kernels.decoder_layer
+    monkeypatch.setattr(linear_kernels, "decoder_layer", lambda x, *rest: called.append(x.shape[1]) or real(x, *rest))
+    model = quantize(make_model(kind, torch.bfloat16), mode)
+    logits, cache = cached_passes(model)
+    assert called == [3] * len(cache.keys) + [1] * len(cache.keys)  # the prefix has too many rows for it
+    monkeypatch.setattr(quantization, "_in_one_call", lambda *_: None)
+    expected, expected_cache = cached_passes(model)
+    for y, step_by_step in zip(logits, expected):
+        assert torch.equal(y, step_by_step)
+    for kept, step_by_step in zip([*cache.keys, *cache.values], [*expected_cache.keys, *expected_cache.values]):
+        assert torch.equal(kept, step_by_step)
+
+
+def test_what_watches_or_changes_a_part_of_a_layer_is_not_passed_by(kernels, monkeypatch):
+    monkeypatch.setattr(linear_kernels, "decoder_layer", lambda *_: pytest.fail("in one call"))
+    model = quantize(make_model(dtype=torch.bfloat16), "bf16")
+    seen = []
+    for layer in model.language_model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(lambda *_: seen.append("o_proj"))
+    cached_passes(model)
+    assert len(seen) == 3 * len(model.language_model.model.layers)
+    for change in (
+        lambda layer: layer.mlp.register_forward_pre_hook(lambda *_: None),
+        lambda layer: setattr(layer.input_layernorm, "forward", layer.input_layernorm.forward),
+        lambda layer: setattr(layer.self_attn, "explicit", True),
+        lambda layer: setattr(layer.mlp, "up_proj", torch.nn.Sequential(layer.mlp.up_proj)),
+        lambda layer: setattr(layer.self_attn.q_proj, "bias", torch.nn.Parameter(torch.ones(128).bfloat16())),
+    ):
+        model = quantize(make_model(dtype=torch.bfloat16), "bf16")
+        for layer in model.language_model.model.layers:
+            change(layer)
+        cached_passes(model)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_layer_in_one_call_refuses_what_it_would_misread():
+    D, E, wide, KV = 128, 32, 256, 2
+    shapes = [(4 * E, D), (KV * E, D), (KV * E, D), (D, 4 * E), (wide, D), (wide, D), (D, wide)]
+    norm, angles = torch.ones(D).bfloat16(), torch.ones(1, 1, 1, E // 2).bfloat16()
+    right: dict[str, object] = {
+        "x": torch.randn(1, 1, D).bfloat16(),
+        "linears": [(torch.randn(shape).bfloat16(), None, None) for shape in shapes],
+        "norms": [norm, None, norm, None],
+        "cos": angles,
+        "sin": angles,
+        "mask": torch.ones(1, 1, 1, 5, dtype=torch.bool),
+        "keys": torch.randn(1, KV, 6, E).bfloat16(),
+        "values": torch.randn(1, KV, 6, E).bfloat16(),
+        "used": 5,
+        "eps": 1e-6,
+        "scale": 1.0,
+        "cap": None,
+    }
+    assert linear_kernels.decoder_layer(**right).isfinite().all()
+    in_8_bits, in_4_bits = round_rows(torch.randn(wide, D)), round_groups(torch.randn(wide, D))
+
+    def up(*weights: torch.Tensor | None) -> list[tuple[torch.Tensor | None, ...]]:
+        return [*right["linears"][:5], weights, right["linears"][6]]
+
+    for wrong in (
+        {"x": right["x"].float()},
+        {"x": right["x"][..., :64]},
+        {"linears": up(right["linears"][5][0].float(), None, None)},
+        {"linears": up(right["linears"][5][0][:255], None, None)},
+        {"linears": up(right["linears"][6][0].T, None, None)},
+        {"linears": up(in_8_bits[0], None, None)},
+        {"linears": up(in_8_bits[0], None, in_8_bits[1].double())},
+        {"linears": up(in_8_bits[0], None, in_8_bits[1][:9])},
+        {"linears": up(in_4_bits[0], in_4_bits[1], None)},
+        {"linears": up(in_4_bits[0], in_4_bits[1][:, :1], in_4_bits[2])},
+        {"norms": [norm, None, norm[:64], None]},
+        {"norms": [norm, norm.float(), norm, None]},
+        {"norms": [None, None, norm, None]},
+        {"cos": angles.float()},
+        {"cos": angles[..., :8]},
+        {"mask": right["mask"].int()},
+        {"mask": right["mask"][..., :4]},
+        {"keys": right["keys"].float()},
+        {"values": right["values"][:, :1]},
+        {"keys": right["keys"][..., ::2], "values": right["values"][..., ::2]},
+        {"used": 7, "mask": torch.ones(1, 1, 1, 7, dtype=torch.bool)},
+    ):
+        with pytest.raises(ValueError, match="no kernel for x"):
+            linear_kernels.decoder_layer(**{**right, **wrong})
+    for name in ("x", "keys", "mask", "sin"):
+        with pytest.raises(ValueError, match="on meta: they are for the CPU"):
+            linear_kernels.decoder_layer(**{**right, name: elsewhere(right[name])})
 
 
 @pytest.mark.parametrize("slow", [False, True])
