@@ -316,7 +316,12 @@ def convert(
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
-    """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz."""
+    """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz.
+
+    What else a checkpoint has goes into the same folder, beside the .npz too: config.json, the tokenizer's files
+    (tokenizer.json or .model, ...), preprocessor_config.json, generation_config.json, mask_codec.npz. No file there is
+    replaced by another: such a command is refused.
+    """
     from paligemma.checkpoints import convert as convert_checkpoint
     from paligemma.utils import resolve
 

@@ -123,18 +123,19 @@ def merge(
     target: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
-) -> None:
+) -> list[Path]:
     """Writes an adapter and its base as one checkpoint, in the published layout, tensor by tensor.
 
     adapter: a folder or a hub id, of which `revision` is one. target: a folder. dtype: default the base's own.
-    Raises ValueError for what is no adapter, and as `open_model` and `checkpoints.convert` do.
+    Returns the files written. Raises ValueError for what is no adapter, and as `open_model` and `checkpoints.convert`
+    do.
     """
     path = resolve(adapter, revision)
     if not is_adapter(path):
         raise ValueError(f"{path} is no adapter: it has no {CONFIG}, so there is nothing to merge")
     checkpoint, folders = open_model(path, parse_dtype(dtype))
     assert isinstance(checkpoint, Checkpoint)  # an adapter's base is never quantised
-    convert(checkpoint, target, dtype, "safetensors", folders=folders)
+    return convert(checkpoint, target, dtype, "safetensors", folders=folders)
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
