@@ -325,7 +325,19 @@ def convert(
     from paligemma.checkpoints import convert as convert_checkpoint
     from paligemma.utils import resolve
 
-    convert_checkpoint(resolve(source, revision=revision), target, dtype=dtype)
+    note_written(target, convert_checkpoint(resolve(source, revision=revision), target, dtype=dtype))
+
+
+def note_written(target: Path, files: list[Path]) -> None:
+    """What came of a command, in a line on stderr. What lies beside a single file is named: nobody has asked for it."""
+    from paligemma.info import in_units
+
+    if target in files:
+        beside = ", ".join(file.name for file in files if file != target)
+        note(f"written: {target}, {in_units(target.stat().st_size)}; beside it {beside}")
+    else:
+        size = in_units(sum(file.stat().st_size for file in files))
+        note(f"written: {target}, {size} in {len(files)} files")
 
 
 @app.command()
@@ -338,7 +350,7 @@ def merge(
     """Fold a LoRA adapter into its base and write one whole checkpoint, as transformers reads it."""
     from paligemma.utils import merge as merge_adapter
 
-    merge_adapter(adapter, out, dtype=dtype, revision=revision)
+    note_written(out, merge_adapter(adapter, out, dtype=dtype, revision=revision))
 
 
 @app.command()
@@ -360,7 +372,7 @@ def quantize(
     from paligemma.utils import open_model, resolve
 
     checkpoint, folders = open_model(resolve(source, revision=revision), dtype)
-    quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders)
+    note_written(target, quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders))
 
 
 @app.command()

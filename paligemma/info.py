@@ -136,7 +136,7 @@ def render(facts: dict[str, Any]) -> str:
     stored = "not here: the numbers follow from the configuration"
     if facts["format"]:
         count = len(facts["files"])
-        stored = f"{_bytes(facts['stored_bytes'])} of {facts['stored_dtype']} in {count} {facts['format']} file"
+        stored = f"{in_units(facts['stored_bytes'])} of {facts['stored_dtype']} in {count} {facts['format']} file"
         stored += "s" if count > 1 else ""
     share = {part: f"{parameters[part]:>15,}" for part in parameters}
     lines = [
@@ -152,9 +152,9 @@ def render(facts: dict[str, Any]) -> str:
         ("cache", f"{facts['kv_bytes_per_token']:,} bytes per token in {facts['dtype']}"),
         (
             "memory",
-            f"{_bytes(need['total'])} in {facts['dtype']} for one image and {TEXT_TOKENS} text tokens, estimated",
+            f"{in_units(need['total'])} in {facts['dtype']} for one image and {TEXT_TOKENS} text tokens, estimated",
         ),
-        ("", ", ".join(f"{_bytes(need[part])} {part}" for part in ("weights", "cache", "activations"))),
+        ("", ", ".join(f"{in_units(need[part])} {part}" for part in ("weights", "cache", "activations"))),
     ]
     return "\n".join(f"{label:<12}{text}".rstrip() for label, text in lines)
 
@@ -167,7 +167,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _bytes(count: int) -> str:
+def in_units(count: int) -> str:
     """Decimal units, as disks and downloads are counted."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:

@@ -269,6 +269,7 @@ def test_a_merged_adapter_is_a_checkpoint_like_any_other(base, processor, tmp_pa
     save_adapter(ours, tmp_path / "adapter", base)
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "adapter"), str(tmp_path / "whole")])
     assert done.exit_code == 0, done.output
+    assert done.stdout == "" and done.stderr.startswith(f"written: {tmp_path}/whole, ")
     batch = batch_for(ours)
     assert_same(logits(ours, batch), logits(their_base(tmp_path / "whole"), batch))
     assert_same(logits(ours, batch), logits(load_hf_model(tmp_path / "whole")[0], batch))
