@@ -313,9 +313,11 @@ def test_a_folder_is_not_continued_with_something_else(tmp_path):
     pg = StubModel(coin)
     run(pg, questions(3), out_folder=tmp_path, about={"metric": "one", "model": "here", "data": "here"})
     run(pg, questions(3), out_folder=tmp_path, about={"metric": "one", "model": "moved", "data": "moved"})
-    with pytest.raises(ValueError, match=r"\{'metric': 'one'\} there, \{'metric': 'two'\} here"):
-        run(pg, questions(3), out_folder=tmp_path, about={"metric": "two"})
-    with pytest.raises(ValueError, match="constrained"):
+    with pytest.raises(
+        ValueError, match=r"another run: metric one there, two here; dtype not given there, float32 here"
+    ):
+        run(pg, questions(3), out_folder=tmp_path, about={"metric": "two", "dtype": "float32"})
+    with pytest.raises(ValueError, match="constrained yes there, no here"):
         run(pg, questions(3), out_folder=tmp_path, about={"metric": "one"}, constrained=False)
     changed = [Example("exact0", IMAGE, "answer en something else ?", "exact", ("yes",))]
     with pytest.raises(ValueError, match="row exact0 was asked"):
@@ -330,7 +332,7 @@ def test_a_folder_is_not_continued_with_other_weights(tmp_path):
     assert len(pg.prompts) == 4, "more rows are no other run"
     with torch.no_grad():
         pg.model.bias += 0.01  # the same folder, one training step later
-    with pytest.raises(ValueError, match="'weights'"):
+    with pytest.raises(ValueError, match="weights"):
         run(pg, questions(4), out_folder=tmp_path)
 
 
@@ -350,6 +352,17 @@ def test_a_row_that_sees_another_picture_is_another_row(tmp_path, kind: str):
     assert len(pg.prompts) == 1, "the same picture, opened once more, is not asked about again"
     with pytest.raises(ValueError, match=r"row 0, 'answer en what color \?', saw another picture there than here"):
         run(pg, row("blue"), out_folder=tmp_path / "run")
+
+
+def test_a_run_that_is_refused_before_its_first_answer_leaves_nothing(tmp_path):
+    def rows():
+        yield from questions(1)
+        raise ValueError("the second row is none")
+
+    with pytest.raises(ValueError, match="the second row is none"):
+        run(StubModel(coin), rows(), out_folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(StubModel(coin), questions(3), out_folder=tmp_path / "run", constrained=False)  # with other options
 
 
 def contents(folder: Path) -> dict[str, bytes]:
