@@ -418,10 +418,13 @@ def evaluate(
     On scenes of the small world; on your own rows (as for `train`), by the metric that --task names; or on a published
     benchmark in the folder --data, with the prompt, decoding and metric of PaliGemma's transfers.
     """
-    from paligemma.evaluate.benchmarks import BENCHMARKS, evaluate_benchmark, resolved_split
+    from paligemma.evaluate.benchmarks import BENCHMARKS, check_benchmark, evaluate_benchmark, resolved_split
+    from paligemma.evaluate.runner import check_folder
     from paligemma.inference import load
 
-    def opened() -> Any:
+    def opened() -> Any:  # after the data: what is wrong with them, or with --out, is told at once
+        if out is not None:
+            check_folder(out)
         return hinted(load(model, device=device, dtype=dtype, revision=revision))
 
     options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
@@ -435,8 +438,8 @@ def evaluate(
             raise typer.BadParameter(
                 f"the answers to {task}/{split} are kept on a server: --out FOLDER saves the predictions to send there"
             )
-        pg = opened()
-        report = evaluate_benchmark(pg, task, data, split, count=count, about=about, **options)
+        check_benchmark(task, data, split)
+        report = evaluate_benchmark(opened(), task, data, split, count=count, about=about, **options)
     elif scenes:
         from paligemma.evaluate import evaluate as run_evaluation
         from paligemma.tiny.evaluation import MEASURES, ROWS_PER_SCENE, targets, tiny_examples
@@ -475,10 +478,16 @@ def evaluate(
         # How rows are made of the data: --out is only continued with the same, wherever the files lie.
         about |= {"kind": kind, **{name: value for name, value in source.items() if value}}
         source["codec"] = codec_of(model, revision, kind)
-        rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
-        pg = opened()
+        rows = open_rows(data, kind, **source)
         report = evaluate_rows(
-            pg, rows, metric, count=count, about=about, constrained=not free, max_new_tokens=max_new_tokens, **options
+            opened(),
+            rows,
+            metric,
+            count=count,
+            about=about,
+            constrained=not free,
+            max_new_tokens=max_new_tokens,
+            **options,
         )
     if as_json:
         echo_json(report.to_dict())

@@ -18,7 +18,7 @@ from paligemma.evaluate import MEASURES, Example, Prediction, Region, evaluate
 from paligemma.evaluate.intervals import wilson
 from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Figure, Report
-from paligemma.evaluate.runner import batches
+from paligemma.evaluate.runner import batches, check_folder
 from paligemma.grammar import Detection, Segment
 from paligemma.inference import Answer
 from paligemma.tiny import evaluation as tiny
@@ -377,6 +377,21 @@ def test_a_folder_with_files_of_somebody_else_is_left_as_it_is(tmp_path, name: s
     with pytest.raises(ValueError, match=rf"has {name.split('/')[0]} and no run.json .*choose another folder"):
         run(StubModel(coin), questions(3), out_folder=tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_a_folder_is_tried_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file is a file, expected a folder"):
+        check_folder(tmp_path / "file")
+    with pytest.raises(OSError, match=r"file/run cannot be written to .*: choose another folder"):
+        check_folder(tmp_path / "file" / "run")
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"has results.json and no run.json"):
+        check_folder(tmp_path)
+    check_folder(tmp_path / "new" / "run")
+    run(StubModel(coin), questions(1), out_folder=tmp_path / "there")
+    check_folder(tmp_path / "there")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "results.json", "there"}, "nothing is left of it"
 
 
 @pytest.mark.parametrize(

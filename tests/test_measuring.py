@@ -356,10 +356,16 @@ def test_evaluate_a_benchmark(paligemma, folder: Path):
         (["--data", ".", "--task", "vqav2", "--split", "test"], 2, "kept on a server: --out FOLDER"),
         (["--data", ".", "--task", "gqa", "--split", "dev"], 1, "gqa has no split 'dev'"),
         (["--data", ".", "--task", "gqa"], 1, "no testdev_balanced_questions.json"),
+        (["--data", "a.png", "--task", "gqa"], 1, "a.png: a file, no folder; expected one with the published files"),
+        (["--out", "a.png"], 1, "a.png is a file, expected a folder"),
+        (["--out", "a.png/run"], 1, "a.png/run cannot be written to"),
         (["--data", "gone.jsonl", "--task", "vqa"], 1, "gone.jsonl: no such file or folder"),
         (["--data", "gone.jsonl", "--task", "dance"], 1, "no task 'dance'"),
     ],
 )
-def test_mistakes_are_told(paligemma, arguments: list[str], code: int, message: str):
+def test_mistakes_are_told_before_the_model_is_loaded(
+    paligemma, arguments: list[str], code: int, message: str, monkeypatch
+):
+    monkeypatch.setattr("paligemma.inference.load", lambda *_, **__: pytest.fail("it is loaded"))
     found, out, err = paligemma("evaluate", *arguments)
     assert (found, out) == (code, "") and message in " ".join(err.replace("│", " ").split())
