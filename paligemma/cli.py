@@ -391,7 +391,10 @@ def evaluate(
     model: Model = "tiny",
     data: Annotated[
         str,
-        typer.Option(help="tiny, tiny:heldout, tiny:twemoji (the small world), your rows, or a benchmark's folder."),
+        typer.Option(
+            help="tiny, tiny:heldout, tiny:twemoji (the small world; a folder of this name is ./tiny), your rows, or a "
+            "benchmark's folder."
+        ),
     ] = "tiny",
     task: Annotated[
         str | None, typer.Option(help="A benchmark (textvqa, nlvr2, ...), or a metric for your rows (vqa, exact, ...).")
@@ -429,7 +432,7 @@ def evaluate(
 
     options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
     about: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}
-    scenes = data.partition(":")[0] == "tiny" and not Path(data).exists()
+    scenes = data.partition(":")[0] == "tiny"  # whatever lies here: a folder of this name is ./tiny
     if task in BENCHMARKS and not scenes:
         if free or max_new_tokens or kind or images or annotations or image_name or every_label or language != "en":
             raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")

@@ -347,6 +347,20 @@ def test_evaluate_a_benchmark(paligemma, folder: Path):
     assert code == 0 and "pope" in out and "accuracy" in out and "published" not in out, "none of this model"
 
 
+def test_tiny_is_the_small_world_whatever_lies_here(paligemma, folder: Path):
+    """As for --model: a folder of this name is ./tiny."""
+    write(folder, {"question": "what color is the background ?", "answers": ["red"]})
+    (folder / "tiny").mkdir()
+    for name in ("test.jsonl", "a.png"):
+        (folder / name).rename(folder / "tiny" / name)
+    code, out, err = paligemma("evaluate", "--count", "1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["about"]["data"] == "tiny:test"
+    code, out, err = paligemma("evaluate", "--data", "./tiny", "--task", "exact", "--max-new-tokens", "1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["about"]["data"] == "./tiny"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
