@@ -686,7 +686,7 @@ def data_check(
     from paligemma.train.data_check import check
     from paligemma.train.data_show import processor_of
 
-    processor, codec = processor_of(model, revision) if model is not None else (None, None)
+    processor, codec = processor_of(model, revision, kind) if model is not None else (None, None)
     with notes.status(Text(f"reading {data}")) as status:
         rows = open_rows(
             data,
@@ -733,7 +733,7 @@ def data_show(
     from paligemma.train.data import open_rows
     from paligemma.train.data_show import processor_of, show_rows
 
-    processor, codec = processor_of(model, revision)
+    processor, codec = processor_of(model, revision, kind)
     found = open_rows(
         data,
         kind,
