@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from paligemma.adapters import CONFIG, folded, is_adapter, open_adapter
+from paligemma.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
 from paligemma.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype, published_name
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.npz import npz_parts
@@ -99,18 +99,28 @@ def open_model(
         checkpoint = open_checkpoint(path)
         return checkpoint, [checkpoint.folder]
     adapter = open_adapter(path)
-    beside = path / adapter.base
+    checkpoint = open_checkpoint(find_base(adapter, dtype))
+    return folded(checkpoint, adapter), [path, checkpoint.folder]
+
+
+def find_base(adapter: Adapter, dtype: torch.dtype | str | None = None, weights: bool = True) -> Path:
+    """Where the base of an adapter lies: beside it, or where `resolve` finds it.
+
+    Raises FileNotFoundError where there is none, ValueError for a base that is an adapter itself.
+    """
+    beside = adapter.folder / adapter.base
     try:
-        base = beside if beside.exists() else resolve(adapter.base, adapter.revision, dtype)
+        base = beside if beside.exists() else resolve(adapter.base, adapter.revision, dtype, weights)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
-            f"{path} is an adapter, and its base cannot be found: {error}. Where it lies stands in {CONFIG}, as "
-            "base_model_name_or_path"
+            f"{adapter.folder} is an adapter, and its base cannot be found: {error}. Where it lies stands in {CONFIG}, "
+            "as base_model_name_or_path"
         ) from None
     if is_adapter(base):
-        raise ValueError(f"{path} is an adapter beside another, {base}: merge that one first (`paligemma merge`)")
-    checkpoint = open_checkpoint(base)
-    return folded(checkpoint, adapter), [path, checkpoint.folder]
+        raise ValueError(
+            f"{adapter.folder} is an adapter beside another, {base}: merge that one first (`paligemma merge`)"
+        )
+    return base
 
 
 def first_with(folders: list[Path], *names: str) -> Path | None:
