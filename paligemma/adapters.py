@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ class Adapter:
     factors: dict[str, float] = field(default_factory=dict)  # alpha / rank of every layer with LoRA
     keys: dict[str, tuple[str, str]] = field(default_factory=dict)  # where its A and its B lie in the file
     shapes: dict[str, Shape] = field(default_factory=dict)  # of B A
+    ranks: dict[str, int] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)  # tensors that were trained whole (peft's modules_to_save)
     whole_shapes: dict[str, Shape] = field(default_factory=dict)
 
@@ -167,7 +169,7 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if not a or not b or a[0] != b[1] or not a[0] or name in adapter.keys:
             strange += [key for key in (key_a, key_b) if key]
             continue
-        adapter.keys[name], adapter.shapes[name] = (key_a, key_b), (b[0], a[1])
+        adapter.keys[name], adapter.shapes[name], adapter.ranks[name] = (key_a, key_b), (b[0], a[1]), a[0]
         alpha = _alpha(module, settings)
         adapter.factors[name] = alpha / math.sqrt(a[0]) if settings.get("use_rslora") else alpha / a[0]
     if strange:
@@ -232,23 +234,24 @@ def _listed(names: list[str], most: int = 4) -> str:
 # ------------------------------------------------------------------------------------------------ folding in
 
 
-def folded(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The base with an adapter's changes in it, made as each tensor is read.
-
-    Raises ValueError, naming the tensors, when the adapter changes what the base doesn't have or has in another shape.
-    """
+def check_fits(adapter: Adapter, shapes: Mapping[str, Shape], base: str | Path) -> None:
+    """ValueError, naming the tensors, when an adapter changes what its base doesn't have or has in another shape."""
     changed = {**adapter.shapes, **adapter.whole_shapes}
     wrong = [
-        f"{name} {list(shape)}"
-        + (f" (there {list(checkpoint.tensors[name][0])})" if name in checkpoint.tensors else "")
+        f"{name} {list(shape)}" + (f" (there {list(shapes[name])})" if name in shapes else "")
         for name, shape in changed.items()
-        if name not in checkpoint.tensors or checkpoint.tensors[name][0] != shape
+        if shapes.get(name) != shape
     ]
     if wrong:
         raise ValueError(
-            f"the adapter {adapter.folder} does not fit its base {checkpoint.path}, which has no {_listed(wrong)}: it "
-            "was trained beside another model"
+            f"the adapter {adapter.folder} does not fit its base {base}, which has no {_listed(wrong)}: it was trained "
+            "beside another model"
         )
+
+
+def folded(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The base with an adapter's changes in it, made as each tensor is read. Raises as `check_fits` does."""
+    check_fits(adapter, {name: shape for name, (shape, _) in checkpoint.tensors.items()}, checkpoint.path)
 
     def read(name: str, mapped: bool = False) -> Tensor:
         if name in adapter.whole:

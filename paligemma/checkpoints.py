@@ -16,12 +16,14 @@ What is unusual:
   A tensor that changes its dtype gets a map of its own, which goes away with it.
 - *Strict.* What is missing, unexpected, of another shape or not floating point is named, all in one error.
 - *No pickle*, ever. And no name in a checkpoint reaches outside its folder.
-- *Saving is all or nothing.* Everything is written into a folder beside and moved when it is complete.
+- *Saving is all or nothing.* Everything is written into a folder beside and moved when it is complete. `convert` and
+  its like never replace a file by another; `save_pretrained` replaces the checkpoint that it is told to replace.
 """
 
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import json
 import math
 import os
@@ -625,13 +627,16 @@ def convert(
     format: str | None = None,
     max_shard_size: int = 5 * 10**9,
     folders: Sequence[Path] = (),
-) -> None:
+) -> list[Path]:
     """Rewrites a checkpoint, opened or by its path, in another format or dtype, with its tokenizer and the like.
 
     Tensor by tensor, so that the memory needed is that of the largest. folders: where tokenizer and the like lie, the
     first that has a file gives it; default the checkpoint's own.
     format: "safetensors" (target is a folder) or "npz" (target is a file in big_vision's layout, or a folder for a
-    `model.npz`); default by the target's name. Raises as `open_checkpoint` and `save_pretrained` do.
+    `model.npz`, with the configuration, tokenizer and the like beside it); default by the target's name.
+
+    Returns the files written. Raises as `open_checkpoint` and `save_pretrained` do, and ValueError where a file of
+    other content would be replaced.
     """
     target, to = Path(target), parse_dtype(dtype)
     format = format or ("npz" if target.suffix == ".npz" else "safetensors")
@@ -646,7 +651,7 @@ def convert(
 
     tensors = {name: (shape, to or own) for name, (shape, own) in checkpoint.tensors.items()}
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
-    with checkpoint_written_whole(folder) as staging, _bar(f"writing {target}", total) as advance:
+    with checkpoint_written_whole(folder, replaces=False) as staging, _bar(f"writing {target}", total) as advance:
 
         def read(name: str) -> Tensor:
             tensor = _cast(name, checkpoint.read(name), tensors[name][1])
@@ -662,14 +667,14 @@ def convert(
             vision = checkpoint.config.vision_config
             tokenizer = load_tokenizer(checkpoint.folder)
             PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(staging)
+        check_nothing_lost(staging, folder)  # before gigabytes are written
         if format == "npz":
-            written = json.loads((staging / "config.json").read_text())
-            if (folder / "config.json").exists() and _json(folder / "config.json") != written:
-                raise ValueError(f"{folder} holds the config.json of another model: choose an empty folder")
             _write_npz(staging / (target.name if target.suffix == ".npz" else "model.npz"), checkpoint, tensors, read)
         else:
             order = list(expected_shapes(checkpoint.config))
             _write_safetensors(staging, order, tensors, read, max_shard_size)
+        written = _names(staging)
+    return [folder / name for name in written]
 
 
 def _json(path: Path) -> Any:
@@ -686,14 +691,14 @@ def write_folder(
     tensors: dict[str, tuple[Shape, torch.dtype]],
     read: Callable[[str], Tensor],
     max_shard_size: int = 5 * 10**9,
-) -> None:
+) -> list[Path]:
     """Writes any tensors as a checkpoint folder, each read when its turn has come: all of it, or nothing.
 
     companions: folders whose tokenizer and the like are taken along, the first's where several have one. config: what
-    `config.json` is to hold.
+    `config.json` is to hold. Returns the files written. ValueError where a file of other content would be replaced.
     """
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
-    with checkpoint_written_whole(folder) as staging, _bar(f"writing {folder}", total) as advance:
+    with checkpoint_written_whole(folder, replaces=False) as staging, _bar(f"writing {folder}", total) as advance:
 
         def counted(name: str) -> Tensor:
             tensor = read(name)
@@ -702,13 +707,46 @@ def write_folder(
 
         _copy_companions(companions, staging)
         _write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
+        check_nothing_lost(staging, folder)  # before gigabytes are written
         _write_safetensors(staging, list(tensors), tensors, counted, max_shard_size)
+        written = _names(staging)
+    return [folder / name for name in written]
 
 
 def check_apart(target: Path, sources: Sequence[Path]) -> None:
     """ValueError if a checkpoint is to be written where one lies that it is made of."""
     if target.resolve() in [source.resolve() for source in sources]:
         raise ValueError(f"{target} is where the source lies: choose another folder, so that it stays whole")
+
+
+def check_nothing_lost(staging: Path, folder: Path) -> None:
+    """ValueError if moving up what lies in `staging` would replace or remove a file of other content in `folder`. The
+    same content is no loss: a command may be given twice."""
+    new = _names(staging)
+    lost = [name for name in new if (folder / name).exists() and not _same(staging / name, folder / name)]
+    lost += _left_over(folder, new)
+    if lost:
+        where = "the current folder" if folder == Path() else folder
+        raise ValueError(
+            f"{where} holds {', '.join(lost[:8])}{f' and {len(lost) - 8} more' if len(lost) > 8 else ''} of other "
+            "content, which would be lost: choose an empty folder, or move them away"
+        )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def _left_over(folder: Path, new: Sequence[str]) -> list[str]:
+    """Weights in the folder that do not belong to the new ones, and would be taken for a part of them."""
+    if WEIGHTS not in new and INDEX not in new:
+        return []
+    pattern = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    return [name for name in _names(folder) if re.fullmatch(pattern, name) and name not in new]
 
 
 def _copy_companions(folders: Sequence[Path], staging: Path) -> None:
@@ -719,8 +757,11 @@ def _copy_companions(folders: Sequence[Path], staging: Path) -> None:
 
 
 @contextlib.contextmanager
-def checkpoint_written_whole(folder: Path) -> Iterator[Path]:
-    """A place inside `folder` to write into. What lies there at the end is moved up; after an error nothing is."""
+def checkpoint_written_whole(folder: Path, replaces: bool = True) -> Iterator[Path]:
+    """A place inside `folder` to write into. What lies there at the end is moved up; after an error nothing is.
+
+    replaces: whether files of the same names, and other weights, make room for it; False: ValueError instead.
+    """
     existed = folder.exists()
     if existed and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a checkpoint is saved into a folder")
@@ -733,6 +774,8 @@ def checkpoint_written_whole(folder: Path) -> Iterator[Path]:
             raise OSError(
                 error.errno, f"{folder} could not be written ({error.strerror or error}); what was there is untouched"
             ) from error
+        if not replaces:
+            check_nothing_lost(staging, folder)
         _move_up(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -744,16 +787,14 @@ def checkpoint_written_whole(folder: Path) -> Iterator[Path]:
 def _move_up(staging: Path, folder: Path) -> None:
     """Replaces the files of a checkpoint. The index goes first and comes last, so that being killed in between leaves
     a checkpoint that says it is incomplete, never one that mixes old shards and new."""
-    new = sorted((file.name for file in staging.iterdir()), key=lambda name: (name == INDEX, name))
-    replaces_weights = WEIGHTS in new or INDEX in new
-    if replaces_weights:
+    new = sorted(_names(staging), key=lambda name: name == INDEX)
+    old = _left_over(folder, new)
+    if INDEX in (*new, *old):
         (folder / INDEX).unlink(missing_ok=True)
     for name in new:
         os.replace(staging / name, folder / name)
-    if replaces_weights:
-        for file in folder.glob("model*.safetensors"):
-            if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", file.name) and file.name not in new:
-                file.unlink()
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _write_config(folder: Path, config: PaliGemmaConfig, dtype: torch.dtype) -> None:

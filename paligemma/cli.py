@@ -316,11 +316,28 @@ def convert(
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
-    """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz."""
+    """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz.
+
+    What else a checkpoint has goes into the same folder, beside the .npz too: config.json, the tokenizer's files
+    (tokenizer.json or .model, ...), preprocessor_config.json, generation_config.json, mask_codec.npz. No file there is
+    replaced by another: such a command is refused.
+    """
     from paligemma.checkpoints import convert as convert_checkpoint
     from paligemma.utils import resolve
 
-    convert_checkpoint(resolve(source, revision=revision), target, dtype=dtype)
+    note_written(target, convert_checkpoint(resolve(source, revision=revision), target, dtype=dtype))
+
+
+def note_written(target: Path, files: list[Path]) -> None:
+    """What came of a command, in a line on stderr. What lies beside a single file is named: nobody has asked for it."""
+    from paligemma.info import in_units
+
+    if target in files:
+        beside = ", ".join(file.name for file in files if file != target)
+        note(f"written: {target}, {in_units(target.stat().st_size)}; beside it {beside}")
+    else:
+        size = in_units(sum(file.stat().st_size for file in files))
+        note(f"written: {target}, {size} in {len(files)} files")
 
 
 @app.command()
@@ -333,7 +350,7 @@ def merge(
     """Fold a LoRA adapter into its base and write one whole checkpoint, as transformers reads it."""
     from paligemma.utils import merge as merge_adapter
 
-    merge_adapter(adapter, out, dtype=dtype, revision=revision)
+    note_written(out, merge_adapter(adapter, out, dtype=dtype, revision=revision))
 
 
 @app.command()
@@ -355,7 +372,7 @@ def quantize(
     from paligemma.utils import open_model, resolve
 
     checkpoint, folders = open_model(resolve(source, revision=revision), dtype)
-    quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders)
+    note_written(target, quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders))
 
 
 @app.command()
@@ -374,7 +391,10 @@ def evaluate(
     model: Model = "tiny",
     data: Annotated[
         str,
-        typer.Option(help="tiny, tiny:heldout, tiny:twemoji (the small world), your rows, or a benchmark's folder."),
+        typer.Option(
+            help="tiny, tiny:heldout, tiny:twemoji (the small world; a folder of this name is ./tiny), your rows, or a "
+            "benchmark's folder."
+        ),
     ] = "tiny",
     task: Annotated[
         str | None, typer.Option(help="A benchmark (textvqa, nlvr2, ...), or a metric for your rows (vqa, exact, ...).")
@@ -401,15 +421,18 @@ def evaluate(
     On scenes of the small world; on your own rows (as for `train`), by the metric that --task names; or on a published
     benchmark in the folder --data, with the prompt, decoding and metric of PaliGemma's transfers.
     """
-    from paligemma.evaluate.benchmarks import BENCHMARKS, evaluate_benchmark, resolved_split
+    from paligemma.evaluate.benchmarks import BENCHMARKS, check_benchmark, evaluate_benchmark, resolved_split
+    from paligemma.evaluate.runner import check_folder
     from paligemma.inference import load
 
-    def opened() -> Any:
+    def opened() -> Any:  # after the data: what is wrong with them, or with --out, is told at once
+        if out is not None:
+            check_folder(out)
         return hinted(load(model, device=device, dtype=dtype, revision=revision))
 
     options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
     about: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}
-    scenes = data.partition(":")[0] == "tiny" and not Path(data).exists()
+    scenes = data.partition(":")[0] == "tiny"  # whatever lies here: a folder of this name is ./tiny
     if task in BENCHMARKS and not scenes:
         if free or max_new_tokens or kind or images or annotations or image_name or every_label or language != "en":
             raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")
@@ -418,8 +441,8 @@ def evaluate(
             raise typer.BadParameter(
                 f"the answers to {task}/{split} are kept on a server: --out FOLDER saves the predictions to send there"
             )
-        pg = opened()
-        report = evaluate_benchmark(pg, task, data, split, count=count, about=about, **options)
+        check_benchmark(task, data, split)
+        report = evaluate_benchmark(opened(), task, data, split, count=count, about=about, **options)
     elif scenes:
         from paligemma.evaluate import evaluate as run_evaluation
         from paligemma.tiny.evaluation import MEASURES, ROWS_PER_SCENE, targets, tiny_examples
@@ -458,10 +481,16 @@ def evaluate(
         # How rows are made of the data: --out is only continued with the same, wherever the files lie.
         about |= {"kind": kind, **{name: value for name, value in source.items() if value}}
         source["codec"] = codec_of(model, revision, kind)
-        rows = open_rows(data, kind, **source)  # before the model is loaded: a mistyped name is told at once
-        pg = opened()
+        rows = open_rows(data, kind, **source)
         report = evaluate_rows(
-            pg, rows, metric, count=count, about=about, constrained=not free, max_new_tokens=max_new_tokens, **options
+            opened(),
+            rows,
+            metric,
+            count=count,
+            about=about,
+            constrained=not free,
+            max_new_tokens=max_new_tokens,
+            **options,
         )
     if as_json:
         echo_json(report.to_dict())
@@ -657,7 +686,7 @@ def data_check(
     from paligemma.train.data_check import check
     from paligemma.train.data_show import processor_of
 
-    processor, codec = processor_of(model, revision) if model is not None else (None, None)
+    processor, codec = processor_of(model, revision, kind) if model is not None else (None, None)
     with notes.status(Text(f"reading {data}")) as status:
         rows = open_rows(
             data,
@@ -704,7 +733,7 @@ def data_show(
     from paligemma.train.data import open_rows
     from paligemma.train.data_show import processor_of, show_rows
 
-    processor, codec = processor_of(model, revision)
+    processor, codec = processor_of(model, revision, kind)
     found = open_rows(
         data,
         kind,

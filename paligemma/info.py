@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from paligemma.adapters import TENSORS, Adapter, check_fits, is_adapter, open_adapter
 from paligemma.checkpoints import (
     EMBEDDING,
     INDEX,
@@ -25,7 +26,7 @@ from paligemma.checkpoints import (
 )
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.quantization import QuantizedCheckpoint, open_quantized, stored_mode, stored_tensors
-from paligemma.utils import resolve
+from paligemma.utils import find_base, resolve
 
 TEXT_TOKENS = 256  # prompt and answer, in the estimate of memory
 
@@ -34,24 +35,58 @@ def describe(model_path: str | os.PathLike[str], revision: str | None = None) ->
     """The facts about a model, as a dictionary that can be written as JSON. Sizes are in bytes.
 
     model_path: what `load_hf_model` takes, also the name of a published model ("paligemma2-28b-pt-448"), whose
-    numbers follow from its size alone. Of any other hub id only the settings are downloaded.
+    numbers follow from its size alone. Of any other hub id only the settings are downloaded, and of an adapter's its
+    tensors. The facts of an adapter are those of its base, which is what runs; "adapter" says what it adds.
     Raises ValueError or OSError as `load_hf_model` does.
     """
-    name = str(model_path).removeprefix("google/").removesuffix("-jax")
-    published = re.fullmatch(rf"({'|'.join(PUBLISHED)})-(?:.+-)?(224|448|896)", name)
-    if published and revision is None and not Path(model_path).exists():
-        return _describe(str(model_path), published_config(published[1], int(published[2])), None)
-
+    if revision is None and (config := _published(model_path)) is not None:
+        return _describe(str(model_path), config, None)
     path = resolve(model_path, revision, weights=False)
+    if not is_adapter(path):
+        return _describe(str(model_path), *_opened(path, Path(model_path).expanduser().exists()))
+
+    adapter = open_adapter(resolve(model_path, revision))
+    beside = adapter.folder / adapter.base
+    config, checkpoint = _published(adapter.base), None
+    if config is None or beside.exists():
+        own = beside.exists() or Path(adapter.base).expanduser().exists()
+        config, checkpoint = _opened(find_base(adapter, weights=False), own)
+    check_fits(adapter, expected_shapes(config), adapter.base)
+    return {**_describe(str(model_path), config, checkpoint), "adapter": _describe_adapter(adapter)}
+
+
+def _published(model_path: str | os.PathLike[str]) -> PaliGemmaConfig | None:
+    """The configuration that follows from the name of a published model; None for other names and what lies here."""
+    name = str(model_path).removeprefix("google/").removesuffix("-jax")
+    found = re.fullmatch(rf"({'|'.join(PUBLISHED)})-(?:.+-)?(224|448|896)", name)
+    return published_config(found[1], int(found[2])) if found and not Path(model_path).exists() else None
+
+
+def _opened(path: Path, own: bool) -> tuple[PaliGemmaConfig, Checkpoint | QuantizedCheckpoint | None]:
+    """A checkpoint, or None where only its configuration is here. own: it is the user's, and not of the hub."""
     try:
         checkpoint = open_checkpoint(path) if stored_mode(path) is None else open_quantized(path)
     except FileNotFoundError:
         # Of a hub id the settings alone were fetched. A folder of the user's either holds no weights at all, or all.
         some = (path / INDEX).is_file() or any(path.glob("*.safetensors"))
-        if not (path / "config.json").is_file() or (some and Path(model_path).expanduser().exists()):
+        if not (path / "config.json").is_file() or (some and own):
             raise
-        return _describe(str(model_path), PaliGemmaConfig.from_pretrained(path), None)
-    return _describe(str(model_path), checkpoint.config, checkpoint)
+        return PaliGemmaConfig.from_pretrained(path), None
+    return checkpoint.config, checkpoint
+
+
+def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    changed = {**adapter.shapes, **adapter.whole_shapes}
+    parts = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "decoder"}
+    return {
+        "base": adapter.base,
+        "ranks": sorted(set(adapter.ranks.values())),
+        "parts": [part for tower, part in parts.items() if any(name.startswith(tower) for name in changed)],
+        "layers": len(adapter.ranks),
+        "parameters": sum(rank * sum(adapter.shapes[name]) for name, rank in adapter.ranks.items())
+        + sum(map(math.prod, adapter.whole_shapes.values())),
+        "stored_bytes": (adapter.folder / TENSORS).stat().st_size,
+    }
 
 
 def _describe(
@@ -94,6 +129,7 @@ def _describe(
         "parameters": {**parts, "total": total},
         "kv_bytes_per_token": kv_bytes_per_token(config, runs_in),
         "memory": memory(config, total, runs_in, weights),
+        "adapter": None,
     }
 
 
@@ -136,12 +172,13 @@ def render(facts: dict[str, Any]) -> str:
     stored = "not here: the numbers follow from the configuration"
     if facts["format"]:
         count = len(facts["files"])
-        stored = f"{_bytes(facts['stored_bytes'])} of {facts['stored_dtype']} in {count} {facts['format']} file"
+        stored = f"{in_units(facts['stored_bytes'])} of {facts['stored_dtype']} in {count} {facts['format']} file"
         stored += "s" if count > 1 else ""
     share = {part: f"{parameters[part]:>15,}" for part in parameters}
     lines = [
         ("model", f"{facts['source']}: {facts['family']}, {name}"),
-        ("weights", stored),
+        *([("adapter", _adapter_line(facts["adapter"]))] if facts["adapter"] else []),
+        ("weights", f"{stored}, the base's" if facts["adapter"] else stored),
         ("image", f"{facts['image_size']} x {facts['image_size']} pixels = {facts['image_tokens']:,} tokens"),
         ("tokens", f"{facts['max_tokens']:,} at most, image included"),
         ("parameters", f"{share['vision']}  vision tower"),
@@ -152,11 +189,20 @@ def render(facts: dict[str, Any]) -> str:
         ("cache", f"{facts['kv_bytes_per_token']:,} bytes per token in {facts['dtype']}"),
         (
             "memory",
-            f"{_bytes(need['total'])} in {facts['dtype']} for one image and {TEXT_TOKENS} text tokens, estimated",
+            f"{in_units(need['total'])} in {facts['dtype']} for one image and {TEXT_TOKENS} text tokens, estimated",
         ),
-        ("", ", ".join(f"{_bytes(need[part])} {part}" for part in ("weights", "cache", "activations"))),
+        ("", ", ".join(f"{in_units(need[part])} {part}" for part in ("weights", "cache", "activations"))),
     ]
     return "\n".join(f"{label:<12}{text}".rstrip() for label, text in lines)
+
+
+def _adapter_line(adapter: dict[str, Any]) -> str:
+    ranks = " and ".join(map(str, adapter["ranks"]))
+    kind = f"LoRA of rank {ranks}" if ranks else "tensors trained whole"
+    return (
+        f"of {adapter['base']}: {kind} in {', '.join(adapter['parts'])}; {adapter['layers']} layers, "
+        f"{adapter['parameters']:,} parameters, {in_units(adapter['stored_bytes'])}"
+    )
 
 
 def _bytes_of(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> int:
@@ -167,7 +213,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _bytes(count: int) -> str:
+def in_units(count: int) -> str:
     """Decimal units, as disks and downloads are counted."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:

@@ -407,7 +407,10 @@ def _download() -> Path:
     path = Path(constants.HF_HOME) / "paligemma" / "vae-oid.npz"
     if path.is_file():
         return path
-    help_ = f"Download {OFFICIAL_URL} yourself and pass its path: MaskCodec.load('vae-oid.npz')."
+    help_ = (
+        f"Download {OFFICIAL_URL} yourself to that path, or as mask_codec.npz into the folder of the checkpoint "
+        "(the model that ships, tiny, has its own); in Python, MaskCodec.load takes any path"
+    )
     if constants.HF_HUB_OFFLINE:
         raise FileNotFoundError(f"the mask codec is not at {path} and HF_HUB_OFFLINE is set. {help_}")
 

@@ -687,14 +687,14 @@ def quantize_checkpoint(
     dtype: torch.dtype | str | None = None,
     max_shard_size: int = 5 * 10**9,
     folders: Sequence[Path] = (),
-) -> None:
+) -> list[Path]:
     """Writes a quantised checkpoint into a folder, tensor by tensor; `load` maps it and needs no work on it.
 
     source: a folder, a `.safetensors` file, a big_vision `.npz`, or one of these opened. mode: "int8" or "int4".
     dtype: of what is not rounded; default bfloat16 for the published sizes, the checkpoint's own for all others.
     folders: where tokenizer and the like are taken from, the first that has one; default the source's own.
     In memory at any time: one matrix, as it was and as it becomes. If anything fails, the folder is as it was.
-    Raises ValueError and OSError as `open_checkpoint` and `convert` do.
+    Returns the files written. Raises ValueError and OSError as `open_checkpoint` and `convert` do.
     """
     if mode not in STORED:
         raise ValueError(f"mode is {mode!r}, expected {' or '.join(STORED)}: the others change nothing on disk")
@@ -710,7 +710,7 @@ def quantize_checkpoint(
         "quantization_config": {"quant_method": QUANT_METHOD, "mode": mode, "group_size": GROUP},
     }
     stored, read = stored_tensors(checkpoint.config, mode, kept), rounded_reader(checkpoint, mode, kept)
-    checkpoints.write_folder(folder, folders, settings, stored, read, max_shard_size)
+    return checkpoints.write_folder(folder, folders, settings, stored, read, max_shard_size)
 
 
 def load_quantizing(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from paligemma.adapters import CONFIG, folded, is_adapter, open_adapter
+from paligemma.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
 from paligemma.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype, published_name
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.npz import npz_parts
@@ -99,18 +99,28 @@ def open_model(
         checkpoint = open_checkpoint(path)
         return checkpoint, [checkpoint.folder]
     adapter = open_adapter(path)
-    beside = path / adapter.base
+    checkpoint = open_checkpoint(find_base(adapter, dtype))
+    return folded(checkpoint, adapter), [path, checkpoint.folder]
+
+
+def find_base(adapter: Adapter, dtype: torch.dtype | str | None = None, weights: bool = True) -> Path:
+    """Where the base of an adapter lies: beside it, or where `resolve` finds it.
+
+    Raises FileNotFoundError where there is none, ValueError for a base that is an adapter itself.
+    """
+    beside = adapter.folder / adapter.base
     try:
-        base = beside if beside.exists() else resolve(adapter.base, adapter.revision, dtype)
+        base = beside if beside.exists() else resolve(adapter.base, adapter.revision, dtype, weights)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
-            f"{path} is an adapter, and its base cannot be found: {error}. Where it lies stands in {CONFIG}, as "
-            "base_model_name_or_path"
+            f"{adapter.folder} is an adapter, and its base cannot be found: {error}. Where it lies stands in {CONFIG}, "
+            "as base_model_name_or_path"
         ) from None
     if is_adapter(base):
-        raise ValueError(f"{path} is an adapter beside another, {base}: merge that one first (`paligemma merge`)")
-    checkpoint = open_checkpoint(base)
-    return folded(checkpoint, adapter), [path, checkpoint.folder]
+        raise ValueError(
+            f"{adapter.folder} is an adapter beside another, {base}: merge that one first (`paligemma merge`)"
+        )
+    return base
 
 
 def first_with(folders: list[Path], *names: str) -> Path | None:
@@ -123,18 +133,19 @@ def merge(
     target: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
-) -> None:
+) -> list[Path]:
     """Writes an adapter and its base as one checkpoint, in the published layout, tensor by tensor.
 
     adapter: a folder or a hub id, of which `revision` is one. target: a folder. dtype: default the base's own.
-    Raises ValueError for what is no adapter, and as `open_model` and `checkpoints.convert` do.
+    Returns the files written. Raises ValueError for what is no adapter, and as `open_model` and `checkpoints.convert`
+    do.
     """
     path = resolve(adapter, revision)
     if not is_adapter(path):
         raise ValueError(f"{path} is no adapter: it has no {CONFIG}, so there is nothing to merge")
     checkpoint, folders = open_model(path, parse_dtype(dtype))
     assert isinstance(checkpoint, Checkpoint)  # an adapter's base is never quantised
-    convert(checkpoint, target, dtype, "safetensors", folders=folders)
+    return convert(checkpoint, target, dtype, "safetensors", folders=folders)
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:

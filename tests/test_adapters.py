@@ -19,6 +19,7 @@ import paligemma
 from paligemma.adapters import CONFIG, TENSORS, is_adapter, open_adapter, save_adapter
 from paligemma.checkpoints import convert, load_model, open_checkpoint, save_pretrained
 from paligemma.cli import app
+from paligemma.info import describe, in_units
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
 from paligemma.train.loop import TrainConfig, train
@@ -150,6 +151,35 @@ def test_an_adapter_beside_the_model_that_ships(tmp_path):
     assert loaded.codec.decode(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 64, 64), "its codec is the base's"
 
 
+def test_info_tells_of_an_adapter_and_its_base(base, tmp_path, monkeypatch):
+    """The facts are those of the base, which is what runs; `adapter` is what was added."""
+    monkeypatch.chdir(base.parent)
+    save_adapter(with_lora(base, ("decoder", "projector"), rank=3), tmp_path / "mine", base)
+    facts, alone = describe(tmp_path / "mine"), describe(base)
+    size = (tmp_path / "mine" / TENSORS).stat().st_size
+    learned = load_file(tmp_path / "mine" / TENSORS)
+    assert facts["adapter"] == {
+        "base": str(base),
+        "ranks": [3],
+        "parts": ["projector", "decoder"],
+        "layers": len(learned) // 2,
+        "parameters": sum(tensor.numel() for tensor in learned.values()),
+        "stored_bytes": size,
+    }
+    assert {**facts, "adapter": None} == {**alone, "source": str(tmp_path / "mine")}
+    assert json.loads(json.dumps(facts)) == facts
+    text = CliRunner().invoke(app, ["info", str(tmp_path / "mine")]).stdout
+    said = f"LoRA of rank 3 in projector, decoder; {len(learned) // 2} layers, {facts['adapter']['parameters']:,} param"
+    assert f"of {base}: " in text and said in text and in_units(size) in text
+
+
+def test_info_needs_no_files_of_a_published_base(gemma, tmp_path):
+    save_adapter(with_lora(gemma), tmp_path, "google/paligemma2-3b-pt-448")
+    save_file({UP + "A.weight": torch.zeros(2, 2304), UP + "B.weight": torch.zeros(9216, 2)}, tmp_path / TENSORS)
+    facts = describe(tmp_path)
+    assert (facts["variant"], facts["adapter"]["ranks"]) == ("paligemma2-3b-448", [2])
+
+
 def test_the_sum_is_rounded_once(gemma, tmp_path):
     ours = with_lora(gemma)
     save_adapter(ours, tmp_path, gemma)
@@ -269,6 +299,7 @@ def test_a_merged_adapter_is_a_checkpoint_like_any_other(base, processor, tmp_pa
     save_adapter(ours, tmp_path / "adapter", base)
     done = CliRunner().invoke(app, ["merge", str(tmp_path / "adapter"), str(tmp_path / "whole")])
     assert done.exit_code == 0, done.output
+    assert done.stdout == "" and done.stderr.startswith(f"written: {tmp_path}/whole, ")
     batch = batch_for(ours)
     assert_same(logits(ours, batch), logits(their_base(tmp_path / "whole"), batch))
     assert_same(logits(ours, batch), logits(load_hf_model(tmp_path / "whole")[0], batch))
@@ -391,8 +422,18 @@ def test_files_that_are_missing_or_damaged(adapter):
 
 def test_a_base_that_is_gone(adapter, tmp_path):
     change_config(adapter, base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError, match=r"its base cannot be found: .*gone.*adapter_config.json"):
-        load_hf_model(adapter)
+    for open_it in (load_hf_model, describe):
+        with pytest.raises(FileNotFoundError, match=r"its base cannot be found: .*gone.*adapter_config.json"):
+            open_it(adapter)
+
+
+def test_info_names_what_does_not_fit(adapter, base):
+    change_config(adapter, base_model_name_or_path="tiny")
+    with pytest.raises(ValueError, match=r"does not fit its base"):
+        describe(adapter)
+    (adapter / TENSORS).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"truncated or damaged"):
+        describe(adapter)
 
 
 def test_an_adapter_beside_an_adapter(adapter, gemma, tmp_path):

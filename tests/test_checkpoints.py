@@ -974,10 +974,46 @@ def test_convert_never_harms_what_is_there(folder, gemma, tmp_path):
         convert(folder, folder / "x.npz")
     save_pretrained(make_model("gemma2"), tmp_path / "other")
     before = digests(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"config.json of another model: choose an empty folder"):
+    with pytest.raises(ValueError, match=r"other holds config.json of other content, which would be lost: choose"):
         convert(folder, tmp_path / "other" / "x.npz")
     assert digests(tmp_path / "other") == before
     assert_same_weights(load_model(folder), gemma)
+
+
+@pytest.mark.parametrize("target", [".", "x.npz"])
+def test_convert_loses_no_file_of_somebody_else(folder, tmp_path, target, monkeypatch):
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    Path("tokenizer.json").write_text("mine")
+    monkeypatch.setattr("paligemma.checkpoints._write_tensor", None)  # told before any weight is written
+    with pytest.raises(ValueError, match=r"the current folder holds tokenizer.json of other content, which would"):
+        convert(folder, target)
+    assert {path.name: path.read_text() for path in Path().iterdir()} == {"tokenizer.json": "mine"}
+
+
+@pytest.mark.parametrize("old", ["one file", "shards", "a folder of its name"])
+def test_convert_loses_no_weights_of_the_same_configuration(folder, gemma, tmp_path, old):
+    with torch.no_grad():
+        gemma.language_model.model.norm.weight += 1
+    save_pretrained(gemma, tmp_path / "tuned", max_shard_size=40_000 if old == "shards" else 10**9)
+    if old == "a folder of its name":
+        (tmp_path / "tuned" / "model.safetensors").unlink()
+        (tmp_path / "tuned" / "model.safetensors").mkdir()
+        (tmp_path / "tuned" / "model.safetensors" / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "tuned").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"tuned holds model.*safetensors.* of other content, which would be lost"):
+        convert(folder, tmp_path / "tuned")
+    assert {path: path.read_bytes() for path in (tmp_path / "tuned").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("target", "weights"), [("b", "model.safetensors"), ("b/x.npz", "x.npz")])
+def test_the_same_conversion_again_is_no_loss(folder, tmp_path, target, weights):
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    names = sorted(["config.json", "tokenizer.json", weights])
+    for _ in range(2):
+        assert convert(folder, tmp_path / target) == [tmp_path / "b" / name for name in names]
+        assert sorted(digests(tmp_path / "b")) == names
 
 
 def test_formats_that_do_not_exist(folder, tmp_path):

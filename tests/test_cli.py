@@ -16,6 +16,7 @@ from reference import randomize, tiny_config
 from paligemma import cli
 from paligemma.checkpoints import save_pretrained
 from paligemma.inference import load
+from paligemma.info import in_units
 from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
@@ -259,6 +260,22 @@ def test_info_and_convert(paligemma, tmp_path):
     assert code == 0 and (tmp_path / "copy.npz").is_file()
     assert paligemma("convert", "model", str(tmp_path / "half"), "--dtype", "bfloat16")[0] == 0
     assert load(str(tmp_path / "half")).model.dtype == torch.bfloat16
+
+
+def test_what_was_written_is_said(paligemma, tmp_path):
+    """In one line on stderr, also where that is no terminal."""
+
+    def size(*files):
+        return in_units(sum(file.stat().st_size for file in files))
+
+    npz = tmp_path / "new" / "copy.npz"
+    _, out, err = paligemma("convert", "model", str(npz))
+    beside = "config.json, mask_codec.npz, preprocessor_config.json, tokenizer.json, tokenizer_config.json"
+    assert (out, err) == ("", f"written: {npz}, {size(npz)}; beside it {beside}\n")
+    for command, *options in (["convert"], ["quantize", "--int8"]):
+        folder = tmp_path / command
+        _, out, err = paligemma(command, "model", str(folder), *options)
+        assert (out, err) == ("", f"written: {folder}, {size(*folder.iterdir())} in 6 files\n")
 
 
 def test_help_answers_at_once_and_names_every_command(folder):

@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw
 
 import paligemma
 import paligemma.cli
+import paligemma.utils
 from paligemma.mask_codec import MaskCodec
 from paligemma.train import data_coco, data_files
 from paligemma.train.batches import RowBatches
@@ -580,7 +582,7 @@ def test_coco_masks_become_the_codes_of_the_mask(folder):
         rows[2]
     codec.save(folder / "codec.npz")
     assert open_rows(path, "coco-segment", codec=folder / "codec.npz")[0] == rows[0]
-    with pytest.raises(ValueError, match="masks need a codec"):
+    with pytest.raises(ValueError, match=r"masks need a codec .*: --model NAME \(tiny has its own\); in Python"):
         open_rows(path, "coco-segment")
 
 
@@ -1268,6 +1270,22 @@ def test_the_command_show_draws_a_sheet_or_a_folder(folder, paligemma_command):
         assert np.array_equal(np.asarray(sheet), np.asarray(expected))
     assert paligemma_command("data", "show", path, "--out", folder / "each", "--count", "3")[0] == 0
     assert sorted(p.name for p in (folder / "each").iterdir()) == [f"row-00000{k}.png" for k in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("command", [["check"], ["show", "--out", "x.png"]])
+def test_a_model_without_a_codec_takes_the_official_one(folder, paligemma_command, command, monkeypatch):
+    """Which may be missing too: the ways to it are named."""
+    shutil.copytree(paligemma.utils.TINY, folder / "bare", ignore=shutil.ignore_patterns("mask_codec.npz"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(folder / "cache"))
+    square = {"image_id": 30, "category_id": 1, "bbox": [10, 5, 20, 10], "segmentation": [[10, 5, 30, 5, 30, 15]]}
+    path = write_coco(folder, annotations=[square])
+    asked = ("data", *command, path, "--kind", "coco-segment", "--model", folder / "bare")
+    code, out, err = paligemma_command(*asked)
+    assert (code, out) == (1, "") and "as mask_codec.npz into the folder of the checkpoint" in err
+    (folder / "cache" / "paligemma").mkdir(parents=True)
+    shutil.copy(paligemma.utils.TINY / "mask_codec.npz", folder / "cache" / "paligemma" / "vae-oid.npz")
+    monkeypatch.chdir(folder)
+    assert paligemma_command(*asked)[0] == 0
 
 
 @pytest.mark.parametrize("options, message", [

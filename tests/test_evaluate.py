@@ -18,7 +18,7 @@ from paligemma.evaluate import MEASURES, Example, Prediction, Region, evaluate
 from paligemma.evaluate.intervals import wilson
 from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Figure, Report
-from paligemma.evaluate.runner import batches
+from paligemma.evaluate.runner import batches, check_folder
 from paligemma.grammar import Detection, Segment
 from paligemma.inference import Answer
 from paligemma.tiny import evaluation as tiny
@@ -313,9 +313,11 @@ def test_a_folder_is_not_continued_with_something_else(tmp_path):
     pg = StubModel(coin)
     run(pg, questions(3), out_folder=tmp_path, about={"metric": "one", "model": "here", "data": "here"})
     run(pg, questions(3), out_folder=tmp_path, about={"metric": "one", "model": "moved", "data": "moved"})
-    with pytest.raises(ValueError, match=r"\{'metric': 'one'\} there, \{'metric': 'two'\} here"):
-        run(pg, questions(3), out_folder=tmp_path, about={"metric": "two"})
-    with pytest.raises(ValueError, match="constrained"):
+    with pytest.raises(
+        ValueError, match=r"another run: metric one there, two here; dtype not given there, float32 here"
+    ):
+        run(pg, questions(3), out_folder=tmp_path, about={"metric": "two", "dtype": "float32"})
+    with pytest.raises(ValueError, match="constrained yes there, no here"):
         run(pg, questions(3), out_folder=tmp_path, about={"metric": "one"}, constrained=False)
     changed = [Example("exact0", IMAGE, "answer en something else ?", "exact", ("yes",))]
     with pytest.raises(ValueError, match="row exact0 was asked"):
@@ -330,7 +332,7 @@ def test_a_folder_is_not_continued_with_other_weights(tmp_path):
     assert len(pg.prompts) == 4, "more rows are no other run"
     with torch.no_grad():
         pg.model.bias += 0.01  # the same folder, one training step later
-    with pytest.raises(ValueError, match="'weights'"):
+    with pytest.raises(ValueError, match="weights"):
         run(pg, questions(4), out_folder=tmp_path)
 
 
@@ -352,6 +354,17 @@ def test_a_row_that_sees_another_picture_is_another_row(tmp_path, kind: str):
         run(pg, row("blue"), out_folder=tmp_path / "run")
 
 
+def test_a_run_that_is_refused_before_its_first_answer_leaves_nothing(tmp_path):
+    def rows():
+        yield from questions(1)
+        raise ValueError("the second row is none")
+
+    with pytest.raises(ValueError, match="the second row is none"):
+        run(StubModel(coin), rows(), out_folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(StubModel(coin), questions(3), out_folder=tmp_path / "run", constrained=False)  # with other options
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -364,6 +377,21 @@ def test_a_folder_with_files_of_somebody_else_is_left_as_it_is(tmp_path, name: s
     with pytest.raises(ValueError, match=rf"has {name.split('/')[0]} and no run.json .*choose another folder"):
         run(StubModel(coin), questions(3), out_folder=tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_a_folder_is_tried_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file is a file, expected a folder"):
+        check_folder(tmp_path / "file")
+    with pytest.raises(OSError, match=r"file/run cannot be written to .*: choose another folder"):
+        check_folder(tmp_path / "file" / "run")
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"has results.json and no run.json"):
+        check_folder(tmp_path)
+    check_folder(tmp_path / "new" / "run")
+    run(StubModel(coin), questions(1), out_folder=tmp_path / "there")
+    check_folder(tmp_path / "there")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "results.json", "there"}, "nothing is left of it"
 
 
 @pytest.mark.parametrize(

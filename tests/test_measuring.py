@@ -296,7 +296,7 @@ def test_a_run_is_only_continued_with_the_options_that_choose_its_rows(paligemma
     assert paligemma(*command)[0] == 0
     for option in (["--kind", "jsonl"], ["--language", "de"]):
         code, out, err = paligemma(*command, *option)
-        assert (code, out) == (1, "") and f"{{'{option[0][2:]}': " in err and "choose another folder" in err
+        assert (code, out) == (1, "") and f"{option[0][2:]} " in err and "choose another folder" in err
     write(folder, *TWO_PICTURES[::-1])
     code, out, err = paligemma(*command)
     assert (code, out) == (1, "") and "saw another picture" in err, "the same path, but not the same rows"
@@ -347,6 +347,20 @@ def test_evaluate_a_benchmark(paligemma, folder: Path):
     assert code == 0 and "pope" in out and "accuracy" in out and "published" not in out, "none of this model"
 
 
+def test_tiny_is_the_small_world_whatever_lies_here(paligemma, folder: Path):
+    """As for --model: a folder of this name is ./tiny."""
+    write(folder, {"question": "what color is the background ?", "answers": ["red"]})
+    (folder / "tiny").mkdir()
+    for name in ("test.jsonl", "a.png"):
+        (folder / name).rename(folder / "tiny" / name)
+    code, out, err = paligemma("evaluate", "--count", "1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["about"]["data"] == "tiny:test"
+    code, out, err = paligemma("evaluate", "--data", "./tiny", "--task", "exact", "--max-new-tokens", "1", "--json")
+    assert code == 0, err
+    assert json.loads(out)["about"]["data"] == "./tiny"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -356,10 +370,16 @@ def test_evaluate_a_benchmark(paligemma, folder: Path):
         (["--data", ".", "--task", "vqav2", "--split", "test"], 2, "kept on a server: --out FOLDER"),
         (["--data", ".", "--task", "gqa", "--split", "dev"], 1, "gqa has no split 'dev'"),
         (["--data", ".", "--task", "gqa"], 1, "no testdev_balanced_questions.json"),
+        (["--data", "a.png", "--task", "gqa"], 1, "a.png: a file, no folder; expected one with the published files"),
+        (["--out", "a.png"], 1, "a.png is a file, expected a folder"),
+        (["--out", "a.png/run"], 1, "a.png/run cannot be written to"),
         (["--data", "gone.jsonl", "--task", "vqa"], 1, "gone.jsonl: no such file or folder"),
         (["--data", "gone.jsonl", "--task", "dance"], 1, "no task 'dance'"),
     ],
 )
-def test_mistakes_are_told(paligemma, arguments: list[str], code: int, message: str):
+def test_mistakes_are_told_before_the_model_is_loaded(
+    paligemma, arguments: list[str], code: int, message: str, monkeypatch
+):
+    monkeypatch.setattr("paligemma.inference.load", lambda *_, **__: pytest.fail("it is loaded"))
     found, out, err = paligemma("evaluate", *arguments)
     assert (found, out) == (code, "") and message in " ".join(err.replace("│", " ").split())

@@ -1067,6 +1067,17 @@ def test_a_failure_leaves_everything_as_it_was(source, tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_another_checkpoint_is_not_replaced(source, tmp_path):
+    convert(source, tmp_path / "there")
+    before = files(tmp_path / "there")
+    with pytest.raises(ValueError, match=r"there holds config.json of other content, which would be lost"):
+        quantize_checkpoint(source, tmp_path / "there", "int8")
+    assert files(tmp_path / "there") == before
+    for _ in range(2):  # its own work may be done again
+        written = quantize_checkpoint(source, tmp_path / "small", "int8")
+        assert [path.name for path in written] == sorted(files(tmp_path / "small"))
+
+
 def test_one_matrix_at_a_time(source, tmp_path, monkeypatch):
     """Each is read once, and none is kept when the next is read. What is rounded is in no map that stays."""
     checkpoint = open_checkpoint(source)

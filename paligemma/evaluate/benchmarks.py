@@ -236,12 +236,18 @@ def benchmark_examples(task: str, folder: str | Path, split: str | None = None, 
     split = resolved_split(task, split)
     benchmark, folder = BENCHMARKS[task], Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected one with the published files of {task}")
+        what = "a file, no folder; expected one" if folder.exists() else "no such folder; expected one"
+        raise FileNotFoundError(f"{folder}: {what} with the published files of {task}")
     try:
         yield from benchmark.read(Source(folder, task, split, side))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{folder} is not {task} as it is published ({what}): {benchmark.read.__doc__}") from error
+
+
+def check_benchmark(task: str, folder: str | Path, split: str | None = None) -> None:
+    """Reads the first row, so that a wrong folder is told before a model is loaded. Raises as `benchmark_examples`."""
+    next(benchmark_examples(task, folder, split), None)
 
 
 def evaluate_benchmark(

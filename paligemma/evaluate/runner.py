@@ -21,10 +21,11 @@ import json
 import math
 import os
 import platform
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -130,9 +131,11 @@ def evaluate(
 
     started = time.perf_counter()
     with _progress(progress, len(examples) if isinstance(examples, Sized) else total) as bar:
-        for batch in batches(fresh(bar), batch_size):
+        for number, batch in enumerate(batches(fresh(bar), batch_size)):
             predictions = answer(pg, batch, constrained, max_new_tokens, beams)
             if folder:
+                if number == 0:  # a run without an answer, refused at a bad row, is none to be continued
+                    write_notice(folder, about)
                 append(folder / "predictions.jsonl", batch, predictions)
             for example, prediction in zip(batch, predictions):
                 take(example, prediction)
@@ -228,27 +231,45 @@ def _progress(show: bool, total: int | None) -> Iterator[Any]:
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Saved predictions by id. A last line that was cut off is removed.
+def check_folder(folder: Path) -> None:
+    """Whether a run could be written to a folder, told before a model is loaded. Nothing is left of the trial.
 
-    ValueError if they are of another run or cannot be read, and for a folder with files of somebody else;
-    FileExistsError for a file. Then nothing was changed.
+    ValueError for a folder with files of somebody else, FileExistsError for a file, OSError where nothing can be
+    written.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, expected a folder to write the run to")
-    notice, path = folder / "run.json", folder / "predictions.jsonl"
-    current = json.loads(json.dumps(about))
-    if notice.exists():
-        before = _read_notice(notice)
-        changed = [key for key in {**before, **current} if key not in PLACES and before.get(key) != current.get(key)]
-        if changed:
-            there, here = ({key: values.get(key) for key in changed} for values in (before, current))
-            raise ValueError(f"{folder} holds another run: {there} there, {here} here; choose another folder")
-    elif found := [name for name in WRITTEN if (folder / name).exists()]:
+    found = [name for name in WRITTEN if (folder / name).exists()]
+    if found and not (folder / "run.json").exists():
         raise ValueError(
             f"{folder} has {', '.join(found)} and no run.json that says of which run: choose another folder, since a "
             "run would write over it"
         )
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Saved predictions by id. A last line that was cut off is removed; nothing else is changed, or made.
+
+    ValueError if they are of another run or cannot be read, and what `check_folder` raises. Then nothing was changed.
+    """
+    check_folder(folder)
+    notice, path = folder / "run.json", folder / "predictions.jsonl"
+    if notice.exists():
+        before, current = _read_notice(notice), json.loads(json.dumps(about))
+        changed = [key for key in {**before, **current} if key not in PLACES and before.get(key) != current.get(key)]
+        if changed:
+            named = [f"{key} {_in_words(before.get(key))} there, {_in_words(current.get(key))} here" for key in changed]
+            raise ValueError(f"{folder} holds another run: {'; '.join(named)}; choose another folder")
     saved = {}
     if path.exists():
         saved = read_predictions(path)  # before anything is cut off
@@ -257,9 +278,19 @@ def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, A
         if whole != raw:
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(notice, json.dumps(current, indent=2) + "\n")
     return saved
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not given" if value is None else str(value)
+
+
+def write_notice(folder: Path, about: Mapping[str, Any]) -> None:
+    """Of which run the predictions are that are going to lie beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "run.json", json.dumps(dict(about), indent=2) + "\n")
 
 
 def _read_notice(path: Path) -> dict[str, Any]:

@@ -110,7 +110,10 @@ def objects(
 ) -> Rows:
     """`detect` or `segment` rows."""
     if kind == "coco-segment" and codec is None:
-        raise ValueError("masks need a codec to become tokens: codec='vae-oid.npz', or MaskCodec.load() to fetch it")
+        raise ValueError(
+            "masks need a codec to become tokens, the model's or the official one: --model NAME (tiny has its own); in "
+            "Python codec='vae-oid.npz', or MaskCodec.load() to fetch it"
+        )
     index = read_index(path, with_categories=True)
     usable = np.flatnonzero(~index.crowd)
     order = usable[np.argsort(index.image_of[usable], kind="stable")]  # annotations, picture by picture

@@ -44,26 +44,28 @@ MOST = 500  # tokens drawn of a row
 IMAGE_ROWS = 4  # the mask shows so many of the tokens of each picture
 
 
-def processor_of(model: str, revision: str | None = None) -> tuple[PaliGemmaProcessor, MaskCodec | None]:
-    """The processor of a checkpoint, and its own mask codec if it brings one. Its weights are not looked at."""
+def processor_of(
+    model: str, revision: str | None = None, kind: str | None = None
+) -> tuple[PaliGemmaProcessor, MaskCodec | None]:
+    """The processor of a checkpoint, and what makes tokens of masks: its own codec if it brings one, else, for data of
+    a kind that has masks ("coco-segment"), the official one, which is downloaded. Its weights are not looked at."""
     from paligemma.inference import CODEC_FILE
     from paligemma.mask_codec import MaskCodec
     from paligemma.utils import resolve
 
     path = resolve(model, revision=revision, weights=False)
     folder: Path = path if path.is_dir() else path.parent
-    codec = MaskCodec.load(folder / CODEC_FILE) if (folder / CODEC_FILE).is_file() else None
+    codec = None
+    if (folder / CODEC_FILE).is_file():
+        codec = MaskCodec.load(folder / CODEC_FILE)
+    elif kind == "coco-segment":
+        codec = MaskCodec.load()
     return PaliGemmaProcessor.from_pretrained(folder), codec
 
 
 def codec_of(model: str, revision: str | None, kind: str | None) -> MaskCodec | None:
-    """What makes tokens of the masks in COCO files: the model's own codec, or the official one, which is downloaded.
-    None for data of other kinds, which have no masks."""
-    from paligemma.mask_codec import MaskCodec
-
-    if kind != "coco-segment":
-        return None
-    return processor_of(model, revision)[1] or MaskCodec.load()
+    """What `processor_of` finds for masks; None for data of other kinds, which have none."""
+    return processor_of(model, revision, kind)[1] if kind == "coco-segment" else None
 
 
 @dataclass(frozen=True)
