@@ -54,7 +54,8 @@ class Answer:
 
     token_ids: without the closing eos. token_logprobs: of the chosen tokens, under the distribution they were chosen
     from (after a constraint, before temperature). score: exp of their mean, in [0, 1]; for an empty answer the
-    probability of saying nothing. finished: False when the budget ended it. detections, segments: what the text's
+    probability of saying nothing (0 if the budget ended it). finished: False when the budget ended it, also where a
+    grammar closed the answer because another box did not fit. detections, segments: what the text's
     location tokens mean, in pixels of the (first) image. invalid: what could not be read, as (span, reason).
     """
 
