@@ -659,6 +659,7 @@ def _token_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _check_texts(texts: Sequence[str], name: str) -> list[str]:
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+    given = [] if isinstance(texts, str) else list(texts)
+    if not given or not all(isinstance(text, str) for text in given):
         raise ValueError(f"{name} must be a list of one or more strings, got {texts!r}")
-    return list(dict.fromkeys(text.strip() if name == "labels" else text for text in texts))
+    return list(dict.fromkeys(text.strip() if name == "labels" else text for text in given))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +132,7 @@ class PaliGemma:
 
     def caption(self, image: ImageInput | list[ImageInput], language: str = "en") -> Any:
         """A sentence about the image: Answer, or a list of them for a list of images."""
+        _check_text(language, "the language")
         return self.generate(image, f"caption {language}")
 
     def ask(
@@ -142,11 +143,13 @@ class PaliGemma:
         language: str = "en",
     ) -> Any:
         """The answer to a question. With `choices`, one of these strings and nothing else."""
-        prompts = [f"answer {language} {q}" for q in question] if isinstance(question, list) else None
-        constraint = ChoiceGrammar(self.processor.tokenizer, list(choices)) if choices is not None else None
-        return self.generate(
-            image, f"answer {language} {question}" if prompts is None else prompts, constraint=constraint
-        )
+        _check_text(language, "the language")
+        questions = question if isinstance(question, list) else [question]
+        for one in questions:
+            _check_text(one, "a question")
+        prompts = [f"answer {language} {one}" for one in questions]
+        constraint = ChoiceGrammar(self.processor.tokenizer, choices) if choices is not None else None
+        return self.generate(image, prompts if isinstance(question, list) else prompts[0], constraint=constraint)
 
     def ocr(self, image: ImageInput | list[ImageInput]) -> Any:
         """The text in the image."""
@@ -160,6 +163,8 @@ class PaliGemma:
         max_new_tokens: int = BOX_BUDGET,
     ) -> Any:
         """Boxes of everything that bears one of the labels: list of Detection, in pixels of the image.
+
+        labels: of all the images. (Others for each: `generate` with a list of prompts and `constrained=True`.)
 
         constrained: decode under the grammar, so that the output always parses and names only what was asked for;
         False gives the reference's free decoding. A list of images gives a list of lists.
@@ -187,7 +192,7 @@ class PaliGemma:
         if labels is not None:
             text = "segment " + " ; ".join(_labels(labels))
         else:
-            text = str(prompt)
+            text = _check_text(prompt, "the prompt")
             if constrained:
                 grammar = DetectionGrammar(self.processor.tokenizer, labels=None, segments=True)
         answers = self.generate(
@@ -334,9 +339,17 @@ class PaliGemma:
         return inputs, [features[id(row[0])][1] for row in rows]
 
 
+def _check_text(value: Any, name: str) -> str:
+    """The value. Anything can be put into a prompt, None too, and the model would answer it."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a string")
+    return value
+
+
 def _labels(labels: str | Sequence[str]) -> list[str]:
-    labels = [labels] if isinstance(labels, str) else list(labels)
-    labels = [label.strip() for label in labels]
+    if not isinstance(labels, Iterable):
+        raise TypeError(f"labels is {labels!r}, expected a string or a list of strings")
+    labels = [_check_text(label, "a label").strip() for label in ([labels] if isinstance(labels, str) else labels)]
     if not labels or not all(labels):
         raise ValueError("name at least one thing to look for, and no empty ones")
     for label in labels:
@@ -356,8 +369,7 @@ def _broadcast(image: Any, prompt: Any) -> tuple[list[ImageInput], list[str], bo
     prompts = prompt if isinstance(prompt, list) else [prompt]
     is_list = isinstance(image, list) or isinstance(prompt, list)
     for text in prompts:
-        if not isinstance(text, str):
-            raise TypeError(f"a prompt is {type(text).__name__}, expected a string")
+        _check_text(text, "a prompt")
     if isinstance(image, list) and isinstance(prompt, list) and len(images) != len(prompts):
         raise ValueError(
             f"{len(images)} images and {len(prompts)} prompts: give equal numbers, or one of either "

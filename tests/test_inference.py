@@ -162,6 +162,30 @@ def test_choices_leave_nothing_else_to_say(pg):
     assert answers <= {"yes", "no"}
 
 
+def test_a_string_is_no_list_of_choices(pg):
+    with pytest.raises(ValueError, match="choices must be a list of one or more strings, got 'four'"):
+        pg.ask(picture(0), "how many?", choices="four")
+    assert pg.ask(picture(0), "how many?", choices={"four", "two"}).text in ("four", "two")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pg, image: pg.detect(image, [1]), "a label is int, expected a string"),
+        (lambda pg, image: pg.detect([image] * 2, [["book"], ["house"]]), "a label is list, expected a string"),
+        (lambda pg, image: pg.detect(image, None), "labels is None, expected a string or a list of strings"),
+        (lambda pg, image: pg.segment(image, prompt=["the dog"]), "the prompt is list, expected a string"),
+        (lambda pg, image: pg.ask(image, None), "a question is NoneType, expected a string"),
+        (lambda pg, image: pg.ask(image, ["is it day?", 1]), "a question is int, expected a string"),
+        (lambda pg, image: pg.ask(image, "is it day?", language=None), "the language is NoneType"),
+        (lambda pg, image: pg.caption(image, language=None), "the language is NoneType, expected a string"),
+    ],
+)
+def test_what_is_no_text_never_becomes_part_of_a_prompt(pg, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(pg, picture(0))
+
+
 def test_detections_are_boxes_of_what_was_asked_for_in_pixels_of_the_picture(pg):
     image = picture(2, 640, 480)
     found = pg.detect(image, ["dog", "cat"], max_new_tokens=100)
