@@ -132,7 +132,7 @@ def run(
     if samples:
         sampling = {"do_sample": True, "temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed}
 
-    from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, load
+    from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, load, shown
     from paligemma.processing_paligemma import load_image
 
     budget = max_new_tokens or (BOX_BUDGET if boxes else TEXT_BUDGET)
@@ -167,9 +167,8 @@ def run(
 
         terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
         if terminal and not as_json and save is None and not boxes and len(images) == 1 and beams == 1:
-            for piece in pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling):
-                typer.echo(piece, nl=False)
-            typer.echo()
+            pieces = pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling)
+            note_an_end_by_budget(images[0], shown(pieces, lambda piece: typer.echo(piece, nl=False)), budget)
             return
 
         answers = pg.generate(
@@ -181,8 +180,7 @@ def run(
                 echo_json(answer_as_json(name, prompt, answer))
             else:
                 typer.echo(describe(answer) if len(images) == 1 else f"{name}: {describe(answer)}")
-            if not answer.finished:
-                note(f"note: {name}: stopped after {budget} tokens; --max-new-tokens allows more")
+            note_an_end_by_budget(name, answer, budget)
             if save is not None:
                 # On a small picture the labels would hide what they name: it is drawn enlarged, to 512 pixels or more.
                 save_picture(pg.draw(picture, answer, scale=max(1, -(-512 // max(picture.size)))), drawings[n])
@@ -190,6 +188,11 @@ def run(
     if bad:
         note(f"note: {bad} of {len(images)} pictures could not be read")
         raise typer.Exit(1)
+
+
+def note_an_end_by_budget(name: str, answer: Any, budget: int) -> None:
+    if not answer.finished:
+        note(f"note: {name}: stopped after {budget} tokens; --max-new-tokens allows more")
 
 
 def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list[Path]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -252,10 +252,22 @@ class PaliGemma:
 
     def stream(
         self, image: ImageInput, prompt: str, max_new_tokens: int = TEXT_BUDGET, **sampling: Any
-    ) -> Iterator[str]:
-        """The answer to one prompt in pieces of text, as they come. The pieces joined are the answer's text."""
-        inputs, _ = self._inputs([image], [prompt], {}, max_new_tokens)
-        yield from stream(self.model, inputs, self.processor.tokenizer, max_new_tokens=max_new_tokens, **sampling)
+    ) -> Generator[str, None, Answer]:
+        """The answer to one prompt in pieces of text, as they come. The pieces joined are the answer's text.
+
+        The generator returns the Answer: `answer = yield from pg.stream(...)`.
+        """
+        inputs, (size,) = self._inputs([image], [prompt], {}, max_new_tokens)
+        tokenizer = self.processor.tokenizer
+        row = yield from stream(
+            self.model,
+            inputs,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            watch=(tokenizer.first_loc_id, 1024),
+            **sampling,
+        )
+        return self._answer(row, size, None)
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -339,6 +351,16 @@ class PaliGemma:
         return inputs, [features[id(row[0])][1] for row in rows]
 
 
+def shown(pieces: Generator[str, None, Answer], write: Callable[[str], Any]) -> Answer:
+    """Writes the pieces of `PaliGemma.stream` as they come, and a line break. Returns the answer."""
+    while True:
+        try:
+            write(next(pieces))
+        except StopIteration as end:
+            write("\n")
+            return end.value
+
+
 def _check_text(value: Any, name: str) -> str:
     """The value. Anything can be put into a prompt, None too, and the model would answer it."""
     if not isinstance(value, str):
@@ -420,9 +442,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pg = load(options.model_path, device="cpu" if options.only_cpu else None)
         pieces = pg.stream(options.image_file_path, options.prompt, options.max_tokens_to_generate, **sampling)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        answer = shown(pieces, lambda piece: print(piece, end="", flush=True))
+        if not answer.finished:
+            note = f"stopped after {options.max_tokens_to_generate} tokens; --max_tokens_to_generate allows more"
+            print(f"note: {note}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
         print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)

@@ -64,6 +64,16 @@ def test_run_prints_the_answer_and_nothing_else(paligemma, folder):
     assert "small world" not in err  # that note belongs to the embedded model
 
 
+def test_on_a_terminal_the_answer_comes_in_pieces_and_a_spent_budget_is_noted(paligemma, monkeypatch):
+    asked = ("run", "caption en", "a.png", "--model", "model", "--max-new-tokens", "6")
+    whole = paligemma(*asked)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    code, out, err = paligemma(*asked)
+    assert (code, out) == whole[:2]
+    assert "note: a.png: stopped after 6 tokens; --max-new-tokens allows more" in err
+    assert "note: a.png: stopped after 6 tokens" in whole[2]
+
+
 def test_run_takes_many_pictures_and_one_from_stdin(paligemma, folder):
     short = ("--model", "model", "--max-new-tokens", "6")
     _, both, _ = paligemma("run", "ocr", "a.png", "b.png", *short)

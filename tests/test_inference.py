@@ -12,7 +12,7 @@ from PIL import Image
 from reference import randomize, tiny_config
 
 from paligemma.grammar import Detection, Segment
-from paligemma.inference import Answer, PaliGemma, load, main
+from paligemma.inference import Answer, PaliGemma, load, main, shown
 from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
@@ -118,6 +118,15 @@ def test_streamed_pieces_join_to_the_whole_answer(pg):
     pieces = list(pg.stream(picture(0), "caption en", max_new_tokens=16))
     assert len(pieces) > 1
     assert "".join(pieces) == pg.generate(picture(0), "caption en", 16).text
+
+
+def test_a_stream_returns_the_answer_that_it_showed(pg):
+    for prompt in ("caption en", "detect dog"):
+        pieces = []
+        answer = shown(pg.stream(picture(0), prompt, max_new_tokens=16), pieces.append)
+        whole = pg.generate(picture(0), prompt, 16)
+        assert pieces.pop() == "\n" and "".join(pieces) == answer.text
+        assert same(answer, whole) and answer.finished == whole.finished and answer.detections == whole.detections
 
 
 def test_a_prompt_too_long_is_refused_before_the_image_is_looked_at(pg, monkeypatch):
@@ -261,7 +270,9 @@ def test_the_script_of_the_founding_document(pg, tmp_path, capsys):
     arguments = f"--model_path {tmp_path}/model --image_file_path {tmp_path}/photo.png --max_tokens_to_generate 8"
     arguments += " --temperature 0.8 --top_p 0.9 --do_sample False --only_cpu True"
     main([*arguments.split(), "--prompt", "caption en"])
-    assert capsys.readouterr().out == pg.generate(picture(0), "caption en", 8).text + "\n"
+    out, err = capsys.readouterr()
+    assert out == pg.generate(picture(0), "caption en", 8).text + "\n"
+    assert err == "note: stopped after 8 tokens; --max_tokens_to_generate allows more\n"
 
     main([*arguments.replace("--do_sample False", "--do_sample True").split(), "--prompt", "caption en"])
     assert capsys.readouterr().out.endswith("\n")
