@@ -101,6 +101,7 @@ def run(
 ) -> None:
     """Answer PROMPT about one or more pictures.
 
+    A line on stdout for a sentence, one for each box or mask; of several pictures, each line begins with its picture.
     A picture that cannot be read is named on stderr; the others are answered all the same, and the exit code is 1.
     """
     if temperature is not None and not 0 < temperature < float("inf"):
@@ -179,7 +180,10 @@ def run(
             if as_json:
                 echo_json(answer_as_json(name, prompt, answer))
             else:
-                typer.echo(describe(answer) if len(images) == 1 else f"{name}: {describe(answer)}")
+                for line in describe(answer, boxes):
+                    typer.echo(line if len(images) == 1 else f"{name}: {line}")
+                if boxes and answer.finished and not answer.text:
+                    note(f"note: {name}: nothing found")
             note_an_end_by_budget(name, answer, budget)
             if save is not None:
                 # On a small picture the labels would hide what they name: it is drawn enlarged, to 512 pixels or more.
@@ -274,17 +278,20 @@ def complain(error: BaseException) -> None:
     notes.print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
 
 
-def describe(answer: Any) -> str:
-    """What a person wants to read: a sentence as it is, boxes as lines of label, box and score."""
+def describe(answer: Any, boxes: bool = False) -> list[str]:
+    """What a person wants to read: a sentence as it is, boxes as lines of label, box and score.
+
+    boxes: they are what was asked for, so an empty answer has no line. (An empty sentence is an empty line.)
+    """
     items = [*answer.detections, *answer.segments]
     if not items:
-        return answer.text
+        return [] if boxes and not answer.text else answer.text.split("\n")
     lines = []
     for item in items:
         x0, y0, x1, y1 = item.box
         score = "" if item.score is None else f"  {item.score:.2f}"
         lines.append(f"{item.label or '(no label)'}  [{x0:.0f} {y0:.0f} {x1:.0f} {y1:.0f}]{score}")
-    return "\n".join(lines)
+    return lines
 
 
 def answer_as_json(image: str, prompt: str, answer: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from reference import randomize, tiny_config
 
 from paligemma import cli
 from paligemma.checkpoints import save_pretrained
-from paligemma.inference import load
+from paligemma.grammar import Detection
+from paligemma.inference import Answer, PaliGemma, load
 from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
@@ -79,7 +80,25 @@ def test_run_takes_many_pictures_and_one_from_stdin(paligemma, folder):
     _, both, _ = paligemma("run", "ocr", "a.png", "b.png", *short)
     _, a, _ = paligemma("run", "ocr", "a.png", *short)
     _, b, _ = paligemma("run", "ocr", "-", *short, stdin=(folder / "b.png").read_bytes())
-    assert both == f"a.png: {a}b.png: {b}"
+    assert both.splitlines() == [f"{n}.png: {line}" for n, out in (("a", a), ("b", b)) for line in out.splitlines()]
+
+
+def test_each_line_names_its_picture_and_where_nothing_is_found_there_is_none(paligemma, monkeypatch):
+    box = Detection("dog", (1, 2, 3, 4), 0.5)
+    answers = {
+        "detect dog": [Answer("...", [], [], 0.5, True, [box, box]), Answer("", [], [], 0.9, True)],
+        "ocr": [Answer("one\ntwo", [], [], 0.5, True), Answer("", [], [], 0.9, True)],
+        "detect cat": [Answer("", [], [], 0.0, False)] * 2,
+    }
+    monkeypatch.setattr(PaliGemma, "generate", lambda self, images, prompt, **_: answers[prompt][-len(images) :])
+    asked = ("a.png", "b.png", "--model", "model")
+    _, out, err = paligemma("run", "detect dog", *asked)
+    assert out == "a.png: dog  [1 2 3 4]  0.50\n" * 2 and err == "note: b.png: nothing found\n"
+    assert paligemma("run", "detect dog", *asked[1:])[1:] == ("", "note: b.png: nothing found\n")
+    assert paligemma("run", "ocr", *asked)[1:] == ("a.png: one\na.png: two\nb.png: \n", "")
+    assert paligemma("run", "ocr", *asked[1:])[1:] == ("\n", "")
+    _, out, err = paligemma("run", "detect cat", *asked)  # whether there is one is not known
+    assert out == "" and "nothing found" not in err and "b.png: stopped after 512 tokens" in err
 
 
 def test_json_has_the_promised_keys(paligemma):
