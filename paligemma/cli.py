@@ -113,12 +113,16 @@ def run(
     samples = any(option is not None for option in (temperature, top_k, top_p))
     if samples and beams > 1:
         raise typer.BadParameter("--beams searches, --temperature, --top-k and --top-p sample: choose one")
+    if seed is not None and not samples:
+        raise typer.BadParameter("--seed is for sampling: add --temperature, --top-k or --top-p, or leave it out")
     if images.count("-") > 1:
         raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
     drawings = drawing_paths(save, images) if save is not None else []
 
     task = prompt.strip().partition(" ")[0]
     boxes = task in ("detect", "segment")
+    if free and not boxes:
+        raise typer.BadParameter("--free is for detect and segment: other answers follow no grammar")
     labels = [label.strip() for label in prompt.strip().removeprefix(task).split(";")]
     if boxes and len(labels) > 1 and all(labels) and prompt.strip() != (spaced := f"{task} {' ; '.join(labels)}"):
         note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
@@ -185,7 +189,9 @@ def run(
                 if boxes and answer.finished and not answer.text:
                     note(f"note: {name}: nothing found")
             note_an_end_by_budget(name, answer, budget)
-            if save is not None:
+            if save is not None and not (boxes or answer.detections or answer.segments):
+                note(f"note: {name}: not drawn, the answer has no boxes")
+            elif save is not None:
                 # On a small picture the labels would hide what they name: it is drawn enlarged, to 512 pixels or more.
                 save_picture(pg.draw(picture, answer, scale=max(1, -(-512 // max(picture.size)))), drawings[n])
                 note(f"drawn: {drawings[n]}")

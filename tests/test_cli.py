@@ -145,6 +145,14 @@ def test_boxes_are_lines_and_can_be_drawn(paligemma, folder, tmp_path):
     assert sorted(os.listdir(tmp_path / "all")) == ["a.png", "b.png"]
 
 
+def test_an_answer_without_boxes_is_not_drawn(paligemma, tmp_path):
+    """Other answers than those to detect and segment may have some, so it is known only in the end."""
+    asked = ("a.png", "--model", "model", "--max-new-tokens", "6", "--save", str(tmp_path / "out.png"))
+    code, _, err = paligemma("run", "ocr", *asked)
+    assert code == 0 and "note: a.png: not drawn, the answer has no boxes" in err and "drawn: " not in err
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_free_decoding_and_sampling_are_options(paligemma):
     base = ("run", "detect dog", "a.png", "--model", "model", "--max-new-tokens", "20", "--json")
     texts = {
@@ -181,6 +189,9 @@ def test_free_decoding_and_sampling_are_options(paligemma):
         (["--max-new-tokens", "0"], "max-new-tokens"),
         (["--loc-scale", "1000"], "1024 or 1023"),
         (["--beams", "2", "--temperature", "1"], "choose one"),
+        (["--seed", "1"], "--seed is for sampling"),
+        (["--seed", "1", "--beams", "2"], "--seed is for sampling"),
+        (["--free"], "--free is for detect and segment"),
         (["--no-such-option"], "no-such-option"),
     ],
 )
