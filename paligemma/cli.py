@@ -37,10 +37,31 @@ BATCH = 16  # pictures answered at a time
 TASKS = ("caption", "cap", "describe", "answer", "question", "ocr", "detect", "segment")
 TINY_PROMPTS = ("caption en", "answer en QUESTION", "ocr", "detect THIS ; THAT", "segment THIS ; THAT")
 
+
+def one_of(*names: str) -> Any:
+    """An option's callback: another value is wrong usage, told before torch is imported. "cuda:1" is a "cuda"."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value.partition(":")[0] not in names:
+            raise typer.BadParameter(f"{value!r}, expected {', '.join(names)}")
+        return value
+
+    return check
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a folder, or a big_vision .npz.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Default: the best there is.")]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: by the size of the model.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, mps or cpu. Default: the best there is.", callback=one_of("cuda", "mps", "cpu")),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="bfloat16, float16 or float32. Default: by the size of the model.",
+        callback=one_of("bfloat16", "float16", "float32"),
+    ),
+]
 Kind = Annotated[str | None, typer.Option(help="What the data is, where its content does not say.")]
 Images = Annotated[str | None, typer.Option(help="The folder that names of pictures are relative to.")]
 Annotations = Annotated[str | None, typer.Option(help="VQA: the file with the answers.")]
@@ -83,10 +104,17 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Round the weights at load: int8, int4; CUDA: bnb-int8, nf4.")
+        str | None,
+        typer.Option(
+            help="Round the weights at load: int8, int4; CUDA: bnb-int8, nf4. bf16: as they are, read faster.",
+            callback=one_of("int8", "int4", "bnb-int8", "nf4", "bf16"),
+        ),
     ] = None,
     device_map: Annotated[
-        str | None, typer.Option(help="'auto': layers that do not fit on the device wait in memory (accelerate).")
+        str | None,
+        typer.Option(
+            help="'auto': layers that do not fit on the device wait in memory (accelerate).", callback=one_of("auto")
+        ),
     ] = None,
     revision: Revision = None,
     image_size: Annotated[
@@ -635,7 +663,10 @@ def finetune(
     named = {
         name: tuple(part.strip() for part in given[name].split(",") if part.strip()) for name in ("freeze", "lora")
     }
-    options = Options(**{**given, **named, "out": str(out)})
+    try:
+        options = Options(**{**given, **named, "out": str(out)})
+    except ValueError as error:  # out of range, unknown, or without effect; nothing was looked at yet
+        raise typer.BadParameter(str(error)) from None
     if plan:
         Console().print(plan_of(options).table())
         return
@@ -747,7 +778,12 @@ def data_show(
 def scenes(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     count: Annotated[int, typer.Option(min=1)] = 20,
-    split: Annotated[str, typer.Option(help="train, val, test, heldout or twemoji.")] = "test",
+    split: Annotated[
+        str,
+        typer.Option(
+            help="train, val, test, heldout or twemoji.", callback=one_of("train", "val", "test", "heldout", "twemoji")
+        ),
+    ] = "test",
     size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 384,
     seed: int = 0,
     task: Annotated[

@@ -9,17 +9,21 @@ import sys
 import numpy as np
 import pytest
 import torch
+import typer
 from make_tokenizer import build_tokenizer
 from PIL import Image
 from reference import randomize, tiny_config
+from typer.main import get_command
 
 from paligemma import cli
-from paligemma.checkpoints import save_pretrained
+from paligemma.checkpoints import DTYPES, save_pretrained
 from paligemma.grammar import Detection
 from paligemma.inference import Answer, PaliGemma, load
 from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.quantization import MODES
+from paligemma.tiny.world import STYLES
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +196,10 @@ def test_free_decoding_and_sampling_are_options(paligemma):
         (["--seed", "1"], "--seed is for sampling"),
         (["--seed", "1", "--beams", "2"], "--seed is for sampling"),
         (["--free"], "--free is for detect and segment"),
+        (["--dtype", "int3"], "'int3', expected bfloat16, float16, float32"),
+        (["--device", "tpu"], "'tpu', expected cuda, mps, cpu"),
+        (["--quantize", "int3"], "'int3', expected int8, int4, bnb-int8, nf4, bf16"),
+        (["--device-map", "balanced"], "'balanced', expected auto"),
         (["--no-such-option"], "no-such-option"),
     ],
 )
@@ -208,7 +216,6 @@ def test_wrong_usage_exits_with_2_and_says_what_is_right(paligemma, options, mes
         (["ocr", "model/config.json", "--model", "model"], "not a picture"),
         (["ocr", "a.png", "--model", "./no/such/folder"], "no/such/folder"),
         (["ocr", "a.png", "--model", "model", "--device", "cuda:7"], "cuda:7"),
-        (["ocr", "a.png", "--model", "model", "--dtype", "int3"], "int3"),
         (["ocr", "a.png", "--model", "model", "--max-new-tokens", "9000"], "positions"),
         (["detect dog ;", "a.png", "--model", "model"], "name at least one thing"),
     ],
@@ -218,6 +225,37 @@ def test_what_fails_exits_with_1_in_one_line_without_a_traceback(paligemma, argu
     assert (code, out) == (1, "")
     assert message in err and "Traceback" not in err
     assert len(err.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "rows.jsonl", "--out", "out", "--schedule", "sine"], "expected one of cosine, linear"),
+        (["train", "--data", "rows.jsonl", "--out", "out", "--lr", "-1"], "lr is -1, expected a number above 0"),
+        (["tiny", "scenes", "--out", "out", "--split", "mine"], "'mine', expected train, val, test, heldout, twemoji"),
+        (["convert", "model", "out", "--dtype", "int3"], "'int3', expected bfloat16, float16, float32"),
+    ],
+)
+def test_other_commands_tell_wrong_usage_too(paligemma, folder, arguments, message):
+    code, out, err = paligemma(*arguments)
+    assert (code, out) == (2, "") and message in " ".join(err.replace("│", " ").split())
+    assert not (folder / "out").exists()
+
+
+def test_the_names_that_options_know_are_those_of_the_modules():
+    """They are written out, since `--help` must not import torch."""
+    for command, option, names in (
+        ("run", "dtype", DTYPES),
+        ("run", "quantize", MODES),
+        ("scenes", "split", STYLES),
+        ("run", "device", ("cuda", "mps", "cpu")),
+    ):
+        top = get_command(cli.app)
+        (found,) = [p for p in {**top.commands, **top.commands["tiny"].commands}[command].params if p.name == option]
+        assert all(found.callback(None, found, name) == name and name in found.help for name in names)
+        with pytest.raises(typer.BadParameter) as refused:
+            found.callback(None, found, "?")
+        assert len(refused.value.message.split("expected ")[1].split(", ")) == len(names)
 
 
 @pytest.mark.parametrize("option", [("--apart",), ("--most", "2"), ("--questions", "3")])
