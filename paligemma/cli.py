@@ -236,6 +236,9 @@ def note_an_end_by_budget(name: str, answer: Any, budget: int) -> None:
 def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list[Path]:
     """Where the drawing of each picture goes: `save` itself, or a PNG in the folder `save`, named after the picture and
     numbered where two would have one name. No drawing replaces a picture that is read."""
+    for folder in save.parents if save.suffix and not save.is_dir() else (save, *save.parents):
+        if folder.exists() and not folder.is_dir():
+            raise typer.BadParameter(f"{option} {save}: {folder} is a file, expected a folder, or a name such as a.png")
     read = {Path(name).resolve() for name in images if name != "-"}
     if save.suffix and not save.is_dir():
         from PIL import Image
@@ -243,7 +246,9 @@ def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list
         if len(images) > 1:
             raise typer.BadParameter(f"--save {save} names one file for {len(images)} pictures; name a folder")
         if Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
-            raise typer.BadParameter(f"{option} {save}: no picture is written as {save.suffix}; try .png")
+            raise typer.BadParameter(
+                f"{option} {save}: no picture is written as {save.suffix}; try .png, or make a folder of that name"
+            )
         if save.resolve() in read:
             raise typer.BadParameter(f"--save {save} would replace the picture itself; choose another name")
         return [save]
@@ -307,8 +312,8 @@ def print_table(table: Any) -> None:
 
 def complain(error: BaseException) -> None:
     text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None and text.startswith("[Errno"):
-        text = f"{error.filename}: {error.strerror}"  # what the system refused, without its number
+    if isinstance(error, OSError) and text.startswith("[Errno"):  # what the system refused, without its number
+        text = f"{error.strerror}" if error.filename is None else f"{error.filename}: {error.strerror}"
     notes.print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
 
 

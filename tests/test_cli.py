@@ -279,6 +279,14 @@ def test_what_the_system_refuses_is_named_without_its_number(paligemma, folder):
     assert code == 1 and "a.png" in err and "[Errno" not in err
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
+def test_a_full_disk_is_told_without_a_number(folder):
+    command = [sys.executable, "-m", "paligemma", "run", "ocr", "a.png", "--model", "model", "--max-new-tokens", "1"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
+
+
 def test_a_large_picture_is_answered_without_a_warning(folder):
     Image.new("1", (10_000, 9_000)).save(folder / "large.png")  # beyond Pillow's limit, and within twice that
     command = [
