@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from paligemma.checkpoints import empty_model, published_config
-from paligemma.generation import allowed_ids, allowed_logits, never_produced
+from paligemma.generation import allowed_logits, choices, never_produced
 from paligemma.grammar import DetectionGrammar
 from paligemma.kv_cache import KVCache
 
@@ -100,7 +100,7 @@ def main() -> None:
         row["decode step"] = time.perf_counter() - begun
         for name, (grammar, generated) in cases.items():
             begun = time.perf_counter()
-            allowed = allowed_ids([grammar], [generated], 100, len(never))
+            allowed, _ = choices([grammar], [generated], 100, len(never), 1)
             allowed_logits(logits, never, allowed, [generated], 100)
             row[name] = time.perf_counter() - begun
         if step >= 2:  # the first ones warm up

@@ -15,7 +15,10 @@ picture = sys.argv[1] if len(sys.argv) > 1 else here / "scene.png"
 drawn = sys.argv[2] if len(sys.argv) > 2 else "everything.png"
 
 pg = paligemma.load("tiny")
-print("caption     ", pg.caption(picture).text)
+try:
+    print("caption     ", pg.caption(picture).text)
+except (OSError, ValueError) as error:  # a picture that is not there, or is none
+    sys.exit(f"error: {error}")
 
 # Several prompts about one picture: it is encoded once.
 questions = ["how many objects are there ?", "what color is the background ?", "what is the largest object ?"]

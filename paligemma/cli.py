@@ -37,10 +37,31 @@ BATCH = 16  # pictures answered at a time
 TASKS = ("caption", "cap", "describe", "answer", "question", "ocr", "detect", "segment")
 TINY_PROMPTS = ("caption en", "answer en QUESTION", "ocr", "detect THIS ; THAT", "segment THIS ; THAT")
 
+
+def one_of(*names: str) -> Any:
+    """An option's callback: another value is wrong usage, told before torch is imported. "cuda:1" is a "cuda"."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value.partition(":")[0] not in names:
+            raise typer.BadParameter(f"{value!r}, expected {', '.join(names)}")
+        return value
+
+    return check
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a folder, or a big_vision .npz.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Default: the best there is.")]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: by the size of the model.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, mps or cpu. Default: the best there is.", callback=one_of("cuda", "mps", "cpu")),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="bfloat16, float16 or float32. Default: by the size of the model.",
+        callback=one_of("bfloat16", "float16", "float32"),
+    ),
+]
 Kind = Annotated[str | None, typer.Option(help="What the data is, where its content does not say.")]
 Images = Annotated[str | None, typer.Option(help="The folder that names of pictures are relative to.")]
 Annotations = Annotated[str | None, typer.Option(help="VQA: the file with the answers.")]
@@ -83,10 +104,17 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Round the weights at load: int8, int4; CUDA: bnb-int8, nf4.")
+        str | None,
+        typer.Option(
+            help="Round the weights at load: int8, int4; CUDA: bnb-int8, nf4. bf16: as they are, read faster.",
+            callback=one_of("int8", "int4", "bnb-int8", "nf4", "bf16"),
+        ),
     ] = None,
     device_map: Annotated[
-        str | None, typer.Option(help="'auto': layers that do not fit on the device wait in memory (accelerate).")
+        str | None,
+        typer.Option(
+            help="'auto': layers that do not fit on the device wait in memory (accelerate).", callback=one_of("auto")
+        ),
     ] = None,
     revision: Revision = None,
     image_size: Annotated[
@@ -101,6 +129,7 @@ def run(
 ) -> None:
     """Answer PROMPT about one or more pictures.
 
+    A line on stdout for a sentence, one for each box or mask; of several pictures, each line begins with its picture.
     A picture that cannot be read is named on stderr; the others are answered all the same, and the exit code is 1.
     """
     if temperature is not None and not 0 < temperature < float("inf"):
@@ -112,12 +141,16 @@ def run(
     samples = any(option is not None for option in (temperature, top_k, top_p))
     if samples and beams > 1:
         raise typer.BadParameter("--beams searches, --temperature, --top-k and --top-p sample: choose one")
+    if seed is not None and not samples:
+        raise typer.BadParameter("--seed is for sampling: add --temperature, --top-k or --top-p, or leave it out")
     if images.count("-") > 1:
         raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
     drawings = drawing_paths(save, images) if save is not None else []
 
     task = prompt.strip().partition(" ")[0]
     boxes = task in ("detect", "segment")
+    if free and not boxes:
+        raise typer.BadParameter("--free is for detect and segment: other answers follow no grammar")
     labels = [label.strip() for label in prompt.strip().removeprefix(task).split(";")]
     if boxes and len(labels) > 1 and all(labels) and prompt.strip() != (spaced := f"{task} {' ; '.join(labels)}"):
         note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
@@ -132,7 +165,7 @@ def run(
     if samples:
         sampling = {"do_sample": True, "temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed}
 
-    from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, load
+    from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, load, shown
     from paligemma.processing_paligemma import load_image
 
     budget = max_new_tokens or (BOX_BUDGET if boxes else TEXT_BUDGET)
@@ -167,9 +200,8 @@ def run(
 
         terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
         if terminal and not as_json and save is None and not boxes and len(images) == 1 and beams == 1:
-            for piece in pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling):
-                typer.echo(piece, nl=False)
-            typer.echo()
+            pieces = pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling)
+            note_an_end_by_budget(images[0], shown(pieces, lambda piece: typer.echo(piece, nl=False)), budget)
             return
 
         answers = pg.generate(
@@ -180,10 +212,14 @@ def run(
             if as_json:
                 echo_json(answer_as_json(name, prompt, answer))
             else:
-                typer.echo(describe(answer) if len(images) == 1 else f"{name}: {describe(answer)}")
-            if not answer.finished:
-                note(f"note: {name}: stopped after {budget} tokens; --max-new-tokens allows more")
-            if save is not None:
+                for line in describe(answer, boxes):
+                    typer.echo(line if len(images) == 1 else f"{name}: {line}")
+                if boxes and answer.finished and not answer.text:
+                    note(f"note: {name}: nothing found")
+            note_an_end_by_budget(name, answer, budget)
+            if save is not None and not (boxes or answer.detections or answer.segments):
+                note(f"note: {name}: not drawn, the answer has no boxes")
+            elif save is not None:
                 # On a small picture the labels would hide what they name: it is drawn enlarged, to 512 pixels or more.
                 save_picture(pg.draw(picture, answer, scale=max(1, -(-512 // max(picture.size)))), drawings[n])
                 note(f"drawn: {drawings[n]}")
@@ -192,9 +228,17 @@ def run(
         raise typer.Exit(1)
 
 
+def note_an_end_by_budget(name: str, answer: Any, budget: int) -> None:
+    if not answer.finished:
+        note(f"note: {name}: stopped after {budget} tokens; --max-new-tokens allows more")
+
+
 def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list[Path]:
     """Where the drawing of each picture goes: `save` itself, or a PNG in the folder `save`, named after the picture and
     numbered where two would have one name. No drawing replaces a picture that is read."""
+    for folder in save.parents if save.suffix and not save.is_dir() else (save, *save.parents):
+        if folder.exists() and not folder.is_dir():
+            raise typer.BadParameter(f"{option} {save}: {folder} is a file, expected a folder, or a name such as a.png")
     read = {Path(name).resolve() for name in images if name != "-"}
     if save.suffix and not save.is_dir():
         from PIL import Image
@@ -202,7 +246,9 @@ def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list
         if len(images) > 1:
             raise typer.BadParameter(f"--save {save} names one file for {len(images)} pictures; name a folder")
         if Image.registered_extensions().get(save.suffix.lower()) not in Image.SAVE:
-            raise typer.BadParameter(f"{option} {save}: no picture is written as {save.suffix}; try .png")
+            raise typer.BadParameter(
+                f"{option} {save}: no picture is written as {save.suffix}; try .png, or make a folder of that name"
+            )
         if save.resolve() in read:
             raise typer.BadParameter(f"--save {save} would replace the picture itself; choose another name")
         return [save]
@@ -266,22 +312,25 @@ def print_table(table: Any) -> None:
 
 def complain(error: BaseException) -> None:
     text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None and text.startswith("[Errno"):
-        text = f"{error.filename}: {error.strerror}"  # what the system refused, without its number
+    if isinstance(error, OSError) and text.startswith("[Errno"):  # what the system refused, without its number
+        text = f"{error.strerror}" if error.filename is None else f"{error.filename}: {error.strerror}"
     notes.print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
 
 
-def describe(answer: Any) -> str:
-    """What a person wants to read: a sentence as it is, boxes as lines of label, box and score."""
+def describe(answer: Any, boxes: bool = False) -> list[str]:
+    """What a person wants to read: a sentence as it is, boxes as lines of label, box and score.
+
+    boxes: they are what was asked for, so an empty answer has no line. (An empty sentence is an empty line.)
+    """
     items = [*answer.detections, *answer.segments]
     if not items:
-        return answer.text
+        return [] if boxes and not answer.text else answer.text.split("\n")
     lines = []
     for item in items:
         x0, y0, x1, y1 = item.box
         score = "" if item.score is None else f"  {item.score:.2f}"
         lines.append(f"{item.label or '(no label)'}  [{x0:.0f} {y0:.0f} {x1:.0f} {y1:.0f}]{score}")
-    return "\n".join(lines)
+    return lines
 
 
 def answer_as_json(image: str, prompt: str, answer: Any) -> dict[str, Any]:
@@ -648,7 +697,10 @@ def finetune(
     named = {
         name: tuple(part.strip() for part in given[name].split(",") if part.strip()) for name in ("freeze", "lora")
     }
-    options = Options(**{**given, **named, "out": str(out)})
+    try:
+        options = Options(**{**given, **named, "out": str(out)})
+    except ValueError as error:  # out of range, unknown, or without effect; nothing was looked at yet
+        raise typer.BadParameter(str(error)) from None
     if plan:
         Console().print(plan_of(options).table())
         return
@@ -760,7 +812,12 @@ def data_show(
 def scenes(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     count: Annotated[int, typer.Option(min=1)] = 20,
-    split: Annotated[str, typer.Option(help="train, val, test, heldout or twemoji.")] = "test",
+    split: Annotated[
+        str,
+        typer.Option(
+            help="train, val, test, heldout or twemoji.", callback=one_of("train", "val", "test", "heldout", "twemoji")
+        ),
+    ] = "test",
     size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 384,
     seed: int = 0,
     task: Annotated[

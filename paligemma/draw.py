@@ -71,8 +71,11 @@ def draw(
     known. mask_opacity: of the colour over a mask, 0 to 1. scale: draw on an enlarged (or reduced) copy, so that the
     labels of a small picture have room.
 
-    ValueError for a mask that has not the size of the picture, and for a box that is not finite.
+    ValueError for a mask that has not the size of the picture, for a box that is not finite, and for a scale of 0 or
+    less.
     """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale!r}, expected a number above 0; 1 is the size of the picture")
     picture = load_image(image)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     for item in items:

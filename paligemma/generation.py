@@ -14,6 +14,8 @@ What to know before reading:
   keys and values of the image can't be shared: the prefix looks both ways, so they depend on the prompt behind it.
 - Two masks lie on the logits. Ids that were never trained are never produced; and a *constraint*, one function per row,
   may allow a few ids only. What is reported about a token is its probability among the allowed ones.
+- A constraint may keep an answer within its budget. Where the answer could end, the model is asked as if there were no
+  budget: if it would go on, and there is no room, the budget ended the answer, and it is not reported as finished.
 
 Letters: B rows of the batch, N rows (or beams) still running, S prompt length, P image patches, D hidden, V vocabulary.
 """
@@ -39,9 +41,10 @@ if TYPE_CHECKING:
 
 # Constraint(generated, remaining) -> int64 [n], the sorted ids that may come next (never empty), or None for any.
 # generated: what the row has produced so far. remaining: tokens left in the budget; eos counts as one. A pure function
-# of the two, since beams fork and rows leave.
+# of the two, since beams fork and rows leave. Where it allows eos it is asked again with NO_END: see `choices`.
 Constraint = Callable[[Sequence[int], int], "Tensor | None"]
 
+NO_END = 2**31  # tokens left in a budget that never ends
 MOST_BEAMS = 1_000  # more is a slip: their caches would fill any machine
 NO_BIN = (math.nan, math.nan)  # of a token outside the watched range
 
@@ -54,7 +57,8 @@ class Generated:
 
     token_ids: without eos. token_logprobs: of each token, among the tokens that were allowed in its place (after
     suppression and constraint, before temperature, top-k and top-p). finished: ended with eos; False when the budget
-    ended it. eos_logprob: of the eos, where there is one. bins: with `watch` one (mean, spread) per token, else empty.
+    ended it, also where a constraint closed the answer and the model would have gone on. eos_logprob: of the eos, where
+    there is one. bins: with `watch` one (mean, spread) per token, else empty.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -240,6 +244,38 @@ def allowed_ids(
     return allowed
 
 
+def choices(
+    constraints: Sequence[Constraint | None],
+    generated: Sequence[Sequence[int]],
+    remaining: int,
+    vocab_size: int,
+    eos: int,
+) -> tuple[list[Tensor | None], dict[int, Tensor]]:
+    """What each row chooses from, None for anything; and by row the ids that fit into its budget, where not all do.
+
+    Within an answer that is what the constraint allows. Where the answer may end, it is also what would be allowed if
+    the budget had no end: eos chosen for want of room would pass for the model's own word, and so would a longer label
+    in place of another item. A row that chooses what does not fit is ended by the budget. (The answers to a smaller
+    budget are then beginnings of those to a larger one.)
+    """
+    allowed = allowed_ids(constraints, generated, remaining, vocab_size)
+    fitting: dict[int, Tensor] = {}
+    for row, ids in enumerate(allowed):
+        if ids is None or not _among(ids, eos):
+            continue
+        (wanted,) = allowed_ids(constraints[row : row + 1], generated[row : row + 1], NO_END, vocab_size)
+        if wanted is not ids and (wanted is None or not torch.equal(wanted, ids)):
+            allowed[row] = wanted if wanted is None else torch.cat([wanted, ids]).unique()
+            fitting[row] = ids
+    return allowed, fitting
+
+
+def _among(ids: Tensor, token: int) -> bool:
+    """Whether sorted ids have this one. (`in` would look at all of them, a quarter of a million for free labels.)"""
+    place = int(torch.searchsorted(ids, token))
+    return place < len(ids) and int(ids[place]) == token
+
+
 def allowed_logits(
     logits: Tensor,
     never: Tensor,
@@ -249,7 +285,7 @@ def allowed_logits(
 ) -> Tensor:
     """The logits in float32 with -inf wherever a token is not allowed: [N, V] -> [N, V], a copy.
 
-    never: bool [V]. allowed: from `allowed_ids`, one per row of `logits`. generated, remaining: what led there, for the
+    never: bool [V]. allowed: from `choices`, one per row of `logits`. generated, remaining: what led there, for the
     error. Raises ValueError when a constraint leaves nothing that may be produced.
     """
     scores = logits.float().masked_fill(never, -math.inf)
@@ -413,7 +449,8 @@ def generate(
         A list gives each row its own. None draws from torch's global state.
     suppress_tokens: ids that are never produced, beside <image> and what lies beyond the tokenizer.
     constraint: a function of what a row has generated and of the tokens left in its budget, that returns the sorted ids
-        allowed next, int64 [n], or None for any; one for all rows, or a list with one (or None) per row.
+        allowed next, int64 [n], or None for any; one for all rows, or a list with one (or None) per row. Where it
+        allows eos it is asked a second time, with a budget of NO_END tokens, for what the model would go on with.
     watch: (first id, count). For each token in this range `Generated.bins` gets the mean and the spread (standard
         deviation) of the distribution among the allowed tokens of the range, counted from its first id; (nan, nan) for
         other tokens. Over the 1,024 location tokens: where a box's edge is, and how sure the model was.
@@ -488,18 +525,23 @@ def _steps(task: _Task) -> Iterator[list[Generated]]:
     unread = task.prompt["input_ids"][:, :0]  # [N, k], chosen and not in the cache yet
     for remaining in range(options.max_new_tokens, 0, -1):
         generated = [answers[row].token_ids for row in running]
-        allowed = allowed_ids([task.constraints[row] for row in running], generated, remaining, len(task.never))
+        constraints = [task.constraints[row] for row in running]
+        allowed, fitting = choices(constraints, generated, remaining, len(task.never), task.eos)
         if remaining < options.max_new_tokens:
             logits, unread = next_logits(model, unread, cache, allowed)
         scores = allowed_logits(logits, task.never, allowed, generated, remaining)
         tokens = choose(scores, options, [task.generators[row] for row in running] if options.do_sample else [])
         logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
         bins = _watched_bins(scores, options.watch)
+        kept: list[int] = []
         for n, (row, token, logprob) in enumerate(zip(running, tokens.tolist(), logprobs.tolist())):
+            if n in fitting and not _among(fitting[n], token):
+                continue  # ended by the budget, before what it was about to say
             _add(answers[row], token, logprob, bins[n], task)
+            if not answers[row].finished:
+                kept.append(n)
         yield answers
 
-        kept = [n for n, row in enumerate(running) if not answers[row].finished]
         if not kept or remaining == 1:
             return
         unread = torch.cat([unread, tokens[:, None]], dim=1)
@@ -529,7 +571,8 @@ def _beam_search(task: _Task) -> list[Generated]:
     The rules are those of transformers (`_beam_search` with early_stopping=False), so that the sequences are equal:
     - every beam is extended by every token, and the 2 * num_beams likeliest extensions are looked at: even if all of
       the best ones end, enough are left to go on with;
-    - an extension that ends (eos, or the last token of the budget) counts if it is among the num_beams likeliest;
+    - an extension that ends (eos, the last token of the budget, or one that does not fit into it and is left out)
+      counts if it is among the num_beams likeliest;
     - it is scored log-probability / length ** length_penalty, where eos counts in both, and the best num_beams stay;
     - a row is done when it has num_beams answers and its best beam, scored as if it ended now, beats none of them.
 
@@ -543,7 +586,8 @@ def _beam_search(task: _Task) -> list[Generated]:
     for length in range(1, options.max_new_tokens + 1):
         remaining = options.max_new_tokens + 1 - length
         generated = [beam.answer.token_ids for beam in beams]
-        allowed_next = allowed_ids([task.constraints[b.row] for b in beams], generated, remaining, len(task.never))
+        constraints = [task.constraints[beam.row] for beam in beams]
+        allowed_next, fitting = choices(constraints, generated, remaining, len(task.never), task.eos)
         scores = allowed_logits(logits, task.never, allowed_next, generated, remaining)
         values, ids = (t.tolist() for t in scores.topk(min(2 * width, scores.shape[-1])))  # each N lists of 2 * width
         whole, allowed = logits.float().logsumexp(-1).tolist(), scores.logsumexp(-1).tolist()
@@ -561,11 +605,13 @@ def _beam_search(task: _Task) -> list[Generated]:
             candidates.sort(key=lambda candidate: -candidate[0])
             going: list[tuple[_Beam, int]] = []
             for rank, (total, n, token, logprob) in enumerate(candidates[: 2 * width]):
-                ends = token == task.eos or remaining == 1
+                fits = n not in fitting or _among(fitting[n], token)
+                ends = token == task.eos or remaining == 1 or not fits
                 if rank >= width if ends else len(going) == width:
                     continue
                 answer = beams[n].answer.copy()
-                _add(answer, token, logprob, bins[n], task)
+                if fits:
+                    _add(answer, token, logprob, bins[n], task)
                 if ends:
                     answers[row].append((total / length**options.length_penalty, answer))
                 else:

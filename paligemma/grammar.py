@@ -424,12 +424,13 @@ class DetectionGrammar:
 
     A pure function of what has been generated and of how many tokens are left in the budget (eos counts as one), so one
     object serves all rows and beams. What follows it always parses: y1 > y0, x1 > x0, four locations, sixteen codes if
-    `segments`, and an answer that ends within the budget, since an item is only begun if there is room to finish it. An
-    empty answer is always possible.
+    `segments`, and an answer that ends within the budget, since an item is only begun if there is room to finish it,
+    whichever of the labels it gets. An empty answer is always possible. That the budget left no room for another item
+    shows by asking again with a larger one, which is what `generate` does before it calls an answer finished.
 
     labels: the labels that may be written, each exactly as the tokenizer writes it in its place. None: any text without
     ";", "<", ">" and control characters, or no label. [""]: no labels, as in the answers of RefCOCO checkpoints; ""
-    among others makes the label optional.
+    among others makes the label optional. (Of any text the budget may cut off the end: there is no longest label.)
 
     The returned tensors are shared between calls and must not be changed. A sequence that is not of this grammar can
     only end: eos. ValueError for a label that the tokenizer cannot write.
@@ -587,11 +588,14 @@ class _ListedLabels:
             return inner
 
         self.tree = _Tree(eos)
+        longest = 0
         for label in labels:
             _check_label(label, f"the label {label!r}")
-            self.tree.insert(encode(label, "", [])).end = True
-        self.tree.finish()
-        self.item_cost = 4 + num_codes + self.tree.root.close  # the shortest item, and eos
+            ids = encode(label, "", [])
+            self.tree.insert(ids).end = True
+            longest = max(longest, len(ids))
+        # An item and eos. With room for a shorter label alone, that one would be written in place of the right one.
+        self.item_cost = 4 + num_codes + longest + 1
         for label in labels:
             # Nothing can follow at this place but a new item, since no label has the separator's ";".
             self.tree.insert(encode(label, SEPARATOR + "<loc0000>", head_ids[:1])).restart = True
@@ -655,6 +659,7 @@ def _token_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _check_texts(texts: Sequence[str], name: str) -> list[str]:
-    if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+    given = [] if isinstance(texts, str) else list(texts)
+    if not given or not all(isinstance(text, str) for text in given):
         raise ValueError(f"{name} must be a list of one or more strings, got {texts!r}")
-    return list(dict.fromkeys(text.strip() if name == "labels" else text for text in texts))
+    return list(dict.fromkeys(text.strip() if name == "labels" else text for text in given))

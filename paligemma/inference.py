@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,8 @@ class Answer:
 
     token_ids: without the closing eos. token_logprobs: of the chosen tokens, under the distribution they were chosen
     from (after a constraint, before temperature). score: exp of their mean, in [0, 1]; for an empty answer the
-    probability of saying nothing. finished: False when the budget ended it. detections, segments: what the text's
+    probability of saying nothing (0 if the budget ended it). finished: False when the budget ended it, also where a
+    grammar closed the answer because another box did not fit. detections, segments: what the text's
     location tokens mean, in pixels of the (first) image. invalid: what could not be read, as (span, reason).
     """
 
@@ -131,6 +132,7 @@ class PaliGemma:
 
     def caption(self, image: ImageInput | list[ImageInput], language: str = "en") -> Any:
         """A sentence about the image: Answer, or a list of them for a list of images."""
+        _check_text(language, "the language")
         return self.generate(image, f"caption {language}")
 
     def ask(
@@ -141,11 +143,13 @@ class PaliGemma:
         language: str = "en",
     ) -> Any:
         """The answer to a question. With `choices`, one of these strings and nothing else."""
-        prompts = [f"answer {language} {q}" for q in question] if isinstance(question, list) else None
-        constraint = ChoiceGrammar(self.processor.tokenizer, list(choices)) if choices is not None else None
-        return self.generate(
-            image, f"answer {language} {question}" if prompts is None else prompts, constraint=constraint
-        )
+        _check_text(language, "the language")
+        questions = question if isinstance(question, list) else [question]
+        for one in questions:
+            _check_text(one, "a question")
+        prompts = [f"answer {language} {one}" for one in questions]
+        constraint = ChoiceGrammar(self.processor.tokenizer, choices) if choices is not None else None
+        return self.generate(image, prompts if isinstance(question, list) else prompts[0], constraint=constraint)
 
     def ocr(self, image: ImageInput | list[ImageInput]) -> Any:
         """The text in the image."""
@@ -159,6 +163,8 @@ class PaliGemma:
         max_new_tokens: int = BOX_BUDGET,
     ) -> Any:
         """Boxes of everything that bears one of the labels: list of Detection, in pixels of the image.
+
+        labels: of all the images. (Others for each: `generate` with a list of prompts and `constrained=True`.)
 
         constrained: decode under the grammar, so that the output always parses and names only what was asked for;
         False gives the reference's free decoding. A list of images gives a list of lists.
@@ -186,7 +192,7 @@ class PaliGemma:
         if labels is not None:
             text = "segment " + " ; ".join(_labels(labels))
         else:
-            text = str(prompt)
+            text = _check_text(prompt, "the prompt")
             if constrained:
                 grammar = DetectionGrammar(self.processor.tokenizer, labels=None, segments=True)
         answers = self.generate(
@@ -246,10 +252,22 @@ class PaliGemma:
 
     def stream(
         self, image: ImageInput, prompt: str, max_new_tokens: int = TEXT_BUDGET, **sampling: Any
-    ) -> Iterator[str]:
-        """The answer to one prompt in pieces of text, as they come. The pieces joined are the answer's text."""
-        inputs, _ = self._inputs([image], [prompt], {}, max_new_tokens)
-        yield from stream(self.model, inputs, self.processor.tokenizer, max_new_tokens=max_new_tokens, **sampling)
+    ) -> Generator[str, None, Answer]:
+        """The answer to one prompt in pieces of text, as they come. The pieces joined are the answer's text.
+
+        The generator returns the Answer: `answer = yield from pg.stream(...)`.
+        """
+        inputs, (size,) = self._inputs([image], [prompt], {}, max_new_tokens)
+        tokenizer = self.processor.tokenizer
+        row = yield from stream(
+            self.model,
+            inputs,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            watch=(tokenizer.first_loc_id, 1024),
+            **sampling,
+        )
+        return self._answer(row, size, None)
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -333,9 +351,27 @@ class PaliGemma:
         return inputs, [features[id(row[0])][1] for row in rows]
 
 
+def shown(pieces: Generator[str, None, Answer], write: Callable[[str], Any]) -> Answer:
+    """Writes the pieces of `PaliGemma.stream` as they come, and a line break. Returns the answer."""
+    while True:
+        try:
+            write(next(pieces))
+        except StopIteration as end:
+            write("\n")
+            return end.value
+
+
+def _check_text(value: Any, name: str) -> str:
+    """The value. Anything can be put into a prompt, None too, and the model would answer it."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a string")
+    return value
+
+
 def _labels(labels: str | Sequence[str]) -> list[str]:
-    labels = [labels] if isinstance(labels, str) else list(labels)
-    labels = [label.strip() for label in labels]
+    if not isinstance(labels, Iterable):
+        raise TypeError(f"labels is {labels!r}, expected a string or a list of strings")
+    labels = [_check_text(label, "a label").strip() for label in ([labels] if isinstance(labels, str) else labels)]
     if not labels or not all(labels):
         raise ValueError("name at least one thing to look for, and no empty ones")
     for label in labels:
@@ -355,8 +391,7 @@ def _broadcast(image: Any, prompt: Any) -> tuple[list[ImageInput], list[str], bo
     prompts = prompt if isinstance(prompt, list) else [prompt]
     is_list = isinstance(image, list) or isinstance(prompt, list)
     for text in prompts:
-        if not isinstance(text, str):
-            raise TypeError(f"a prompt is {type(text).__name__}, expected a string")
+        _check_text(text, "a prompt")
     if isinstance(image, list) and isinstance(prompt, list) and len(images) != len(prompts):
         raise ValueError(
             f"{len(images)} images and {len(prompts)} prompts: give equal numbers, or one of either "
@@ -407,9 +442,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pg = load(options.model_path, device="cpu" if options.only_cpu else None)
         pieces = pg.stream(options.image_file_path, options.prompt, options.max_tokens_to_generate, **sampling)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        answer = shown(pieces, lambda piece: print(piece, end="", flush=True))
+        if not answer.finished:
+            note = f"stopped after {options.max_tokens_to_generate} tokens; --max_tokens_to_generate allows more"
+            print(f"note: {note}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
         print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)

@@ -35,6 +35,7 @@ import io
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -74,6 +75,10 @@ def load_image(source: Any) -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if not path.exists():
+            scheme = re.match(r"([A-Za-z][\w+.-]+):/", str(source))  # of two letters or more: C:/ is a disk
+            if scheme:
+                way_out = "leave out 'file://'" if scheme[1].lower() == "file" else "download it first"
+                raise FileNotFoundError(f"{source} is a URL, and pictures are read from files: {way_out}")
             raise FileNotFoundError(f"{path}: no such file")
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, expected a picture")

@@ -9,17 +9,22 @@ import sys
 import numpy as np
 import pytest
 import torch
+import typer
 from make_tokenizer import build_tokenizer
 from PIL import Image
 from reference import randomize, tiny_config
+from typer.main import get_command
 
 from paligemma import cli
-from paligemma.checkpoints import save_pretrained
-from paligemma.inference import load
+from paligemma.checkpoints import DTYPES, save_pretrained
+from paligemma.grammar import Detection
+from paligemma.inference import Answer, PaliGemma, load
 from paligemma.info import in_units
 from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.quantization import MODES
+from paligemma.tiny.world import STYLES
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +70,40 @@ def test_run_prints_the_answer_and_nothing_else(paligemma, folder):
     assert "small world" not in err  # that note belongs to the embedded model
 
 
+def test_on_a_terminal_the_answer_comes_in_pieces_and_a_spent_budget_is_noted(paligemma, monkeypatch):
+    asked = ("run", "caption en", "a.png", "--model", "model", "--max-new-tokens", "6")
+    whole = paligemma(*asked)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    code, out, err = paligemma(*asked)
+    assert (code, out) == whole[:2]
+    assert "note: a.png: stopped after 6 tokens; --max-new-tokens allows more" in err
+    assert "note: a.png: stopped after 6 tokens" in whole[2]
+
+
 def test_run_takes_many_pictures_and_one_from_stdin(paligemma, folder):
     short = ("--model", "model", "--max-new-tokens", "6")
     _, both, _ = paligemma("run", "ocr", "a.png", "b.png", *short)
     _, a, _ = paligemma("run", "ocr", "a.png", *short)
     _, b, _ = paligemma("run", "ocr", "-", *short, stdin=(folder / "b.png").read_bytes())
-    assert both == f"a.png: {a}b.png: {b}"
+    assert both.splitlines() == [f"{n}.png: {line}" for n, out in (("a", a), ("b", b)) for line in out.splitlines()]
+
+
+def test_each_line_names_its_picture_and_where_nothing_is_found_there_is_none(paligemma, monkeypatch):
+    box = Detection("dog", (1, 2, 3, 4), 0.5)
+    answers = {
+        "detect dog": [Answer("...", [], [], 0.5, True, [box, box]), Answer("", [], [], 0.9, True)],
+        "ocr": [Answer("one\ntwo", [], [], 0.5, True), Answer("", [], [], 0.9, True)],
+        "detect cat": [Answer("", [], [], 0.0, False)] * 2,
+    }
+    monkeypatch.setattr(PaliGemma, "generate", lambda self, images, prompt, **_: answers[prompt][-len(images) :])
+    asked = ("a.png", "b.png", "--model", "model")
+    _, out, err = paligemma("run", "detect dog", *asked)
+    assert out == "a.png: dog  [1 2 3 4]  0.50\n" * 2 and err == "note: b.png: nothing found\n"
+    assert paligemma("run", "detect dog", *asked[1:])[1:] == ("", "note: b.png: nothing found\n")
+    assert paligemma("run", "ocr", *asked)[1:] == ("a.png: one\na.png: two\nb.png: \n", "")
+    assert paligemma("run", "ocr", *asked[1:])[1:] == ("\n", "")
+    _, out, err = paligemma("run", "detect cat", *asked)  # whether there is one is not known
+    assert out == "" and "nothing found" not in err and "b.png: stopped after 512 tokens" in err
 
 
 def test_json_has_the_promised_keys(paligemma):
@@ -117,6 +150,14 @@ def test_boxes_are_lines_and_can_be_drawn(paligemma, folder, tmp_path):
     assert sorted(os.listdir(tmp_path / "all")) == ["a.png", "b.png"]
 
 
+def test_an_answer_without_boxes_is_not_drawn(paligemma, tmp_path):
+    """Other answers than those to detect and segment may have some, so it is known only in the end."""
+    asked = ("a.png", "--model", "model", "--max-new-tokens", "6", "--save", str(tmp_path / "out.png"))
+    code, _, err = paligemma("run", "ocr", *asked)
+    assert code == 0 and "note: a.png: not drawn, the answer has no boxes" in err and "drawn: " not in err
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_free_decoding_and_sampling_are_options(paligemma):
     base = ("run", "detect dog", "a.png", "--model", "model", "--max-new-tokens", "20", "--json")
     texts = {
@@ -153,6 +194,13 @@ def test_free_decoding_and_sampling_are_options(paligemma):
         (["--max-new-tokens", "0"], "max-new-tokens"),
         (["--loc-scale", "1000"], "1024 or 1023"),
         (["--beams", "2", "--temperature", "1"], "choose one"),
+        (["--seed", "1"], "--seed is for sampling"),
+        (["--seed", "1", "--beams", "2"], "--seed is for sampling"),
+        (["--free"], "--free is for detect and segment"),
+        (["--dtype", "int3"], "'int3', expected bfloat16, float16, float32"),
+        (["--device", "tpu"], "'tpu', expected cuda, mps, cpu"),
+        (["--quantize", "int3"], "'int3', expected int8, int4, bnb-int8, nf4, bf16"),
+        (["--device-map", "balanced"], "'balanced', expected auto"),
         (["--no-such-option"], "no-such-option"),
     ],
 )
@@ -169,7 +217,6 @@ def test_wrong_usage_exits_with_2_and_says_what_is_right(paligemma, options, mes
         (["ocr", "model/config.json", "--model", "model"], "not a picture"),
         (["ocr", "a.png", "--model", "./no/such/folder"], "no/such/folder"),
         (["ocr", "a.png", "--model", "model", "--device", "cuda:7"], "cuda:7"),
-        (["ocr", "a.png", "--model", "model", "--dtype", "int3"], "int3"),
         (["ocr", "a.png", "--model", "model", "--max-new-tokens", "9000"], "positions"),
         (["detect dog ;", "a.png", "--model", "model"], "name at least one thing"),
     ],
@@ -179,6 +226,37 @@ def test_what_fails_exits_with_1_in_one_line_without_a_traceback(paligemma, argu
     assert (code, out) == (1, "")
     assert message in err and "Traceback" not in err
     assert len(err.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "rows.jsonl", "--out", "out", "--schedule", "sine"], "expected one of cosine, linear"),
+        (["train", "--data", "rows.jsonl", "--out", "out", "--lr", "-1"], "lr is -1, expected a number above 0"),
+        (["tiny", "scenes", "--out", "out", "--split", "mine"], "'mine', expected train, val, test, heldout, twemoji"),
+        (["convert", "model", "out", "--dtype", "int3"], "'int3', expected bfloat16, float16, float32"),
+    ],
+)
+def test_other_commands_tell_wrong_usage_too(paligemma, folder, arguments, message):
+    code, out, err = paligemma(*arguments)
+    assert (code, out) == (2, "") and message in " ".join(err.replace("│", " ").split())
+    assert not (folder / "out").exists()
+
+
+def test_the_names_that_options_know_are_those_of_the_modules():
+    """They are written out, since `--help` must not import torch."""
+    for command, option, names in (
+        ("run", "dtype", DTYPES),
+        ("run", "quantize", MODES),
+        ("scenes", "split", STYLES),
+        ("run", "device", ("cuda", "mps", "cpu")),
+    ):
+        top = get_command(cli.app)
+        (found,) = [p for p in {**top.commands, **top.commands["tiny"].commands}[command].params if p.name == option]
+        assert all(found.callback(None, found, name) == name and name in found.help for name in names)
+        with pytest.raises(typer.BadParameter) as refused:
+            found.callback(None, found, "?")
+        assert len(refused.value.message.split("expected ")[1].split(", ")) == len(names)
 
 
 @pytest.mark.parametrize("option", [("--apart",), ("--most", "2"), ("--questions", "3")])
@@ -200,6 +278,14 @@ def test_a_closed_stdin_is_no_picture(folder, tmp_path):
 def test_what_the_system_refuses_is_named_without_its_number(paligemma, folder):
     code, _, err = paligemma("convert", "model", "a.png/copy")
     assert code == 1 and "a.png" in err and "[Errno" not in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
+def test_a_full_disk_is_told_without_a_number(folder):
+    command = [sys.executable, "-m", "paligemma", "run", "ocr", "a.png", "--model", "model", "--max-new-tokens", "1"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
 
 
 def test_a_large_picture_is_answered_without_a_warning(folder):

@@ -219,7 +219,14 @@ def test_drawings_replace_neither_each_other_nor_a_picture(run, folder, tmp_path
 @pytest.mark.parametrize("name", ["out.xyz", "out.txt"])
 def test_a_kind_of_file_that_is_no_picture_is_refused_before_any_work(run, name):
     code, out, err = run("detect dog", "missing.png", "--save", name)
-    assert (code, out) == (2, "") and "try .png" in " ".join(err.split())
+    assert (code, out) == (2, "") and "try .png, or make a folder of that name" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("save", ["afile", "afile/more", "afile/out.png"])
+def test_a_file_where_a_folder_should_be_is_told_before_any_work(run, folder, save):
+    (folder / "afile").write_text("no folder")
+    code, out, err = run("detect dog", "missing.png", "b.png", "--save", save)
+    assert (code, out) == (2, "") and "afile is a file, expected a folder" in " ".join(err.split())
 
 
 def test_a_drawing_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):

@@ -84,6 +84,12 @@ def test_every_snippet_of_python_runs(page):
         assert result.returncode == 0, f"{snippet}\n{result.stderr}"
 
 
+def test_the_example_says_what_is_wrong_with_its_picture():
+    command = [sys.executable, "examples/everything.py", "nope.png"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "error: nope.png: no such file\n")
+
+
 def test_help_names_every_option_with_a_reason(capsys):
     """An option without a help text is a riddle."""
     top = get_command(cli.app)

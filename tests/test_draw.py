@@ -1,6 +1,7 @@
 """Drawing: what is painted where, that labels can be read and stay inside, and that nothing makes it fail."""
 
 import itertools
+import math
 import unicodedata
 import zlib
 
@@ -92,6 +93,12 @@ def test_scale_enlarges_the_picture_and_what_is_on_it():
     rows, columns = np.nonzero(~has_color(image, GREY))
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (60, 120, 90, 180)
     assert draw(grey(90, 60), [item], scale=0.001).size == (1, 1)
+
+
+@pytest.mark.parametrize("scale", [0, -1, math.nan, math.inf])
+def test_a_scale_without_a_picture_is_refused(scale):
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        draw(grey(40, 30), [], scale=scale)
 
 
 def test_what_does_not_belong_to_the_picture_is_refused():

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 import paligemma.generation as generation
 from paligemma.generation import (
+    NO_END,
     Generated,
     Options,
     allowed_logits,
@@ -344,9 +345,9 @@ def same_answers(answers, expected):
 
 
 def few_and_forced(generated, remaining):
-    """Of 320 ids: a choice of 12, one of 2, two that are forced, and so on; at last eos, which is forced too."""
+    """Of 320 ids: a choice of 12, one of 2, two that are forced, and so on; after nine eos, which is forced too."""
     place = len(generated) % 4
-    if remaining == 1:
+    if len(generated) == 9:
         return torch.tensor([1])
     if place < 2:
         return torch.arange(40, 52) if place == 0 else torch.tensor([7, 200])
@@ -359,7 +360,7 @@ def test_few_ids_and_forced_tokens_change_no_answer(monkeypatch, shape, sampling
     model = make_ours(shape)
     options = {"constraint": few_and_forced, "watch": (40, 12), **sampling}
     answers = generate(model, ragged(model), 11, **options)
-    assert all(len(a.token_ids) == 10 and a.finished for a in answers)
+    assert all(len(a.token_ids) == 9 and a.finished for a in answers)
     plain_steps(monkeypatch)
     same_answers(answers, generate(model, ragged(model), 11, **options))
 
@@ -472,7 +473,8 @@ def test_eos_has_a_logprob_and_is_no_token():
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_what_a_constraint_is_told(num_beams):
-    """What the row has generated, and what is left of the budget. Where one token is allowed, it is certain."""
+    """What the row has generated, and what is left of the budget; where it may end, also a budget without end. Where
+    one token is allowed, it is certain."""
     model = make_ours()
     inputs = ragged(model)
     calls = []
@@ -484,7 +486,8 @@ def test_what_a_constraint_is_told(num_beams):
     answers = generate(model, inputs, max_new_tokens=6, constraint=spell, num_beams=num_beams)
     sure = Generated([10, 20, 30], [0.0, 0.0, 0.0], True, 0.0, [])
     assert answers == [sure] * 4
-    assert calls == [((10, 20, 30)[:n], 6 - n) for n in range(4) for _ in range(4)]
+    told = [((10, 20, 30)[:n], 6 - n) for n in range(4) for _ in range(4)]
+    assert calls == told + [((10, 20, 30), NO_END)] * 4
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -499,15 +502,37 @@ def test_a_constraint_per_row(num_beams):
     assert undecided == free
 
 
-def test_a_constraint_can_close_within_the_budget():
+def in_pairs(generated, remaining):
+    """Tokens in twos, the second one is 7, and eos may follow each two."""
+    if len(generated) % 2:
+        return torch.tensor([7])
+    return torch.tensor([1, *range(20, 40)]) if remaining >= 3 else torch.tensor([1])
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_constraint_can_close_within_the_budget(num_beams):
+    """Where there is no room for two more the answer ends. It is finished only if the model would have ended it."""
     model = make_ours()
+    whole = generate(model, ragged(model), 9, constraint=in_pairs, num_beams=num_beams)
+    for budget in (6, 7):
+        answers = generate(model, ragged(model), budget, constraint=in_pairs, num_beams=num_beams)
+        assert [len(a.token_ids) for a in answers] == [6 if budget == 7 else 4] * 4
+        assert not any(a.finished or a.eos_logprob is not None for a in answers)
+        assert [a.token_ids for a in answers] == [w.token_ids[: len(a.token_ids)] for w, a in zip(whole, answers)]
 
-    def end_in_time(generated, remaining):
-        return torch.tensor([1]) if remaining == 1 else torch.arange(2, 300)
 
-    for num_beams in (1, 2):
-        answers = generate(model, ragged(model), 5, constraint=end_in_time, num_beams=num_beams)
-        assert [(len(a.token_ids), a.finished) for a in answers] == [(4, True)] * 4
+def test_an_end_that_the_model_wants_is_finished_though_nothing_else_would_fit():
+    """Its probability is among all that could have followed."""
+    model = make_ours()
+    row = next(rows_of(ragged(model)))
+    wide = lambda generated, remaining: torch.arange(1, 300)  # noqa: E731
+    first = generate(model, row, 1, constraint=wide, eos_token_id=NO_EOS)[0]
+    eos = first.token_ids[0]
+    narrow = lambda generated, remaining: torch.arange(1, 300) if remaining > 1 else torch.tensor([eos])  # noqa: E731
+    answer = generate(model, row, 1, constraint=narrow, eos_token_id=eos)[0]
+    assert answer.finished and answer.eos_logprob == pytest.approx(first.token_logprobs[0])
+    other = generate(model, row, 1, constraint=lambda g, r: narrow(g, r) if r > 1 else torch.tensor([1]))[0]
+    assert other == Generated()
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])

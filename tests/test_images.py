@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,6 +260,15 @@ def refused(source, error: type[Exception], *words: str) -> None:
 
 def test_no_such_file(tmp_path):
     refused(tmp_path / "cat.jpg", FileNotFoundError, "cat.jpg", "no such file")
+
+
+def test_a_url():
+    """It is not fetched, and stays as it was written: a path would lose one of its slashes."""
+    for url in ("https://example.com/a.png", "http://example.com/a.png", "s3://bucket/a.png"):
+        refused(url, FileNotFoundError, f"{url} is a URL", "download it first")
+    refused("file:///tmp/a.png", FileNotFoundError, "file:///tmp/a.png is a URL", "leave out 'file://'")
+    refused(Path("https://example.com/a.png"), FileNotFoundError, "is a URL")
+    refused("C:/pictures/a.png", FileNotFoundError, "a.png: no such file")
 
 
 def test_a_folder(tmp_path):

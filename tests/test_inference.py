@@ -12,7 +12,7 @@ from PIL import Image
 from reference import randomize, tiny_config
 
 from paligemma.grammar import Detection, Segment
-from paligemma.inference import Answer, PaliGemma, load, main
+from paligemma.inference import Answer, PaliGemma, load, main, shown
 from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
@@ -120,6 +120,15 @@ def test_streamed_pieces_join_to_the_whole_answer(pg):
     assert "".join(pieces) == pg.generate(picture(0), "caption en", 16).text
 
 
+def test_a_stream_returns_the_answer_that_it_showed(pg):
+    for prompt in ("caption en", "detect dog"):
+        pieces = []
+        answer = shown(pg.stream(picture(0), prompt, max_new_tokens=16), pieces.append)
+        whole = pg.generate(picture(0), prompt, 16)
+        assert pieces.pop() == "\n" and "".join(pieces) == answer.text
+        assert same(answer, whole) and answer.finished == whole.finished and answer.detections == whole.detections
+
+
 def test_a_prompt_too_long_is_refused_before_the_image_is_looked_at(pg, monkeypatch):
     monkeypatch.setattr(pg.model, "encode_image", lambda pixels: pytest.fail("encoded"))
     with pytest.raises(ValueError, match="positions"):
@@ -160,6 +169,30 @@ def test_tasks_write_the_prompts_of_the_official_checkpoints(pg, monkeypatch):
 def test_choices_leave_nothing_else_to_say(pg):
     answers = {pg.ask(picture(seed), "what is it?", choices=["yes", "no"]).text for seed in range(12)}
     assert answers <= {"yes", "no"}
+
+
+def test_a_string_is_no_list_of_choices(pg):
+    with pytest.raises(ValueError, match="choices must be a list of one or more strings, got 'four'"):
+        pg.ask(picture(0), "how many?", choices="four")
+    assert pg.ask(picture(0), "how many?", choices={"four", "two"}).text in ("four", "two")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pg, image: pg.detect(image, [1]), "a label is int, expected a string"),
+        (lambda pg, image: pg.detect([image] * 2, [["book"], ["house"]]), "a label is list, expected a string"),
+        (lambda pg, image: pg.detect(image, None), "labels is None, expected a string or a list of strings"),
+        (lambda pg, image: pg.segment(image, prompt=["the dog"]), "the prompt is list, expected a string"),
+        (lambda pg, image: pg.ask(image, None), "a question is NoneType, expected a string"),
+        (lambda pg, image: pg.ask(image, ["is it day?", 1]), "a question is int, expected a string"),
+        (lambda pg, image: pg.ask(image, "is it day?", language=None), "the language is NoneType"),
+        (lambda pg, image: pg.caption(image, language=None), "the language is NoneType, expected a string"),
+    ],
+)
+def test_what_is_no_text_never_becomes_part_of_a_prompt(pg, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(pg, picture(0))
 
 
 def test_detections_are_boxes_of_what_was_asked_for_in_pixels_of_the_picture(pg):
@@ -237,7 +270,9 @@ def test_the_script_of_the_founding_document(pg, tmp_path, capsys):
     arguments = f"--model_path {tmp_path}/model --image_file_path {tmp_path}/photo.png --max_tokens_to_generate 8"
     arguments += " --temperature 0.8 --top_p 0.9 --do_sample False --only_cpu True"
     main([*arguments.split(), "--prompt", "caption en"])
-    assert capsys.readouterr().out == pg.generate(picture(0), "caption en", 8).text + "\n"
+    out, err = capsys.readouterr()
+    assert out == pg.generate(picture(0), "caption en", 8).text + "\n"
+    assert err == "note: stopped after 8 tokens; --max_tokens_to_generate allows more\n"
 
     main([*arguments.replace("--do_sample False", "--do_sample True").split(), "--prompt", "caption en"])
     assert capsys.readouterr().out.endswith("\n")

@@ -37,6 +37,24 @@ def test_it_answers_as_it_did_when_it_was_released(pg, task):
     assert [answer.text for answer in answers] == [row["answer"] for row in rows]
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_boxes_that_do_not_fit_into_the_budget_leave_the_answer_unfinished(pg, num_beams):
+    """Three boxes take 20 tokens with eos. Two do not fit into 12, and nothing fits into 2."""
+    scene = Path(__file__).parent.parent / "examples" / "scene.png"
+
+    def answer(budget):
+        prompt = "detect book ; umbrella ; house"
+        return pg.generate(scene, prompt, max_new_tokens=budget, constrained=True, num_beams=num_beams)
+
+    three = ["book", "umbrella", "house"]
+    for budget, finished, labels in ((2, False, []), (12, False, three[:1]), (19, False, three[:2]), (20, True, three)):
+        assert [item.label for item in answer(budget).detections] == labels
+        assert answer(budget).finished == finished
+    assert answer(2).score == 0.0
+    labels = [item.label for item in pg.detect(scene, ["hat", "umbrella red"], max_new_tokens=7)]
+    assert labels == ["umbrella red"] and pg.detect(scene, ["hat", "umbrella red"], max_new_tokens=6) == []
+
+
 def test_its_files_fit_into_25_megabytes():
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 25e6
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= {
