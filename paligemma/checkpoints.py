@@ -496,7 +496,8 @@ def _config_from_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig
     try:
         patch, _, _, d = shapes["img/embedding/kernel"]
         layers, _, heads, _ = shapes["img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel"]
-        patches, f = shapes["img/pos_embedding"][1], shapes["img/Transformer/encoderblock/MlpBlock_0/Dense_0/bias"][1]
+        grid = math.isqrt(shapes["img/pos_embedding"][1])
+        f = shapes["img/Transformer/encoderblock/MlpBlock_0/Dense_0/bias"][1]
         L, H, D, E = shapes["llm/layers/attn/q_einsum/w"]
         K, M = shapes["llm/layers/attn/kv_einsum/w"][2], shapes["llm/layers/mlp/linear"][1]
         V = shapes["llm/embedder/input_embedding"][0]
@@ -511,9 +512,13 @@ def _config_from_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig
     sizes |= {"num_hidden_layers": L, "num_attention_heads": H, "num_key_value_heads": K, "intermediate_size": M}
     if "llm/layers/post_attention_norm/scale" in shapes:
         # The 27B scales its queries by the width per head, all others by the size of a head.
-        sizes |= {"model_type": "gemma2", "query_pre_attn_scalar": D / H if D == 4608 else E}
-    vision = SiglipVisionConfig(d, f, layers, heads, image_size=math.isqrt(patches) * patch, patch_size=patch)
-    return PaliGemmaConfig(text_config=GemmaConfig.from_dict(sizes), vision_config=vision)
+        sizes |= {"model_type": "gemma2", "query_pre_attn_scalar": D / H if D == 4608 and H else E}
+    eye = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": heads}
+    eye |= {"image_size": grid * patch, "patch_size": patch}
+    try:  # an empty array can claim a billion layers in a few bytes
+        return PaliGemmaConfig(GemmaConfig.from_dict(sizes), SiglipVisionConfig.from_dict(eye))
+    except ValueError as error:
+        raise ValueError(f"{path}: the shapes of its arrays are those of no model: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ loading

@@ -806,6 +806,26 @@ def test_an_unknown_vocabulary_needs_a_configuration(gemma, tmp_path):
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel", (10**9, 0, 2, 4), "num_hidden_layers"),
+        ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel", (1, 8, 0, 4), "num_attention_heads"),
+        ("img/embedding/kernel", (0, 14, 3, 8), "patch_size"),
+        ("img/pos_embedding", (1, 0, 8), "image_size"),
+        ("llm/layers/attn/q_einsum/w", (10**9, 0, 8, 4), "num_hidden_layers"),
+        ("llm/layers/attn/q_einsum/w", (1, 0, 4608, 4), "num_attention_heads"),
+        ("llm/layers/attn/kv_einsum/w", (1, 2, 0, 8, 4), "num_key_value_heads"),
+    ],
+)  # fmt: skip
+def test_shapes_of_no_model_are_refused_before_a_model_is_built(key, shape, message, monkeypatch):
+    """An array without elements takes no bytes, whatever number of layers it claims."""
+    monkeypatch.setattr("paligemma.checkpoints.empty_model", None)
+    shapes = {row.key: row.shape for row in bigvision_table(published_config("paligemma2-3b", 224), 257152)}
+    with pytest.raises(ValueError, match=rf"^a\.npz: .* no model: \w+\.{message} is "):
+        _config_from_arrays(Path("a.npz"), shapes | {key: shape})
+
+
 def test_what_does_not_fit_in_an_npz_is_named(gemma, tmp_path):
     arrays = bigvision_arrays(gemma)
     del arrays["img/head/bias"]
