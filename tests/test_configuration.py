@@ -365,6 +365,12 @@ REFUSED = {
         (),
         "linear_attention",
     ),
+    "a layer type that is a list": (
+        "text_config",
+        {"num_hidden_layers": 1, "layer_types": [["full_attention"]]},
+        (),
+        r"layer_types has \['full_attention'\]",
+    ),
     "stretched positions": ("text_config", {"rope_scaling": {"type": "linear", "factor": 2.0}}, (), "rope_scaling"),
     "stretched positions, as written today": (
         "text_config",
