@@ -561,17 +561,26 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | 
     return cast
 
 
-def at_image_size(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
-    """The same checkpoint for another resolution: only its table of positions changes."""
-    vision = replace(checkpoint.config.vision_config, image_size=image_size)  # raises ValueError for an odd size
-    if vision == checkpoint.config.vision_config:
-        return checkpoint
-    limit = checkpoint.config.text_config.max_position_embeddings
-    if vision.num_patches >= limit:
+def config_at_image_size(config: PaliGemmaConfig, image_size: int) -> PaliGemmaConfig:
+    """The same configuration for another resolution. ValueError for one that its patches or positions do not allow."""
+    if type(image_size) is not int or image_size <= 0:
+        raise ValueError(f"image_size is {image_size!r}, expected a positive whole number of pixels")
+    vision = replace(config.vision_config, image_size=image_size)  # raises ValueError for an odd size
+    limit = config.text_config.max_position_embeddings
+    if vision != config.vision_config and vision.num_patches >= limit:
         raise ValueError(
             f"image_size {image_size:,} makes {vision.num_patches:,} image tokens, and the model has {limit:,} "
             "positions for image and text: choose a smaller one"
         )
+    return replace(config, vision_config=vision)
+
+
+def at_image_size(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
+    """The same checkpoint for another resolution: only its table of positions changes."""
+    config = config_at_image_size(checkpoint.config, image_size)
+    if config == checkpoint.config:
+        return checkpoint
+    vision = config.vision_config
     shape, dtype = (vision.num_patches, vision.hidden_size), checkpoint.tensors[POSITIONS][1]
 
     def read(name: str, mapped: bool = False) -> Tensor:
@@ -579,7 +588,6 @@ def at_image_size(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
             return resample_positions(checkpoint.read(name), vision.num_patches).to(dtype)
         return checkpoint.read(name, mapped)
 
-    config = replace(checkpoint.config, vision_config=vision)
     return replace(checkpoint, config=config, tensors=checkpoint.tensors | {POSITIONS: (shape, dtype)}, read=read)
 
 

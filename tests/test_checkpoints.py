@@ -1103,6 +1103,9 @@ def test_a_checkpoint_at_another_resolution(folder, gemma, tmp_path):
         load_model(folder, image_size=14_000_000)  # told before any memory is asked for
     with pytest.raises(ValueError, match="image_size 57 is not a multiple of patch_size 14"):
         load_model(folder, image_size=57)
+    for wrong in (0, -14, "28", 28.0, True):
+        with pytest.raises(ValueError, match=f"image_size is {wrong!r}, expected a positive whole number of pixels"):
+            load_model(folder, image_size=wrong)
 
 
 # ------------------------------------------------------------------------------------------------ headers
