@@ -250,7 +250,7 @@ def files_of_index(index: Path) -> list[Path]:
     """The shards that an index names, all of them there and in its own folder."""
     try:
         names: list[Any] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of safetensors files ({error!r}): download it again") from None
     files = []
     for name in names:

@@ -493,7 +493,9 @@ def test_a_pointer_instead_of_a_file(folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}', "[" * 100_000]
+)
 def test_an_index_that_is_none(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"model.safetensors.index.json is not an index"):
