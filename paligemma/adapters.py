@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ def _settings(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist: an adapter's folder holds one")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
@@ -199,7 +200,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
         raise ValueError(f"{path}: alpha_pattern is {patterns!r}, expected an object of names and numbers")
     for name, value in {"lora_alpha": settings.get("lora_alpha"), **patterns}.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{path}: {name} is {value!r}, expected a number")
     asks = [
         f"{name}={value!r}"

@@ -250,7 +250,7 @@ def files_of_index(index: Path) -> list[Path]:
     """The shards that an index names, all of them there and in its own folder."""
     try:
         names: list[Any] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of safetensors files ({error!r}): download it again") from None
     files = []
     for name in names:
@@ -496,7 +496,8 @@ def _config_from_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig
     try:
         patch, _, _, d = shapes["img/embedding/kernel"]
         layers, _, heads, _ = shapes["img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel"]
-        patches, f = shapes["img/pos_embedding"][1], shapes["img/Transformer/encoderblock/MlpBlock_0/Dense_0/bias"][1]
+        grid = math.isqrt(shapes["img/pos_embedding"][1])
+        f = shapes["img/Transformer/encoderblock/MlpBlock_0/Dense_0/bias"][1]
         L, H, D, E = shapes["llm/layers/attn/q_einsum/w"]
         K, M = shapes["llm/layers/attn/kv_einsum/w"][2], shapes["llm/layers/mlp/linear"][1]
         V = shapes["llm/embedder/input_embedding"][0]
@@ -511,9 +512,13 @@ def _config_from_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig
     sizes |= {"num_hidden_layers": L, "num_attention_heads": H, "num_key_value_heads": K, "intermediate_size": M}
     if "llm/layers/post_attention_norm/scale" in shapes:
         # The 27B scales its queries by the width per head, all others by the size of a head.
-        sizes |= {"model_type": "gemma2", "query_pre_attn_scalar": D / H if D == 4608 else E}
-    vision = SiglipVisionConfig(d, f, layers, heads, image_size=math.isqrt(patches) * patch, patch_size=patch)
-    return PaliGemmaConfig(text_config=GemmaConfig.from_dict(sizes), vision_config=vision)
+        sizes |= {"model_type": "gemma2", "query_pre_attn_scalar": D / H if D == 4608 and H else E}
+    eye = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": heads}
+    eye |= {"image_size": grid * patch, "patch_size": patch}
+    try:  # an empty array can claim a billion layers in a few bytes
+        return PaliGemmaConfig(GemmaConfig.from_dict(sizes), SiglipVisionConfig.from_dict(eye))
+    except ValueError as error:
+        raise ValueError(f"{path}: the shapes of its arrays are those of no model: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -556,17 +561,26 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | 
     return cast
 
 
-def at_image_size(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
-    """The same checkpoint for another resolution: only its table of positions changes."""
-    vision = replace(checkpoint.config.vision_config, image_size=image_size)  # raises ValueError for an odd size
-    if vision == checkpoint.config.vision_config:
-        return checkpoint
-    limit = checkpoint.config.text_config.max_position_embeddings
-    if vision.num_patches >= limit:
+def config_at_image_size(config: PaliGemmaConfig, image_size: int) -> PaliGemmaConfig:
+    """The same configuration for another resolution. ValueError for one that its patches or positions do not allow."""
+    if type(image_size) is not int or image_size <= 0:
+        raise ValueError(f"image_size is {image_size!r}, expected a positive whole number of pixels")
+    vision = replace(config.vision_config, image_size=image_size)  # raises ValueError for an odd size
+    limit = config.text_config.max_position_embeddings
+    if vision != config.vision_config and vision.num_patches >= limit:
         raise ValueError(
             f"image_size {image_size:,} makes {vision.num_patches:,} image tokens, and the model has {limit:,} "
             "positions for image and text: choose a smaller one"
         )
+    return replace(config, vision_config=vision)
+
+
+def at_image_size(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
+    """The same checkpoint for another resolution: only its table of positions changes."""
+    config = config_at_image_size(checkpoint.config, image_size)
+    if config == checkpoint.config:
+        return checkpoint
+    vision = config.vision_config
     shape, dtype = (vision.num_patches, vision.hidden_size), checkpoint.tensors[POSITIONS][1]
 
     def read(name: str, mapped: bool = False) -> Tensor:
@@ -574,7 +588,6 @@ def at_image_size(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
             return resample_positions(checkpoint.read(name), vision.num_patches).to(dtype)
         return checkpoint.read(name, mapped)
 
-    config = replace(checkpoint.config, vision_config=vision)
     return replace(checkpoint, config=config, tensors=checkpoint.tensors | {POSITIONS: (shape, dtype)}, read=read)
 
 

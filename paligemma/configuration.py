@@ -9,7 +9,7 @@ do not know may be one that changes the result.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from typing import Any
 
 # Written by one release of transformers or another, and read by none of the arithmetic. `num_image_tokens`,
@@ -79,8 +79,9 @@ def take_fields(cls: type, given: dict[str, Any], where: str, required: tuple[st
     for key, value in taken.items():
         if fields[key].type in ("float", "float | None") and type(value) not in (int, float, type(None)):
             raise ValueError(f"{where}.{key} is {value!r}, expected a number")
-        # Python's json reads NaN and Infinity too. Bases, caps, scales and epsilons are all above zero.
-        if fields[key].type in ("float", "float | None") and value is not None and not 0 < value < math.inf:
+        # Python's json reads NaN, Infinity and whole numbers beyond any float too. Bases, caps, scales and epsilons are
+        # all above zero.
+        if fields[key].type in ("float", "float | None") and value is not None and not 0 < value <= sys.float_info.max:
             raise ValueError(f"{where}.{key} is {value!r}, expected a positive number")
     if not isinstance(taken.get("layer_types"), (list, tuple, type(None))):
         raise ValueError(f"{where}.layer_types is {taken['layer_types']!r}, expected a list with a word for each layer")

@@ -126,7 +126,7 @@ def parse_tokens(
         if values is not None and len(values) != len(token_ids):
             raise ValueError(f"{name} has {len(values)} entries for {len(token_ids)} tokens; it needs one for each")
     text = tokenizer.decode(token_ids)
-    if token_logprobs is None and bins is None:
+    if (token_logprobs is None and bins is None) or not _TOKEN.search(text):
         return parse(text, image_size, loc_scale, codec, paste_rule)
 
     starts = _token_starts(token_ids, tokenizer, text)
@@ -290,17 +290,24 @@ def _token_starts(token_ids: list[int], tokenizer: Tokenizer, text: str) -> list
 
     A character can be made of several byte tokens; up to the last of them, decoding gives a placeholder for it. That is
     why the comparison, and why tokens may share a start: they belong to the character that begins there. No character
-    reaches across a location or a code, so only the tokens since the last one are decoded again and again.
+    reaches across a token that is no byte, so only the tokens since the last one of those are decoded again and again.
     """
+    loc = (
+        tokenizer.first_loc_id
+    )  # stands before what is decoded, where no decoder takes a space for the text's beginning
+    skip = len(tokenizer.decode([loc]))
     starts: list[int] = []
-    first = here = start = 0  # the last location or code, where it begins, where the current token begins
-    for i, token in enumerate(token_ids):
-        before = tokenizer.decode(token_ids[first:i])
+    pending: list[int] = []  # the tokens to decode again
+    here = start = 0  # where in the text they begin, where the current token begins
+    for token in token_ids:
+        before = tokenizer.decode(pending)
         while start - here < len(before) and text[start : start + 1] == before[start - here]:
             start += 1
         starts.append(start)
-        if 0 <= token - tokenizer.first_loc_id < NUM_LOC or 0 <= token - tokenizer.first_seg_id < NUM_SEG:
-            first, here = i, start
+        if tokenizer.decode_stable([token]):  # no byte, and not left out
+            pending, here = [loc, token], here + len(before) - skip
+        else:
+            pending.append(token)
     return starts
 
 

@@ -96,9 +96,9 @@ class GemmaConfig:
                 raise ValueError(
                     f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}"
                 )
-            strange = set(self.layer_types) - {"sliding_attention", "full_attention"}
+            strange = [kind for kind in self.layer_types if kind not in ("sliding_attention", "full_attention")]
             if strange:
-                raise ValueError(f"layer_types has {sorted(strange)}, expected sliding_attention or full_attention")
+                raise ValueError(f"layer_types has {strange[0]!r}, expected sliding_attention or full_attention")
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> GemmaConfig:

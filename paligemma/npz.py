@@ -13,6 +13,7 @@ import glob
 import io
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -24,6 +25,19 @@ from torch import Tensor
 
 # NumPy has no bfloat16: big_vision's arrays of it come as two nameless bytes.
 NPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16, "|V2": torch.bfloat16}
+
+# What zipfile and NumPy raise for archives that are not whole. A header of an array is a Python literal, which NumPy
+# gives to Python's own tokenizer and parser.
+DAMAGES = (
+    zipfile.BadZipFile,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+    SyntaxError,
+    tokenize.TokenError,
+)
 
 
 def npz_parts(path: Path) -> list[Path]:
@@ -73,7 +87,7 @@ class NpzReader:
             self._zip = zipfile.ZipFile(self._file)
             for member in self._zip.infolist():
                 self._read_header(member)
-        except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        except DAMAGES as error:
             self._file.close()
             raise damaged(self.path, error) from None
 

@@ -143,12 +143,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
         image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow would clip at 255. Mode "I" is what Pillow makes of some 16-bit files (PGM, TIFF); more bits than 16
-        # have no agreed range.
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{name} has values from {values.min()} to {values.max()}, beyond 16 bits: scale it first")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        return _to_8_bits(image, name).convert("RGB")
     if image.mode == "F":
         raise ValueError(f"{name} has floating-point pixels, whose range nobody knows: scale it to 8 bits first")
     if image.mode == "La":  # premultiplied; Pillow takes this one step at a time
@@ -160,6 +155,27 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB: {error}") from None
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """16 bits of grey, scaled: Pillow would clip them at 255. A strip at a time, so that it takes little memory.
+
+    Mode "I" is what Pillow makes of some 16-bit files (PGM, TIFF); more bits than 16 have no agreed range.
+    """
+    width, height = image.size
+    grey = Image.new("L", image.size)
+    lowest, highest = math.inf, -math.inf
+    rows = max(1, 2**20 // width)
+    for top in range(0, height, rows):
+        values = np.asarray(image.crop((0, top, width, min(top + rows, height)))).astype(np.int64)
+        lowest, highest = min(lowest, values.min()), max(highest, values.max())
+        strip = (values + 128) // 257
+        if (transparent := image.info.get("transparency")) is not None:  # one grey level, in PNG files
+            strip[values == transparent] = 255
+        grey.paste(Image.fromarray(strip.astype(np.uint8)), (0, top))
+    if lowest < 0 or highest > 65535:
+        raise ValueError(f"{name} has values from {lowest} to {highest}, beyond 16 bits: scale it first")
+    return grey
 
 
 # A pixel has 256 values, so the arithmetic on it is done once. Each step rounds as in the reference: the product in
@@ -698,7 +714,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are the former
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected an object")

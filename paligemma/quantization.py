@@ -36,7 +36,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -772,7 +772,7 @@ class QuantizedCheckpoint:
             raise ValueError(f"{self.folder} holds {self.mode} weights, not {mode}: leave out `quantize`")
         kept, config = checkpoints.parse_dtype(dtype) or self.dtype, self.config
         if image_size is not None:
-            config = replace(config, vision_config=replace(config.vision_config, image_size=image_size))
+            config = checkpoints.config_at_image_size(config, image_size)
         maps = {file: MappedFile(file) for file in set(self.place.values())}
         not_rounded = expected_shapes(config)
 

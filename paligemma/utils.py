@@ -178,7 +178,8 @@ def resolve(
 
     revision: of a hub id; a PaliGemma 1 of Google's is taken from the branch with half the bytes, unless `dtype` asks
     for float32. weights: False downloads the settings alone. Raises FileNotFoundError for a path that does not exist
-    (which is never looked for on the hub), PermissionError for a gated repository, ValueError for an unknown id.
+    (which is never looked for on the hub; nor is "a/b" where a folder "a" is here, but for "google/paligemma..."),
+    PermissionError for a gated repository, ValueError for an unknown id.
     """
     if not str(model_path):
         raise ValueError("the name of the model is empty: expected 'tiny', a hub id, a folder or a file")
@@ -195,15 +196,16 @@ def resolve(
 
     name = str(model_path)
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    if (
-        isinstance(model_path, os.PathLike)
-        or not is_id
-        or path.parent.is_dir()
-        or path.suffix in (".npz", ".safetensors")
-    ):
+    if isinstance(model_path, os.PathLike) or not is_id or path.suffix in (".npz", ".safetensors"):
         raise FileNotFoundError(
             f"{name}: no such file or folder"
             + (f". Did you mean google/{name} on the hub?" if name.startswith("paligemma") and "/" not in name else "")
+        )
+    # A typing error in a path is not to ask for somebody's repository. What Google published is no such error.
+    if path.parent.is_dir() and not name.startswith("google/paligemma"):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder. The hub was not asked, since a folder {path.parent} is here: for the "
+            "repository of this name start from another folder"
         )
     return _download(name, revision, parse_dtype(dtype), weights)
 

@@ -367,6 +367,7 @@ UP = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_"
         ({"peft_type": "IA3"}, r"peft_type is 'IA3', expected 'LORA'"),
         ({"base_model_name_or_path": None}, r"base_model_name_or_path is None: write in which model"),
         ({"lora_alpha": "8"}, r"lora_alpha is '8', expected a number"),
+        ({"lora_alpha": 10**400}, r"lora_alpha is 10+, expected a number"),
         ({"lora_alpha": math.nan}, r"lora_alpha is nan, expected a number"),
         ({"alpha_pattern": {"q_proj": None}}, r"q_proj is None, expected a number"),
         ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern is \['q_proj'\], expected an object"),
@@ -413,9 +414,10 @@ def test_files_that_are_missing_or_damaged(adapter):
     (adapter / TENSORS).rename(adapter / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors; adapter_model.bin is a pickle"):
         load_hf_model(adapter)
-    (adapter / CONFIG).write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config.json is not JSON"):
-        load_hf_model(adapter)
+    for text in ("{", "[" * 100_000):
+        (adapter / CONFIG).write_text(text)
+        with pytest.raises(ValueError, match=r"adapter_config.json is not JSON"):
+            load_hf_model(adapter)
     with pytest.raises(FileNotFoundError, match=r"adapter_config.json does not exist"):
         open_adapter(adapter.parent)
 

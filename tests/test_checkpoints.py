@@ -493,7 +493,9 @@ def test_a_pointer_instead_of_a_file(folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}', "[" * 100_000]
+)
 def test_an_index_that_is_none(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match=r"model.safetensors.index.json is not an index"):
@@ -806,6 +808,29 @@ def test_an_unknown_vocabulary_needs_a_configuration(gemma, tmp_path):
         load_model(path)
 
 
+QUERY = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel"
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        (QUERY, (10**9, 0, 2, 4), "num_hidden_layers"),
+        (QUERY, (1, 8, 0, 4), "num_attention_heads"),
+        ("img/embedding/kernel", (0, 14, 3, 8), "patch_size"),
+        ("img/pos_embedding", (1, 0, 8), "image_size"),
+        ("llm/layers/attn/q_einsum/w", (10**9, 0, 8, 4), "num_hidden_layers"),
+        ("llm/layers/attn/q_einsum/w", (1, 0, 4608, 4), "num_attention_heads"),
+        ("llm/layers/attn/kv_einsum/w", (1, 2, 0, 8, 4), "num_key_value_heads"),
+    ],
+)
+def test_shapes_of_no_model_are_refused_before_a_model_is_built(key, shape, message, monkeypatch):
+    """An array without elements takes no bytes, whatever number of layers it claims."""
+    monkeypatch.setattr("paligemma.checkpoints.empty_model", None)
+    shapes = {row.key: row.shape for row in bigvision_table(published_config("paligemma2-3b", 224), 257152)}
+    with pytest.raises(ValueError, match=rf"^a\.npz: .* no model: \w+\.{message} is "):
+        _config_from_arrays(Path("a.npz"), shapes | {key: shape})
+
+
 def test_what_does_not_fit_in_an_npz_is_named(gemma, tmp_path):
     arrays = bigvision_arrays(gemma)
     del arrays["img/head/bias"]
@@ -858,6 +883,19 @@ def test_an_array_of_another_size_than_it_says(gemma, tmp_path):
                 file.write(b"more" if key == "img/head/bias" else b"")
     with pytest.raises(ValueError, match=r"damaged \(img/head/bias has 260 bytes, expected 256\)"):
         load_model(path)
+
+
+@pytest.mark.parametrize("header", ["{'shape': (1,), (", "{'shape': ((1,}", "{'descr': '<f4' 4}", "(" * 900, "\0"])
+def test_a_header_of_an_array_that_nobody_can_read(header, tmp_path, monkeypatch):
+    """It is a Python literal, and what Python says of a broken one is not said to the user."""
+    text = header.encode() + b"\n"
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("llm/a.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    real, opened = Path.open, []
+    monkeypatch.setattr(Path, "open", lambda *args: opened.append(real(*args)) or opened[-1])
+    with pytest.raises(ValueError, match=r"a\.npz is truncated or damaged"):
+        open_checkpoint(tmp_path / "a.npz")
+    assert all(file.closed for file in opened)
 
 
 def test_a_flipped_bit_in_an_npz(gemma, tmp_path):
@@ -1067,6 +1105,9 @@ def test_a_checkpoint_at_another_resolution(folder, gemma, tmp_path):
         load_model(folder, image_size=14_000_000)  # told before any memory is asked for
     with pytest.raises(ValueError, match="image_size 57 is not a multiple of patch_size 14"):
         load_model(folder, image_size=57)
+    for wrong in (0, -14, "28", 28.0, True):
+        with pytest.raises(ValueError, match=f"image_size is {wrong!r}, expected a positive whole number of pixels"):
+            load_model(folder, image_size=wrong)
 
 
 # ------------------------------------------------------------------------------------------------ headers

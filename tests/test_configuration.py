@@ -351,6 +351,7 @@ REFUSED = {
     "an image size of half a pixel": ("vision_config", {"image_size": 0.5}, (), "vision_config.image_size is 0.5"),
     "an epsilon that is no number": ("text_config", {"rms_norm_eps": float("nan")}, (), "rms_norm_eps is nan"),
     "a base below zero": ("text_config", {"rope_theta": -1}, (), "rope_theta is -1, expected a positive number"),
+    "a base beyond any float": ("text_config", {"rope_theta": 10**400}, (), "rope_theta is 10+, expected a positive"),
     "no token": (None, {"eos_token_id": []}, (), r"eos_token_id is \[\], expected the id of a token"),
     "a token in words": (None, {"pad_token_id": "<pad>"}, (), "pad_token_id is '<pad>', expected the id"),
     "a million layers": ("text_config", {"num_hidden_layers": 10**6}, (), "is 1,000,000, expected at most 1,000"),
@@ -364,6 +365,12 @@ REFUSED = {
         {"num_hidden_layers": 1, "layer_types": ["linear_attention"]},
         (),
         "linear_attention",
+    ),
+    "a layer type that is a list": (
+        "text_config",
+        {"num_hidden_layers": 1, "layer_types": [["full_attention"]]},
+        (),
+        r"layer_types has \['full_attention'\]",
     ),
     "stretched positions": ("text_config", {"rope_scaling": {"type": "linear", "factor": 2.0}}, (), "rope_scaling"),
     "stretched positions, as written today": (

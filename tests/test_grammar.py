@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from itertools import takewhile
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from paligemma.grammar import (
     Detection,
     DetectionGrammar,
     Segment,
+    _token_starts,
     canonical_order,
     format_detections,
     format_segments,
@@ -450,16 +452,57 @@ def test_tokens_and_what_is_said_of_them_must_match(tokenizer):
         parse_tokens(tokenizer.encode(BOX), tokenizer, SIZE, bins=[])
 
 
-@given(st.data())
-@settings(max_examples=150, deadline=None)
-def test_tokens_and_text_are_read_alike(tokenizer, data):
+def draw_ids(data, tokenizer):
+    """Ids of all kinds: words, locations, codes, and bytes, of which some make characters and some do not."""
+    first_byte = tokenizer.token_to_id("<0x00>")
     token = st.one_of(
         st.integers(0, len(tokenizer) - 1),
+        st.integers(first_byte, first_byte + 255),
         st.integers(tokenizer.first_loc_id, tokenizer.first_loc_id + 1023),
         st.integers(tokenizer.first_seg_id, tokenizer.first_seg_id + 127),
     )
     chunk = st.one_of(st.lists(token, max_size=20), st.lists(PIECES, max_size=6).map("".join).map(tokenizer.encode))
-    ids = [i for part in data.draw(st.lists(chunk, max_size=4)) for i in part]
+    return [i for part in data.draw(st.lists(chunk, max_size=4)) for i in part]
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_where_each_token_begins(tokenizer, data):
+    """By definition: as far as what the tokens before it say agrees with the text, and never further back."""
+    ids = draw_ids(data, tokenizer)
+    text = tokenizer.decode(ids)
+    expected = [0]
+    for i in range(1, len(ids)):
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(tokenizer.decode(ids[:i]), text))
+        expected.append(max(expected[-1], len(list(alike))))
+    assert _token_starts(ids, tokenizer, text) == expected[: len(ids)]
+
+
+def test_a_long_answer_takes_time_in_proportion_to_its_length(tokenizer):
+    decoded = []
+
+    class Counting:
+        first_loc_id, first_seg_id = tokenizer.first_loc_id, tokenizer.first_seg_id
+
+        def decode(self, ids):
+            decoded.append(len(ids))
+            return tokenizer.decode(ids)
+
+        def decode_stable(self, ids):
+            decoded.append(len(ids))
+            return tokenizer.decode_stable(ids)
+
+    for text in ("a red car and a 猫, " * 200, BOX + " a red car and a 猫," * 200):
+        ids = tokenizer.encode(text)
+        decoded.clear()
+        parse_tokens(ids, Counting(), SIZE, token_logprobs=[-1.0] * len(ids))
+        assert sum(decoded) < 8 * len(ids)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_tokens_and_text_are_read_alike(tokenizer, data):
+    ids = draw_ids(data, tokenizer)
     expected = parse(tokenizer.decode(ids), SIZE)
     assert parse_tokens(ids, tokenizer, SIZE) == expected
     scored = parse_tokens(ids, tokenizer, SIZE, token_logprobs=[-1.0] * len(ids), bins=[(5.0, 1.0)] * len(ids))

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -240,6 +241,28 @@ def test_other_forms_of_sixteen_bits():
         assert pixels(load_image(image))[0, :, 0].tolist() == [0, 128, 255]
 
 
+def test_every_level_of_sixteen_bits_in_a_picture_of_several_strips():
+    levels = np.arange(2**21 + 1000, dtype=np.uint32).reshape(-1, 8).astype(np.uint16)
+    expected = (levels.astype(np.int64) + 128) // 257
+    assert np.array_equal(pixels(load_image(Image.fromarray(levels)))[:, :, 0], expected)
+
+
+def test_a_grey_level_of_sixteen_bits_declared_transparent_is_white():
+    levels = np.array([[999, 1000, 1001]], dtype=np.uint16)
+    assert pixels(load_image(encoded(Image.fromarray(levels), transparency=1000)))[0, :, 0].tolist() == [4, 255, 4]
+
+
+def test_arithmetic_on_sixteen_bits_takes_no_more_memory_for_a_larger_picture():
+    peaks = []
+    for height in (4000, 16_000):
+        picture = Image.new("I;16", (1000, height))
+        tracemalloc.start()  # sees what NumPy takes, not the pictures of Pillow
+        load_image(picture)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -332,5 +355,5 @@ def test_things_that_are_not_pictures_at_all():
 
 def test_values_without_a_known_range():
     refused(Image.new("F", (2, 2)), ValueError, "floating-point")
-    refused(Image.new("I", (2, 2), 70_000), ValueError, "beyond 16 bits", "70000")
+    refused(Image.new("I", (2, 2), 70_000), ValueError, "beyond 16 bits", "from 70000 to 70000")
     refused(Image.new("I", (2, 2), -1), ValueError, "beyond 16 bits")

@@ -736,6 +736,7 @@ def test_an_official_preprocessor_config(tmp_path):
     "content, words",
     [
         ("{", "preprocessor_config.json is not JSON"),
+        ("[" * 100_000, "preprocessor_config.json is not JSON"),
         ("[1]", "holds list"),
         ('{"size": {"height": 224, "width": 336}}', "expected equal height and width"),
         ('{"size": {"shortest_edge": 224}}', "expected equal height and width"),

@@ -1035,6 +1035,9 @@ def test_other_sizes_and_dtypes_of_a_saved_one(tmp_path):
     reference, _ = load_hf_model("tiny", "cpu", dtype="float32", quantize="int8", image_size=160)
     inputs = make_inputs(model.config, prefix=[3])
     assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
+    for wrong, message in {0: "image_size is 0, expected a positive whole", 16_000_000: "choose a smaller one"}.items():
+        with pytest.raises(ValueError, match=message):
+            load_hf_model(tmp_path, "cpu", image_size=wrong)
 
 
 def test_from_big_visions_file(source, tmp_path):

@@ -273,6 +273,14 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(hub, tmp_path, name):
     assert hub.calls == []
 
 
+def test_a_folder_of_the_owners_name_hides_no_published_model(hub, tmp_path, folder):
+    (tmp_path / "google").mkdir()
+    assert resolve("google/paligemma2-3b-pt-224") == folder
+    (tmp_path / "someone").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"not asked, since a folder someone is here: .* another folder"):
+        resolve("someone/paligemma-of-mine")
+
+
 def test_a_published_name_without_its_owner(hub):
     with pytest.raises(FileNotFoundError, match="Did you mean google/paligemma2-3b-pt-224 on the hub"):
         resolve("paligemma2-3b-pt-224")
