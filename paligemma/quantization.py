@@ -19,7 +19,7 @@ So what lies beyond 16 times the mean of its token is clipped, and what was clip
 
 In all three modes GELU, norms and rotary positions of a bfloat16 model go through kernels as well, and attention where
 its kernel is the faster: with AVX2 for few queries, with AVX-512 where the CPU has bfloat16 in vectors and none in
-tiles. See `FAST`.
+tiles. The decoder's layers take the next tokens in one call each. See `FAST`.
 
 Two ways to compute the same: the kernels of `linear_kernels.py`, or PyTorch's own operators where those can't be had. A
 CPU with neither VNNI (dot products of 8 bits) nor products of bfloat16 multiplies many rows in float32, whose sums are

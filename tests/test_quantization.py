@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from avx512 import can_emulate, emulate
 from reference import make_inputs, randomize, tiny_config
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -48,20 +49,28 @@ KERNEL = linear_kernels.missing_for_kernel() is None  # whether this machine can
 needs_kernel = pytest.mark.skipif(not KERNEL, reason="no compiler, or neither AVX-512 with VNNI nor AVX2")
 AVX512 = KERNEL and linear_kernels.instructions() == "AVX-512"
 needs_avx512 = pytest.mark.skipif(not AVX512, reason="no compiler, or no AVX-512 with VNNI")
-BOTH = [pytest.param("AVX-512", marks=needs_avx512), pytest.param("AVX2", marks=needs_kernel)]
+either_way = pytest.mark.skipif(not AVX512 and not can_emulate(), reason="neither AVX-512 nor SIMDe to emulate it")
+BOTH = [pytest.param("AVX-512", marks=either_way), pytest.param("AVX2", marks=needs_kernel)]
+
+
+def use(kernels: str, set_attribute=setattr) -> None:
+    """The kernels of one of the two files, "AVX-512" (emulated where the CPU is another) or "AVX2", or "plain"."""
+    set_attribute(linear_kernels, "ASKED", {"AVX2": "avx2", "plain": "0"}.get(kernels, "1"))
+    if kernels == "AVX-512" and not AVX512:
+        emulate(set_attribute)
 
 
 @pytest.fixture(params=BOTH)
 def kernels(request, monkeypatch):
     """The kernels of either file. A CPU with AVX-512 has AVX2 as well."""
-    monkeypatch.setattr(linear_kernels, "ASKED", "avx2" if request.param == "AVX2" else "1")
+    use(request.param, monkeypatch.setattr)
     return request.param
 
 
 @pytest.fixture(params=[*BOTH, "plain"])
 def way(request, monkeypatch):
     """All ways to compute the same."""
-    monkeypatch.setattr(linear_kernels, "ASKED", {"AVX2": "avx2", "plain": "0"}.get(request.param, "1"))
+    use(request.param, monkeypatch.setattr)
     return request.param
 
 
@@ -333,7 +342,7 @@ def test_kernels_read_nothing_behind_the_end_of_a_tensor(kernels):
 
 
 def use_what_ends_with_its_page(kernels: str) -> None:
-    linear_kernels.ASKED = "avx2" if kernels == "AVX2" else "1"
+    use(kernels)
     kept = []  # the pages: a tensor does not hold them
 
     def at_the_end(x: torch.Tensor) -> torch.Tensor:
