@@ -292,9 +292,8 @@ def _token_starts(token_ids: list[int], tokenizer: Tokenizer, text: str) -> list
     why the comparison, and why tokens may share a start: they belong to the character that begins there. No character
     reaches across a token that is no byte, so only the tokens since the last one of those are decoded again and again.
     """
-    loc = (
-        tokenizer.first_loc_id
-    )  # stands before what is decoded, where no decoder takes a space for the text's beginning
+    # Before what is decoded stands a location: no decoder takes a space behind it for the text's beginning.
+    loc = tokenizer.first_loc_id
     skip = len(tokenizer.decode([loc]))
     starts: list[int] = []
     pending: list[int] = []  # the tokens to decode again
