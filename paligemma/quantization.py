@@ -251,7 +251,7 @@ class FastGemmaAttention(GemmaAttention):
         return linear_kernels.rotary_bf16(x, cos, sin)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        if self.explicit or not _attention_for_kernel(q):
+        if self.explicit or not (_attention_for_kernel(*q.shape[2:]) and _for_kernel(q)):
             return _in_good_numbers(super().attend, q, k, v, mask)
         return linear_kernels.attention_bf16(q, k, v, mask, self.scale, self.softcap)
 
@@ -260,7 +260,7 @@ class FastSiglipAttention(SiglipAttention):
     """The same for the eye, where nothing is hidden."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.explicit or not _attention_for_kernel(q):
+        if self.explicit or not (_attention_for_kernel(*q.shape[2:]) and _for_kernel(q)):
             return _in_good_numbers(super().attend, q, k, v)
         return linear_kernels.attention_bf16(q, k, v, None, q.shape[-1] ** -0.5)
 
@@ -303,15 +303,21 @@ def _in_one_call(
 
     A kernel passes by the hooks of a module, and what was put in its place, such as LoRA. So there must be none.
     """
-    if cache is None or last not in (0, x.shape[1]) or len(cos) != len(x) or not (_few(x) and _for_kernel(x)):
+    if cache is None or last not in (0, x.shape[1]) or len(cos) != len(x) or not x.numel():
+        return None
+    if not (_few(x) and _for_kernel(x) and _attention_for_kernel(x.shape[1], attention.head_dim)):
         return None
     if type(attention) is not FastGemmaAttention or attention.explicit or type(mlp) is not FastGemmaMLP:
+        return None
+    if any(n is not None and (type(n) is not FastRMSNorm or n.weight.dtype != x.dtype) for n in norms):
         return None
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     weights = [weights for linear in linears if (weights := _weights(linear)) is not None]
     keys, values = cache.keys[attention.layer], cache.values[attention.layer]
     if len(weights) < len(linears) or keys.dtype != x.dtype:
+        return None
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return None
     for part in (attention, mlp, *linears, *norms):
         if part is not None and (part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__):
@@ -333,9 +339,9 @@ def _weights(linear: nn.Module) -> linear_kernels.Weights | None:
     return linear.weight, None, linear.scale if isinstance(linear, Int8Linear) else None
 
 
-def _attention_for_kernel(q: Tensor) -> bool:
-    few = q.shape[2] <= FEW_ROWS and linear_kernels.instructions() == "AVX2"
-    return q.shape[-1] % 2 == 0 and (few or _many_for_kernel()) and _for_kernel(q)
+def _attention_for_kernel(queries: int, head_dim: int) -> bool:
+    few = queries <= FEW_ROWS and linear_kernels.instructions() == "AVX2"
+    return head_dim % 2 == 0 and (few or _many_for_kernel())
 
 
 def _in_good_numbers(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
