@@ -177,10 +177,9 @@ def compile_kernel(source: Path) -> Path:
 
     Named after the source, the flags and the CPU: a home folder may be shared by machines of several kinds.
     """
+    sources = b"".join(file.read_bytes() for file in (*HEADERS, source))
     conditions = " ".join([*FLAGS, compiler() or "", _cpu_flags()])
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in (*HEADERS, source)) + conditions.encode()).hexdigest()[
-        :16
-    ]
+    key = hashlib.sha256(sources + conditions.encode()).hexdigest()[:16]
     path = cache_folder() / f"{source.stem}-{key}.so"
     if not path.exists():
         print("note: compiling the kernels for this CPU, once (some seconds)", file=sys.stderr)
@@ -211,7 +210,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, all in bfloat16: x [..., K], weight [N, K], bias [N] -> [..., N]. Float32 sums."""
-    _expect(weight.dtype == x.dtype == torch.bfloat16 and weight.ndim == 2, x, weight)
+    _expect(x.dtype == torch.bfloat16 and weight.ndim == 2 and _fits(weight, None, None, *weight.shape), x, weight)
     return _call("linear_bf16", x, [weight], bias, weight.shape[0], weight.shape[1])
 
 
@@ -220,9 +219,8 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     K is at most MOST_INPUTS.
     """
-    _expect(weight.dtype == torch.int8 and weight.ndim == 2, x, weight)
+    _expect(weight.ndim == 2 and _fits(weight, None, scale, *weight.shape), x, weight)
     N, K = weight.shape
-    _expect(scale.dtype == torch.float32 and scale.shape == (N,) and K <= MOST_INPUTS, x, weight)
     return _call("linear_int8", x, [weight, scale], bias, N, K)
 
 
@@ -231,11 +229,9 @@ def linear_int4(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: T
 
     A weight is (n - 8) * step * scale, steps being -15 to 15; K is a multiple of 128, at most MOST_INPUTS.
     """
-    _expect(weight.dtype == torch.uint8 and weight.ndim == 2, x, weight)
+    _expect(weight.ndim == 2, x, weight)
     N, K = weight.shape[0], weight.shape[1] * 2
-    _expect(K % (2 * GROUP) == 0 and K <= MOST_INPUTS, x, weight)
-    _expect(steps.dtype == torch.int8 and steps.shape == (N, K // GROUP), x, weight)
-    _expect(scale.dtype == torch.float32 and scale.shape == (N,), x, weight)
+    _expect(_fits(weight, steps, scale, N, K), x, weight)
     return _call("linear_int4", x, [weight, steps, scale], bias, N, K)
 
 
@@ -285,10 +281,9 @@ def attention_bf16(
 ) -> Tensor:
     """softmax(scale * q k') v, each query head with the key head of its group; bfloat16, float32 inside.
 
-    cap: scores become cap * tanh(score / cap) first.
-
-    q [B, H, S, E], k and v [B, K, T, E], mask bool [B, 1, S, T] or None for all. Returns [B, H, S, E], lying in memory
-    as [B, S, H, E]. A query that may look at nothing gets zeros.
+    q [B, H, S, E], k and v [B, K, T, E], mask bool [B, 1, S, T] or None for all. cap: scores become
+    cap * tanh(score / cap) first. Returns [B, H, S, E], lying in memory as [B, S, H, E]. A query that may look at
+    nothing gets zeros.
     """
     (B, H, S, E), (K, T) = q.shape, k.shape[1:3]
     _expect(q.dtype == k.dtype == v.dtype == torch.bfloat16, q, k)
@@ -357,18 +352,25 @@ def decoder_layer(
 
 
 def _linear(weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> _Linear:
-    """Where a linear layer with N outputs and K inputs lies, checked as the functions above check it."""
-    fits = weight.is_contiguous()
-    if steps is not None:
-        fits = fits and weight.dtype == torch.uint8 and steps.dtype == torch.int8 and steps.is_contiguous()
-        fits = fits and weight.shape == (N, K // 2) and steps.shape == (N, K // GROUP) and K % (2 * GROUP) == 0
-    else:
-        fits = fits and weight.dtype == (torch.bfloat16 if scale is None else torch.int8) and weight.shape == (N, K)
-    if scale is not None:
-        fits = fits and scale.dtype == torch.float32 and scale.shape == (N,) and scale.is_contiguous()
-        fits = fits and K <= MOST_INPUTS
-    _expect(fits and (steps is None or scale is not None), weight, weight)
+    """Where a linear layer with N outputs and K inputs lies."""
+    _expect(_fits(weight, steps, scale, N, K), weight, weight)
     return _Linear(_address(weight), _address(steps), _address(scale), N, K)
+
+
+def _fits(weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> bool:
+    """Whether these are the weights of N outputs and K inputs: in bfloat16, or with what 8 and 4 bits come with."""
+    parts = [part for part in (weight, steps, scale) if part is not None]
+    if not all(part.is_contiguous() for part in parts):
+        return False
+    if scale is None:
+        return steps is None and weight.dtype == torch.bfloat16 and weight.shape == (N, K)
+    if scale.dtype != torch.float32 or scale.shape != (N,) or K > MOST_INPUTS:
+        return False
+    if steps is None:
+        return weight.dtype == torch.int8 and weight.shape == (N, K)
+    if weight.dtype != torch.uint8 or steps.dtype != torch.int8 or K % (2 * GROUP):
+        return False
+    return weight.shape == (N, K // 2) and steps.shape == (N, K // GROUP)
 
 
 def _rows_of(x: Tensor) -> tuple[int, int]:
@@ -398,7 +400,6 @@ def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
 
 def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
     _expect(x.shape[-1] == K and 0 < K < 2**31 and N < 2**31, x, weights[0])
-    _expect(all(t.is_contiguous() for t in weights), x, weights[0])
     if name != "linear_bf16":
         _expect(x.dtype in (torch.bfloat16, torch.float32), x, weights[0])
         name += "_bf16" if x.dtype == torch.bfloat16 else "_f32"
