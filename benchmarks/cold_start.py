@@ -38,7 +38,7 @@ STAGES = """
 import json, time
 marks = [("", time.perf_counter())]
 def mark(name): marks.append((name, time.perf_counter()))
-import paligemma.cli; mark("import of the command line")
+import paligemma.cli.main; mark("import of the command line")
 import torch; mark("import of torch")
 from paligemma.inference import load; mark("import of all else")
 pg = load("tiny"); mark("load: tokenizer, weights, mask codec")

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from paligemma.checkpoints import empty_model, published_config
+from paligemma.answers.grammar import DetectionGrammar
 from paligemma.generation import allowed_logits, choices, never_produced
-from paligemma.grammar import DetectionGrammar
 from paligemma.kv_cache import KVCache
+from paligemma.weights.checkpoints import empty_model, published_config
 
 STEPS = 25
 

@@ -38,11 +38,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import paligemma
+from paligemma.answers.mask_codec import crop
 from paligemma.bench.machine import describe_machine
 from paligemma.evaluate.intervals import bootstrap, wilson
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.runner import answer, fingerprint, open_folder, write_notice
-from paligemma.mask_codec import crop
 from paligemma.tiny.evaluation import FIRST_SEED, MEASURES, no_codes, to_example
 from paligemma.tiny.rows import TASKS, asker, rows
 from paligemma.tiny.world import render

@@ -12,10 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paligemma.answers.grammar import Detection, Parsed, Segment, parse
+    from paligemma.answers.mask_codec import MaskCodec
     from paligemma.generation import Generated, generate
-    from paligemma.grammar import Detection, Parsed, Segment, parse
     from paligemma.inference import Answer, PaliGemma, load
-    from paligemma.mask_codec import MaskCodec
     from paligemma.modeling_gemma import (
         GemmaAttention,
         GemmaConfig,
@@ -31,9 +31,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "inference": ("Answer", "PaliGemma", "load"),
-    "grammar": ("Detection", "Parsed", "Segment", "parse"),
+    "answers.grammar": ("Detection", "Parsed", "Segment", "parse"),
     "generation": ("Generated", "generate"),
-    "mask_codec": ("MaskCodec",),
+    "answers.mask_codec": ("MaskCodec",),
     "modeling_gemma": (
         "GemmaAttention",
         "GemmaConfig",

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paligemma.draw import draw
+from paligemma.answers.drawing import draw
+from paligemma.answers.grammar import ChoiceGrammar, Detection, DetectionGrammar, Segment, parse_tokens
+from paligemma.answers.mask_codec import MaskCodec
 from paligemma.generation import Constraint, Generated, check_length, generate, stream
-from paligemma.grammar import ChoiceGrammar, Detection, DetectionGrammar, Segment, parse_tokens
-from paligemma.mask_codec import MaskCodec
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_image, preprocess
 from paligemma.utils import first_with, load_hf_model, open_model, resolve
 

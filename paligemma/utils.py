@@ -14,13 +14,8 @@ from pathlib import Path
 
 import torch
 
-from paligemma.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
-from paligemma.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype, published_name
-from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.npz import npz_parts
-from paligemma.offload import check_device_map, offload
-from paligemma.processing_paligemma import Tokenizer, check_tokenizer, load_tokenizer
-from paligemma.quantization import (
+from paligemma.fast.offload import check_device_map, offload
+from paligemma.fast.quantization import (
     STORED,
     QuantizedCheckpoint,
     check_mode,
@@ -28,7 +23,12 @@ from paligemma.quantization import (
     open_quantized,
     stored_mode,
 )
-from paligemma.quantization import quantize as quantize_model
+from paligemma.fast.quantization import quantize as quantize_model
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import Tokenizer, check_tokenizer, load_tokenizer
+from paligemma.weights.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
+from paligemma.weights.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype, published_name
+from paligemma.weights.npz import npz_parts
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 

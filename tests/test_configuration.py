@@ -9,9 +9,9 @@ import torch
 import transformers
 from reference import make_inputs, make_theirs, randomize, tiny_config
 
-from paligemma.info import describe
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
+from paligemma.weights.info import describe
 
 # As published on the hub (google/paligemma-3b-pt-224), with all that it leaves out.
 PALIGEMMA_1 = {

@@ -13,8 +13,8 @@ from PIL import Image
 from reference import randomize, tiny_config
 
 import paligemma
-from paligemma import cli
-from paligemma.checkpoints import convert, save_pretrained
+from paligemma.cli import main as cli
+from paligemma.weights.checkpoints import convert, save_pretrained
 
 NONE_ELSE = inspect.Parameter.empty
 

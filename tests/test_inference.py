@@ -11,9 +11,9 @@ from make_tokenizer import build_tokenizer
 from PIL import Image
 from reference import randomize, tiny_config
 
-from paligemma.grammar import Detection, Segment
+from paligemma.answers.grammar import Detection, Segment
+from paligemma.answers.mask_codec import MaskCodec
 from paligemma.inference import Answer, PaliGemma, load, main, shown
-from paligemma.mask_codec import MaskCodec
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
 
@@ -251,7 +251,7 @@ def test_draw_takes_an_answer_or_a_list(pg):
 
 
 def test_a_saved_model_opens_by_its_folder(pg, tmp_path):
-    from paligemma.checkpoints import save_pretrained
+    from paligemma.weights.checkpoints import save_pretrained
 
     save_pretrained(pg.model, tmp_path / "model", processor=pg.processor)
     pg.codec.save(tmp_path / "model" / "mask_codec.npz")
@@ -263,7 +263,7 @@ def test_a_saved_model_opens_by_its_folder(pg, tmp_path):
 
 
 def test_the_script_of_the_founding_document(pg, tmp_path, capsys):
-    from paligemma.checkpoints import save_pretrained
+    from paligemma.weights.checkpoints import save_pretrained
 
     save_pretrained(pg.model, tmp_path / "model", processor=pg.processor)
     Image.fromarray(picture(0)).save(tmp_path / "photo.png")

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from paligemma.checkpoints import _write_config, _write_safetensors, expected_shapes, published_config
+from paligemma.fast.quantization import open_quantized
 from paligemma.modeling_gemma import PaliGemmaConfig
-from paligemma.quantization import open_quantized
+from paligemma.weights.checkpoints import _write_config, _write_safetensors, expected_shapes, published_config
 
 # Parameters and bytes at 224 pixels, as published (PaliGemma 1 in float32, PaliGemma 2 in bfloat16).
 PARAMETERS = {
@@ -103,7 +103,7 @@ def most():
 
 facts = {"torch": most()}
 import paligemma.generation
-from paligemma.checkpoints import load_model
+from paligemma.weights.checkpoints import load_model
 
 start = time.time()
 model = load_model(sys.argv[1])
@@ -178,7 +178,7 @@ def own():
 
 facts = {"torch": own()}
 import paligemma.generation
-from paligemma.checkpoints import load_model
+from paligemma.weights.checkpoints import load_model
 
 start = time.time()
 model = load_model(sys.argv[1])

@@ -12,10 +12,10 @@ from make_tokenizer import build_tokenizer
 from reference import make_inputs, randomize, tiny_config
 
 import paligemma.utils
-from paligemma.checkpoints import convert, save_pretrained
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import load_tokenizer
 from paligemma.utils import load_hf_model, pick_device, resolve
+from paligemma.weights.checkpoints import convert, save_pretrained
 
 
 @pytest.fixture(scope="module")

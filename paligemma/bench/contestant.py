@@ -158,8 +158,8 @@ def run(spec: Spec) -> dict[str, Any]:
 
 def load(spec: Spec) -> Any:
     """Ours, as `paligemma.load` loads it: a quantised checkpoint as it is, any other by the contestant's name."""
-    from paligemma.checkpoints import load_model
-    from paligemma.quantization import open_quantized, quantize, stored_mode
+    from paligemma.fast.quantization import open_quantized, quantize, stored_mode
+    from paligemma.weights.checkpoints import load_model
 
     mode = spec.name.removesuffix("-torch")
     folder = Path(spec.folder)

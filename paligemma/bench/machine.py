@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paligemma.quantization import has_dot_products
+from paligemma.fast.quantization import has_dot_products
 
 
 def describe_machine() -> dict[str, Any]:

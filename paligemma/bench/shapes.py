@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from paligemma.checkpoints import PUBLISHED, empty_model, expected_shapes, published_config, save_pretrained
 from paligemma.modeling_gemma import PaliGemmaConfig
+from paligemma.weights.checkpoints import PUBLISHED, empty_model, expected_shapes, published_config, save_pretrained
 
 TEXT_TOKENS = 10  # bos, a short question, newline
 

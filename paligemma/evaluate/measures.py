@@ -28,7 +28,7 @@ from paligemma.evaluate.vqa import normalize, vqa_accuracy
 from paligemma.evaluate.yes_no import pope_counts
 
 if TYPE_CHECKING:
-    from paligemma.mask_codec import MaskCodec
+    from paligemma.answers.mask_codec import MaskCodec
 
 Ratios = Mapping[str, tuple[float, float]]
 Rows = Sequence[tuple[Example, Prediction]]  # without pictures, and their regions as `Measure.keep` leaves them

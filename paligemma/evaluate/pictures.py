@@ -6,7 +6,7 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
-from paligemma.draw import draw, font_for, one_line
+from paligemma.answers.drawing import draw, font_for, one_line
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.processing_paligemma import load_image
 

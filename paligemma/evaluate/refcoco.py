@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paligemma.answers.grammar import parse
 from paligemma.evaluate.regions import Box, box_iou, mask_iou
-from paligemma.grammar import parse
 
 if TYPE_CHECKING:
-    from paligemma.mask_codec import MaskCodec
+    from paligemma.answers.mask_codec import MaskCodec
 
 _MASK = re.compile(r"(<loc\d{4}>){4}(<seg\d{3}>){16}")
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paligemma.answers.formats import rle_decode, rle_encode
 from paligemma.evaluate.regions import Region
-from paligemma.formats import rle_decode, rle_encode
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from paligemma.answers.formats import rle_encode
 from paligemma.files import new_folder_written_whole
-from paligemma.formats import rle_encode
 from paligemma.tiny.rows import TASKS, EncodeMask, asker, rows
 from paligemma.tiny.world import LABELS, Scene, render
 

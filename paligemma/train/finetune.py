@@ -42,21 +42,19 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from paligemma.adapters import base_of, is_adapter, save_adapter
-from paligemma.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
+from paligemma.data.check import Lengths, check
+from paligemma.data.rows import Row, Rows, open_rows
+from paligemma.data.show import codec_of
 from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
+from paligemma.fast.kernels import multiplies_bfloat16
+from paligemma.fast.quantization import is_quantized
 from paligemma.inference import CODEC_FILE, PaliGemma, load
-from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
-from paligemma.quantization import is_quantized
 from paligemma.train import distributed, parts
 from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.batches import Ahead, Batch, RowBatches
-from paligemma.train.data import Row, Rows, open_rows
-from paligemma.train.data_check import Lengths, check
-from paligemma.train.data_show import codec_of
 from paligemma.train.loop import SCHEDULES, NotFinite, TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
 from paligemma.train.run_folder import (
@@ -74,6 +72,8 @@ from paligemma.train.run_folder import (
 from paligemma.train.run_report import write_report
 from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of, measure_of, with_all_captions
 from paligemma.utils import pick_device, resolve
+from paligemma.weights.adapters import base_of, is_adapter, save_adapter
+from paligemma.weights.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
 
 if TYPE_CHECKING:
     from paligemma.train.plan import Plan

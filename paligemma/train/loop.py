@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paligemma.fast.kernels import multiplies_bfloat16
 from paligemma.files import write_text
-from paligemma.linear_kernels import multiplies_bfloat16
 from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
 from paligemma.train.optimizer import decays_in_reference

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from paligemma.data.rows import Row, Rows
 from paligemma.evaluate import Example, evaluate
 from paligemma.evaluate.benchmarks import BENCHMARKS
 from paligemma.evaluate.measures import MEASURES
-from paligemma.train.data import Row, Rows
 from paligemma.train.sight import measure_of, opened, right_answers, to_example, what_is_seen
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from paligemma.data.rows import Rows
 from paligemma.evaluate.runner import environment
 from paligemma.files import write_text
 from paligemma.train import checkpointing
-from paligemma.train.data import Rows
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # What a run may be given differently when it goes on: none of it changes the losses (but that dropout draws anew for

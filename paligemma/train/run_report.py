@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from paligemma.draw import draw
+from paligemma.answers.drawing import draw
 from paligemma.evaluate.report import Figure, show
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.text import exact_match

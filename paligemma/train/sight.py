@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paligemma.answers.grammar import parse
+from paligemma.data.rows import Row, Rows
 from paligemma.evaluate import Example, Prediction, Region, evaluate
 from paligemma.evaluate.average_precision import package
 from paligemma.evaluate.measures import MEASURES
 from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Report
 from paligemma.evaluate.runner import read_predictions
-from paligemma.grammar import parse
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
 from paligemma.processing_paligemma import load_image
-from paligemma.train.data import Row, Rows
 
 if TYPE_CHECKING:
     from torch import nn

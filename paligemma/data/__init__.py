@@ -1,0 +1,1 @@
+"""Rows of pictures, prompts and answers, from the files that people have."""

@@ -1,0 +1,1 @@
+"""What makes the model faster or smaller and changes no mathematics."""

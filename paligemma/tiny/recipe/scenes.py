@@ -1,0 +1,167 @@
+"""Scenes rendered ahead, so that training never waits for drawing.
+
+    python -m paligemma.tiny.recipe.scenes --folder runs/tiny/scenes --shards 200
+
+A shard is one `.npz` of 512 scenes: pictures at the model's size, what every patch shows (`world.patch_targets`), and
+the objects with their masks, from which any prompt can be made later (`Shard.scene`). A shard's number decides its
+seeds, so a folder can be deleted and drawn again. Training reads a scene several times, mirrored and with other
+prompts: drawing costs a twentieth of it.
+
+Half of the scenes are drawn at the model's size, half at twice that and made smaller as the processor would: users'
+pictures come in both kinds. A third has more signs than the world has, and easier ones, and shards from number
+`SIGNS` on hold nothing but such scenes: reading is learned last and needs the practice.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from paligemma.files import written_whole
+from paligemma.tiny import world
+
+SHARD = 512
+SIDE = 128  # pixels of the model's pictures
+GRID = 8  # patches in a row
+SIGNS = 5000  # from this shard on, signs in most scenes
+
+
+def render_training_scene(seed: int, split: str = "train") -> world.Scene:
+    """The scene of a seed, with the mixture of sizes and signs described above."""
+    size = SIDE if seed % 2 else 2 * SIDE
+    kind = seed // 2 % (7 if seed < SIGNS * SHARD else 2)
+    if kind == 0:  # large letters
+        return world.render(seed, split, size, sign=0.7, sign_only=0.25, text_length=(1, 3), char_size=(0.14, 0.3))
+    if kind == 1:
+        return world.render(seed, split, size, sign=0.8, sign_only=0.2)
+    return world.render(seed, split, size)
+
+
+def picture(scene: world.Scene) -> np.ndarray:
+    """The scene at the model's size: uint8 [128, 128, 3]."""
+    if scene.size == SIDE:
+        return scene.image
+    return np.asarray(Image.fromarray(scene.image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def pack(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
+    """The arrays of a shard."""
+    targets = [world.patch_targets(scene, GRID) for scene in scenes]
+    arrays = {name: np.stack([t[name] for t in targets]) for name in targets[0]}
+    objects: list[list[dict[str, Any]]] = []
+    masks = []
+    for scene in scenes:
+        objects.append([])
+        for thing in scene.objects:
+            x0, y0, x1, y1 = (int(edge) for edge in thing.box)
+            masks.append(np.packbits(thing.mask[y0:y1, x0:x1]))
+            facts = {"label": thing.label, "tint": thing.tint, "box": thing.box, "visible": thing.visible}
+            objects[-1].append(facts | {"text": thing.text, "chars": thing.char_boxes})
+    facts_of_scenes = [
+        {
+            "size": s.size,
+            "background": s.background,
+            "pattern": s.pattern,
+            "style": s.style,
+            "seed": s.seed,
+            "split": s.split,
+        }
+        for s in scenes
+    ]
+    return {
+        "image": np.stack([picture(scene) for scene in scenes]),
+        "class": arrays["class"].astype(np.int8),
+        "tint": arrays["tint"].astype(np.int8),
+        "background": arrays["background"].astype(np.int8),
+        "index": arrays["index"].astype(np.int8),
+        "box": arrays["box"].astype(np.float32),
+        "mask": np.packbits(arrays["mask"], axis=-1)[..., 0],  # [n, G, G, 8] bytes
+        "characters": arrays["characters"].astype(np.int8),
+        "object_masks": np.concatenate(masks),
+        "mask_ends": np.cumsum([len(mask) for mask in masks]),
+        "facts": np.frombuffer(json.dumps({"scenes": facts_of_scenes, "objects": objects}).encode(), np.uint8),
+    }
+
+
+@dataclass
+class Shard:
+    """One file of scenes. `arrays` as `pack` makes them."""
+
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(self.arrays["image"])
+
+    @classmethod
+    def load(cls, path: Path) -> "Shard":
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return cls(arrays, json.loads(arrays.pop("facts").tobytes()))
+
+    @cached_property
+    def first_object(self) -> np.ndarray:
+        """The number of each scene's first object among those of the shard, and how many these are: [scenes + 1]."""
+        return np.cumsum([0] + [len(things) for things in self.facts["objects"]])
+
+    def scene(self, i: int) -> world.Scene:
+        """Scene i with everything but its picture at full size (the picture is the small one)."""
+        ends = self.arrays["mask_ends"]
+        facts = self.facts["scenes"][i]
+        things = []
+        for j, thing in enumerate(self.facts["objects"][i], self.first_object[i]):
+            bits = self.arrays["object_masks"][ends[j - 1] if j else 0 : ends[j]]
+            x0, y0, x1, y1 = (int(edge) for edge in thing["box"])
+            mask = np.zeros((facts["size"], facts["size"]), bool)
+            mask[y0:y1, x0:x1] = np.unpackbits(bits, count=(y1 - y0) * (x1 - x0)).reshape(y1 - y0, x1 - x0)
+            chars = tuple(tuple(box) for box in thing["chars"])
+            things.append(
+                world.SceneObject(
+                    thing["label"], thing["tint"], tuple(thing["box"]), mask, thing["visible"], thing["text"], chars
+                )
+            )
+        # `Scene.size` is read off the picture: hand over one of the size that boxes and masks are measured in.
+        image = np.broadcast_to(np.uint8(0), (facts["size"], facts["size"], 3))
+        return world.Scene(
+            image, tuple(things), facts["background"], facts["pattern"], facts["style"], facts["seed"], facts["split"]
+        )
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.npz"
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards that are there, in order; not the codes beside them, nor one that is being written."""
+    return sorted(folder.glob("[0-9]*[0-9].npz"))
+
+
+def write_shard(folder: Path, number: int, split: str = "train") -> None:
+    """Draw shard `number` unless it is there already; written beside and renamed."""
+    path = shard_path(folder, number)
+    if path.exists():
+        return
+    arrays = pack([render_training_scene(number * SHARD + i, split) for i in range(SHARD)])
+    with written_whole(path) as beside:
+        np.savez(beside, **arrays)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(description="Render scenes ahead of training.")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--shards", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--split", default="train")
+    args = parser.parse_args()
+    for number in range(args.first, args.first + args.shards):
+        write_shard(args.folder, number, args.split)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Stage 2 of the recipe: the model that sees learns to speak.
+
+    python -m paligemma.tiny.recipe.talk --out runs/tiny --minutes 30
+
+The decoder does not begin from noise. Its words lie where the patches' heads look for them, and its first attention
+already finds what a word names; see `begin_talking`.
+
+Letters: D width of the decoder, E size of an attention head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paligemma.answers.mask_codec import MaskCodec
+from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import Tokenizer
+from paligemma.tiny import rows, world
+from paligemma.tiny.recipe.batches import TalkBatches, talk_loss
+from paligemma.tiny.recipe.codec import alike_codes
+from paligemma.tiny.recipe.tokenizer import build_tokenizer
+from paligemma.tiny.recipe.vision_first import (
+    HEADS,
+    VISION,
+    PatchHeads,
+    SceneBatches,
+    Vision,
+    initialize,
+    load_weights,
+    vision_part,
+    waves,
+)
+from paligemma.train import checkpointing
+from paligemma.train.loop import TrainConfig, bfloat16_where_fast, train
+from paligemma.train.optimizer import muon_and_adamw
+
+
+def model_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
+    text = GemmaConfig(
+        vocab_size=64 * math.ceil(len(tokenizer) / 64),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=1024,
+    )
+    return PaliGemmaConfig(text, VISION, image_token_index=tokenizer.image_token_id)
+
+
+class Talker(nn.Module):
+    """The model, and the heads that keep its patches honest."""
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.model = PaliGemmaForConditionalGeneration(config)
+        self.heads = PatchHeads(config.vision_config.hidden_size)
+        self.model.set_explicit_attention(True)
+
+
+def begin_talking(vision: Vision, tokenizer: Tokenizer, config: PaliGemmaConfig, scenes: dict[str, Tensor]) -> Talker:
+    """A model that sees as `vision` does and whose words lie where the patches' heads look for them.
+
+    The decoder's embedding is also its output layer. So the word "dog" begins in the direction in which a patch says
+    that it shows a dog: a patch copied to the output already names what it shows, and the word in a prompt resembles
+    what it asks for.
+    """
+    torch.manual_seed(1)
+    talker = Talker(config)
+    initialize(talker)
+    text = config.text_config
+    D = text.hidden_size
+    decoder = talker.model.language_model.model
+    for name, parameter in decoder.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data *= (2 * text.num_hidden_layers) ** -0.5
+    talker.model.vision_tower.load_state_dict(vision.model.state_dict())
+    talker.heads.load_state_dict(vision.heads.state_dict())
+    nn.init.orthogonal_(talker.model.multi_modal_projector.linear.weight)
+    projector = talker.model.multi_modal_projector.linear.weight.data  # [D, vision width]
+
+    embedding = torch.randn(text.vocab_size, D)
+    directions = dict(zip(HEADS, vision.heads.linear.weight.data.split(list(HEADS.values()))))
+    for token, direction in words_of_heads(tokenizer, directions):
+        direction = projector @ (direction - direction.mean())
+        embedding[token] = 0.5 * embedding[token] + direction * (D**0.5 / direction.norm())
+    embedding[tokenizer.first_loc_id : tokenizer.first_loc_id + 1024] = location_words(D) * D**0.5
+    embedding /= embedding.norm(dim=1, keepdim=True)  # times sqrt(D) on the way in: as large as image features
+    decoder.embed_tokens.weight.data.copy_(embedding)
+    look_for_words(talker, tokenizer, scenes, copied=0.7)
+    return talker
+
+
+def look_for_words(talker: Talker, tokenizer: Tokenizer, scenes: dict[str, Tensor], copied: float) -> None:
+    """The decoder's first attention begins as a look-up: "dog" finds the patches that show one, and copies them.
+
+    Everything that is asked about a thing (is it there, where, what colour, left or right of another) begins with
+    finding it, and learning to find takes thousands of steps. Here query and key are solved for by least squares: a
+    word says its class, a patch of `scenes` (a batch of `SceneBatches`) says what it shows, a word as key says no.
+    Rotary positions turn the first half of a head's pairs too fast to compare words with patches sixty places away:
+    the look-up lives in the slow half.
+    """
+    decoder = talker.model.language_model.model
+    attention, E = decoder.layers[0].get_submodule("self_attn"), decoder.config.head_dim
+    embedding = decoder.embed_tokens.weight.data
+    D, classes = embedding.shape[1], len(world.LABELS)
+    named, importance = torch.zeros(len(embedding), classes), torch.ones(len(embedding), 1)
+    for i, label in enumerate(world.LABELS):
+        for word in (label, " " + label, " " + rows.plural(label)):
+            token = tokenizer.encode(word)[0]
+            named[token, i], importance[token] = 1.0, 10.0
+    words = F.rms_norm(embedding, (D,))  # as the layer's norm hands them on
+    query = least_squares(words, named, importance)
+    with torch.no_grad():
+        patches = F.rms_norm(talker.model.encode_image(scenes["pixel_values"]), (D,)).flatten(0, 1)
+    shown = F.one_hot(scenes["class"].flatten(), classes + 1)[:, 1:].float()
+    inputs, targets = torch.cat([patches, words]), torch.cat([shown, torch.full_like(named, -0.5)])
+    weight = 1.0 + 5.0 * shown.sum(1, keepdim=True)  # most patches are background
+    key = least_squares(inputs, targets, torch.cat([weight, importance]))
+    # 73 classes in the slow 32 of 64 dimensions: a random projection keeps them apart.
+    mixed = torch.randn(E // 2, classes, generator=torch.Generator().manual_seed(3)) * (E // 2) ** -0.5
+    slow = [i for i in range(E) if i % (E // 2) >= E // 4]
+    value = nn.init.orthogonal_(torch.empty(D, D))
+    sharp = 24 * E**0.5
+    weights = {
+        name: attention.get_parameter(f"{name}.weight").data for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    weights["q_proj"].mul_(0.1).unflatten(0, (-1, E))[:, slow] += sharp**0.5 * mixed @ query
+    weights["k_proj"].mul_(0.1).unflatten(0, (-1, E))[:, slow] += sharp**0.5 * mixed @ key
+    weights["v_proj"].copy_(value)
+    weights["o_proj"].copy_(copied * value.T)
+
+
+def least_squares(inputs: Tensor, targets: Tensor, importance: Tensor) -> Tensor:
+    """The matrix [outputs, inputs] that maps rows of `inputs` to rows of `targets` best."""
+    weighted = (inputs * importance).T
+    square = weighted @ inputs
+    square += 1e-3 * square.diagonal().mean() * torch.eye(len(square))
+    return torch.linalg.solve(square, weighted @ targets).T
+
+
+def words_of_heads(tokenizer: Tokenizer, directions: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
+    """(token, row of the heads' matrix [vision width] that speaks of the same thing)."""
+    meant: list[tuple[str, Tensor]] = []
+    for i, label in enumerate(world.LABELS, 1):
+        meant += [(label, directions["class"][i]), (rows.plural(label), directions["class"][i])]
+    for head, names, first in (
+        ("tint", world.TINTS, 1),
+        ("background", world.BACKGROUNDS, 0),
+        ("total", rows.NUMBERS, 0),
+    ):
+        meant += [(name, directions[head][i]) for i, name in enumerate(names, first)]
+    letters = directions["characters"]  # first letter of a patch, then second
+    meant += [(letter, letters[i] + letters[i + len(letters) // 2]) for i, letter in enumerate(world.CHARACTERS, 1)]
+    sums: dict[int, Tensor] = {}  # "orange" is a fruit, a tint and, on a sign, letters
+    for word, direction in meant:
+        direction = direction / direction.norm()
+        for text in (word, " " + word):
+            ids = tokenizer.encode(text)
+            if len(ids) == 1:
+                sums[ids[0]] = sums.get(ids[0], torch.zeros_like(direction)) + direction
+    return list(sums.items())
+
+
+def wave_directions(size: int) -> Tensor:
+    """A direction of norm 1 for each of the 64 waves in which locations are written: [64, size]."""
+    directions = torch.randn(64, size, generator=torch.Generator().manual_seed(2))
+    return directions / directions.norm(dim=1, keepdim=True)
+
+
+def location_words(size: int) -> Tensor:
+    """First embeddings of the 1,024 locations, [1024, size] of norm 1: waves, so that neighbours are alike."""
+    code = waves(torch.arange(1024) / 1024) @ wave_directions(size)
+    return code / code.norm(dim=1, keepdim=True)
+
+
+def train_talking(
+    out: Path,
+    minutes: float,
+    folder: str = "talk-01",
+    weights: Path | None = None,
+    eye: Path | None = None,
+    batch: int = 16,
+    lr: float = 2e-3,
+    vision_lr: float = 0.2,
+    auxiliary: float = 0.4,
+    decay_from: float = 0.6,
+    alone: int = 2,
+    extra: int = 2,
+) -> Talker:
+    """Stage 2, for `minutes`. Begins with what stage 1 left in `out/vision`, or with a checkpoint of stage 2.
+
+    eye:        a checkpoint (of stage 1, mostly) that sees better than `weights` and takes the place of its vision.
+    batch:      pictures a step, with about a dozen rows each. alone, extra: see `TalkBatches`.
+    vision_lr:  share of the learning rate for the vision tower. auxiliary: weight of the patches' loss.
+    decay_from: share of the time after which the learning rate falls to zero.
+    """
+    tokenizer = build_tokenizer()
+    config = model_config(tokenizer)
+    if weights is not None:
+        talker = Talker(config)
+        state = checkpointing.load(weights)["average"]
+        if eye is not None:
+            better = vision_part(checkpointing.load(eye)["average"])
+            state |= {name.replace("model.", "model.vision_tower.", 1): value for name, value in better.items()}
+        load_weights(talker, state)
+    else:
+        vision = Vision(VISION)
+        seen = checkpointing.load_last(out / "vision" / "checkpoints")
+        if seen is not None:
+            load_weights(vision, seen["average"])
+        talker = begin_talking(vision, tokenizer, config, SceneBatches(out / "scenes", 256)(0, 0, 1))
+    optimizers = muon_and_adamw(talker, lr=lr, adamw_lr=lr / 3, weight_decay=0.1, slower=("vision_tower", vision_lr))
+    codec = MaskCodec.load(out / "codec.safetensors")
+    talker.heads.alike = alike_codes(codec)
+    batches = TalkBatches(out / "scenes", tokenizer, codec, batch, alone=alone, extra=extra)
+    settings = TrainConfig(
+        steps=10**9,
+        minutes=minutes,
+        warmup=0.01,
+        schedule="linear",
+        decay_from=decay_from,
+        ema=0.998,
+        autocast=bfloat16_where_fast(),
+        log_every=40,
+        save_every=90,
+    )
+    train(
+        talker,
+        batches,
+        settings,
+        out / folder,
+        loss=talk_loss(tokenizer.first_loc_id, auxiliary),
+        optimizers=optimizers,
+    )
+    return talker
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Stage 2: train (or go on training) on all prompts.")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--folder", default="talk-01")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--eye", type=Path)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--vision-lr", type=float, default=0.2)
+    parser.add_argument("--auxiliary", type=float, default=0.4)
+    parser.add_argument("--decay-from", type=float, default=0.6)
+    parser.add_argument("--alone", type=int, default=2)
+    parser.add_argument("--extra", type=int, default=2)
+    args = parser.parse_args()
+    train_talking(**vars(args))
+
+
+if __name__ == "__main__":
+    main()

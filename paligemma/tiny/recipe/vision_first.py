@@ -1,0 +1,364 @@
+"""Vision first: every patch learns to say what it shows, before the model learns to speak.
+
+    python -m paligemma.tiny.recipe.vision_first --scenes runs/tiny/scenes --out runs/tiny/vision --steps 3000
+
+A caption is a thin teacher: a dozen words for 128 x 128 pixels. The renderer knows more. It can tell every patch the
+class, tint, box, outline and letters of the object it belongs to, how that object stands among the others (which from
+the left, how many of its kind), and the mask codes in which its part of the outline will be written. One linear layer
+(`PatchHeads`) reads all of that from a patch's features; it is thrown away when the model ships, and until then keeps
+the features honest as an auxiliary loss.
+
+Letters: n pictures, G patches in a row, P = G x G patches, D width of the vision model, K mask codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paligemma.answers.mask_codec import GRID as CODES_ACROSS
+from paligemma.answers.mask_codec import MaskCodec
+from paligemma.modeling_siglip import SiglipAttention, SiglipVisionConfig, SiglipVisionModel
+from paligemma.tiny import world
+from paligemma.tiny.recipe.codec import alike_codes, mask_codes
+from paligemma.tiny.recipe.scenes import SHARD, Shard, shard_paths
+from paligemma.train import checkpointing
+from paligemma.train.loop import TrainConfig, bfloat16_where_fast, train
+from paligemma.train.optimizer import muon_and_adamw
+
+# What a patch predicts, and how many numbers that takes.
+HEADS = {
+    "class": 1 + len(world.LABELS),
+    "tint": 1 + len(world.TINTS),
+    "background": len(world.BACKGROUNDS),
+    "box": 4,
+    "mask": 64,
+    "characters": 2 * (1 + len(world.CHARACTERS)),
+    "order": 7,  # 0 background, else which object from the left
+    "same": 7,  # how many objects have its label
+    "total": 7,  # how many objects there are
+    "edges": 4 * 64,  # where its box is in the picture, in the waves that location tokens begin with
+    "codes": 4 * 128,  # which mask code its object has at the middle of each quarter of the patch
+}
+NONE = -100  # no target here
+GREY = 0.15  # share of the pictures that lose their colours
+MIRRORED = 0.3  # share of the pictures without a sign that are turned round
+
+VISION = SiglipVisionConfig(
+    hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, image_size=128, patch_size=16
+)
+
+
+class PatchHeads(nn.Module):
+    """Features [n, P, D] -> one tensor [n, P, size] for each of HEADS, and the loss against what the renderer knows."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, sum(HEADS.values()))
+        self.alike: Tensor  # [K, K], see `alike_codes`; a codec that is not known has no codes that are alike
+        self.register_buffer("alike", torch.eye(HEADS["codes"] // 4), persistent=False)
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        return dict(zip(HEADS, self.linear(features).float().split(list(HEADS.values()), dim=-1)))
+
+    def loss(self, features: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """The sum of all heads' losses, and figures for the log (their means, and how often the heads are right)."""
+        said = {name: value.flatten(0, 1) for name, value in self(features).items()}  # [n * P, size]
+        label = targets["class"].flatten()
+        thing = label > 0
+        background = said["background"]
+        # There are three times as many background patches as all others: without weights they would be most of the
+        # loss.
+        weight = torch.where(thing, 1.0, 0.25)
+
+        def weighted(name: str) -> Tensor:
+            loss = F.cross_entropy(said[name], targets[name].flatten(), reduction="none", ignore_index=NONE)
+            return (loss * weight).sum() / weight.sum()
+
+        parts = {name: weighted(name) for name in ("class", "tint", "order")}
+        parts["background"] = F.cross_entropy(background, targets["background"].flatten())
+        parts["total"] = F.cross_entropy(said["total"], targets["total"].flatten())
+        parts["same"] = F.cross_entropy(said["same"][thing], targets["same"].flatten()[thing])
+        off = (said["box"][thing] - targets["box"].flatten(0, 1)[thing]).abs()
+        parts["box"] = off.mean()
+        parts["mask"] = F.binary_cross_entropy_with_logits(said["mask"][thing], targets["mask"].flatten(0, 1)[thing])
+        letters = said["characters"].unflatten(-1, (2, -1)).flatten(0, 1)
+        letter = targets["characters"].flatten()
+        on_sign = (label == len(world.LABELS)).repeat_interleave(2)
+        parts["characters"] = F.cross_entropy(letters[on_sign], letter[on_sign]) if on_sign.any() else letters.sum() * 0
+        waves_off = (said["edges"][thing] - waves(targets["edges"].flatten(0, 1)[thing]).flatten(1)).square()
+        parts["edges"] = waves_off.mean()
+        code = targets["codes"].flatten(0, 1).flatten()  # [n * P * 4]
+        known = code != NONE
+        likely = said["codes"].unflatten(-1, (4, -1)).flatten(0, 1)[known].log_softmax(-1)  # [codes, K]
+        parts["codes"] = -(self.alike[code[known]] * likely).sum() / max(len(likely), 1)
+        loss = (
+            parts["class"] + 0.5 * parts["tint"] + 0.25 * parts["background"] + 10 * parts["box"] + parts["mask"]
+            + 2 * parts["characters"] + 0.4 * parts["order"] + 0.3 * parts["same"] + 0.2 * parts["total"]
+            + 4 * parts["edges"] + 0.5 * parts["codes"]
+        )  # fmt: skip
+        with torch.no_grad():
+            figures = {f"loss/{name}": float(value) for name, value in parts.items()}
+            figures["class"] = float((said["class"].argmax(-1) == label)[thing].float().mean())
+            figures["tint"] = float((said["tint"].argmax(-1) == targets["tint"].flatten())[thing].float().mean())
+            figures["order"] = float((said["order"].argmax(-1) == targets["order"].flatten())[thing].float().mean())
+            figures["total"] = float((said["total"].argmax(-1) == targets["total"].flatten()).float().mean())
+            figures["box_px"] = float(off.mean()) * 128
+            figures["codes"] = float((likely.argmax(-1) == code[known]).float().mean()) if known.any() else 0.0
+            written = on_sign & (letter > 0)
+            figures["letters"] = float((letters.argmax(-1) == letter)[written].float().mean()) if written.any() else 0.0
+        return loss, figures
+
+
+def targets_of(
+    shard: Shard, rows: np.ndarray, mirrored: np.ndarray, codes: np.ndarray | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Pictures uint8 [n, S, S, 3], some of them mirrored (bool [n]), and their patches' targets [n, G * G, ...].
+
+    codes: mask codes of all objects of the shard [objects, 16]; a mirrored picture has others and gets none.
+    """
+    a = shard.arrays
+    image = a["image"][rows]
+    index = a["index"][rows].astype(np.int64)
+    count = np.array([len(shard.facts["objects"][i]) for i in rows])
+    labels = [[thing["label"] for thing in shard.facts["objects"][i]] for i in rows]
+    # lookup[n, k]: what holds for object k - 1; 0 is the background
+    order, same = np.zeros((2, len(rows), 8), np.int64)
+    edges = np.zeros((len(rows), 8, 4), np.float32)  # in sides of the picture
+    for n, names in enumerate(labels):
+        boxes = np.array([thing["box"] for thing in shard.facts["objects"][rows[n]]], np.float32)
+        boxes /= shard.facts["scenes"][rows[n]]["size"]
+        edges[n, 1 : 1 + len(names)] = boxes if not mirrored[n] else np.abs(boxes[:, [2, 1, 0, 3]] - [1, 0, 1, 0])
+        same[n, 1 : 1 + len(names)] = [names.count(name) for name in names]
+        if mirrored[n]:  # then the first from the left is the one whose right edge was last
+            ends = [-thing["box"][2] for thing in shard.facts["objects"][rows[n]]]
+            order[n, 1 : 1 + len(names)] = 1 + np.argsort(np.argsort(ends, kind="stable"))
+        else:
+            order[n, 1 : 1 + len(names)] = 1 + np.arange(len(names))
+    pick = np.arange(len(rows))[:, None, None]
+    targets = {
+        "class": a["class"][rows].astype(np.int64),
+        "tint": a["tint"][rows].astype(np.int64),
+        "box": a["box"][rows],
+        "mask": np.unpackbits(a["mask"][rows][..., None], axis=-1).astype(np.float32),  # [n, G, G, 8, 8]
+        "characters": a["characters"][rows].astype(np.int64),
+        "order": order[pick, index + 1],
+        "edges": edges[pick, index + 1],
+        "same": same[pick, index + 1],
+        "codes": codes_of_quarters(shard, rows, codes) if codes is not None else np.full((*index.shape, 4), NONE),
+    }
+    targets["codes"][mirrored] = NONE
+    if mirrored.any():
+        image[mirrored] = image[mirrored][:, :, ::-1]
+        for name in targets:
+            targets[name][mirrored] = targets[name][mirrored][:, :, ::-1]
+        targets["mask"][mirrored] = targets["mask"][mirrored][..., ::-1]
+        box = targets["box"][mirrored]
+        targets["box"][mirrored] = np.stack([-box[..., 2], box[..., 1], -box[..., 0], box[..., 3]], -1)
+    shape = index.shape
+    targets["background"] = np.broadcast_to(a["background"][rows].astype(np.int64)[:, None, None], shape)
+    targets["total"] = np.broadcast_to(count[:, None, None], shape)
+    flat = {name: value.reshape(len(rows), shape[1] * shape[2], *value.shape[3:]) for name, value in targets.items()}
+    flat["mask"] = flat["mask"].reshape(len(rows), -1, 64)
+    return image, flat
+
+
+def codes_of_quarters(shard: Shard, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The mask code [n, G, G, 4] at the middle of each quarter of a patch (row-major), NONE outside the object's box.
+
+    A code stands for a sixteenth of its object's box: so what a patch is to know depends on the box, as it does for
+    the decoder when it writes codes.
+    """
+    index = shard.arrays["index"][rows].astype(np.int64)  # [n, G, G]
+    of_object = codes[shard.first_object[rows][:, None, None] + index.clip(0)]  # [n, G, G, 16]
+    x0, y0, x1, y1 = np.moveaxis(shard.arrays["box"][rows], -1, 0)  # seen from the patch's middle, in sides
+    quarter = np.array([-0.25, 0.25]) / index.shape[-1]
+    with np.errstate(divide="ignore", invalid="ignore"):  # background patches have boxes of no size
+        column = (quarter - x0[..., None]) / (x1 - x0)[..., None] * CODES_ACROSS  # [n, G, G, 2]
+        row = (quarter - y0[..., None]) / (y1 - y0)[..., None] * CODES_ACROSS
+    column, row = np.broadcast_arrays(column[..., None, :], row[..., :, None])  # [n, G, G, 2, 2]
+    inside = (index >= 0)[..., None, None] & (column > 0) & (column < CODES_ACROSS) & (row > 0) & (row < CODES_ACROSS)
+    row, column = (np.where(inside, cell, 0).astype(np.int64) for cell in (row, column))
+    place = row * CODES_ACROSS + column
+    found = np.take_along_axis(of_object, place.reshape(*index.shape, 4), -1).astype(np.int64)
+    return np.where(inside.reshape(*index.shape, 4), found, NONE)
+
+
+def without_color(image: np.ndarray, target: dict[str, np.ndarray], chosen: np.ndarray) -> None:
+    """Greys some pictures, in place, and takes their colours out of the targets.
+
+    A tint that training withholds from a class ("green shirt") would otherwise teach that green things are no shirts.
+    A grey shirt teaches the shape and shows nothing of what is withheld.
+    """
+    grey = image[chosen].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    image[chosen] = np.round(grey).astype(np.uint8)[..., None]
+    for name in ("tint", "background"):
+        target[name] = np.where(chosen[:, None], NONE, target[name])
+
+
+def varied(
+    shard: Shard, rows: np.ndarray, codes: np.ndarray | None, rng: np.random.Generator
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """`targets_of` some scenes, of which some are mirrored (none with a sign, whose letters would be) and some grey."""
+    signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in rows], bool)
+    image, target = targets_of(shard, rows, (rng.random(len(rows)) < MIRRORED) & ~signs, codes)
+    without_color(image, target, rng.random(len(rows)) < GREY)
+    return image, target
+
+
+def waves(place: Tensor) -> Tensor:
+    """[...] in [0, 1] -> [..., 64]: sines and cosines of 32 lengths, from four sides of the picture to three pixels."""
+    angles = 2 * math.pi * place[..., None] * 2.0 ** torch.linspace(-2, 5.5, 32)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def pixels(image: np.ndarray) -> Tensor:
+    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S] in [-1, 1], as the processor makes them."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+class SceneBatches:
+    """Batches of pictures and their patches' targets, from the shards that are in the folder by now.
+
+    A part of a step takes its scenes from four shards, shuffled together; when they are used up, from four others.
+    Without a codec there are no mask codes to learn.
+    """
+
+    def __init__(self, folder: Path, size: int, seed: int = 0, mixed: int = 4, codec: MaskCodec | None = None):
+        self.folder, self.size, self.seed, self.mixed, self.codec = folder, size, seed, mixed, codec
+        self._round: tuple[int, int] | None = None
+        self._shards: list[Shard] = []
+        self._places: list[np.ndarray] = []
+        self._codes: list[np.ndarray | None] = []
+
+    def __call__(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
+        share = self.size // parts // self.mixed
+        round_, place = divmod(step, SHARD // share)
+        if self._round != (round_, part):
+            rng = np.random.default_rng([self.seed, round_, part])
+            paths = shard_paths(self.folder)
+            if len(paths) < self.mixed:
+                raise FileNotFoundError(f"too few scenes in {self.folder}: python -m paligemma.tiny.recipe.scenes")
+            chosen = [paths[i] for i in rng.choice(len(paths), self.mixed, replace=False)]
+            self._shards = [Shard.load(path) for path in chosen]
+            self._codes = [mask_codes(path, self.codec) if self.codec else None for path in chosen]
+            self._places = [rng.permutation(SHARD) for _ in self._shards]
+            self._round = round_, part
+        rng = np.random.default_rng([self.seed, step, part, 1])
+        made = []
+        for shard, codes, places in zip(self._shards, self._codes, self._places):
+            made.append(varied(shard, places[place * share : (place + 1) * share], codes, rng))
+        targets = {name: torch.from_numpy(np.concatenate([m[1][name] for m in made])) for name in made[0][1]}
+        return {"pixel_values": pixels(np.concatenate([m[0] for m in made])), **targets}
+
+
+class Vision(nn.Module):
+    """The vision model and its heads, trained together."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.model, self.heads = SiglipVisionModel(config), PatchHeads(config.hidden_size)
+        initialize(self)
+        for module in self.modules():
+            if isinstance(module, SiglipAttention):
+                module.explicit = True
+
+
+def vision_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, float, dict[str, float]]:
+    features = model.model(batch["pixel_values"])
+    with torch.autocast("cpu", enabled=False):
+        loss, figures = model.heads.loss(features.float(), batch)
+    n = len(features)
+    return loss * n, n, {name: value * n for name, value in figures.items()}
+
+
+def train_vision(
+    config: SiglipVisionConfig,
+    scenes: Path,
+    out: Path,
+    steps: int,
+    batch: int = 128,
+    lr: float = 3e-3,
+    minutes: float | None = None,
+    decay_from: float = 0.6,
+    start: Path | None = None,
+    codec: MaskCodec | None = None,
+) -> Vision:
+    """Train (or go on training) for `steps` in all; gives the average of the last weights.
+
+    start: a checkpoint to begin with, of this stage or of the next, whose vision tower and heads are taken.
+    """
+    torch.manual_seed(0)
+    vision = Vision(config)
+    if start is not None:
+        load_weights(vision, vision_part(checkpointing.load(start)["average"]))
+    if codec is not None:
+        vision.heads.alike = alike_codes(codec)
+    optimizers = muon_and_adamw(vision, lr=lr, adamw_lr=lr / 2)
+    settings = TrainConfig(
+        steps=steps, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=20,
+        save_every=90, autocast=bfloat16_where_fast()
+    )  # fmt: skip
+    train(vision, SceneBatches(scenes, batch, codec=codec), settings, out, loss=vision_loss, optimizers=optimizers)
+    return vision
+
+
+def vision_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the weights of stage 1 or 2 those of `Vision`."""
+    inner = "model.vision_tower."
+    both = any(name.startswith(inner) for name in state)
+    return {
+        name.replace(inner, "model."): value
+        for name, value in state.items()
+        if not both or name.startswith((inner, "heads."))
+    }
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Weights of an earlier run, which may have had fewer patch heads (what is new keeps its beginning) or fewer
+    key/value heads (copies of them compute the same)."""
+    for name, value in module.state_dict().items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            value.copy_(state[name].repeat(len(value) // len(state[name]), *[1] * (value.ndim - 1)))
+        else:
+            value[: len(state[name])] = state[name]
+
+
+def initialize(model: nn.Module) -> None:
+    """Linear layers as ViTs begin: variance 1 / inputs, biases zero, positions small."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and name.endswith("position_embedding"):
+            nn.init.normal_(module.weight, std=0.02)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the vision model on what every patch shows.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scenes", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=10**9)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--decay-from", type=float, default=0.6)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--codec", type=Path)
+    args = parser.parse_args()
+    train_vision(
+        VISION, args.scenes, args.out, args.steps, args.batch, args.lr, args.minutes, args.decay_from, args.weights,
+        MaskCodec.load(args.codec) if args.codec else None,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Weights on disk: every published layout, read and written."""
