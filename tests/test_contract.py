@@ -14,6 +14,8 @@ from reference import randomize, tiny_config
 
 import paligemma
 from paligemma.cli import main as cli
+from paligemma.cli import output
+from paligemma.cli import run as run_command
 from paligemma.weights.checkpoints import convert, save_pretrained
 
 NONE_ELSE = inspect.Parameter.empty
@@ -201,7 +203,7 @@ def test_a_picture_that_cannot_be_read_costs_no_other_its_answer(run):
 
 def test_more_pictures_than_a_batch_are_answered_in_order(run, monkeypatch):
     together = run("ocr", "a.png", "b.png", "a.png")[1]
-    monkeypatch.setattr(cli, "BATCH", 2)
+    monkeypatch.setattr(run_command, "BATCH", 2)
     assert run("ocr", "a.png", "b.png", "a.png")[1] == together
 
 
@@ -213,7 +215,7 @@ def test_drawings_replace_neither_each_other_nor_a_picture(run, folder, tmp_path
     assert (code, out) == (2, "") and "would replace the picture itself" in " ".join(err.split())
     assert run("detect dog", "a.png", "--save", ".")[0] == 0
     assert (folder / "a.png").read_bytes() == before and (folder / "a-2.png").is_file()
-    assert cli.drawing_paths(tmp_path / "out", ["-"]) == [tmp_path / "out" / "stdin.png"]
+    assert output.drawing_paths(tmp_path / "out", ["-"]) == [tmp_path / "out" / "stdin.png"]
 
 
 @pytest.mark.parametrize("name", ["out.xyz", "out.txt"])
@@ -237,7 +239,7 @@ def test_a_drawing_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
 
     (tmp_path / "out.png").write_bytes(b"old")
     with pytest.raises(OSError, match=r"out\.png could not be written: No space left"):
-        cli.save_picture(Full(), tmp_path / "out.png")
+        output.save_picture(Full(), tmp_path / "out.png")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("out.png", b"old")]
 
 
@@ -249,9 +251,9 @@ def test_names_are_no_markup_and_long_notes_are_one_line(run, folder):
 
 
 def test_json_that_stdout_cannot_hold_is_escaped(monkeypatch, capsys):
-    cli.echo_json({"image": "ü\udcff.png"})
+    output.echo_json({"image": "ü\udcff.png"})
     assert capsys.readouterr().out == '{"image": "\\u00fc\\udcff.png"}\n'
-    cli.echo_json({"image": "ü.png"})
+    output.echo_json({"image": "ü.png"})
     assert capsys.readouterr().out == '{"image": "ü.png"}\n'
 
 

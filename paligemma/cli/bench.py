@@ -1,0 +1,69 @@
+"""`paligemma bench`: how fast a model is."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from paligemma.cli.output import note, notes, print_table
+
+
+def bench(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A published name (random weights, no download), or a checkpoint.")
+    ] = "paligemma-3b-pt-224",
+    precisions: Annotated[
+        str, typer.Option(help="plain, bf16, int8, int4; with -torch without the kernel. Separated by commas.")
+    ] = "bf16,int8,int4",
+    transformers: Annotated[
+        bool | None, typer.Option("--transformers/--no-transformers", help="Default: if it is installed.")
+    ] = None,
+    grow: Annotated[bool, typer.Option("--grow", help="Also how cost grows: length, batch, resolution.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One round of less, for a try.")] = False,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each timed answer.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: PyTorch's own choice.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Where random weights lie for the time of the run.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the record and the picture.")] = Path("benchmarks"),
+) -> None:
+    """Measure speed and memory on this machine, beside its limits and beside transformers."""
+    from paligemma.bench.plot import draw
+    from paligemma.bench.report import growth_lines, table
+    from paligemma.bench.run import benchmark, record_path
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: gigabytes of random weights are removed
+    path = record_path(out, model)
+    with notes.status("") as status:
+        record = benchmark(
+            model,
+            [name.strip() for name in precisions.split(",") if name.strip()],
+            transformers=transformers,
+            rounds=1 if quick else rounds,
+            passes=1 if quick else 2,
+            tokens=min(tokens, 8) if quick else tokens,
+            grow=grow,
+            quick=quick,
+            threads=threads,
+            work=work,
+            out=path,
+            command="paligemma " + " ".join(sys.argv[1:]),
+            say=lambda text: status.update(Text(text)),
+        )
+    print_table(table(record))
+    for line in growth_lines(record):
+        typer.echo(line)
+    for failed in record["failed"]:
+        note(f"failed: {failed['what']}: {failed['why']}")
+    note(f"record: {path}")
+    try:
+        draw(record, path.with_suffix(".png"))
+        note(f"picture: {path.with_suffix('.png')}")
+    except (ImportError, ValueError) as error:
+        note(f"note: no picture: {error}")
+    if record["failed"]:
+        raise typer.Exit(1)

@@ -1,0 +1,118 @@
+"""`paligemma data`: check and show rows before a model sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from paligemma.cli.options import (
+    Annotations,
+    Data,
+    EveryLabel,
+    ImageName,
+    Images,
+    Kind,
+    Language,
+    Model,
+    Revision,
+    Split,
+)
+from paligemma.cli.output import drawing_paths, note, notes, save_picture
+
+
+def data_check(
+    data: Data,
+    images: Images = None,
+    kind: Kind = None,
+    annotations: Annotations = None,
+    image_name: ImageName = None,
+    split: Split = None,
+    language: Language = "en",
+    every_label: EveryLabel = False,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also count tokens, as this model's tokenizer does.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a row, pictures included; needs --model.")
+    ] = None,
+    open_pictures: Annotated[bool, typer.Option("--open-pictures", help="Also open every picture.")] = False,
+    show: Annotated[int, typer.Option(min=1, help="Rows to name for each problem.")] = 3,
+    revision: Revision = None,
+) -> None:
+    """Look for what is wrong in every row. Exit code 1 if something is."""
+    if max_length is not None and model is None:
+        raise typer.BadParameter("--max-length is in tokens, and counting them takes --model")
+    from paligemma.data.check import check
+    from paligemma.data.rows import open_rows
+    from paligemma.data.show import processor_of
+
+    processor, codec = processor_of(model, revision, kind) if model is not None else (None, None)
+    with notes.status(Text(f"reading {data}")) as status:
+        rows = open_rows(
+            data,
+            kind,
+            images=images,
+            annotations=annotations,
+            image_name=image_name,
+            split=split,
+            language=language,
+            every_label=every_label,
+            codec=codec,
+        )
+        report = check(
+            rows, processor, max_length, open_pictures, show,
+            progress=lambda done: status.update(Text(f"{done:,} of {len(rows):,} rows")),
+        )  # fmt: skip
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def data_show(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="A picture of all the rows, or a folder for one of each.")],
+    rows: Annotated[str | None, typer.Option(help="Their numbers, from 0: 7,12. Default: some from all over.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many, without --rows.")] = 4,
+    model: Model = "tiny",
+    max_length: Annotated[int | None, typer.Option(min=1, help="Cut rows there, as training would.")] = None,
+    images: Images = None,
+    kind: Kind = None,
+    annotations: Annotations = None,
+    image_name: ImageName = None,
+    split: Split = None,
+    language: Language = "en",
+    every_label: EveryLabel = False,
+    revision: Revision = None,
+) -> None:
+    """Draw rows as the model will see them: picture, tokens, labels and mask."""
+    numbers = [part.strip() for part in (rows or "").split(",") if part.strip()]
+    if not all(number.isdecimal() for number in numbers):
+        raise typer.BadParameter(f"--rows is {rows!r}, expected numbers of rows such as 7,12")
+    drawing_paths(out, [], "--out")  # a name that no picture can have is told at once
+    from paligemma.data.rows import open_rows
+    from paligemma.data.show import processor_of, show_rows
+
+    processor, codec = processor_of(model, revision, kind)
+    found = open_rows(
+        data,
+        kind,
+        images=images,
+        annotations=annotations,
+        image_name=image_name,
+        split=split,
+        language=language,
+        every_label=every_label,
+        codec=codec,
+    )
+    chosen = [int(number) for number in numbers] or [k * len(found) // count for k in range(min(count, len(found)))]
+    for number in chosen:
+        if number >= len(found):
+            raise typer.BadParameter(f"there is no row {number}: {data} has {len(found):,}, counted from 0")
+    sheets = [chosen] if out.suffix and not out.is_dir() else [[number] for number in chosen]
+    for sheet in sheets:
+        path = out if sheet is chosen else out / f"row-{sheet[0]:06d}.png"
+        save_picture(show_rows([found[k] for k in sheet], processor, codec, max_length=max_length), path)
+        note(f"drawn: {path}")

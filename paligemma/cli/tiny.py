@@ -1,0 +1,59 @@
+"""`paligemma tiny`: the small world and the model that ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paligemma.cli.options import one_of
+from paligemma.cli.output import note
+
+
+def scenes(
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    count: Annotated[int, typer.Option(min=1)] = 20,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="train, val, test, heldout or twemoji.", callback=one_of("train", "val", "test", "heldout", "twemoji")
+        ),
+    ] = "test",
+    size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 384,
+    seed: int = 0,
+    task: Annotated[
+        str | None, typer.Option(help="count_color: a question about each picture, which the model has yet to learn.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="About each picture, with --task count_color.")] = 1,
+    most: Annotated[int, typer.Option(min=1, max=5, help="Of the colour asked about, with --task count_color.")] = 5,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Nothing hides a part of another, with --task count_color.")
+    ] = False,
+) -> None:
+    """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
+    if task not in (None, "count_color"):
+        raise typer.BadParameter(f"--task is {task!r}, expected count_color; without it all that the model knows")
+    if task == "count_color":
+        from paligemma.tiny.color_counts import write_color_counts
+
+        write_color_counts(count, out, split=split, size=size, seed=seed, questions=questions, most=most, apart=apart)
+        note(f"written: {out}")
+        return
+    if questions != 1 or most != 5 or apart:
+        raise typer.BadParameter("--questions, --most and --apart are for --task count_color")
+
+    from paligemma.tiny.scenes import write_scenes
+
+    write_scenes(count, out, split=split, size=size, seed=seed)
+    note(f"written: {out}")
+
+
+def train(
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long to train; run it again to go on.")] = 30,
+    out: Annotated[Path, typer.Option(help="State, log and checkpoint.")] = Path("runs/tiny"),
+) -> None:
+    """Train the embedded model from nothing, or go on where the last run stopped."""
+    from paligemma.tiny.recipe.train import train as train_tiny
+
+    train_tiny(minutes, out)

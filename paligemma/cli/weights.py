@@ -1,0 +1,92 @@
+"""Checkpoints: info, convert, merge, quantize, download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paligemma.cli.options import Dtype, Revision
+from paligemma.cli.output import note
+
+
+def info(model: Annotated[str, typer.Argument()] = "tiny", revision: Revision = None) -> None:
+    """What a checkpoint is and what it needs, without loading its weights."""
+    from paligemma.weights.info import describe as describe_checkpoint
+    from paligemma.weights.info import render
+
+    typer.echo(render(describe_checkpoint(model, revision)))
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A hub id, a folder or an .npz.")],
+    target: Annotated[Path, typer.Argument(help="A folder, or a file that ends in .npz.")],
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz.
+
+    What else a checkpoint has goes into the same folder, beside the .npz too: config.json, the tokenizer's files
+    (tokenizer.json or .model, ...), preprocessor_config.json, generation_config.json, mask_codec.npz. No file there is
+    replaced by another: such a command is refused.
+    """
+    from paligemma.utils import resolve
+    from paligemma.weights.checkpoints import convert as convert_checkpoint
+
+    note_written(target, convert_checkpoint(resolve(source, revision=revision), target, dtype=dtype))
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="The folder (or hub id) of a LoRA adapter.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Fold a LoRA adapter into its base and write one whole checkpoint, as transformers reads it."""
+    from paligemma.utils import merge as merge_adapter
+
+    note_written(out, merge_adapter(adapter, out, dtype=dtype, revision=revision))
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="A hub id, a folder (an adapter's too) or an .npz.")],
+    target: Annotated[Path, typer.Argument(help="A folder.")],
+    int8: Annotated[bool, typer.Option("--int8", help="8 bits a weight: half the size, hardly a difference.")] = False,
+    int4: Annotated[bool, typer.Option("--int4", help="4 bits in the decoder, 8 elsewhere: a third of it.")] = False,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Write a checkpoint with rounded weights: smaller, and several times faster on a CPU."""
+    if int8 == int4:
+        raise typer.BadParameter("choose one of --int8 and --int4")
+    if target.suffix == ".npz":
+        raise typer.BadParameter(f"{target} is the name of an .npz, which cannot hold rounded weights: name a folder")
+
+    from paligemma.fast.quantization import quantize_checkpoint
+    from paligemma.utils import open_model, resolve
+
+    checkpoint, folders = open_model(resolve(source, revision=revision), dtype)
+    note_written(target, quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders))
+
+
+def download(
+    model: Annotated[str, typer.Argument(help="A hub id, e.g. google/paligemma2-3b-mix-224.")],
+    revision: Revision = None,
+) -> None:
+    """Fetch a checkpoint into the hub's cache and print where it lies."""
+    from paligemma.utils import resolve
+
+    typer.echo(resolve(model, revision=revision))
+
+
+def note_written(target: Path, files: list[Path]) -> None:
+    """What came of a command, in a line on stderr. What lies beside a single file is named: nobody has asked for it."""
+    from paligemma.weights.info import in_units
+
+    if target in files:
+        beside = ", ".join(file.name for file in files if file != target)
+        note(f"written: {target}, {in_units(target.stat().st_size)}; beside it {beside}")
+    else:
+        size = in_units(sum(file.stat().st_size for file in files))
+        note(f"written: {target}, {size} in {len(files)} files")
