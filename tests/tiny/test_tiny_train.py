@@ -41,8 +41,8 @@ def tokenizer():
 def scenes_folder(tmp_path_factory):
     """Four shards of 16 scenes."""
     patch = pytest.MonkeyPatch()
-    for module in ("recipe_scenes", "recipe_rows", "vision_first"):
-        patch.setattr(f"paligemma.tiny.{module}.SHARD", 16)
+    for module in ("scenes", "batches", "vision_first"):
+        patch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 16)
     folder = tmp_path_factory.mktemp("scenes")
     for number in range(4):
         write_shard(folder, number)
@@ -354,8 +354,8 @@ def test_more_key_heads_begin_as_copies_that_compute_the_same(tokenizer, talker)
 @pytest.mark.slow
 def test_the_whole_recipe_in_a_few_seconds(tmp_path, monkeypatch):
     """Every stage for a step or two, then a second run that goes on, then a checkpoint that opens."""
-    for module in ("recipe_scenes", "recipe_rows", "vision_first"):
-        monkeypatch.setattr(f"paligemma.tiny.{module}.SHARD", 64)
+    for module in ("scenes", "batches", "vision_first"):
+        monkeypatch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 64)
     train(0.001, tmp_path)  # drawing scenes alone takes longer
     package = train(0.1, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("talk-*")) == ["talk-01", "talk-02"]

@@ -676,7 +676,7 @@ def test_a_folder_of_something_else_is_not_touched(base, data, tmp_path):
 
 KILLED = """
 import os, random, signal, sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -712,7 +712,7 @@ print(kills)
 def test_killed_at_twenty_random_moments(base, data, tmp_path):
     """A process forks a run and kills it, again and again; in the end the losses are those of a run left alone."""
     run(base, data, tmp_path / "whole", steps=40, dropout=0.1, ema=0.9, save_every=100.0)
-    script = KILLED.format(tests=str(Path(__file__).parents[1]))
+    script = KILLED.format(tests=[str(folder) for folder in Path(__file__).parents[:2]])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script, base, data, str(tmp_path / "killed")],

@@ -349,7 +349,7 @@ def test_accumulation_equals_the_large_batch(processor, tmp_path):
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 torch.set_num_threads(1)
 from test_train import SMALL, RowBatches, TrainConfig, make_model, make_processor, make_rows, muon_and_adamw, train
 out = Path(sys.argv[1])
@@ -363,7 +363,7 @@ train(model, batches, config, out, optimizers=muon_and_adamw(model, lr=3e-3, ada
 
 def start(out: Path, settings: dict, **environment: str) -> subprocess.Popen:
     out.mkdir(exist_ok=True)
-    script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
+    script = SCRIPT.format(tests=[str(folder) for folder in Path(__file__).parents[:2]])
     return subprocess.Popen([sys.executable, "-c", script, str(out), repr(settings)], env={**os.environ, **environment})
 
 
