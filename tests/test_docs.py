@@ -90,8 +90,19 @@ def test_the_example_says_what_is_wrong_with_its_picture():
     assert (result.returncode, result.stdout, result.stderr) == (1, "", "error: nope.png: no such file\n")
 
 
-def test_help_names_every_option_with_a_reason(capsys):
+def every_command(command=None, path="paligemma"):
+    """(name, command) of the whole tree: `paligemma`, its groups, and what they hold."""
+    command = command or get_command(cli.app)
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from every_command(inner, f"{path} {name}")
+
+
+def test_every_command_argument_and_option_has_a_help_text():
     """An option without a help text is a riddle."""
-    top = get_command(cli.app)
-    for name, command in {**top.commands, **top.commands["tiny"].commands}.items():
-        assert command.help or hasattr(command, "commands"), name
+    riddles = []
+    for path, command in every_command():
+        riddles += [] if command.help else [path]
+        riddles += [f"{path} {part.opts[0]}" for part in command.params if not getattr(part, "help", None)]
+    assert riddles == []
+    assert {"paligemma train", "paligemma tiny scenes", "paligemma data check"} <= {path for path, _ in every_command()}

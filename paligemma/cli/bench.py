@@ -25,7 +25,7 @@ def bench(
     ] = None,
     grow: Annotated[bool, typer.Option("--grow", help="Also how cost grows: length, batch, resolution.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One round of less, for a try.")] = False,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Of each timed answer.")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: PyTorch's own choice.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where random weights lie for the time of the run.")] = None,

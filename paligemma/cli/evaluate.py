@@ -37,7 +37,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Of a benchmark, or of a folder with several.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="The first rows alone; scenes: 1000 by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Predictions, results and the worst rows; go on there.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at a time.")] = 16,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default 128; 512 for detect and segment.")] = None,
     free: Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")] = False,
     kind: Kind = None,

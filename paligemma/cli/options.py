@@ -36,6 +36,7 @@ Images = Annotated[str | None, typer.Option(help="The folder that names of pictu
 Annotations = Annotated[str | None, typer.Option(help="VQA: the file with the answers.")]
 ImageName = Annotated[str | None, typer.Option(help="The picture's name by other fields: '{image_id}.jpg'.")]
 Split = Annotated[str | None, typer.Option(help="Which one, in a folder with several.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same random choices.")]
 Language = Annotated[str, typer.Option(help="In prompts made of questions and captions.")]
 EveryLabel = Annotated[bool, typer.Option("--every-label", help="COCO: ask for all labels in every row.")]
 Data = Annotated[str, typer.Argument(help="JSON lines, CSV, COCO, VQA, parquet, or a folder with one of them.")]

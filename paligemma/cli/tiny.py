@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from paligemma.cli.options import one_of
+from paligemma.cli.options import Seed, one_of
 from paligemma.cli.output import note
 
 
 def scenes(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    count: Annotated[int, typer.Option(min=1)] = 20,
+    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 20,
     split: Annotated[
         str,
         typer.Option(
@@ -21,7 +21,7 @@ def scenes(
         ),
     ] = "test",
     size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 384,
-    seed: int = 0,
+    seed: Seed = 0,
     task: Annotated[
         str | None, typer.Option(help="count_color: a question about each picture, which the model has yet to learn.")
     ] = None,

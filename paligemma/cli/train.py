@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from paligemma.cli.options import Device, EveryLabel, Language, Model, Revision
+from paligemma.cli.options import Device, EveryLabel, Language, Model, Revision, Seed
 from paligemma.cli.output import note
 
 
@@ -58,7 +58,7 @@ def finetune(
     shard: Annotated[
         bool, typer.Option("--shard", help="Under torchrun: share weights and optimizer out among the processes.")
     ] = False,
-    seed: int = 0,
+    seed: Seed = 0,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a row, pictures included; longer answers are cut.")
     ] = None,

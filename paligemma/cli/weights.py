@@ -11,7 +11,10 @@ from paligemma.cli.options import Dtype, Revision
 from paligemma.cli.output import note
 
 
-def info(model: Annotated[str, typer.Argument()] = "tiny", revision: Revision = None) -> None:
+def info(
+    model: Annotated[str, typer.Argument(help="'tiny', a hub id, a folder, or a big_vision .npz.")] = "tiny",
+    revision: Revision = None,
+) -> None:
     """What a checkpoint is and what it needs, without loading its weights."""
     from paligemma.weights.info import describe as describe_checkpoint
     from paligemma.weights.info import render
