@@ -234,7 +234,7 @@ def run(code, *arguments, **environment):
     command = [sys.executable, "-c", code, *arguments]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}
     cwd = environment.pop("CWD", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -296,7 +296,7 @@ def test_the_command_measures_the_embedded_model(tmp_path):
     """All of it, once: limits, a process, the table on stdout, the record."""
     command = [sys.executable, "-m", "paligemma", "bench", "--model", "tiny", "--quick", "--no-transformers"]
     command += ["--precisions", "plain", "--out", str(tmp_path), "--tokens", "3", "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "decode, tokens/s" in done.stdout and "plain" in done.stdout
     (path,) = tmp_path.glob("speed-tiny-*.json")
@@ -321,7 +321,7 @@ load("tiny").generate(sys.argv[1], "caption en", max_new_tokens=2)
 assert not {"torch._dynamo", "sympy", "pandas", "matplotlib", "transformers"} & set(sys.modules)
 """
     picture = Path(__file__).parents[2] / "examples" / "scene.png"
-    done = subprocess.run([sys.executable, "-c", code, str(picture)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(picture)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

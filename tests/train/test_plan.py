@@ -209,7 +209,7 @@ def measured(config: PaliGemmaConfig, options: dict[str, Any], out: Path, steps:
     process = spawn.Process(target=send_need, args=(send, config, options, out, steps, threads))
     process.start()
     try:
-        assert receive.poll(timeout=3600 if steps > 2 else 300), "it did not end in time"
+        send.close()  # where the process dies, its end closes too and there is nothing to wait for
         return receive.recv()
     finally:
         process.kill()
@@ -281,7 +281,7 @@ def test_freed_memory_is_given_back():
     """Two blocks of three lie between others. (After one of 30 MB was freed glibc would keep such small ones.)"""
     process = multiprocessing.get_context("spawn").Process(target=free_some_memory)
     process.start()
-    process.join(timeout=60)
+    process.join()
     assert process.exitcode == 0
 
 

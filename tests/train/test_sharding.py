@@ -58,7 +58,7 @@ def in_processes(count: int, run: Callable[..., None], *given: Any, method: str 
         process.start()
     try:
         for process in processes:
-            process.join(timeout=120)
+            process.join()
         assert [process.exitcode for process in processes] == [0] * count
     finally:
         for process in processes:
