@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from paligemma.answers.grammar import Detection, Parsed, Segment, parse
     from paligemma.answers.mask_codec import MaskCodec
     from paligemma.generation import Generated, generate
+    from paligemma.images import load_image
     from paligemma.inference import Answer, PaliGemma, load
     from paligemma.modeling_gemma import (
         GemmaAttention,
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
         PaliGemmaForConditionalGeneration,
     )
     from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionTransformer
-    from paligemma.processing_paligemma import PaliGemmaProcessor, Tokenizer, load_image, load_tokenizer
+    from paligemma.processing_paligemma import PaliGemmaProcessor
+    from paligemma.tokenizer import Tokenizer, load_tokenizer
     from paligemma.utils import load_hf_model
 
 __version__ = "0.1.0"
@@ -42,7 +44,9 @@ _HOME = {
         "PaliGemmaForConditionalGeneration",
     ),
     "modeling_siglip": ("SiglipVisionConfig", "SiglipVisionTransformer"),
-    "processing_paligemma": ("PaliGemmaProcessor", "Tokenizer", "load_image", "load_tokenizer"),
+    "images": ("load_image",),
+    "tokenizer": ("Tokenizer", "load_tokenizer"),
+    "processing_paligemma": ("PaliGemmaProcessor",),
     "utils": ("load_hf_model",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -37,7 +37,7 @@ from paligemma.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from paligemma.processing_paligemma import Tokenizer
+    from paligemma.tokenizer import Tokenizer
 
 # Constraint(generated, remaining) -> int64 [n], the sorted ids that may come next (never empty), or None for any.
 # generated: what the row has produced so far. remaining: tokens left in the budget; eos counts as one. A pure function

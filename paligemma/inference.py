@@ -33,7 +33,8 @@ from paligemma.answers.drawing import draw
 from paligemma.answers.grammar import ChoiceGrammar, Detection, DetectionGrammar, Segment, parse_tokens
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.generation import Constraint, Generated, check_length, generate, stream
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_image, preprocess
+from paligemma.images import load_image, preprocess
+from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.utils import first_with, load_hf_model, open_model, resolve
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from paligemma.fast.quantization import (
 )
 from paligemma.fast.quantization import quantize as quantize_model
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import Tokenizer, check_tokenizer, load_tokenizer
+from paligemma.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from paligemma.weights.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
 from paligemma.weights.checkpoints import Checkpoint, convert, load_model, open_checkpoint, parse_dtype, published_name
 from paligemma.weights.npz import npz_parts

@@ -32,7 +32,7 @@ from paligemma.generation import (
 )
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import load_tokenizer
+from paligemma.tokenizer import load_tokenizer
 
 UNTRAINED = list(range(300, 320))
 NO_EOS = 301  # an id that is never produced: answers then always use their whole budget

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from paligemma.processing_paligemma import load_image, preprocess
+from paligemma.images import load_image, preprocess
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

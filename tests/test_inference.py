@@ -15,7 +15,8 @@ from paligemma.answers.grammar import Detection, Segment
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.inference import Answer, PaliGemma, load, main, shown
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import load_tokenizer
 
 SMALL_CODEC = {"embedding_dim": 8, "encoder_widths": (4, 4, 4, 4), "decoder_widths": (4, 4, 4, 4, 4)}
 

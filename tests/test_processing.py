@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from make_tokenizer import LOCATIONS, SEGMENTS, build_sentencepiece, build_tokenizer
 from PIL import Image
 
-from paligemma.processing_paligemma import PaliGemmaProcessor, Tokenizer, check_tokenizer, load_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 
 N, SIZE = 4, 28  # tokens per image, side of an image
 

@@ -13,7 +13,7 @@ from reference import make_inputs, randomize, tiny_config
 
 import paligemma.utils
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import load_tokenizer
+from paligemma.tokenizer import load_tokenizer
 from paligemma.utils import load_hf_model, pick_device, resolve
 from paligemma.weights.checkpoints import convert, save_pretrained
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from paligemma.processing_paligemma import load_image
+from paligemma.images import load_image
 
 if TYPE_CHECKING:
     from paligemma.answers.grammar import Detection, Segment

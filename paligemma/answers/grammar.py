@@ -30,7 +30,7 @@ from torch import Tensor
 from paligemma.answers.mask_codec import NUM_TOKENS, Box, MaskCodec, crop, paste
 
 if TYPE_CHECKING:
-    from paligemma.processing_paligemma import Tokenizer
+    from paligemma.tokenizer import Tokenizer
 
 NUM_LOC = 1024
 NUM_SEG = 128

@@ -92,8 +92,8 @@ def run(
     if samples:
         sampling = {"do_sample": True, "temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed}
 
+    from paligemma.images import load_image
     from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, load, shown
-    from paligemma.processing_paligemma import load_image
 
     budget = max_new_tokens or (BOX_BUDGET if boxes else TEXT_BUDGET)
     pg = None

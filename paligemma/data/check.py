@@ -176,7 +176,7 @@ def _opened(path: str) -> tuple[str, str] | None:
 def _data(picture: Picture, open_it: bool) -> tuple[str, str] | None:
     if not open_it:
         return None
-    from paligemma.processing_paligemma import load_image
+    from paligemma.images import load_image
 
     try:
         load_image(picture)

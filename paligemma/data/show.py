@@ -24,7 +24,8 @@ from paligemma.answers.drawing import draw, font_for, one_line
 from paligemma.answers.grammar import parse
 from paligemma.attention_mask import prefix_lm_mask
 from paligemma.data.rows import Row
-from paligemma.processing_paligemma import IGNORED, PaliGemmaProcessor, load_image
+from paligemma.images import load_image
+from paligemma.processing_paligemma import IGNORED, PaliGemmaProcessor
 
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import MaskCodec

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from paligemma.evaluate.benchmark_files import Source
 from paligemma.evaluate.rows import Example
-from paligemma.processing_paligemma import load_image
+from paligemma.images import load_image
 
 
 def _caption(source: Source, number: str, image: Any, captions: Sequence[str], language: str = "en") -> Example:

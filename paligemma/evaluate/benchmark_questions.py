@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from paligemma.evaluate.benchmark_files import Source
 from paligemma.evaluate.rows import Example
-from paligemma.processing_paligemma import load_image
+from paligemma.images import load_image
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from paligemma.answers.drawing import draw, font_for, one_line
 from paligemma.evaluate.rows import Example, Prediction
-from paligemma.processing_paligemma import load_image
+from paligemma.images import load_image
 
 SIDE = 400  # pixels of the longer side of each picture
 MARGIN = 12

@@ -39,8 +39,8 @@ from paligemma.evaluate.measures import MEASURES, Measure, Ratios
 from paligemma.evaluate.report import Counts, Figure, Report, number, write_lines
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.files import write_text
+from paligemma.images import load_image
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
-from paligemma.processing_paligemma import load_image
 
 if TYPE_CHECKING:
     from paligemma.inference import PaliGemma

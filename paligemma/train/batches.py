@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_image, preprocess
+from paligemma.images import load_image, preprocess
+from paligemma.processing_paligemma import PaliGemmaProcessor
 
 Batch = dict[str, Tensor]
 MOST_SKIPPED = 100  # rows one after the other

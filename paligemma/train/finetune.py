@@ -51,7 +51,8 @@ from paligemma.fast.kernels import multiplies_bfloat16
 from paligemma.fast.quantization import is_quantized
 from paligemma.inference import CODEC_FILE, PaliGemma, load
 from paligemma.modeling_gemma import PaliGemmaConfig
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import load_tokenizer
 from paligemma.train import distributed, parts
 from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.batches import Ahead, Batch, RowBatches

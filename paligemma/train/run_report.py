@@ -20,7 +20,7 @@ from paligemma.evaluate.report import Figure, show
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.text import exact_match
 from paligemma.files import write_text
-from paligemma.processing_paligemma import load_image
+from paligemma.images import load_image
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 520, 240  # of a chart

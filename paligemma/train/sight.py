@@ -30,8 +30,8 @@ from paligemma.evaluate.measures import MEASURES
 from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Report
 from paligemma.evaluate.runner import read_predictions
+from paligemma.images import load_image
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
-from paligemma.processing_paligemma import load_image
 
 if TYPE_CHECKING:
     from torch import nn

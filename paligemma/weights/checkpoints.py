@@ -45,7 +45,8 @@ from torch import Tensor, nn
 from paligemma.empty import empty_weights
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import load_tokenizer
 from paligemma.weights.npz import NPY_DTYPES, NpzReader, damaged, npz_parts
 from paligemma.weights.safetensors_file import DTYPES as SAFETENSORS_DTYPES
 from paligemma.weights.safetensors_file import FLOATS, MappedFile, Shape

@@ -28,7 +28,8 @@ from paligemma.answers.grammar import (
 from paligemma.answers.mask_codec import MaskCodec, crop, paste
 from paligemma.generation import generate
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import load_tokenizer
 
 LABELS = [
     "dog",

@@ -21,8 +21,9 @@ from paligemma.cli import main as cli
 from paligemma.fast.quantization import MODES
 from paligemma.inference import Answer, PaliGemma, load
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tiny.world import STYLES
+from paligemma.tokenizer import load_tokenizer
 from paligemma.weights.checkpoints import DTYPES, save_pretrained
 from paligemma.weights.info import in_units
 

@@ -16,8 +16,8 @@ from paligemma.evaluate.benchmark_measures import letter, same_number
 from paligemma.evaluate.benchmark_objects import mask_of
 from paligemma.evaluate.benchmarks import BENCHMARKS, benchmark_examples, evaluate_benchmark
 from paligemma.evaluate.vqa import agreement
+from paligemma.images import load_image
 from paligemma.inference import Answer
-from paligemma.processing_paligemma import load_image
 
 
 @dataclass

@@ -23,7 +23,8 @@ from reference import make_theirs, tiny_config
 
 from paligemma.generation import generate
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import load_tokenizer
 from paligemma.train import checkpointing, optimizer
 from paligemma.train.batches import RowBatches, runs_of_pictures
 from paligemma.train.loop import TrainConfig, decayed_apart, learning_rate_factor, suffix_loss, train

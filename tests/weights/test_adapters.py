@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import paligemma
 from paligemma.cli.main import app
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import PaliGemmaProcessor, load_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import load_tokenizer
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.parts import add_lora, freeze
 from paligemma.utils import load_hf_model, merge

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import load_tokenizer
+from paligemma.tokenizer import load_tokenizer
 from paligemma.weights import npz
 from paligemma.weights.checkpoints import (
     PUBLISHED,

@@ -36,12 +36,12 @@ import torch
 from torch import Tensor
 
 from paligemma.answers.mask_codec import MaskCodec
-from paligemma.processing_paligemma import Tokenizer
 from paligemma.tiny import rows as world_rows
 from paligemma.tiny import world
 from paligemma.tiny.recipe.codec import alike_codes, mask_codes
 from paligemma.tiny.recipe.scenes import SHARD, Shard, shard_paths
 from paligemma.tiny.recipe.vision_first import pixels, targets_of, varied
+from paligemma.tokenizer import Tokenizer
 from paligemma.train.loop import LossFunction
 
 BIN_STEP = 8

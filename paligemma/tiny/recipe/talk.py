@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from paligemma.processing_paligemma import Tokenizer
 from paligemma.tiny import rows, world
 from paligemma.tiny.recipe.batches import TalkBatches, talk_loss
 from paligemma.tiny.recipe.codec import alike_codes
@@ -36,6 +35,7 @@ from paligemma.tiny.recipe.vision_first import (
     vision_part,
     waves,
 )
+from paligemma.tokenizer import Tokenizer
 from paligemma.train import checkpointing
 from paligemma.train.loop import TrainConfig, bfloat16_where_fast, train
 from paligemma.train.optimizer import muon_and_adamw

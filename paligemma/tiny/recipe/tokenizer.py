@@ -12,8 +12,8 @@ import string
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from paligemma.processing_paligemma import IMAGE, LOCATIONS, SEGMENTS, Tokenizer
 from paligemma.tiny import rows, world
+from paligemma.tokenizer import IMAGE, LOCATIONS, SEGMENTS, Tokenizer
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -1,0 +1,158 @@
+"""Pictures in any form -> 8-bit RGB -> the tensor of pixels that the vision tower takes.
+
+Two steps. `load_image` opens whatever a person has (a path, an array, the bytes of a file), makes it RGB and upright:
+the picture that boxes and masks refer to. `preprocess` brings it to the model's square.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import re
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+def load_image(source: Any) -> Image.Image:
+    """Any picture as 8-bit RGB, upright.
+
+    `source`: a path, a `PIL.Image`, uint8 [H, W, 3] (also [H, W], and [H, W, C] with C = 1 grey, 2 grey + alpha, 4 RGB
+    + alpha), the bytes of a picture file, or an open binary file (such as `sys.stdin.buffer`). Of a file with several
+    pictures (GIF, TIFF) the first.
+
+    The EXIF orientation is applied, alpha is composited on white, palettes are expanded, 16 bits are scaled to 8 and
+    CMYK is converted.
+
+    Raises FileNotFoundError, IsADirectoryError, OSError for a damaged or truncated file, and ValueError for what is
+    not a picture, has no pixels, has too many (`PIL.Image.MAX_IMAGE_PIXELS`: Pillow warns above it, and what is beyond
+    twice that, 179 million, is an error here as it is there), or has values whose range nobody knows (floats).
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the picture")
+    if isinstance(source, np.ndarray):
+        return _to_rgb(_from_array(source), "the array")
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        if not path.exists():
+            scheme = re.match(r"([A-Za-z][\w+.-]+):/", str(source))  # of two letters or more: C:/ is a disk
+            if scheme:
+                way_out = "leave out 'file://'" if scheme[1].lower() == "file" else "download it first"
+                raise FileNotFoundError(f"{source} is a URL, and pictures are read from files: {way_out}")
+            raise FileNotFoundError(f"{path}: no such file")
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, expected a picture")
+        with path.open("rb") as file:
+            return _open(file, str(path))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _open(io.BytesIO(source), "the data")
+    if hasattr(source, "read"):
+        data = source.read()  # whole, since a pipe cannot seek
+        if not isinstance(data, bytes):
+            raise TypeError("the file is open in text mode; open it with 'rb' (for stdin: sys.stdin.buffer)")
+        return _open(io.BytesIO(data), str(getattr(source, "name", "the data")))
+    raise TypeError(
+        f"expected a picture (a path, a PIL.Image, uint8 [H, W, 3], bytes or an open file), got {type(source).__name__}"
+    )
+
+
+def _open(file: IO[bytes], name: str) -> Image.Image:
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not a picture in any format that Pillow reads") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} is too large: {str(error).rstrip('.')}. Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if "
+            "you trust it"
+        ) from None
+    except (MemoryError, Warning):
+        raise
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, EOFError, struct.error, ...
+        raise OSError(f"{name} is damaged or truncated: {error}") from None
+    return _to_rgb(image, name)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """uint8 [H, W] or [H, W, 1..4] -> PIL.Image"""
+    shape = "x".join(map(str, array.shape))
+    if array.dtype != np.uint8:
+        raise ValueError(f"expected a uint8 array [H, W, 3] with values 0..255, got {array.dtype} {shape}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (2, 3, 4)):
+        first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
+        raise ValueError(
+            f"expected a uint8 array [H, W, 3], got {shape}"
+            + (": channels come last here, try array.transpose(1, 2, 0)" if first else "")
+        )
+    if 0 in array.shape:
+        raise ValueError(f"the array has no pixels: {shape}")
+    return Image.fromarray(array)
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels: {image.width} x {image.height}")
+    try:
+        image.load()  # so far only the header has been read
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise OSError(f"{name} is damaged or truncated: {error}") from None
+    with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _to_8_bits(image, name).convert("RGB")
+    if image.mode == "F":
+        raise ValueError(f"{name} has floating-point pixels, whose range nobody knows: scale it to 8 bits first")
+    if image.mode == "La":  # premultiplied; Pillow takes this one step at a time
+        image = image.convert("LA")
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB: {error}") from None
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """16 bits of grey, scaled: Pillow would clip them at 255. A strip at a time, so that it takes little memory.
+
+    Mode "I" is what Pillow makes of some 16-bit files (PGM, TIFF); more bits than 16 have no agreed range.
+    """
+    width, height = image.size
+    grey = Image.new("L", image.size)
+    lowest, highest = math.inf, -math.inf
+    rows = max(1, 2**20 // width)
+    for top in range(0, height, rows):
+        values = np.asarray(image.crop((0, top, width, min(top + rows, height)))).astype(np.int64)
+        lowest, highest = min(lowest, values.min()), max(highest, values.max())
+        strip = (values + 128) // 257
+        if (transparent := image.info.get("transparency")) is not None:  # one grey level, in PNG files
+            strip[values == transparent] = 255
+        grey.paste(Image.fromarray(strip.astype(np.uint8)), (0, top))
+    if lowest < 0 or highest > 65535:
+        raise ValueError(f"{name} has values from {lowest} to {highest}, beyond 16 bits: scale it first")
+    return grey
+
+
+# A pixel has 256 values, so the arithmetic on it is done once. Each step rounds as in the reference: the product in
+# float64, then float32.
+_NORMALIZED = ((np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)
+
+
+def preprocess(image: Image.Image, image_size: int) -> torch.Tensor:
+    """RGB picture -> float32 [3, image_size, image_size] in [-1, 1].
+
+    Squashed to a square without keeping the aspect (which is why boxes are relative to the picture), antialiased
+    bicubic, then (x / 255 - 0.5) / 0.5. Bit-equal to transformers' PIL path. big_vision resizes bilinearly.
+    """
+    pixels = np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))  # [H, W, 3] uint8
+    return torch.from_numpy(_NORMALIZED[pixels].transpose(2, 0, 1).copy())  # [3, H, W]
