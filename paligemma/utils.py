@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from paligemma.devices import pick_device
 from paligemma.fast.offload import check_device_map, offload
 from paligemma.fast.quantization import (
     STORED,
@@ -146,26 +147,6 @@ def merge(
     checkpoint, folders = open_model(path, parse_dtype(dtype))
     assert isinstance(checkpoint, Checkpoint)  # an adapter's base is never quantised
     return convert(checkpoint, target, dtype, "safetensors", folders=folders)
-
-
-def pick_device(device: torch.device | str | None = None) -> torch.device:
-    """The device to run on: the given one, else CUDA, else MPS, else CPU. Raises ValueError if it is not there."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    if device is None:
-        return torch.device(there[0])
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}, expected one of {', '.join(there)}") from None
-    if picked.type not in there:
-        raise ValueError(f"device {str(device)!r} is not there; this machine has {', '.join(there)}")
-    if picked.type == "cuda" and picked.index is not None and picked.index >= torch.cuda.device_count():
-        raise ValueError(f"device {str(device)!r} is not there; this machine has {torch.cuda.device_count()} of them")
-    return picked
 
 
 def resolve(

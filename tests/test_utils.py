@@ -14,7 +14,7 @@ from reference import make_inputs, randomize, tiny_config
 import paligemma.utils
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.tokenizer import load_tokenizer
-from paligemma.utils import load_hf_model, pick_device, resolve
+from paligemma.utils import load_hf_model, resolve
 from paligemma.weights.checkpoints import convert, save_pretrained
 
 
@@ -76,26 +76,6 @@ def test_dtype_and_resolution(folder):
 def test_an_unknown_quantisation_is_refused(folder):
     with pytest.raises(ValueError, match="quantize is 'int3', expected one of bf16, int8, int4"):
         load_hf_model(folder, "cpu", quantize="int3")
-
-
-def test_devices(monkeypatch):
-    assert pick_device("cpu") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device() == torch.device("cpu")
-    for device in ("cuda", "cuda:1", "mps", torch.device("cuda")):
-        with pytest.raises(ValueError, match=r"is not there; this machine has cpu$"):
-            pick_device(device)
-    with pytest.raises(ValueError, match="device is 'gpu', expected one of cpu"):
-        pick_device("gpu")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device() == torch.device("mps")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device() == torch.device("cuda")
-    assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match=r"'cuda:2' is not there; this machine has 2 of them"):
-        pick_device("cuda:2")
 
 
 def test_a_tokenizer_that_is_not_the_models(folder, tmp_path):

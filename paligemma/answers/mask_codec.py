@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from paligemma.empty import empty_weights
+from paligemma.devices import on_meta_device
 from paligemma.files import written_whole
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
@@ -247,7 +247,7 @@ class MaskCodec(nn.Module):
             + [size(f"decoder.{i}.weight", 1, 1) for i in (4, 6, 8, 10)],  # transposed: [in, out, 4, 4]
             "encoder_kernels": (size("encoder.0.weight", -1, 4), size("encoder.10.weight", -1, 1)),
         }
-        with empty_weights():  # shapes only: the values come from the file
+        with on_meta_device():  # shapes only: the values come from the file
             codec = cls(**sizes)
         _check_names_and_shapes(path, codec.state_dict(), arrays)
         state = {name: torch.tensor(array, dtype=torch.float32) for name, array in arrays.items()}

@@ -6,19 +6,17 @@ Reading an image and a prompt uses every weight some hundred times, so the rate 
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paligemma.fast.quantization import has_dot_products
+from paligemma.devices import cpu_count, cpu_name, has_dot_products
 
 
 def describe_machine() -> dict[str, Any]:
@@ -30,20 +28,12 @@ def describe_machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "device": f"{_cpu_name()}, {os.cpu_count()} logical cores",
+        "device": f"{cpu_name()}, {cpu_count()} logical cores",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def measure_limits(quick: bool = False) -> dict[str, float]:

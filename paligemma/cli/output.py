@@ -88,7 +88,7 @@ def hinted(pg: Any) -> Any:
     """The model; with a hint where what follows would be slow. (Published sizes help themselves, see `utils.py`.)"""
     import torch
 
-    from paligemma.fast.kernels import multiplies_bfloat16
+    from paligemma.devices import multiplies_bfloat16
     from paligemma.weights.checkpoints import published_name
 
     small = pg.model.dtype == torch.bfloat16 and published_name(pg.model.config) is None

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paligemma import devices
 from paligemma.files import written_whole
 
 SOURCES = {
@@ -93,37 +94,13 @@ def takes_many_rows() -> bool:
 
 def instructions() -> str | None:
     """Which of the files is for this CPU, "AVX-512" or "AVX2"; None if neither is."""
-    best = _best_instructions()
+    best = devices.vector_instructions()
     return "AVX2" if best is not None and ASKED == "avx2" else best
 
 
-@cache
-def _best_instructions() -> str | None:
-    usable, flags = torch.backends.cpu.get_cpu_capability(), _cpu_flags()
-    if usable == "AVX512" and " avx512_vnni" in flags:
-        return "AVX-512"
-    return "AVX2" if usable in ("AVX2", "AVX512") and " avx2" in flags and " fma" in flags else None
-
-
-@cache
 def beats_pytorch_in_bfloat16() -> bool:
-    """Whether `linear_bf16` is also the faster for many rows: on CPUs with bfloat16 in vectors, but not in tiles."""
-    return " avx512_bf16" in (flags := _cpu_flags()) and " amx_bf16" not in flags
-
-
-def multiplies_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether PyTorch has fast products of bfloat16 on this device.
-
-    CPUs such as those with AVX2 alone compute them number by number, and float32 is many times faster.
-    """
-    return torch.device(device).type != "cpu" or cpu_multiplies_bfloat16()
-
-
-@cache
-def cpu_multiplies_bfloat16() -> bool:
-    """A PyTorch that cannot tell, because it was built without oneDNN, is left to its own ways."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or bool(supported())
+    """Whether `linear_bf16` is faster than PyTorch for many rows as well: without tiles, PyTorch has nothing better."""
+    return devices.has_bfloat16_vectors_only()
 
 
 def cache_folder() -> Path:
@@ -150,15 +127,6 @@ def compiler() -> str | None:
 
 
 @cache
-def _cpu_flags() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    return next((line for line in text.splitlines() if line.startswith("flags")), "")
-
-
-@cache
 def _library(kind: str | None) -> ctypes.CDLL | None:
     missing = missing_for_kernel()
     if missing is None and kind is not None:
@@ -178,7 +146,7 @@ def compile_kernel(source: Path) -> Path:
     Named after the source, the flags and the CPU: a home folder may be shared by machines of several kinds.
     """
     sources = b"".join(file.read_bytes() for file in (*HEADERS, source))
-    conditions = " ".join([*FLAGS, compiler() or "", _cpu_flags()])
+    conditions = " ".join([*FLAGS, compiler() or "", *devices.cpu_flags()])
     key = hashlib.sha256(sources + conditions.encode()).hexdigest()[:16]
     path = cache_folder() / f"{source.stem}-{key}.so"
     if not path.exists():

@@ -45,8 +45,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from paligemma import devices
+from paligemma.devices import multiplies_bfloat16
 from paligemma.fast import kernels
-from paligemma.fast.kernels import GROUP, kernel_available, multiplies_bfloat16
+from paligemma.fast.kernels import GROUP, kernel_available
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import (
     Gemma2DecoderLayer,
@@ -403,7 +405,7 @@ class Int8Linear(nn.Module):
         if kernel_available() and (_few(x) or kernels.takes_many_rows()):
             return kernels.linear_int8(x, self.weight, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # PyTorch's operators insist on it
-        if has_dot_products():
+        if devices.has_dot_products():
             if self.packed is None:
                 self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
             y = exact_product(rows, self.weight, self.scale, self.packed)
@@ -446,7 +448,7 @@ class Int4Linear(nn.Module):
             if self.packed is None:
                 self.packed = self._pack()
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.packed[0], GROUP, self.packed[1])
-        elif has_dot_products():
+        elif devices.has_dot_products():
             numbers = unpack(self.weight, self.steps)  # layer by layer, never all of them
             y = exact_product(rows, numbers, self.scale, torch.ops.onednn.qlinear_prepack(numbers, None))
         else:
@@ -460,11 +462,6 @@ class Int4Linear(nn.Module):
             torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(self.weight, ones).int() + 8, 1),
             torch.cat((scale, torch.zeros_like(scale)), dim=-1).contiguous(),
         )
-
-
-def has_dot_products() -> bool:
-    """Whether this CPU multiplies and sums 8-bit numbers without overflow (VNNI). Others sum in 16 bits, silently."""
-    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
 def exact_product(x: Tensor, weight: Tensor, scale: Tensor, packed: Tensor) -> Tensor:

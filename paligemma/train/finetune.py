@@ -45,9 +45,9 @@ from safetensors import SafetensorError
 from paligemma.data.check import Lengths, check
 from paligemma.data.rows import Row, Rows, open_rows
 from paligemma.data.show import codec_of
+from paligemma.devices import multiplies_bfloat16, pick_device
 from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
-from paligemma.fast.kernels import multiplies_bfloat16
 from paligemma.fast.quantization import is_quantized
 from paligemma.inference import CODEC_FILE, PaliGemma, load
 from paligemma.modeling_gemma import PaliGemmaConfig
@@ -72,7 +72,7 @@ from paligemma.train.run_folder import (
 )
 from paligemma.train.run_report import write_report
 from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of, measure_of, with_all_captions
-from paligemma.utils import pick_device, resolve
+from paligemma.utils import resolve
 from paligemma.weights.adapters import base_of, is_adapter, save_adapter
 from paligemma.weights.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
 

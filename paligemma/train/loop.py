@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paligemma.fast.kernels import multiplies_bfloat16
+from paligemma.devices import multiplies_bfloat16
 from paligemma.files import write_text
 from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch

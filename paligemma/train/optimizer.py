@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paligemma.fast.kernels import multiplies_bfloat16
+from paligemma.devices import multiplies_bfloat16
 
 
 def decays_in_reference(name: str, parameter: nn.Parameter) -> bool:

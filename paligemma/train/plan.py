@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paligemma.attention_mask import prefix_lm_mask
-from paligemma.empty import empty_weights
+from paligemma.devices import on_meta_device
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.train import parts
 from paligemma.train.loop import decayed_apart
@@ -126,7 +126,7 @@ def estimate(
     rows = -(-batch // (accumulate * processes))
     last = answer + 1 if shortest_prefix is None else length - shortest_prefix + 1
     pieces = min(2, accumulate)  # of which the second one finds gradients there already; more change nothing
-    with empty_weights():
+    with on_meta_device():
         model = PaliGemmaForConditionalGeneration(config).to(stored).train()
         if quantize is not None:
             for name, layer in list(model.named_modules()):

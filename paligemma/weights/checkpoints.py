@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from paligemma.empty import empty_weights
+from paligemma.devices import on_meta_device
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -109,7 +109,7 @@ def _sizes(text: GemmaConfig, vision: SiglipVisionConfig) -> tuple[object, ...]:
 
 def empty_model(config: PaliGemmaConfig) -> PaliGemmaForConditionalGeneration:
     """The model without memory for its weights: every parameter is on the meta device."""
-    with empty_weights():
+    with on_meta_device():
         return PaliGemmaForConditionalGeneration(config)
 
 

@@ -17,7 +17,6 @@ from paligemma.bench import contestant, run, shapes
 from paligemma.bench.contestant import Spec
 from paligemma.bench.report import cells, growth_lines, markdown, spread, summarise, table
 from paligemma.bench.run import benchmark
-from paligemma.empty import empty_weights
 from paligemma.weights.checkpoints import load_model, published_config
 
 
@@ -323,13 +322,3 @@ assert not {"torch._dynamo", "sympy", "pandas", "matplotlib", "transformers"} & 
     picture = Path(__file__).parents[2] / "examples" / "scene.png"
     done = subprocess.run([sys.executable, "-c", code, str(picture)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_empty_weights_draw_no_random_numbers():
-    state = torch.get_rng_state()
-    with empty_weights():
-        layers = [torch.nn.Linear(3, 4), torch.nn.Embedding(3, 4), torch.nn.Conv2d(3, 4, 2), torch.nn.LayerNorm(3)]
-    assert {parameter.device.type for layer in layers for parameter in layer.parameters()} == {"meta"}
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.nn.Linear(3, 4).weight.device.type == "cpu"  # nothing lasts beyond the block
-    assert not torch.equal(torch.get_rng_state(), state)

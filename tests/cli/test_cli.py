@@ -374,6 +374,6 @@ def test_help_answers_at_once_and_names_every_command(folder):
 
 @pytest.mark.parametrize(("fast", "options"), [(False, []), (True, []), (False, ["--dtype", "float32"])])
 def test_evaluate_hints_at_float32_where_bfloat16_is_slow(paligemma, fast, options, monkeypatch):
-    monkeypatch.setattr("paligemma.fast.kernels.cpu_multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: fast)
     code, _, err = paligemma("evaluate", "--count", "1", *options)
     assert code == 0 and ("--dtype float32" in err) == (not fast and not options)

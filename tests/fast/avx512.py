@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from paligemma import devices
 from paligemma.fast import kernels as linear_kernels
 from paligemma.files import written_whole
 
@@ -35,7 +36,7 @@ def emulate(set_attribute: Callable[[Any, str, Any], None]) -> None:
     """Makes `linear_kernels` take this CPU for one with AVX-512. set_attribute: setattr, or monkeypatch's."""
     real = linear_kernels.compile_kernel
     of_avx512 = linear_kernels.SOURCES["AVX-512"]
-    set_attribute(linear_kernels, "_best_instructions", lambda: "AVX-512")
+    set_attribute(devices, "vector_instructions", lambda: "AVX-512")
     set_attribute(linear_kernels, "compile_kernel", lambda source: emulation() if source == of_avx512 else real(source))
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import paligemma
+from paligemma import devices
 from paligemma.cli.main import app
 from paligemma.fast import kernels as linear_kernels
 from paligemma.fast import quantization
@@ -678,7 +679,7 @@ def test_a_layer_in_one_call_refuses_what_it_would_misread():
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_model_in_bfloat16_answers_nearly_the_same_on_a_cpu_without_its_products(way, slow, monkeypatch):
     """Everything that is float32 there: products of many rows, attention, patches. Compared with float32 throughout."""
-    monkeypatch.setattr("paligemma.fast.kernels.cpu_multiplies_bfloat16", lambda: not slow)
+    monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: not slow)
     model = make_model(dtype=torch.bfloat16)
     inputs = make_inputs(model.config, prefix=[20, 13])  # more rows than few
     plain, exact = model(**inputs).logits, copy.deepcopy(model).float()(**inputs).logits
@@ -709,7 +710,7 @@ def test_layers_compute_what_they_round(way, dtype, M):
     assert relative(four(x) - in_four_bits, in_four_bits) < 0.01  # beside the weights next to nothing is rounded
 
 
-@pytest.mark.skipif(not quantization.has_dot_products(), reason="another plain path")
+@pytest.mark.skipif(not devices.has_dot_products(), reason="another plain path")
 def test_both_ways_are_equal_to_the_bit_where_nothing_is_clipped(kernels, monkeypatch):
     _, _, eight, _ = layers()
     x = torch.rand(60 if kernels == "AVX-512" else 16, 512) - 0.5
@@ -733,7 +734,7 @@ def test_planted_outliers_do_no_harm(way, M, dtype):
     exact = x.double() @ weight.double().T + bias.double()
     for layer, most in ((eight, 0.015), (four, 0.12)):
         assert relative(layer(x) - exact, exact) < most
-    if dtype == torch.float32 and (way != "plain" or quantization.has_dot_products()):
+    if dtype == torch.float32 and (way != "plain" or devices.has_dot_products()):
         # The ordinary channels alone: with one scale for all, as without the clipping, four fifths of them would be 0.
         whole = eight.weight.double() * eight.scale.double()[:, None]
         of_outliers, expected = (x - ordinary).double() @ whole.T + bias.double(), ordinary.double() @ whole.T
@@ -755,7 +756,7 @@ def test_a_token_does_not_depend_on_its_neighbours(way):
 def test_rows_may_be_a_part_of_others(way, vnni, monkeypatch):
     """As the last position of a batch is: neither contiguous nor a column."""
     if not vnni:
-        monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
+        monkeypatch.setattr(devices, "has_dot_products", lambda: False)
     _, _, eight, four = layers()
     x = torch.randn(3, 7, 512)
     for layer in (eight, four):
@@ -776,7 +777,7 @@ def test_no_number_comes_out_where_none_went_in(way):
 def test_a_cpu_without_8_bit_products(monkeypatch):
     """Weights stay small there, activations stay as they are."""
     monkeypatch.setattr(linear_kernels, "ASKED", "0")
-    monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
+    monkeypatch.setattr(devices, "has_dot_products", lambda: False)
     weight, bias, eight, _ = layers()
     for M in (1, 40):
         x = torch.randn(M, 512)
@@ -792,7 +793,7 @@ def fresh(monkeypatch, tmp_path):
     """Nothing compiled yet: no library is loaded, and none lies in the cache."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     monkeypatch.setattr(linear_kernels, "ASKED", "1")
-    cached = linear_kernels._library, linear_kernels._best_instructions
+    cached = linear_kernels._library, devices.vector_instructions
     for function in cached:
         function.cache_clear()
     yield tmp_path / "extensions"
@@ -959,8 +960,8 @@ def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
 def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
     """As many as it takes, in each of the three layers, and none of those that are more."""
     monkeypatch.setattr(linear_kernels, "ASKED", "avx2")
-    monkeypatch.setattr("paligemma.fast.kernels.cpu_multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(quantization, "has_dot_products", lambda: False)
+    monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(devices, "has_dot_products", lambda: False)
     called, in_float32 = [], quantization.in_float32
     for name in ("linear_bf16", "linear_int8", "linear_int4"):
         real = getattr(linear_kernels, name)

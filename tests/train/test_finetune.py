@@ -299,7 +299,7 @@ def test_a_cpu_that_is_slow_at_bfloat16_computes_in_float32(base, data, tmp_path
     half = str(tmp_path / "half")
 
     def losses_of(name, slow, **options):
-        monkeypatch.setattr("paligemma.fast.kernels.cpu_multiplies_bfloat16", lambda: not slow)
+        monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: not slow)
         said = run(half, data, tmp_path / name, lora=lora, steps=3, **options)
         return losses(tmp_path / name), next(line for line in said if line.startswith("numbers"))
 

@@ -16,8 +16,7 @@ import torch
 from reference import tiny_config
 from test_sharding import end_with_parent, in_processes
 
-from paligemma.empty import empty_weights
-from paligemma.fast.kernels import multiplies_bfloat16
+from paligemma.devices import multiplies_bfloat16, on_meta_device
 from paligemma.fast.quantization import quantize
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
@@ -56,7 +55,7 @@ def train_as_planned(config: PaliGemmaConfig, options: dict[str, Any], out: Path
     """A real run with the options of `estimate`, on rows of random numbers. From the second step on the optimizer has
     its state."""
     given: dict[str, Any] = {"compute": torch.float32, "stored": torch.float32, **options}
-    with empty_weights():
+    with on_meta_device():
         model = PaliGemmaForConditionalGeneration(config).to(given["stored"])
     model.to_empty(device="cpu")
     for parameter in model.parameters():
@@ -143,7 +142,7 @@ def test_the_rehearsal_needs_what_the_run_needs(tmp_path, kind, run):
 
 def test_the_parts_of_a_plan():
     config = MID_SIZE
-    with empty_weights():
+    with on_meta_device():
         weights = 4 * sum(p.numel() for p in PaliGemmaForConditionalGeneration(config).parameters())
     plan = planned(config, {"batch": 8, "accumulate": 2, "ema": True})
     for name, copies in {"weights": 1, "gradients": 1, "running average": 1, "optimizer": 2}.items():
@@ -173,7 +172,7 @@ def test_a_plan_is_a_table():
 def test_four_bits_need_a_quarter():
     """... of what the linear layers need in bfloat16, and a scale. The embedding stays as it is."""
     whole, rounded = (planned(MID_SIZE, {"batch": 2, **LORA, "quantize": mode}) for mode in (None, "nf4"))
-    with empty_weights():
+    with on_meta_device():
         model = PaliGemmaForConditionalGeneration(MID_SIZE)
     linear = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     saved = whole.components["weights"] - rounded.components["weights"]

@@ -228,7 +228,7 @@ def test_a_step_of_muon_is_that_of_pytorch(shape, monkeypatch):
     pytorchs = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
 
     def after_three_steps(kind, fast):
-        monkeypatch.setattr("paligemma.fast.kernels.cpu_multiplies_bfloat16", lambda: fast)
+        monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: fast)
         parameter = torch.nn.Parameter(begin.clone())
         muon = kind([parameter], lr=0.05, weight_decay=0.1)
         for parameter.grad in gradients:

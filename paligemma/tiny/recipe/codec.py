@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paligemma.answers.mask_codec import MaskCodec, crop
-from paligemma.fast.kernels import multiplies_bfloat16
+from paligemma.devices import multiplies_bfloat16
 from paligemma.files import written_whole
 from paligemma.tiny.recipe.scenes import Shard, shard_paths
 
