@@ -1,21 +1,107 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Files that other programs may break, and that other processes may read: JSON, whole files, locks.
+
+- *Reading JSON* from somebody else: whatever stands in the file, the result is a value or one ValueError that names it.
+- *Writing whole*: a file or folder is written beside its place and renamed at the end, so that nobody ever sees half
+  of one, and an error (a full disk, Ctrl-C) leaves what was there before.
+- *Locking a folder* while it is written, with a message that says who writes it.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
+import socket
+import stat
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+# ------------------------------------------------------------------------------------------------ reading JSON
+
+# Larger than any settings file or index; the tokenizer of Gemma, the largest JSON file of a checkpoint, has 35 MB.
+LARGEST_JSON = 2**26
+
+
+def read_json(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """The object in a JSON file. See `read_json_value`; ValueError also for any other value."""
+    value = read_json_value(path, largest)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def read_json_value(path: Path, largest: int = LARGEST_JSON) -> Any:
+    """The value in a JSON file of at most `largest` bytes.
+
+    Raises ValueError, naming the file, for all that `parse_json` refuses and for what is no ordinary file (a pipe or
+    a device could be read for ever); OSError where it cannot be opened.
+    """
+    try:
+        return parse_json(read_bytes(path, largest))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_bytes(path: Path, largest: int) -> bytes:
+    """The content of an ordinary file. ValueError for a pipe, a device, or more than `largest` bytes."""
+    if path.exists() and not path.is_dir() and not path.is_file():  # before opening it: a pipe waits for its writer
+        raise ValueError("it is no ordinary file")
+    with path.open("rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no ordinary file")
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it has more than {largest:,} bytes")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that JSON text stands for. ValueError for anything else, whatever it is.
+
+    Stricter than Python's own reader, which takes NaN, Infinity and numbers that no float can hold, and which answers
+    text that is nested too deeply by RecursionError.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
+    except RecursionError as error:
+        raise ValueError(f"{error}: it is nested too deeply") from None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return number
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 300:  # no float holds more than 308 digits, and Python itself refuses 4300
+        raise ValueError(f"the number {digits[:20]}... has {len(digits):,} digits")
+    return int(digits)
+
+
+# ------------------------------------------------------------------------------------------------ writing whole
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to; what lies there at the end takes the place of `path`.
+    """A path beside `path` to write to; the file that lies there at the end takes the place of `path`.
 
-    After an error, on a full disk for example, nothing is left of it and an old file is as it was. Folders on the way
-    are made. The name ends as `path` does, since some writers look at that.
+    After an error nothing is left of it, and an old file is as it was. Parent folders are made. The temporary name
+    has the suffix of `path`, since some writers choose their format by it.
 
         with written_whole(path) as beside:
             beside.write_text(text)
@@ -29,9 +115,27 @@ def written_whole(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all."""
+    with written_whole(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_texts(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes text files by their names. Old ones are replaced only when all of the new ones are complete."""
+    with ExitStack() as stack:
+        for name, text in files.items():
+            stack.enter_context(written_whole(folder / name)).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file for people and machines, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
 @contextmanager
 def new_folder_written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` at the end. FileExistsError if that is there and not empty."""
+    """A folder to write to, which becomes `folder` at the end. FileExistsError if that exists and is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +151,174 @@ def new_folder_written_whole(folder: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file in UTF-8, whole or as it was."""
-    with written_whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder inside `folder`, on the same disk: write there, then move the files up. It is removed at the end.
+
+    `folder` is made if need be, and removed again if nothing came to lie in it. It is locked meanwhile, so what is
+    left there of a process that was killed belongs to nobody, and is removed first.
+    """
+    existed = folder.exists()
+    if existed and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, expected a folder to write to")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, "saving a model"):
+            for left in folder.glob(".saving-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    finally:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------ locking a folder
+
+LOCK = ".paligemma-lock"
+HEARTBEAT = 5.0  # seconds between two signs of life of the process that holds a lock
+
+
+@dataclass
+class _Held:
+    """A lock of this process: its open file, and how many times it was taken."""
+
+    descriptor: int
+    count: int = 1
+    released: threading.Event = field(default_factory=threading.Event)
+
+
+_held: dict[Path, _Held] = {}
+
+
+@contextmanager
+def locked(folder: Path, doing: str) -> Iterator[None]:
+    """Holds `folder` for this process alone. BlockingIOError, saying who holds it, if another process does.
+
+    doing: what that message calls the holder, such as "paligemma train". A process may take a lock again that it
+    holds. The lock of a process that is killed is free.
+
+    The lock is `flock` on a file in the folder, which also says who holds it. Some shared disks have no `flock`, or
+    have it within one machine only. So the holder also touches the file every few seconds, and whoever finds a lock
+    that `flock` says nothing about watches it for three of these intervals, to see whether its holder is alive.
+    """
+    place = folder.resolve() / LOCK
+    if place in _held:
+        _held[place].count += 1
+    else:
+        _held[place] = _take(place, doing)
+    held = _held[place]
+    try:
+        yield
+    finally:
+        held.count -= 1
+        if not held.count:
+            del _held[place]
+            held.released.set()
+            place.unlink(missing_ok=True)  # before it is released: nobody else may hold a file that is removed
+            os.close(held.descriptor)
+
+
+def _take(place: Path, doing: str) -> _Held:
+    while True:
+        descriptor, is_new = _open_lock(place)
+        try:
+            free = _flock(descriptor)
+            holder = _holder(descriptor)
+            surely_dead = free and (is_new or not holder or holder.get("machine") == _machine())
+            if free is False or (not is_new and not surely_dead and _is_alive(place)):
+                raise BlockingIOError(
+                    f"{place.parent} is being written by another process ({_in_words(holder)}): wait until it has "
+                    "ended, or choose another folder"
+                )
+            if not _is_still(descriptor, place):  # its holder removed it after we had opened it
+                os.close(descriptor)
+                continue
+            about = {"doing": doing, "pid": os.getpid(), "host": socket.gethostname(), "machine": _machine()}
+            about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(about).encode())
+        except BaseException:
+            with suppress(OSError):
+                os.close(descriptor)
+            raise
+        held = _Held(descriptor)
+        threading.Thread(target=_show_life, args=(held, place), daemon=True).start()
+        return held
+
+
+def _open_lock(place: Path) -> tuple[int, bool]:
+    """The open file of a lock, and whether it was made here and now. A link in its place is not followed."""
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
+    with suppress(FileExistsError):
+        return os.open(place, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+    return os.open(place, flags | os.O_CREAT, 0o666), False
+
+
+def _flock(descriptor: int) -> bool | None:
+    """True if the lock is ours now, False if another process has it, None where files cannot be locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    try:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        about = parse_json(os.read(descriptor, 4096))
+    except ValueError:
+        about = None
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return about if isinstance(about, dict) else {}
+
+
+def _in_words(holder: dict[str, Any]) -> str:
+    doing, pid, host, since = (
+        "".join(letter for letter in str(holder.get(key, "?"))[:80] if letter.isprintable())
+        for key in ("doing", "pid", "host", "since")
+    )
+    return f"{doing}, process {pid} on {host}, since {since}"
+
+
+def _is_alive(place: Path) -> bool:
+    """Whether the holder of a lock touches it. No clocks are compared: those of two machines may differ."""
+    with suppress(FileNotFoundError):
+        before = place.stat().st_mtime_ns
+        for _ in range(30):
+            time.sleep(HEARTBEAT / 10)
+            if place.stat().st_mtime_ns != before:
+                return True
+    return False
+
+
+def _show_life(held: _Held, place: Path) -> None:
+    while not held.released.wait(HEARTBEAT):
+        with suppress(OSError):
+            os.utime(place)
+
+
+def _is_still(descriptor: int, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), place.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _machine() -> str:
+    """A name for this machine since it was started; containers on it share the name, as they share its locks."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return f"{sys.platform}-{socket.gethostname()}"

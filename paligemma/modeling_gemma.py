@@ -30,7 +30,6 @@ key head, E head size, P image patches, V vocabulary, n images.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -44,6 +43,7 @@ from torch import Tensor, nn
 
 from paligemma.attention_mask import SUFFIX, cached_mask, positions, prefix_lm_mask, token_types_from_labels
 from paligemma.configuration import INERT_KEYS, as_object, take_fields
+from paligemma.files import LARGEST_JSON, parse_json, read_bytes
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_siglip import SiglipAttention, SiglipVisionConfig, SiglipVisionModel
 
@@ -207,8 +207,8 @@ class PaliGemmaConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: a checkpoint folder holds a config.json")
         try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:  # also what json raises
+            return cls.from_dict(parse_json(read_bytes(path, LARGEST_JSON)))
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:

@@ -40,8 +40,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from paligemma.files import read_json, write_texts
 from paligemma.images import load_image, preprocess
-from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer, write_together
+from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer
 
 IGNORED = -100  # a label that the loss skips
 
@@ -191,7 +192,7 @@ class PaliGemmaProcessor:
             **_IMAGE_SETTINGS,
         }
         files = self.tokenizer.files()
-        write_together(Path(folder), {**files, "preprocessor_config.json": json.dumps(config, indent=2) + "\n"})
+        write_texts(Path(folder), {**files, "preprocessor_config.json": json.dumps(config, indent=2) + "\n"})
 
 
 def _rows_of_images(images: Any, prompts: int) -> list[list[Any]]:
@@ -260,10 +261,10 @@ _IMAGE_SETTINGS: dict[str, Any] = {
 
 def _image_settings(folder: Path) -> tuple[int, int]:
     """(tokens per image, side in pixels) out of the files of a checkpoint."""
-    config: dict[str, Any] = _read_json(folder / "config.json") or {}
-    settings = _read_json(folder / "preprocessor_config.json")
+    config = _settings(folder / "config.json") or {}
+    settings = _settings(folder / "preprocessor_config.json")
     if settings is None:
-        settings = (_read_json(folder / "processor_config.json") or {}).get("image_processor")
+        settings = (_settings(folder / "processor_config.json") or {}).get("image_processor")
     if settings is None and "vision_config" not in config:
         raise FileNotFoundError(f"{folder} has neither preprocessor_config.json nor a config.json with vision_config")
     settings = settings or {}
@@ -281,14 +282,6 @@ def _image_settings(folder: Path) -> tuple[int, int]:
     return settings.get("image_seq_length", (size // vision.get("patch_size", 14)) ** 2), size
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _settings(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are the former
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected an object")
-    return content
+    return read_json(path) if path.is_file() else None

@@ -17,14 +17,13 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unicodedata import category
 
 import tokenizers
 
-from paligemma.files import written_whole
+from paligemma.files import write_texts
 
 IMAGE = "<image>"
 LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
@@ -113,7 +112,7 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `tokenizer.json` and a `tokenizer_config.json` with which transformers loads it unchanged."""
-        write_together(Path(folder), self.files())
+        write_texts(Path(folder), self.files())
 
     def __len__(self) -> int:
         """How many tokens there are. The model's embedding has more rows (a multiple of 64); those were never
@@ -304,13 +303,6 @@ def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     if IMAGE not in vocab:
         backend.add_special_tokens([tokenizers.AddedToken(IMAGE, normalized=False)])
     return backend
-
-
-def write_together(folder: Path, files: dict[str, str]) -> None:
-    """Write text files by their names. Old ones are replaced only when all of the new ones are complete."""
-    with ExitStack() as stack:
-        for name, text in files.items():
-            stack.enter_context(written_whole(folder / name)).write_text(text, encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------- characters, for streaming

@@ -43,6 +43,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from paligemma.data.tables import BOM, ArrowFiles, CsvFile, JsonFile, JsonLines, RowError, elements_of
+from paligemma.files import read_json
 
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import Box, MaskCodec
@@ -393,13 +394,13 @@ def _in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str |
     who trains on "test" too doesn't see it."""
     saved = folder / "dataset_dict.json"  # several data sets that `datasets` has saved together
     if saved.is_file():
-        splits = {name: [folder / name] for name in json.loads(saved.read_text())["splits"]}
+        splits = {name: [folder / name] for name in read_json(saved)["splits"]}
         return _in_folder(_of_one_split(splits, folder, split)[0], kind, None)
     state = folder / "state.json"
     if state.is_file() and kind in (None, "arrow"):
         if split is not None:
             raise ValueError(f"{folder} is one data set, without splits: leave out split= (--split)")
-        files = json.loads(state.read_text())["_data_files"]
+        files = read_json(state)["_data_files"]
         # Names out of a file, so they must not lead elsewhere.
         return "arrow", [folder / Path(file["filename"]).name for file in files]
 

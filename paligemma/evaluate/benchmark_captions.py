@@ -6,7 +6,6 @@ Formats follow big_vision's conversion scripts (`datasets`). See `benchmark_ques
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -112,7 +111,7 @@ def widgetcap(source: Source) -> Iterator[Example]:
             screen, node = row["screenId"], row["nodeId"]
             if screen in chosen:
                 picture = load_image(source.picture(f"combined/{screen}.jpg"))
-                box = _node_box(json.loads(source.file(f"combined/{screen}.json").read_text(encoding="utf-8")), node)
+                box = _node_box(source.json(f"combined/{screen}.json"), node)
                 # Bounds are those of a screen 2,560 pixels high.
                 box = [edge * picture.height / 2560 for edge in box]
                 image = _boxed(picture, box, source.side)

@@ -6,12 +6,15 @@ under which it may lie, the usual one first; the first that exists is taken.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from paligemma.files import parse_json, read_json_value
+
+LARGEST = 2**32  # bytes of one file: the annotations of the largest benchmarks have hundreds of megabytes
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,8 @@ class Source:
         return (self.folder / name).is_file()
 
     def json(self, *names: str) -> Any:
-        """ValueError for a file that is not JSON."""
-        path = self.file(*names)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+        """The value in a JSON file. ValueError for a file that is not JSON."""
+        return read_json_value(self.file(*names), LARGEST)
 
     def lines(self, *names: str) -> Iterator[Any]:
         """The objects of a file with one JSON object a line."""
@@ -49,7 +48,7 @@ class Source:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield json.loads(line)
+                        yield parse_json(line)
                     except ValueError as error:
                         raise ValueError(f"{path}:{number} is not JSON: {error}") from None
 

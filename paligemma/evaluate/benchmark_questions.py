@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,7 +201,7 @@ def ai2d(source: Source) -> Iterator[Example]:
     for path in sorted((source.folder / "questions").glob("*.json")):
         if (path.name.split(".")[0] in test) != (source.split == "test"):
             continue
-        asked = json.loads(path.read_text(encoding="utf-8"))
+        asked = source.json(f"questions/{path.name}")
         plain = source.picture(f"images/{asked['imageName']}")
         for question, entry in asked["questions"].items():
             image: Any = plain

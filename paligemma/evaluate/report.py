@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-from paligemma.files import write_text
+from paligemma.files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """folder/results.json"""
-        write_text(folder / "results.json", json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / "results.json", self.to_dict())
 
     def table(self) -> Table:
         """For rich: `Console().print(report.table())`."""

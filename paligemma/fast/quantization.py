@@ -33,7 +33,6 @@ Letters: M tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ from paligemma import devices
 from paligemma.devices import multiplies_bfloat16
 from paligemma.fast import kernels
 from paligemma.fast.kernels import GROUP, kernel_available
+from paligemma.files import read_json
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import (
     Gemma2DecoderLayer,
@@ -735,8 +735,8 @@ def stored_mode(path: Path) -> str | None:
     """The mode of a quantised checkpoint of ours, None for all others. ValueError for one that others quantised."""
     folder = path if path.is_dir() else path.parent
     try:
-        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        given = read_json(folder / "config.json").get("quantization_config")
+    except (OSError, ValueError):
         return None  # whatever is wrong with it, `open_checkpoint` says it better
     if given is None:
         return None
@@ -825,7 +825,7 @@ def open_quantized(path: Path) -> QuantizedCheckpoint:
 
 
 def _config_of(folder: Path) -> PaliGemmaConfig:
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "config.json")
     del settings["quantization_config"]  # read already; the model's own configuration knows nothing of it
     try:
         return PaliGemmaConfig.from_dict(settings)

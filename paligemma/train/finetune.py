@@ -49,6 +49,7 @@ from paligemma.devices import multiplies_bfloat16, pick_device
 from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
 from paligemma.fast.quantization import is_quantized
+from paligemma.files import write_json
 from paligemma.inference import CODEC_FILE, PaliGemma, load
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -67,7 +68,6 @@ from paligemma.train.run_folder import (
     last_checkpoint_step,
     open_run,
     read_log,
-    write_json,
     write_settings,
 )
 from paligemma.train.run_report import write_report

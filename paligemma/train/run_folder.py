@@ -23,7 +23,7 @@ from typing import Any
 
 from paligemma.data.rows import Rows
 from paligemma.evaluate.runner import environment
-from paligemma.files import write_text
+from paligemma.files import read_json, write_json
 from paligemma.train import checkpointing
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
@@ -83,9 +83,9 @@ def open_run(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], r
     if not known or not resume:
         return False
     try:
-        saved = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        saved = read_json(out / SETTINGS)
     except ValueError as error:
-        raise ValueError(f"{out / SETTINGS} is not JSON ({error}): choose another --out, or --no-resume") from None
+        raise ValueError(f"{error}: choose another --out, or --no-resume") from None
     there = _compared(saved.get("settings", {}), saved.get("facts", {}))
     here = _compared(json.loads(json.dumps(dict(settings))), json.loads(json.dumps(dict(facts))))
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
@@ -104,10 +104,6 @@ def _compared(settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]
 
 def write_settings(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     write_json(out / SETTINGS, {"settings": dict(settings), "facts": dict(facts), "environment": environment()})
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def clear(out: Path) -> None:

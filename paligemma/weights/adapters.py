@@ -20,7 +20,6 @@ What is unusual:
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import re
@@ -34,6 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from paligemma.files import read_json
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.weights.checkpoints import (
     EMBEDDING,
@@ -195,13 +195,11 @@ def _settings(path: Path) -> dict[str, Any]:
     """`adapter_config.json`, checked: nothing in it asks for what is not done here."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: an adapter's folder holds one")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        kind = settings.get("peft_type") if isinstance(settings, dict) else None
-        raise ValueError(f"{path}: peft_type is {kind!r}, expected 'LORA'; of peft's adapters only LoRA is read")
+    settings = read_json(path)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{path}: peft_type is {settings.get('peft_type')!r}, expected 'LORA'; of peft's adapters only LoRA is read"
+        )
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path}: base_model_name_or_path is {base!r}: write in which model the adapter belongs to")

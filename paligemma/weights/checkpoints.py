@@ -29,7 +29,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from paligemma.devices import on_meta_device
+from paligemma.files import read_json, staging_folder, write_json
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -250,8 +250,8 @@ def _no_weights(path: Path) -> Exception:
 def files_of_index(index: Path) -> list[Path]:
     """The shards that an index names, all of them there and in its own folder."""
     try:
-        names: list[Any] = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names: list[Any] = sorted(set(read_json(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of safetensors files ({error!r}): download it again") from None
     files = []
     for name in names:
@@ -267,8 +267,10 @@ def files_of_index(index: Path) -> list[Path]:
 
 
 def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
-    settings = _json(files[0].parent / "config.json")
-    if isinstance(settings, dict) and settings.get("quantization_config") is not None:
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, OSError):  # whatever is wrong with it, the next call says it better
+        settings = read_json(files[0].parent / "config.json")
+    if settings.get("quantization_config") is not None:
         raise ValueError(
             f"{path} holds quantised weights, which can be run but not changed: start from the checkpoint they were "
             "made of"
@@ -691,13 +693,6 @@ def convert(
     return [folder / name for name in written]
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError):
-        return None
-
-
 def write_folder(
     folder: Path,
     companions: Sequence[Path],
@@ -720,7 +715,7 @@ def write_folder(
             return tensor
 
         _copy_companions(companions, staging)
-        _write_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(staging / "config.json", config)
         check_nothing_lost(staging, folder)  # before gigabytes are written
         _write_safetensors(staging, list(tensors), tensors, counted, max_shard_size)
         written = _names(staging)
@@ -776,12 +771,7 @@ def checkpoint_written_whole(folder: Path, replaces: bool = True) -> Iterator[Pa
 
     replaces: whether files of the same names, and other weights, make room for it; False: ValueError instead.
     """
-    existed = folder.exists()
-    if existed and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; a checkpoint is saved into a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
+    with staging_folder(folder) as staging:
         try:
             yield staging
         except OSError as error:
@@ -791,11 +781,6 @@ def checkpoint_written_whole(folder: Path, replaces: bool = True) -> Iterator[Pa
         if not replaces:
             check_nothing_lost(staging, folder)
         _move_up(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only if nothing came to lie in it
 
 
 def _move_up(staging: Path, folder: Path) -> None:
@@ -813,11 +798,7 @@ def _move_up(staging: Path, folder: Path) -> None:
 
 def _write_config(folder: Path, config: PaliGemmaConfig, dtype: torch.dtype) -> None:
     content = {**config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_json(folder / "config.json", content)
 
 
 def _write_safetensors(
@@ -871,7 +852,7 @@ def _write_safetensors(
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
-        _write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
 
 
 def _write_tensor(file: Any, tensor: Tensor) -> None:

@@ -15,7 +15,6 @@ writable too (training in place changes the pages in memory, never the file), bu
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -25,6 +24,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from paligemma.files import parse_json
 
 Shape = tuple[int, ...]
 
@@ -46,7 +47,7 @@ class MappedFile:
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             how: dict[str, Any] = {"access": mmap.ACCESS_COPY}
             if sys.platform == "linux":
                 how = {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}

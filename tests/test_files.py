@@ -1,0 +1,187 @@
+"""Reading JSON that somebody else wrote, writing whole, and the lock of a folder that is being written."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from paligemma import files
+from paligemma.files import locked, read_json, read_json_value, staging_folder, write_json, write_texts
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="locks files as Linux does")
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"\xff\xfe{", "can't decode"),
+        (b'{"a": NaN}', "NaN is no number of JSON"),
+        (b'{"a": -Infinity}', "-Infinity is no number of JSON"),
+        (b'{"a": 1e999}', "the number 1e999 is too large"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "has 5,000 digits"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[1, 2]", "expected an object, got list"),
+        (b"null", "expected an object, got NoneType"),
+    ],
+)
+def test_what_is_no_json_object_is_one_clear_error(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_json(path)
+    assert str(error.value).startswith(str(path)) and len(str(error.value)) < 300
+
+
+def test_a_json_file_larger_than_expected_is_not_read(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": "b" * 100})
+    assert read_json(path) == {"a": "b" * 100}
+    with pytest.raises(ValueError, match=r"a\.json is not JSON: it has more than 50 bytes"):
+        read_json(path, largest=50)
+
+
+@linux
+def test_pipes_and_devices_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        with pytest.raises(ValueError, match=rf"{name} is not JSON: it is no ordinary file"):
+            read_json_value(tmp_path / name)
+
+
+def test_what_is_written_is_read(tmp_path):
+    content = {"text": "grün\u2028", "numbers": [1, -2.5, 10**200], "nothing": None}
+    write_json(tmp_path / "deep" / "a.json", content)
+    assert read_json(tmp_path / "deep" / "a.json") == content
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.json"]
+
+
+# ------------------------------------------------------------------------------------------------ whole
+
+
+def test_files_that_belong_together_take_their_places_together(tmp_path):
+    write_texts(tmp_path, {"a.txt": "old", "b.txt": "old"})
+    with pytest.raises(TypeError):
+        write_texts(tmp_path, {"a.txt": "new", "b.txt": None})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old", "b.txt": "old"}
+
+
+def test_a_staging_folder_leaves_nothing(tmp_path):
+    with pytest.raises(OSError), staging_folder(tmp_path / "new") as staging:
+        (staging / "half").write_text("half")
+        raise OSError("full")
+    assert not (tmp_path / "new").exists()
+
+
+@linux
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    code = """
+    import os, signal, sys
+    from pathlib import Path
+    from paligemma.files import staging_folder
+    with staging_folder(Path(sys.argv[1])) as staging:
+        (staging / "model.safetensors").write_text("x" * 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path / "out"])
+    assert done.returncode == -9 and len(list((tmp_path / "out").iterdir())) == 2  # the folder and the lock
+    with staging_folder(tmp_path / "out") as staging:
+        (staging / "a").write_text("")
+        assert len(list((tmp_path / "out").glob(".saving-*"))) == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ locks
+
+HOLD = """
+import sys
+from pathlib import Path
+from paligemma import files
+files.HEARTBEAT = 0.01
+if sys.argv[2] == "without flock":
+    files._flock = lambda descriptor: None
+with files.locked(Path(sys.argv[1]), "paligemma train"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def holder(folder, flock="with flock"):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder, flock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@linux
+@pytest.mark.parametrize("flock", ["with flock", "without flock"])
+def test_a_folder_that_another_process_writes(tmp_path, flock, monkeypatch):
+    """Also where files cannot be locked: there the holder's signs of life are seen."""
+    if flock == "without flock":
+        monkeypatch.setattr(files, "_flock", lambda descriptor: None)
+    process = holder(tmp_path, flock)
+    with pytest.raises(BlockingIOError) as error, locked(tmp_path, "paligemma train"):
+        pass
+    assert f"{tmp_path} is being written by another process (paligemma train, process {process.pid} on" in str(
+        error.value
+    )
+    process.communicate("\n")
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path, "paligemma train"):
+        pass
+
+
+@linux
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    process = holder(tmp_path)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / files.LOCK).exists()
+    with locked(tmp_path, "paligemma train"):
+        assert json.loads((tmp_path / files.LOCK).read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_another_machine_holds_while_it_shows_life(tmp_path, monkeypatch):
+    """There `flock` may tell nothing, as on a disk that is shared without it."""
+    (tmp_path / files.LOCK).write_text(
+        '{"doing": "paligemma train", "pid": 7, "host": "node-3", "machine": "x", "since": "noon"}'
+    )
+    life = iter(range(100))
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: os.utime(tmp_path / files.LOCK, (9, next(life))))
+    with (
+        pytest.raises(BlockingIOError, match=r"paligemma train, process 7 on node-3, since noon"),
+        locked(tmp_path, "paligemma evaluate"),
+    ):
+        pass
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)  # no sign of life any more
+    with locked(tmp_path, "paligemma evaluate"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_may_be_taken_again_by_its_process(tmp_path):
+    with locked(tmp_path, "paligemma train"):
+        with locked(tmp_path, "saving"):
+            pass
+        assert (tmp_path / files.LOCK).exists()
+    assert not (tmp_path / files.LOCK).exists()
+
+
+@linux
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / files.LOCK).symlink_to("mine.txt")
+    with pytest.raises(OSError), locked(tmp_path, "paligemma train"):
+        pass
+    assert (tmp_path / "mine.txt").read_text() == "mine"
