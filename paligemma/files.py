@@ -30,22 +30,22 @@ from typing import Any
 LARGEST_JSON = 2**26
 
 
-def read_json(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: Path, largest: int = LARGEST_JSON, any_number: bool = False) -> dict[str, Any]:
     """The object in a JSON file. See `read_json_value`; ValueError also for any other value."""
-    value = read_json_value(path, largest)
+    value = read_json_value(path, largest, any_number)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
+        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
     return value
 
 
-def read_json_value(path: Path, largest: int = LARGEST_JSON) -> Any:
+def read_json_value(path: Path, largest: int = LARGEST_JSON, any_number: bool = False) -> Any:
     """The value in a JSON file of at most `largest` bytes.
 
     Raises ValueError, naming the file, for all that `parse_json` refuses and for what is no ordinary file (a pipe or
     a device could be read for ever); OSError where it cannot be opened.
     """
     try:
-        return parse_json(read_bytes(path, largest))
+        return parse_json(read_bytes(path, largest), any_number)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
@@ -63,15 +63,18 @@ def read_bytes(path: Path, largest: int) -> bytes:
     return content
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, any_number: bool = False) -> Any:
     """The value that JSON text stands for. ValueError for anything else, whatever it is.
 
     Stricter than Python's own reader, which takes NaN, Infinity and numbers that no float can hold, and which answers
-    text that is nested too deeply by RecursionError.
+    text that is nested too deeply by RecursionError. any_number: numbers are as Python's reader takes them, for a
+    caller that checks them and can name the setting.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if any_number:
+            return json.loads(text)
         return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
     except RecursionError as error:
         raise ValueError(f"{error}: it is nested too deeply") from None
@@ -88,7 +91,7 @@ def _finite(digits: str) -> float:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > 300:  # no float holds more than 308 digits, and Python itself refuses 4300
+    if len(digits) > 300:  # a float holds 308 digits, and a whole number may become one
         raise ValueError(f"the number {digits[:20]}... has {len(digits):,} digits")
     return int(digits)
 

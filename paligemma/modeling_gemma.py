@@ -207,7 +207,7 @@ class PaliGemmaConfig:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: a checkpoint folder holds a config.json")
         try:
-            return cls.from_dict(parse_json(read_bytes(path, LARGEST_JSON)))
+            return cls.from_dict(parse_json(read_bytes(path, LARGEST_JSON), any_number=True))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -29,8 +29,8 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="locks f
         (b'{"a": ' + b"9" * 5000 + b"}", "has 5,000 digits"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
-        (b"[1, 2]", "expected an object, got list"),
-        (b"null", "expected an object, got NoneType"),
+        (b"[1, 2]", "holds list, expected an object"),
+        (b"null", "holds NoneType, expected an object"),
     ],
 )
 def test_what_is_no_json_object_is_one_clear_error(tmp_path, content, message):

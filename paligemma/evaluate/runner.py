@@ -38,7 +38,7 @@ from paligemma.evaluate.intervals import ratio_interval
 from paligemma.evaluate.measures import MEASURES, Measure, Ratios
 from paligemma.evaluate.report import Counts, Figure, Report, number, write_lines
 from paligemma.evaluate.rows import Example, Prediction
-from paligemma.files import read_json, write_text
+from paligemma.files import read_json_value, write_text
 from paligemma.images import load_image
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
 
@@ -295,7 +295,10 @@ def write_notice(folder: Path, about: Mapping[str, Any]) -> None:
 
 def _read_notice(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        notice = read_json_value(path)
+        if not isinstance(notice, dict):
+            raise ValueError(f"expected an object, got {type(notice).__name__}")
+        return notice
     except ValueError as error:
         raise ValueError(f"{path} does not say what run this is ({error}): choose another folder") from None
 

@@ -195,7 +195,7 @@ def _settings(path: Path) -> dict[str, Any]:
     """`adapter_config.json`, checked: nothing in it asks for what is not done here."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: an adapter's folder holds one")
-    settings = read_json(path)
+    settings = read_json(path, any_number=True)
     if settings.get("peft_type") != "LORA":
         raise ValueError(
             f"{path}: peft_type is {settings.get('peft_type')!r}, expected 'LORA'; of peft's adapters only LoRA is read"
