@@ -12,8 +12,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paligemma.answers.grammar import Detection, Parsed, Segment, parse
     from paligemma.answers.mask_codec import MaskCodec
+    from paligemma.answers.parsing import parse
+    from paligemma.answers.results import Detection, Parsed, Segment
     from paligemma.generation import Generated, generate
     from paligemma.images import load_image
     from paligemma.inference import Answer, PaliGemma, load
@@ -33,7 +34,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "inference": ("Answer", "PaliGemma", "load"),
-    "answers.grammar": ("Detection", "Parsed", "Segment", "parse"),
+    "answers.parsing": ("parse",),
+    "answers.results": ("Detection", "Parsed", "Segment"),
     "generation": ("Generated", "generate"),
     "answers.mask_codec": ("MaskCodec",),
     "modeling_gemma": (

@@ -30,8 +30,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paligemma.answers.drawing import draw
-from paligemma.answers.grammar import ChoiceGrammar, Detection, DetectionGrammar, Segment, parse_tokens
+from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.parsing import parse_tokens
+from paligemma.answers.results import Detection, Segment
 from paligemma.generation import Constraint, Generated, check_length, generate, stream
 from paligemma.images import load_image, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor

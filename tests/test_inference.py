@@ -11,8 +11,8 @@ from make_tokenizer import build_tokenizer
 from PIL import Image
 from reference import randomize, tiny_config
 
-from paligemma.answers.grammar import Detection, Segment
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.results import Detection, Segment
 from paligemma.inference import Answer, PaliGemma, load, main, shown
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor

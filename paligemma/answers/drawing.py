@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from paligemma.images import load_image
 
 if TYPE_CHECKING:
-    from paligemma.answers.grammar import Detection, Segment
+    from paligemma.answers.results import Detection, Segment
 
     Item: TypeAlias = Detection | Segment
 

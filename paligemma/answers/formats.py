@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 if TYPE_CHECKING:
-    from paligemma.answers.grammar import Detection, Segment
+    from paligemma.answers.results import Detection, Segment
 
     Item: TypeAlias = Detection | Segment
 

@@ -230,7 +230,7 @@ def _region_problems(suffix: str, asked: bool, masks: bool) -> Iterator[tuple[st
         for item in whole
     ):  # fmt: skip
         return  # the common case, fast
-    from paligemma.answers.grammar import parse
+    from paligemma.answers.parsing import parse
 
     for _, reason in parse(suffix, (1024, 1024)).invalid:
         yield "loc tokens", reason

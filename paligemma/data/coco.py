@@ -141,7 +141,8 @@ class ObjectReader:
     loc_scale: int
 
     def __call__(self, i: int) -> Row:
-        from paligemma.answers.grammar import Detection, Segment, canonical_order, format_detections, format_segments
+        from paligemma.answers.results import Detection, Segment
+        from paligemma.answers.writing import canonical_order, format_detections, format_segments
 
         file, names = self.index.file, self.index.categories
         number = int(self.images[i])

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from paligemma.answers.drawing import draw, font_for, one_line
-from paligemma.answers.grammar import parse
+from paligemma.answers.parsing import parse
 from paligemma.attention_mask import prefix_lm_mask
 from paligemma.data.rows import Row
 from paligemma.images import load_image

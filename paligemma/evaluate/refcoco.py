@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paligemma.answers.grammar import parse
+from paligemma.answers.parsing import parse
 from paligemma.evaluate.regions import Box, box_iou, mask_iou
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paligemma.answers.grammar import parse
+from paligemma.answers.parsing import parse
 from paligemma.data.rows import Row, Rows
 from paligemma.evaluate import Example, Prediction, Region, evaluate
 from paligemma.evaluate.average_precision import package

@@ -13,7 +13,7 @@ from PIL import Image
 
 from paligemma.answers import drawing
 from paligemma.answers.drawing import PALETTE, draw, label_colors, one_line
-from paligemma.answers.grammar import Detection, Segment
+from paligemma.answers.results import Detection, Segment
 
 GREY = (128, 128, 128)
 

@@ -20,7 +20,7 @@ from paligemma.answers.formats import (
     to_supervision,
     to_yolo,
 )
-from paligemma.answers.grammar import Detection, Segment
+from paligemma.answers.results import Detection, Segment
 
 masks = hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 

@@ -13,19 +13,11 @@ from make_tokenizer import build_tokenizer
 from reference import randomize, tiny_config
 from work_count import lines_run
 
-from paligemma.answers.grammar import (
-    ChoiceGrammar,
-    Detection,
-    DetectionGrammar,
-    Segment,
-    _token_starts,
-    canonical_order,
-    format_detections,
-    format_segments,
-    parse,
-    parse_tokens,
-)
+from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec, crop, paste
+from paligemma.answers.parsing import _token_starts, parse, parse_tokens
+from paligemma.answers.results import Detection, Segment
+from paligemma.answers.writing import canonical_order, format_detections, format_segments
 from paligemma.generation import generate
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor

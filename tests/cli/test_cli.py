@@ -15,8 +15,8 @@ from PIL import Image
 from reference import randomize, tiny_config
 from typer.main import get_command
 
-from paligemma.answers.grammar import Detection
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.results import Detection
 from paligemma.cli import main as cli
 from paligemma.fast.quantization import MODES
 from paligemma.inference import Answer, PaliGemma, load

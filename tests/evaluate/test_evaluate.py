@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 import paligemma.evaluate
-from paligemma.answers.grammar import Detection, Segment
+from paligemma.answers.results import Detection, Segment
 from paligemma.evaluate import MEASURES, Example, Prediction, Region, evaluate
 from paligemma.evaluate.intervals import wilson
 from paligemma.evaluate.pictures import compare

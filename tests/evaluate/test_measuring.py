@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from paligemma.answers.grammar import Detection, parse
+from paligemma.answers.parsing import parse
+from paligemma.answers.results import Detection
 from paligemma.cli import main as cli
 from paligemma.data.rows import Row, open_rows
 from paligemma.inference import Answer, load
