@@ -102,9 +102,9 @@ def evaluate(
     else:
         from paligemma.data.rows import open_rows
         from paligemma.data.show import codec_of
-        from paligemma.train.measuring import evaluate_rows, metric_of
+        from paligemma.evaluate.own_rows import evaluate_rows, metric_of_task
 
-        metric = metric_of(task)
+        metric = metric_of_task(task)
         source: dict[str, Any] = {
             "images": images,
             "annotations": annotations,

@@ -46,6 +46,7 @@ from paligemma.data.check import Lengths, check
 from paligemma.data.rows import Row, Rows, open_rows
 from paligemma.data.show import codec_of
 from paligemma.devices import multiplies_bfloat16, pick_device
+from paligemma.evaluate.own_rows import merge_captions, metric_of_prompt
 from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
 from paligemma.fast.quantization import is_quantized
@@ -71,7 +72,7 @@ from paligemma.train.run_folder import (
     write_settings,
 )
 from paligemma.train.run_report import write_report
-from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of, measure_of, with_all_captions
+from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of
 from paligemma.utils import resolve
 from paligemma.weights.adapters import base_of, is_adapter, save_adapter
 from paligemma.weights.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
@@ -179,7 +180,7 @@ class Options:
             raise ValueError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
         if parse_dtype(self.dtype) == torch.float16:
             raise ValueError("gradients underflow in float16: train in bfloat16 or float32")
-        measure_of("", self.metric)
+        metric_of_prompt("", self.metric)
 
         # What does not go together, or would do nothing.
         if self.steps is not None and self.epochs is not None:
@@ -659,7 +660,7 @@ def look(options: Options, pg: PaliGemma, rows: Rows, out: Path, say: Callable[[
     count = options.validation_rows if options.validation is not None else 12
     some = [row for row in chosen(rows, count) if row.pictures]
     if options.validation is not None:
-        some = with_all_captions(some, rows, options.metric)
+        some = merge_captions(some, rows, options.metric)
     if not some:
         say("note: no picture in the rows to look at, so no answers are generated and measured")
         return None

@@ -11,22 +11,19 @@ for captions all that the data has of a picture.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paligemma.answers.parsing import parse
 from paligemma.data.rows import Row, Rows
-from paligemma.evaluate import Example, Prediction, Region, evaluate
-from paligemma.evaluate.average_precision import package
+from paligemma.evaluate import Example, Prediction, evaluate
 from paligemma.evaluate.measures import MEASURES
+from paligemma.evaluate.own_rows import load_pictures, metric_of_prompt, to_example
 from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Report
 from paligemma.evaluate.runner import read_predictions
@@ -36,87 +33,13 @@ from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
 if TYPE_CHECKING:
     from torch import nn
 
-MEASURE_OF = {  # all others: exact
-    "detect": "detect",
-    "segment": "segment",
-    "ocr": "reading",
-    "caption": "caption",
-    "cap": "caption",  # as pages of the web have it
-    "describe": "caption",  # at length
-}
 EXAMPLES = 12  # rows that are drawn at every validation
-
-
-def measure_of(prompt: str, metric: str = "auto") -> str:
-    """The name of the measure for a prompt: by its first word, or `metric`. ValueError for a metric that is none,
-    ImportError for one whose package is missing."""
-    if metric == "auto":
-        return MEASURE_OF.get(prompt.strip().partition(" ")[0], "exact")
-    metric = "reading" if metric == "ocr" else metric
-    if metric not in MEASURES:
-        raise ValueError(f"there is no metric {metric!r}; there are: auto, ocr, {', '.join(MEASURES)}")
-    if metric.startswith("coco"):
-        package()  # missing, it is told before the first answer and not after the last
-    return metric
 
 
 def chosen(rows: Rows, count: int, seed: int = 0) -> list[Row]:
     """`count` rows drawn by lot (always the same), in their order; all of them if there are no more."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[i] for i in sorted(order[:count].tolist())]
-
-
-def right_answers(row: Row) -> tuple[str, ...]:
-    return row.answers or (row.suffix,)
-
-
-def what_is_seen(row: Row) -> str:
-    """Equal for rows with the same pictures: their paths or bytes, hashed, so that not all bytes stay in memory."""
-    digest = hashlib.blake2b(digest_size=16)
-    for picture in row.pictures:
-        digest.update(hashlib.blake2b(picture if isinstance(picture, bytes) else os.fsencode(picture)).digest())
-    return digest.hexdigest()
-
-
-def with_all_captions(some: list[Row], rows: Rows, metric: str) -> list[Row]:
-    """`some` of the rows, where those that ask the same caption of the same picture become one, with all captions that
-    `rows` has of it as its answers. Only if there are such, all rows are read once."""
-    captions: dict[tuple[str, str], list[str]] = {
-        (what_is_seen(row), row.prefix): [] for row in some if measure_of(row.prefix, metric) == "caption"
-    }
-    if not captions:
-        return some
-    for row in rows:
-        if measure_of(row.prefix, metric) == "caption":
-            captions.get((what_is_seen(row), row.prefix), []).extend(right_answers(row))
-    kept = []
-    for row in some:
-        if measure_of(row.prefix, metric) != "caption":
-            kept.append(row)
-        elif answers := captions.pop((what_is_seen(row), row.prefix), None):
-            kept.append(replace(row, answers=tuple(answers)))
-    return kept
-
-
-def opened(row: Row) -> Any:
-    """The picture of a row, or a tuple of its pictures. Raises what `load_image` raises."""
-    pictures = tuple(load_image(picture) for picture in row.pictures)
-    return pictures if len(pictures) > 1 else pictures[0]
-
-
-def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
-    """A row with its picture opened. What its suffix says of boxes and masks becomes regions: where boxes are measured
-    also the box of each mask. Rows about one picture are of one group: an interval must not take them for independent.
-    """
-    regions: list[Region] = []
-    if MEASURES[measure].regions:
-        masks = MEASURES[measure].masks
-        size = (picture[0] if isinstance(picture, tuple) else picture).size
-        parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
-        found: list[Any] = [*parsed.segments] if masks else [*parsed.detections, *parsed.segments]
-        regions = [Region(item.label, item.box, getattr(item, "mask", None)) for item in found]
-    answers = () if regions else right_answers(row)
-    return Example(str(row.number), picture, row.prefix, measure, answers, regions, group=what_is_seen(row))
 
 
 @dataclass
@@ -153,11 +76,11 @@ class Sight:
             """Opened one at a time: not all pictures lie in memory together."""
             for row in self.rows:
                 try:
-                    picture = opened(row)
+                    picture = load_pictures(row)
                 except (OSError, ValueError):
                     missing.append(row.source)
                     continue
-                example = to_example(row, measure_of(row.prefix, self.metric), picture, self.pg)
+                example = to_example(row, metric_of_prompt(row.prefix, self.metric), picture, self.pg)
                 if example.id in drawn:
                     pictures[example.id] = example
                 yield example
@@ -209,7 +132,7 @@ def budget_for(rows: list[Row], pg: PaliGemma) -> int:
     that has not learned to stop would otherwise cost 512 tokens a row."""
     encode = pg.processor.tokenizer.encode
     longest = max(len(encode(text)) for row in rows for text in (row.suffix, *row.suffixes, *row.answers))
-    most = BOX_BUDGET if any(MEASURES[measure_of(row.prefix)].regions for row in rows) else TEXT_BUDGET
+    most = BOX_BUDGET if any(MEASURES[metric_of_prompt(row.prefix)].regions for row in rows) else TEXT_BUDGET
     return min(most, 2 * longest + 8)
 
 

@@ -25,12 +25,11 @@ from typer.testing import CliRunner
 import paligemma
 from paligemma.cli.main import app
 from paligemma.data.rows import Row, open_rows
+from paligemma.evaluate.own_rows import evaluate_rows, merge_captions, metric_of_prompt, to_example
 from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_folder, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
 from paligemma.train.finetune import Options, both_rows_of, finetune, plan_of, prepare
-from paligemma.train.measuring import evaluate_rows
-from paligemma.train.sight import measure_of, to_example, with_all_captions
 from paligemma.weights.checkpoints import open_checkpoint, save_pretrained
 
 
@@ -151,7 +150,7 @@ def test_validation_measures_captions_as_evaluate_does(base, tmp_path):
     lines += [{"image": "1.png", "caption": "green"}, {"image": "2.png", "prefix": "ocr", "suffix": "red"}]
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = open_rows(folder / "captions.jsonl")
-    kept = with_all_captions([rows[1], rows[2], rows[5]], rows, "auto")
+    kept = merge_captions([rows[1], rows[2], rows[5]], rows, "auto")
     assert [(row.number, row.answers) for row in kept] == [(1, tuple(captions)), (5, ())]
 
     run(base, str(folder / "captions.jsonl"), tmp_path / "run", steps=1, validation=str(folder / "captions.jsonl"))
@@ -1083,8 +1082,8 @@ def test_image_tokens_are_never_cut(base):
     ],
 )
 def test_the_prompt_says_how_its_answers_are_measured(prompt, measure):
-    assert measure_of(prompt) == measure
-    assert measure_of(prompt, "anls") == "anls"
+    assert metric_of_prompt(prompt) == measure
+    assert metric_of_prompt(prompt, "anls") == "anls"
 
 
 def test_boxes_of_the_suffix_are_the_truth():

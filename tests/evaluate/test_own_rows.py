@@ -15,10 +15,10 @@ from paligemma.answers.parsing import parse
 from paligemma.answers.results import Detection
 from paligemma.cli import main as cli
 from paligemma.data.rows import Row, open_rows
+from paligemma.evaluate.own_rows import evaluate_rows, examples_of, metric_of_task
 from paligemma.inference import Answer, load
 from paligemma.tiny.scenes import write_scenes
 from paligemma.train.finetune import Options
-from paligemma.train.measuring import evaluate_rows, examples_of, metric_of
 from paligemma.train.sight import budget_for
 
 
@@ -90,11 +90,11 @@ def test_the_metric_follows_from_the_prompt_unless_named(folder: Path):
     assert report["detect", "recall"].value == report["detect", "mean IoU of matches"].value == 1
     assert report["reading", "exact"].value == 1 and report["exact", "exact"].value == 0
     assert report["caption", "BLEU-1"].value == pytest.approx(1)
-    assert metric_of("ocr") == "reading" and metric_of(None) == "auto" and metric_of("vqa") == "vqa"
+    assert metric_of_task("ocr") == "reading" and metric_of_task(None) == "auto" and metric_of_task("vqa") == "vqa"
     with pytest.raises(
         ValueError, match=r"no task 'dance'. Metrics for your own rows: ocr, exact, .*Benchmarks: vqav2"
     ):
-        metric_of("dance")
+        metric_of_task("dance")
 
 
 @pytest.mark.parametrize("prompt", ["caption en", "cap en", "describe en"])
