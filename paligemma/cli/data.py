@@ -21,6 +21,7 @@ from paligemma.cli.options import (
     Split,
 )
 from paligemma.cli.output import drawing_paths, note, notes, save_picture
+from paligemma.data.options import DataOptions
 
 
 def data_check(
@@ -30,7 +31,7 @@ def data_check(
     annotations: Annotations = None,
     image_name: ImageName = None,
     split: Split = None,
-    language: Language = "en",
+    language: Language = DataOptions.language,
     every_label: EveryLabel = False,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Also count tokens, as this model's tokenizer does.")
@@ -46,28 +47,18 @@ def data_check(
     if max_length is not None and model is None:
         raise typer.BadParameter("--max-length is in tokens, and counting them takes --model")
     from paligemma.data.check import check
-    from paligemma.data.rows import open_rows
-    from paligemma.data.show import processor_of
+    from paligemma.data.checkpoint import processor_of
 
+    options = DataOptions(data, kind, images, annotations, image_name, split, language, every_label)
     processor, codec = processor_of(model, revision, kind) if model is not None else (None, None)
     with notes.status(Text(f"reading {data}")) as status:
-        rows = open_rows(
-            data,
-            kind,
-            images=images,
-            annotations=annotations,
-            image_name=image_name,
-            split=split,
-            language=language,
-            every_label=every_label,
-            codec=codec,
-        )
-        report = check(
+        rows = options.open(codec)
+        result = check(
             rows, processor, max_length, open_pictures, show,
             progress=lambda done: status.update(Text(f"{done:,} of {len(rows):,} rows")),
         )  # fmt: skip
-    typer.echo(str(report))
-    if not report.ok:
+    typer.echo(str(result))
+    if not result.ok:
         raise typer.Exit(1)
 
 
@@ -83,7 +74,7 @@ def data_show(
     annotations: Annotations = None,
     image_name: ImageName = None,
     split: Split = None,
-    language: Language = "en",
+    language: Language = DataOptions.language,
     every_label: EveryLabel = False,
     revision: Revision = None,
 ) -> None:
@@ -92,21 +83,12 @@ def data_show(
     if not all(number.isdecimal() for number in numbers):
         raise typer.BadParameter(f"--rows is {rows!r}, expected numbers of rows such as 7,12")
     drawing_paths(out, [], "--out")  # a name that no picture can have is told at once
-    from paligemma.data.rows import open_rows
-    from paligemma.data.show import processor_of, show_rows
+    from paligemma.data.checkpoint import processor_of
+    from paligemma.data.show import show_rows
 
+    options = DataOptions(data, kind, images, annotations, image_name, split, language, every_label)
     processor, codec = processor_of(model, revision, kind)
-    found = open_rows(
-        data,
-        kind,
-        images=images,
-        annotations=annotations,
-        image_name=image_name,
-        split=split,
-        language=language,
-        every_label=every_label,
-        codec=codec,
-    )
+    found = options.open(codec)
     chosen = [int(number) for number in numbers] or [k * len(found) // count for k in range(min(count, len(found)))]
     for number in chosen:
         if number >= len(found):

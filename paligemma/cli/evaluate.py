@@ -20,6 +20,7 @@ from paligemma.cli.options import (
     Revision,
 )
 from paligemma.cli.output import echo_json, hinted, print_table
+from paligemma.data.options import DataOptions
 
 
 def evaluate(
@@ -44,7 +45,7 @@ def evaluate(
     images: Images = None,
     annotations: Annotations = None,
     image_name: ImageName = None,
-    language: Language = "en",
+    language: Language = DataOptions.language,
     every_label: EveryLabel = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -69,7 +70,16 @@ def evaluate(
     about: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}
     scenes = data.partition(":")[0] == "tiny"  # whatever lies here: a folder of this name is ./tiny
     if task in BENCHMARKS and not scenes:
-        if free or max_new_tokens or kind or images or annotations or image_name or every_label or language != "en":
+        if (
+            free
+            or max_new_tokens
+            or kind
+            or images
+            or annotations
+            or image_name
+            or every_label
+            or language != DataOptions.language
+        ):
             raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")
         split = resolved_split(task, split)
         if split in BENCHMARKS[task].hidden and out is None:
@@ -100,23 +110,13 @@ def evaluate(
             **options,
         )
     else:
-        from paligemma.data.rows import open_rows
-        from paligemma.data.show import codec_of
+        from paligemma.data.checkpoint import codec_of
         from paligemma.evaluate.own_rows import evaluate_rows, metric_of_task
 
         metric = metric_of_task(task)
-        source: dict[str, Any] = {
-            "images": images,
-            "annotations": annotations,
-            "image_name": image_name,
-            "split": split,
-            "language": language,
-            "every_label": every_label,
-        }
-        # How rows are made of the data: --out is only continued with the same, wherever the files lie.
-        about |= {"kind": kind, **{name: value for name, value in source.items() if value}}
-        source["codec"] = codec_of(model, revision, kind)
-        rows = open_rows(data, kind, **source)
+        source = DataOptions(data, kind, images, annotations, image_name, split, language, every_label)
+        about |= source.how()
+        rows = source.open(codec_of(model, revision, kind))
         report = evaluate_rows(
             opened(),
             rows,

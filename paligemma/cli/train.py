@@ -10,6 +10,7 @@ from rich.console import Console
 
 from paligemma.cli.options import Device, EveryLabel, Language, Model, Revision, Seed
 from paligemma.cli.output import note
+from paligemma.data.options import DataOptions
 
 
 def finetune(
@@ -70,7 +71,7 @@ def finetune(
         str | None, typer.Option(help="The picture's name by other fields: '{image_id}.jpg'.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Which one, in a folder with several.")] = None,
-    language: Language = "en",
+    language: Language = DataOptions.language,
     every_label: EveryLabel = False,
     device: Device = None,
     dtype: Annotated[

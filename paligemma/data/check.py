@@ -1,8 +1,8 @@
 """What is wrong with your data, before a run of hours finds out.
 
-    report = check(open_rows("my.jsonl"), processor, max_length=320)
-    print(report)            # how many rows have which problem, the first of each with its place and the way out
-    report.ok
+    result = check(open_rows("my.jsonl"), processor, max_length=320)
+    print(result)            # how many rows have which problem, the first of each with its place and the way out
+    result.ok
 
 Goes through every row, at tens of thousands a second as long as no tokens are counted and no pictures opened: both are
 done if asked for (`processor`, `open_pictures`).
@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from paligemma.data.rows import Picture, Row, Rows
-from paligemma.data.tables import RowError, printable
+from paligemma.data.rows import Picture, Row, RowError, Rows, printable
 
 if TYPE_CHECKING:
     from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -54,8 +53,8 @@ class Problem:
 
 
 @dataclass
-class Report:
-    """What `check` found. `str(report)` is for people."""
+class CheckResult:
+    """What `check` found. `str(result)` is for people."""
 
     note: str
     rows: int = 0
@@ -97,7 +96,7 @@ def check(
     open_pictures: bool = False,
     show: int = 3,
     progress: Callable[[int], None] | None = None,
-) -> Report:
+) -> CheckResult:
     """Check every row.
 
     processor: count tokens with it. max_length: as in training, of a whole row with its pictures. open_pictures: open
@@ -106,13 +105,13 @@ def check(
     """
     if max_length is not None and processor is None:
         raise ValueError("max_length is in tokens, and counting them takes a processor")
-    report = Report(rows.note, len(rows))
+    result = CheckResult(rows.note, len(rows))
     if processor is None:
-        report.not_checked.append("lengths (needs the processor of a model: --model)")
+        result.not_checked.append("lengths (needs the processor of a model: --model)")
     elif max_length is None:
-        report.not_checked.append("whether rows are too long (no max_length: --max-length)")
+        result.not_checked.append("whether rows are too long (no max_length: --max-length)")
     if not open_pictures:
-        report.not_checked.append("whether pictures can be opened (open_pictures: --open-pictures)")
+        result.not_checked.append("whether pictures can be opened (open_pictures: --open-pictures)")
     lengths = Lengths(processor) if processor is not None else None
     # Bounded, so that a million different pictures do not fill the memory with their names.
     picture_problem = lru_cache(maxsize=100_000)(_opened if open_pictures else _there)
@@ -135,9 +134,9 @@ def check(
                 found.setdefault(name, message)
             if lengths is not None and "reserved token" not in found:
                 prefix, suffix = lengths(row)
-                report.longest = max(report.longest or (0, ""), (prefix + suffix, source), key=lambda pair: pair[0])
-                report.longest_suffix = max(
-                    report.longest_suffix or (0, ""), (suffix, source), key=lambda pair: pair[0]
+                result.longest = max(result.longest or (0, ""), (prefix + suffix, source), key=lambda pair: pair[0])
+                result.longest_suffix = max(
+                    result.longest_suffix or (0, ""), (suffix, source), key=lambda pair: pair[0]
                 )
                 if max_length is not None and prefix >= max_length:
                     found["no room"] = f"pictures and prompt take {prefix} tokens, max_length is {max_length}"
@@ -147,17 +146,17 @@ def check(
                         f"{prefix + suffix - max_length} of the suffix's {suffix} would be cut off"
                     )
         if found:
-            report.bad_rows += 1
+            result.bad_rows += 1
             for name, message in found.items():
-                report.counts[name] = report.counts.get(name, 0) + 1
-                if report.counts[name] <= show:
-                    report.first.setdefault(name, []).append(Problem(i, source, printable(message)))
+                result.counts[name] = result.counts.get(name, 0) + 1
+                if result.counts[name] <= show:
+                    result.first.setdefault(name, []).append(Problem(i, source, printable(message)))
         if progress is not None and i % 1000 == 999:
             progress(i + 1)
     if progress is not None:
         progress(len(rows))
-    report.seconds = time.perf_counter() - begin
-    return report
+    result.seconds = time.perf_counter() - begin
+    return result
 
 
 # -- pictures --

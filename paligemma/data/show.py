@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,30 +42,6 @@ PICTURE = 320  # pixels; a smaller square is enlarged to about this, so that lab
 MASK = 150
 MOST = 500  # tokens drawn of a row
 IMAGE_ROWS = 4  # the mask shows so many of the tokens of each picture
-
-
-def processor_of(
-    model: str, revision: str | None = None, kind: str | None = None
-) -> tuple[PaliGemmaProcessor, MaskCodec | None]:
-    """The processor of a checkpoint, and what makes tokens of masks: its own codec if it brings one, else, for data of
-    a kind that has masks ("coco-segment"), the official one, which is downloaded. Its weights are not looked at."""
-    from paligemma.answers.mask_codec import MaskCodec
-    from paligemma.inference import CODEC_FILE
-    from paligemma.utils import resolve
-
-    path = resolve(model, revision=revision, weights=False)
-    folder: Path = path if path.is_dir() else path.parent
-    codec = None
-    if (folder / CODEC_FILE).is_file():
-        codec = MaskCodec.load(folder / CODEC_FILE)
-    elif kind == "coco-segment":
-        codec = MaskCodec.load()
-    return PaliGemmaProcessor.from_pretrained(folder), codec
-
-
-def codec_of(model: str, revision: str | None, kind: str | None) -> MaskCodec | None:
-    """What `processor_of` finds for masks; None for data of other kinds, which have none."""
-    return processor_of(model, revision, kind)[1] if kind == "coco-segment" else None
 
 
 @dataclass(frozen=True)

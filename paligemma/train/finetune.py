@@ -43,8 +43,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from paligemma.data.check import Lengths, check
-from paligemma.data.rows import Row, Rows, open_rows
-from paligemma.data.show import codec_of
+from paligemma.data.checkpoint import codec_of
+from paligemma.data.options import DataOptions
+from paligemma.data.rows import Row, Rows
 from paligemma.devices import multiplies_bfloat16, pick_device
 from paligemma.evaluate.own_rows import merge_captions, metric_of_prompt
 from paligemma.evaluate.report import Report, show
@@ -99,14 +100,14 @@ class Options:
     model: str
     data: str
     out: str
-    # what the data is: see `open_rows`
+    # what the data is: see `DataOptions`
     kind: str | None = None
     images: str | None = None
     annotations: str | None = None
     image_name: str | None = None
     split: str | None = None
-    language: str = "en"
-    every_label: bool = False
+    language: str = DataOptions.language
+    every_label: bool = DataOptions.every_label
     max_length: int | None = None
     # how long
     steps: int | None = None
@@ -212,6 +213,24 @@ class Options:
             given = [name for name in names if getattr(self, name) != DEFAULTS[name]]
             if given and not getattr(self, owner):
                 raise ValueError(f"{' and '.join(given)} would do nothing without --{owner}: add it, or leave them out")
+
+    @property
+    def source(self) -> DataOptions:
+        """The rows to train on."""
+        given = {field.name: getattr(self, field.name) for field in fields(DataOptions)}
+        return DataOptions(**given)
+
+    @property
+    def validation_source(self) -> DataOptions | None:
+        """The rows to measure answers on: the same kind of data."""
+        if self.validation is None:
+            return None
+        return replace(
+            self.source,
+            data=self.validation,
+            split=self.validation_split,
+            annotations=self.validation_annotations,
+        )
 
     @property
     def peak(self) -> float:
@@ -346,30 +365,19 @@ def told_what_to_do(out: Path, batches: RowBatches) -> Iterator[None]:
 # --- before -------------------------------------------------------------------------------------------------------
 
 
-def rows_of(options: Options, path: str, split: str | None, annotations: str | None) -> Rows:
-    return open_rows(
-        path,
-        options.kind,
-        images=options.images,
-        annotations=annotations,
-        image_name=options.image_name,
-        split=split,
-        language=options.language,
-        every_label=options.every_label,
-        codec=codec_of(options.model, options.revision, options.kind),
-    )
-
-
 def both_rows_of(options: Options) -> tuple[Rows, Rows | None]:
     """Those to train on, and those to measure answers on. ValueError if there are none."""
-    rows = rows_of(options, options.data, options.split, options.annotations)
-    measured = None
-    if options.validation is not None:
-        measured = rows_of(options, options.validation, options.validation_split, options.validation_annotations)
+    rows, measured = rows_of(options, options.source), None
+    if options.validation_source is not None:
+        measured = rows_of(options, options.validation_source)
     for path, found in ((options.data, rows), (options.validation, measured)):
         if found is not None and not len(found):
             raise ValueError(f"{path} has no rows")
     return rows, measured
+
+
+def rows_of(options: Options, source: DataOptions) -> Rows:
+    return source.open(codec_of(options.model, options.revision, options.kind))
 
 
 def check_base(options: Options) -> None:
@@ -494,7 +502,7 @@ def plan_of(options: Options) -> Plan:
         config = replace(config, vision_config=replace(config.vision_config, image_size=options.image_size))
     dtype = parse_dtype(options.dtype) or dtype
     computed = computed_in(options, dtype, pick_device(options.device))
-    rows = rows_of(options, options.data, options.split, options.annotations)
+    rows = rows_of(options, options.source)
     folder = path if path.is_dir() else path.parent
     vision = config.vision_config
     processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)

@@ -22,13 +22,16 @@ import paligemma
 import paligemma.cli.main
 import paligemma.utils
 from paligemma.answers.mask_codec import MaskCodec
-from paligemma.data import coco as data_coco
-from paligemma.data import tables as data_files
+from paligemma.data import json_documents, text_files
 from paligemma.data.check import PROBLEMS, check
-from paligemma.data.coco import fill, mask_of, unpacked
-from paligemma.data.rows import Row, Rows, _in_folder, _splits, open_rows
-from paligemma.data.show import COLORS, _chips, processor_of, show, show_rows
-from paligemma.data.tables import CsvFile, JsonFile, JsonLines, RowError
+from paligemma.data.checkpoint import processor_of
+from paligemma.data.folders import in_folder, splits_of
+from paligemma.data.json_documents import JsonFile
+from paligemma.data.masks import fill, mask_of, unpacked
+from paligemma.data.options import open_rows
+from paligemma.data.rows import Row, RowError, Rows, short
+from paligemma.data.show import COLORS, _chips, show, show_rows
+from paligemma.data.text_files import CsvFile, JsonLines
 from paligemma.train.batches import RowBatches
 from paligemma.train.run_folder import fingerprint_of_data
 
@@ -85,10 +88,10 @@ def test_every_line_is_found_again(tmp_path_factory, lines, newline, last_newlin
     path = tmp_path_factory.getbasetemp() / "x.jsonl"
     written = [line if isinstance(line, str) else json.dumps(line, ensure_ascii=ascii_only) for line in lines]
     content = newline.join(written) + (newline if last_newline and lines else "")
-    path.write_bytes(bom * data_files.BOM + content.encode("utf-8"))
+    path.write_bytes(bom * text_files.BOM + content.encode("utf-8"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_files, "BLOCK", block)
+        patch.setattr(text_files, "BLOCK", block)
         file = JsonLines(path)
         expected = [(number, line) for number, line in enumerate(lines, 1) if not isinstance(line, str)]
         assert len(file) == len(expected)
@@ -135,7 +138,7 @@ def test_a_number_of_too_many_digits_is_the_problem_of_its_row_alone(folder):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 16])
 def test_such_a_number_is_passed_over_wherever_a_window_ends(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(data_files, "BLOCK", block)
+    monkeypatch.setattr(json_documents, "BLOCK", block)
     (tmp_path / "x.json").write_text(f'{{"a": [1, {DIGITS}, {{"b": -{DIGITS}, "id": 5, "é": 1}}, 2], "c": {DIGITS}}}')
     seen = []
     file = JsonFile(tmp_path / "x.json", lambda key, element: seen.append(element))
@@ -210,10 +213,10 @@ values = st.recursive(
 def test_every_element_of_a_document_is_found_again(tmp_path_factory, document, indent, ascii_only, bom):
     path = tmp_path_factory.getbasetemp() / "x.json"
     text = json.dumps(document, indent=indent, ensure_ascii=ascii_only)
-    path.write_bytes(bom * data_files.BOM + text.encode("utf-8"))
+    path.write_bytes(bom * text_files.BOM + text.encode("utf-8"))
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_files, "BLOCK", 1)  # windows of sixteen bytes: elements are cut everywhere
+        patch.setattr(json_documents, "BLOCK", 1)  # windows of sixteen bytes: elements are cut everywhere
         file = JsonFile(path, lambda key, element: seen.setdefault(key, []).append(element))
     arrays = {"": document} if isinstance(document, list) else document
     expected = {key: value if isinstance(value, list) else [value] for key, value in arrays.items()}
@@ -385,7 +388,7 @@ def test_every_record_of_a_csv_is_found_again(tmp_path_factory, table, delimiter
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, lineterminator=newline, quoting=csv.QUOTE_ALL)
     writer.writerows([("image", "prefix", "suffix"), *table])
-    path.write_bytes(bom * data_files.BOM + text.getvalue().encode("utf-8"))
+    path.write_bytes(bom * text_files.BOM + text.getvalue().encode("utf-8"))
     file = CsvFile(path)
     read = [tuple(file[i].values()) for i in reversed(range(len(file)))]
     assert read[::-1] == table and list(file[0]) == ["image", "prefix", "suffix"]
@@ -529,7 +532,7 @@ def test_a_coco_picture_larger_than_can_be_opened_is_its_rows_problem(folder, wi
     (found,) = report.first["unreadable picture"]
     assert found.source == f"{path} images[0] (id 30)"
     assert found.message == (
-        f"width and height are {data_coco._short(width)} x {height}: more pixels than a picture that can be opened "
+        f"width and height are {short(width)} x {height}: more pixels than a picture that can be opened "
         "has; expected 268,435,456 at most: correct them, or make the picture smaller"
     )
 
@@ -541,7 +544,7 @@ def test_a_coco_picture_without_a_size_is_its_rows_problem(folder, width):
     assert report.counts == {"missing key": 1} and report.rows == 2
     (found,) = report.first["missing key"]
     assert found.source == f"{path} images[0] (id 30)"
-    assert found.message == f"boxes need the picture's width and height, got {data_coco._short(width)} x 20"
+    assert found.message == f"boxes need the picture's width and height, got {short(width)} x 20"
 
 
 def test_a_pixel_beyond_the_border_is_rounding(folder):
@@ -743,7 +746,7 @@ def put(folder, *names):
 
 def files_of(folder, split=None):
     """Which files are read, without reading them."""
-    return [file.relative_to(folder).as_posix() for file in _in_folder(folder, None, split)[1]]
+    return [file.relative_to(folder).as_posix() for file in in_folder(folder, None, split)[1]]
 
 
 @pytest.mark.parametrize("train, test, split", [
@@ -840,8 +843,8 @@ def test_numbers_that_do_not_count_shards_tell_data_sets_apart(tmp_path, files, 
 def test_work_on_many_shards_grows_with_their_number_and_not_with_its_square(tmp_path):
     def work(count):
         files = [tmp_path / f"chunk-{i // 100:03d}/episode_{i:06d}.parquet" for i in range(count)]
-        assert _splits(files, tmp_path) == {"chunk/episode": files}
-        return lines_run(lambda: _splits(files, tmp_path))
+        assert splits_of(files, tmp_path) == {"chunk/episode": files}
+        return lines_run(lambda: splits_of(files, tmp_path))
 
     assert work(2000) < 3 * work(1000)
 
@@ -869,7 +872,7 @@ def test_where_there_are_no_splits_none_can_be_chosen(folder):
         open_rows(folder)
     with pytest.raises(ValueError, match="has no split 'train'; it has saved, test"):
         open_rows(folder, split="train")
-    assert len(_in_folder(folder, None, "saved")[1]) == 0
+    assert len(in_folder(folder, None, "saved")[1]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ what is it?
@@ -1106,7 +1109,7 @@ def test_twenty_thousand_rows(folder):
 # The peak is read from /proc: what getrusage says survives exec, so it would be at least that of this process.
 MEASURE = """
 import re, sys, time
-from paligemma.data.rows import open_rows
+from paligemma.data.options import open_rows
 from paligemma.data.check import check
 start = time.process_time()
 report = check(open_rows(sys.argv[1]))

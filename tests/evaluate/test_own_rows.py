@@ -14,7 +14,8 @@ from PIL import Image
 from paligemma.answers.parsing import parse
 from paligemma.answers.results import Detection
 from paligemma.cli import main as cli
-from paligemma.data.rows import Row, open_rows
+from paligemma.data.options import open_rows
+from paligemma.data.rows import Row
 from paligemma.evaluate.own_rows import evaluate_rows, examples_of, metric_of_task
 from paligemma.inference import Answer, load
 from paligemma.tiny.scenes import write_scenes

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 import paligemma
 from paligemma.cli.main import app
-from paligemma.data.rows import Row, open_rows
+from paligemma.data.options import open_rows
+from paligemma.data.rows import Row
 from paligemma.evaluate.own_rows import evaluate_rows, merge_captions, metric_of_prompt, to_example
 from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_folder, run_report

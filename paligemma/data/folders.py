@@ -1,0 +1,117 @@
+"""Which files of a folder are the data set, and of which split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from paligemma.files import read_json
+
+
+def in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | None, list[Path]]:
+    """The kind and the files of the data set in a folder. They are of one split, and of several none is chosen unasked:
+    who trains on "test" too doesn't see it."""
+    saved = folder / "dataset_dict.json"  # several data sets that `datasets` has saved together
+    if saved.is_file():
+        splits = {name: [folder / name] for name in read_json(saved)["splits"]}
+        return in_folder(_of_one_split(splits, folder, split)[0], kind, None)
+    state = folder / "state.json"
+    if state.is_file() and kind in (None, "arrow"):
+        if split is not None:
+            raise ValueError(f"{folder} is one data set, without splits: leave out split= (--split)")
+        files = read_json(state)["_data_files"]
+        # Names out of a file, so they must not lead elsewhere.
+        return "arrow", [folder / Path(file["filename"]).name for file in files]
+
+    parquet = sorted(file for file in folder.rglob("*.parquet") if file.is_file())  # Spark calls folders so too
+    if parquet and kind in (None, "parquet"):
+        return "parquet", _of_one_split(splits_of(parquet, folder), folder, split)
+
+    others: list[Path] = []  # files that are no rows of this split
+    for name, endings in (("csv", (".csv", ".tsv")), ("jsonl", (".jsonl", ".ndjson")), (None, (".json",))):
+        if kind is not None and name not in (None, kind):
+            continue
+        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in endings and file.is_file())
+        if split is not None:
+            others += found
+            found = splits_of(found, folder).get(split, [])
+        if len(found) > 1:
+            raise ValueError(
+                f"{folder} has {len(found)} files that could be meant ({', '.join(file.name for file in found[:5])}"
+                f"{', ...' if len(found) > 5 else ''}): name one of them"
+            )
+        if found:
+            return kind or name, found
+    if others:
+        return None, _of_one_split(splits_of(others, folder), folder, split)  # which says what there is
+    raise ValueError(
+        f"{folder} is a folder without a CSV file that says what its pictures show (nor JSON lines, JSON, parquet or a "
+        "data set of Hugging Face): write a CSV with the columns image, prefix, suffix"
+    )
+
+
+# What numbers the files that belong together: all of the name, all that Spark writes, or the end of it.
+_NUMBER = re.compile(r"^\d+$|^part-\d+.*$|-\d{5}(-of-\d{5})?(-[0-9a-f]+)?$")
+
+
+def splits_of(files: Sequence[Path], folder: Path) -> dict[str, list[Path]]:
+    """The files of each split. Its name is what remains of their paths without numbers: "train" of `train.jsonl`,
+    `data/train-00000-of-00002.parquet`, `train/0000.parquet`, `train.parquet/part-00000.parquet` and
+    `split=train/year=2020/part-00000.parquet`, "en/train" of `en/train-00000-of-00001.parquet`."""
+    names = []
+    for file in files:
+        *folders, _ = file.relative_to(folder).parts
+        parts = [part.removesuffix(".parquet") for part in folders if part != "data"]  # as the Hub likes to call it
+        # Hive and Spark: a column's value, of which rows of one split may have any
+        parts = [part.removeprefix("split=") for part in parts if "=" not in part or part.startswith("split=")]
+        parts.append(_NUMBER.sub("", file.stem))
+        names.append("/".join(filter(None, parts)) or "(numbers alone)")
+    splits: dict[str, list[Path]] = {}
+    for name, file in zip(_without_shard_numbers(names), files, strict=True):
+        splits.setdefault(name, []).append(file)
+    return splits
+
+
+def _without_shard_numbers(names: Sequence[str]) -> list[str]:
+    """`part.0` and `part.1` -> `part` twice, `chunk-000/episode_000000` -> `chunk/episode`.
+
+    Numbers at the end of a file's or folder's name are those of shards where they begin with 0 or 1 and count up
+    without holes. Others tell data sets apart, as in `coco-2014` and `coco-2017`; so does a number whose name stands
+    there without any too: `train_1` beside `train`.
+    """
+    pieces = [re.split(r"([-_.]\d+)(?=/|$)", name) for name in names]  # text, "-001", text, ..., text
+    seen: dict[tuple[str, ...], list[set[int]]] = {}  # the texts -> the numbers at each place between them
+    for parts in pieces:
+        numbers = seen.setdefault(tuple(parts[::2]), [set() for _ in parts[1::2]])
+        for found, number in zip(numbers, parts[1::2], strict=True):
+            found.add(int(number[1:]))
+
+    taken = set(names)
+    are_shards = {
+        texts: [min(found) <= 1 and max(found) - min(found) + 1 == len(found) for found in numbers]
+        for texts, numbers in seen.items()
+        if "".join(texts) not in taken
+    }
+    for parts in pieces:
+        for place, is_shard in enumerate(are_shards.get(tuple(parts[::2]), ())):
+            if is_shard:
+                parts[2 * place + 1] = ""
+    return ["".join(parts) for parts in pieces]
+
+
+def _of_one_split(splits: dict[str, list[Path]], folder: Path, split: str | None) -> list[Path]:
+    """The files of the split that is asked for, or of the only one. "train" is "en/train" too, if no other is."""
+    names = list(splits) if split is None else [name for name in splits if split in name.split("/")]
+    if split in splits:
+        names = [split]
+    if not names:
+        raise ValueError(
+            f"{folder} has no split {split!r}; it has {', '.join(splits)}: choose one of these with split= (--split)"
+        )
+    if len(names) > 1:
+        raise ValueError(
+            f"{folder} has the splits {', '.join(names)}: choose one with split= (--split); files that belong together "
+            "are called NAME-00000, NAME-00001, ..."
+        )
+    return splits[names[0]]

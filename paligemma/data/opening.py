@@ -1,0 +1,77 @@
+"""Opening a data set: what it is, which files it is made of, and the reader for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paligemma.data import coco, vqa
+from paligemma.data.arrow_files import ArrowFiles
+from paligemma.data.folders import in_folder
+from paligemma.data.json_documents import JsonRecords
+from paligemma.data.kinds import KINDS, kind_of_file
+from paligemma.data.records import RecordReader, Records, check_image_name
+from paligemma.data.rows import Rows
+from paligemma.data.text_files import CsvFile, JsonLines
+
+if TYPE_CHECKING:
+    from paligemma.answers.mask_codec import MaskCodec
+    from paligemma.data.options import DataOptions
+
+# Which kinds of data an option is for, where it is not for all.
+ONLY_FOR = {"annotations": ("vqa",), "every_label": ("coco-detect", "coco-segment")}
+NAMES = {"jsonl": "JSON lines", "json": "a JSON list", "csv": "CSV", "parquet": "parquet", "arrow": "Arrow"}
+
+
+def open_data(options: DataOptions, codec: MaskCodec | str | os.PathLike[str] | None, loc_scale: int) -> Rows:
+    """See `DataOptions.open`."""
+    kind, paths = kind_and_files(options)
+    check_options(options, kind)
+    folder = str(options.images if options.images is not None else paths[0].parent)
+    if kind == "coco-captions":
+        return coco.captions(paths[0], folder, options.language)
+    if kind in ("coco-detect", "coco-segment"):
+        return coco.objects(paths[0], folder, kind, options.every_label, codec, loc_scale)
+    if kind == "vqa":
+        return vqa.questions(paths[0], options.annotations, folder, options.image_name, options.language)
+    records = open_records(kind, paths)
+    files = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {options.data}"
+    note = f"{files}: {NAMES[kind]}, {len(records):,} rows"
+    reader = RecordReader(records, folder, options.language, options.image_name)
+    return Rows(kind, note, len(records), reader, paths)
+
+
+def kind_and_files(options: DataOptions) -> tuple[str, list[Path]]:
+    """What the data are and the files they are read from, of which there is at least one."""
+    path, kind = Path(options.data), options.kind
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"there is no kind of data {kind!r}; there are: {', '.join(KINDS)}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if options.split is not None and not path.is_dir():
+        raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
+    found, paths = in_folder(path, kind, options.split) if path.is_dir() else (None, [path])
+    return kind or found or kind_of_file(paths[0]), paths
+
+
+def check_options(options: DataOptions, kind: str) -> None:
+    """ValueError for options that do not fit the data."""
+    if options.image_name is not None:
+        check_image_name(options.image_name)
+    for option, kinds in ONLY_FOR.items():
+        if getattr(options, option) and kind not in kinds:
+            raise ValueError(
+                f"{option} is for data of the kind {' or '.join(kinds)}, and {options.data} is {kind}: leave out "
+                f"{option}= (--{option.replace('_', '-')}), or say with kind= (--kind) what the data is"
+            )
+
+
+def open_records(kind: str, paths: list[Path]) -> Records:
+    if kind == "jsonl":
+        return JsonLines(paths[0])
+    if kind == "json":
+        return JsonRecords(paths[0])
+    if kind == "csv":
+        return CsvFile(paths[0])
+    return ArrowFiles(paths)
