@@ -44,8 +44,8 @@ from paligemma.evaluate.intervals import bootstrap, wilson
 from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.runner import answer, fingerprint, open_folder, write_notice
 from paligemma.tiny.evaluation import FIRST_SEED, MEASURES, no_codes, to_example
+from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import TASKS, asker, rows
-from paligemma.tiny.world import render
 
 MODES: dict[str, str | None] = {"bf16": None, "int8": "int8", "int4": "int4"}  # name -> `quantize` of `load`
 AIMS = {"int8": 0.01, "int4": 0.03}  # what a figure may lose at most

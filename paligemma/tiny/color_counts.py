@@ -30,9 +30,10 @@ import numpy as np
 from PIL import Image
 
 from paligemma.files import new_folder_written_whole
+from paligemma.tiny.renderer import MIN_VISIBLE, render
 from paligemma.tiny.rows import NUMBERS, Row
 from paligemma.tiny.scenes import drawing
-from paligemma.tiny.world import MIN_VISIBLE, TINTABLE, TINTS, Scene, generator, has_held_out, render
+from paligemma.tiny.world import TINTABLE, TINTS, Scene, generator, has_held_out
 
 MOST = 5  # things in a scene
 QUESTION = "answer en how many {color} things are there ?"

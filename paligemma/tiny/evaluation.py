@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from paligemma.evaluate import Example, Measure, Prediction, Region
 from paligemma.evaluate.measures import DETECT, EMPTY, EXACT, READING, SEGMENT, Ratios
 from paligemma.evaluate.text import exact_match
+from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import NUMBERS, PLURALS, TASKS, Row, asker, rows
-from paligemma.tiny.world import LABELS, Scene, SceneObject, render
+from paligemma.tiny.world import LABELS, Scene, SceneObject
 
 FIRST_SEED = 10_000_000  # of the scenes to be measured on; training and development take theirs from 0 on
 ROWS_PER_SCENE = 11.5  # on average over the split "test"; for progress bars

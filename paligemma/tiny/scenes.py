@@ -19,8 +19,9 @@ from rich.progress import track
 
 from paligemma.answers.formats import rle_encode
 from paligemma.files import new_folder_written_whole
+from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import TASKS, EncodeMask, asker, rows
-from paligemma.tiny.world import LABELS, Scene, render
+from paligemma.tiny.world import LABELS, Scene
 
 ATTRIBUTION = (
     "Pictograms by Google (Noto Color Emoji, OFL 1.1), OpenMoji (CC BY-SA 4.0) or Twemoji (CC BY 4.0): "

@@ -22,8 +22,8 @@ from paligemma.evaluate.report import Figure, Report
 from paligemma.evaluate.runner import batches, check_folder
 from paligemma.inference import Answer
 from paligemma.tiny import evaluation as tiny
+from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import TASKS, caption
-from paligemma.tiny.world import render
 from paligemma.train.run_report import card
 
 IMAGE = np.full((40, 60, 3), 200, np.uint8)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import paligemma
 from paligemma.cli.main import app
 from paligemma.fast.offload import KEPT, device_map_of
-from paligemma.tiny.world import render
+from paligemma.tiny.renderer import render
 from paligemma.utils import load_hf_model
 
 pytest.importorskip("accelerate")

@@ -43,7 +43,7 @@ from paligemma.fast.quantization import (
 )
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration, apply_rotary, rotary_tables
-from paligemma.tiny.world import render
+from paligemma.tiny.renderer import render
 from paligemma.utils import TINY, load_hf_model
 from paligemma.weights.checkpoints import convert, empty_model, open_checkpoint, save_pretrained
 

@@ -14,7 +14,7 @@ import torch
 
 import paligemma
 from paligemma.fast import kernels as linear_kernels
-from paligemma.tiny.world import render
+from paligemma.tiny.renderer import render
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import quantized_accuracy as benchmark

@@ -10,7 +10,7 @@ import transformers
 
 import paligemma
 from paligemma.answers.mask_codec import crop
-from paligemma.tiny.world import render
+from paligemma.tiny.renderer import render
 from paligemma.utils import TINY
 
 ANSWERS = json.loads(Path(__file__).with_name("tiny_answers.json").read_text(encoding="utf-8"))

@@ -28,6 +28,7 @@ from paligemma.tiny.recipe.vision_first import (
     targets_of,
     vision_part,
 )
+from paligemma.tiny.renderer import render
 
 torch.set_num_threads(1)
 
@@ -80,7 +81,7 @@ def test_a_shard_gives_back_its_scenes(scenes_folder):
 
 
 def test_mirrored_targets_are_those_of_the_mirrored_scene():
-    scene = next(s for s in map(world.render, range(100)) if len(s.objects) > 2 and s.sign is None)
+    scene = next(s for s in map(render, range(100)) if len(s.objects) > 2 and s.sign is None)
     mirrored_objects = []
     for thing in scene.objects:
         x0, y0, x1, y1 = thing.box
@@ -117,7 +118,7 @@ def test_a_vision_batch_has_what_the_heads_learn(scenes_folder):
 
 def test_a_patch_learns_the_mask_codes_of_what_it_covers():
     """Codes that count the cells of the box: then the code at a point says where in the box the point lies."""
-    scene = next(s for s in map(world.render, range(100)) if len(s.objects) > 2)
+    scene = next(s for s in map(render, range(100)) if len(s.objects) > 2)
     arrays = pack([scene])
     shard = Shard(arrays, json.loads(arrays.pop("facts").tobytes()))
     codes = np.stack([np.arange(16) + 16 * k for k in range(len(scene.objects))]).astype(np.uint8)
@@ -303,7 +304,7 @@ def test_every_word_of_the_world_is_one_token(tokenizer):
     assert all(len(tokenizer.encode(word)) == 1 for word in begin)
     assert all(len(tokenizer.encode(" " + word)) == 1 for word in inside)
     for seed in range(20):
-        scene = world.render(seed)
+        scene = render(seed)
         for row in rows.rows(scene, np.random.default_rng(seed)):
             for text in (row.prefix, row.suffix):
                 ids = tokenizer.encode(text)
@@ -360,5 +361,5 @@ def test_the_whole_recipe_in_a_few_seconds(tmp_path, monkeypatch):
     package = train(0.1, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("talk-*")) == ["talk-01", "talk-02"]
     pg = paligemma.load(str(package), device="cpu")
-    assert isinstance(pg.caption(world.render(0).image).text, str)
+    assert isinstance(pg.caption(render(0).image).text, str)
     assert pg.codec.num_codes == 128

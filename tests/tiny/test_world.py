@@ -12,25 +12,23 @@ import pytest
 from PIL import Image
 
 from paligemma.answers.formats import rle_encode
+from paligemma.tiny.artwork import SPRITES, sprite
+from paligemma.tiny.recipe.patch_targets import patch_targets
+from paligemma.tiny.renderer import MIN_VISIBLE, render
 from paligemma.tiny.rows import TASKS, asker, caption, location, plural, rows, sample_row
 from paligemma.tiny.scenes import write_scenes
+from paligemma.tiny.signs import WORDS
 from paligemma.tiny.world import (
     BACKGROUNDS,
     CHARACTERS,
     CLASSES,
     LABELS,
-    MIN_VISIBLE,
-    SPRITES,
     TINTABLE,
     TINTS,
-    WORDS,
     Scene,
     SceneObject,
     has_held_out,
     held_out,
-    patch_targets,
-    render,
-    sprite,
 )
 
 STYLES = ("noto", "openmoji", "twemoji")

@@ -2,7 +2,7 @@
 
     python -m paligemma.tiny.recipe.scenes --folder runs/tiny/scenes --shards 200
 
-A shard is one `.npz` of 512 scenes: pictures at the model's size, what every patch shows (`world.patch_targets`), and
+A shard is one `.npz` of 512 scenes: pictures at the model's size, what every patch shows (`patch_targets`), and
 the objects with their masks, from which any prompt can be made later (`Shard.scene`). A shard's number decides its
 seeds, so a folder can be deleted and drawn again. Training reads a scene several times, mirrored and with other
 prompts: drawing costs a twentieth of it.
@@ -23,6 +23,8 @@ from PIL import Image
 
 from paligemma.files import written_whole
 from paligemma.tiny import world
+from paligemma.tiny.recipe.patch_targets import patch_targets
+from paligemma.tiny.renderer import render
 
 SHARD = 512
 SIDE = 128  # pixels of the model's pictures
@@ -35,10 +37,10 @@ def render_training_scene(seed: int, split: str = "train") -> world.Scene:
     size = SIDE if seed % 2 else 2 * SIDE
     kind = seed // 2 % (7 if seed < SIGNS * SHARD else 2)
     if kind == 0:  # large letters
-        return world.render(seed, split, size, sign=0.7, sign_only=0.25, text_length=(1, 3), char_size=(0.14, 0.3))
+        return render(seed, split, size, sign=0.7, sign_only=0.25, text_length=(1, 3), char_size=(0.14, 0.3))
     if kind == 1:
-        return world.render(seed, split, size, sign=0.8, sign_only=0.2)
-    return world.render(seed, split, size)
+        return render(seed, split, size, sign=0.8, sign_only=0.2)
+    return render(seed, split, size)
 
 
 def picture(scene: world.Scene) -> np.ndarray:
@@ -50,7 +52,7 @@ def picture(scene: world.Scene) -> np.ndarray:
 
 def pack(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
     """The arrays of a shard."""
-    targets = [world.patch_targets(scene, GRID) for scene in scenes]
+    targets = [patch_targets(scene, GRID) for scene in scenes]
     arrays = {name: np.stack([t[name] for t in targets]) for name in targets[0]}
     objects: list[list[dict[str, Any]]] = []
     masks = []

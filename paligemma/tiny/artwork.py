@@ -1,0 +1,126 @@
+"""The drawings of the pictograms, and how they take a tint.
+
+`sprites/<style>/atlas.png` holds all classes drawn by one artist, `index.json` where each lies. ARTWORK.md says whose
+they are and under which licence, `extract_sprites.py` how they were made.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from paligemma.tiny.world import TINTS, Box
+
+SPRITES = Path(__file__).with_name("sprites")
+
+# The body of these drawings is white or gray, so the tint replaces pale pixels instead of the dominant hue.
+PALE = {("noto", "bus"), ("twemoji", "bus"), ("noto", "cup"), ("openmoji", "cup"), ("twemoji", "cup")}
+HUES = {("twemoji", "tulip"): 350, ("twemoji", "gift"): 40}  # degrees, where the leaves or the ribbon outweigh the body
+
+
+@cache
+def _atlas(style: str) -> tuple[Image.Image, dict[str, list[int]]]:
+    folder = SPRITES / style
+    if not (folder / "index.json").is_file():
+        known = ", ".join(sorted(p.parent.name for p in SPRITES.glob("*/index.json")))
+        raise ValueError(f"no artwork of style {style!r}; there is: {known}")
+    with Image.open(folder / "atlas.png") as image:
+        atlas = image.convert("RGBA")
+    return atlas, json.loads((folder / "index.json").read_text(encoding="utf-8"))["boxes"]
+
+
+@cache
+def sprite(style: str, label: str, tint: str | None = None) -> Image.Image:
+    """The drawing of a class: RGBA, tight, longest side 96."""
+    atlas, boxes = _atlas(style)
+    image = atlas.crop(tuple(boxes[label]))  # type: ignore[arg-type]
+    if tint is None:
+        return image
+    return _tinted(image, TINTS[tint], (style, label) in PALE, HUES.get((style, label)))
+
+
+def _tinted(image: Image.Image, color: tuple[int, int, int], pale: bool, main_hue: float | None) -> Image.Image:
+    """The drawing with its main hue (the dominant one if None), or its pale pixels, painted in `color`.
+
+    Lighter and darker shades stay lighter and darker.
+    """
+    pixels = np.asarray(image).astype(np.float32)
+    rgb, alpha = pixels[..., :3], pixels[..., 3]
+    high, low = rgb.max(-1), rgb.min(-1)
+    saturation = (high - low) / np.maximum(high, 1)
+    if pale:
+        weight = np.clip((0.42 - saturation) / 0.1, 0, 1) * np.clip((high - 70) / 50, 0, 1)
+    else:
+        hue = np.asarray(image.convert("RGB").convert("HSV"))[..., 0].astype(np.float32) * (360 / 255)
+        if main_hue is None:
+            strong = np.where((alpha > 128) & (high > 50), saturation**2, 0)
+            histogram = np.bincount((hue / 10).astype(int).ravel() % 36, strong.ravel(), 36)
+            smooth = histogram + 0.6 * (np.roll(histogram, 1) + np.roll(histogram, -1))
+            main_hue = float(smooth.argmax() * 10 + 5)
+        distance = np.abs((hue - main_hue + 180) % 360 - 180)
+        weight = np.clip((48 - distance) / 12, 0, 1) * np.clip((saturation - 0.12) / 0.12, 0, 1)
+        weight *= np.clip((high - 30) / 30, 0, 1)
+    light = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+    chosen = light[(weight > 0.5) & (alpha > 128)]
+    usual = float(np.median(chosen)) if chosen.size else 128.0
+    shade = np.clip(light / usual, 0.45, 1)[..., None]
+    shine = np.clip((light - usual) / max(255 - usual, 40), 0, 0.75)[..., None]
+    target = np.array(color, np.float32)
+    painted = target * shade + (255 - target) * shine
+    rgb = rgb + weight[..., None] * (painted - rgb)
+    result = np.concatenate([rgb, alpha[..., None]], -1)
+    return Image.fromarray(np.clip(result + 0.5, 0, 255).astype(np.uint8), "RGBA")
+
+
+@cache
+def rim_color(style: str, label: str, tint: str | None) -> np.ndarray:
+    """Mean colour along the outline: what has to stand out from the background."""
+    pixels = np.asarray(sprite(style, label, tint)).astype(np.float32)
+    return _rim(pixels)
+
+
+def _rim(pixels: np.ndarray) -> np.ndarray:
+    solid = np.pad(pixels[..., 3] >= 128, 3)
+    inner = solid.copy()
+    for shift in (1, 2, 3):
+        for axis in (0, 1):
+            inner &= np.roll(solid, shift, axis) & np.roll(solid, -shift, axis)
+    rim = (solid & ~inner)[3:-3, 3:-3]
+    return pixels[rim][:, :3].mean(0)
+
+
+# --- stamps ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """An object drawn, ready to be pasted somewhere."""
+
+    image: Image.Image  # RGBA with its soft edge
+    corner: tuple[int, int]  # where the mask's box begins in the image
+    mask: np.ndarray  # bool [h, w], tight: at least half opaque
+    char_boxes: tuple[Box, ...] = ()  # relative to the mask's box
+
+
+def stamp_of(image: Image.Image) -> Stamp:
+    """The stamp of a drawing, RGBA: its mask is what is at least half opaque."""
+    solid = np.asarray(image)[..., 3] >= 128
+    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
+    y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    return Stamp(image, (int(x0), int(y0)), solid[y0:y1, x0:x1])
+
+
+def pictogram(rng: np.random.Generator, style: str, label: str, tint: str | None, longest: float) -> Stamp:
+    """A pictogram stretched a little, mirrored half the time, turned by up to 28 degrees."""
+    image = sprite(style, label, tint)
+    stretch = float(rng.uniform(0.86, 1.16))
+    width, height = image.width * stretch, float(image.height)
+    scale = longest / max(width, height)
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image = image.resize((max(4, round(width * scale)), max(4, round(height * scale))), Image.Resampling.BICUBIC)
+    angle = float(rng.uniform(-28, 28))
+    return stamp_of(image.rotate(angle, Image.Resampling.BILINEAR, expand=True))
