@@ -22,7 +22,8 @@ import torch
 from paligemma.answers.grammar import DetectionGrammar
 from paligemma.generation import allowed_logits, choices, never_produced
 from paligemma.kv_cache import KVCache
-from paligemma.weights.checkpoints import empty_model, published_config
+from paligemma.weights.expected import empty_model
+from paligemma.weights.published import published_config
 
 STEPS = 25
 

@@ -37,7 +37,8 @@ from paligemma.answers.results import Detection, Segment
 from paligemma.generation import Constraint, Generated, check_length, generate, stream
 from paligemma.images import load_image, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.utils import first_with, load_hf_model, open_model, resolve
+from paligemma.utils import load_hf_model
+from paligemma.weights.finding import first_with, open_model, resolve
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,7 +16,8 @@ import paligemma
 from paligemma.cli import main as cli
 from paligemma.cli import output
 from paligemma.cli import run as run_command
-from paligemma.weights.checkpoints import convert, save_pretrained
+from paligemma.weights.converting import convert
+from paligemma.weights.saving import save_pretrained
 
 NONE_ELSE = inspect.Parameter.empty
 
@@ -156,7 +157,6 @@ def test_every_public_name_is_there_and_so_are_those_of_the_founding_document():
     from paligemma.modeling_gemma import GemmaAttention, GemmaMLP, PaliGemmaForConditionalGeneration  # noqa: F401
     from paligemma.modeling_siglip import SiglipVisionTransformer  # noqa: F401
     from paligemma.processing_paligemma import PaliGemmaProcessor  # noqa: F401
-    from paligemma.utils import load_hf_model  # noqa: F401
 
 
 def test_tensors_have_their_types_and_shapes(pg, folder):

@@ -252,7 +252,7 @@ def test_draw_takes_an_answer_or_a_list(pg):
 
 
 def test_a_saved_model_opens_by_its_folder(pg, tmp_path):
-    from paligemma.weights.checkpoints import save_pretrained
+    from paligemma.weights.saving import save_pretrained
 
     save_pretrained(pg.model, tmp_path / "model", processor=pg.processor)
     pg.codec.save(tmp_path / "model" / "mask_codec.npz")
@@ -264,7 +264,7 @@ def test_a_saved_model_opens_by_its_folder(pg, tmp_path):
 
 
 def test_the_script_of_the_founding_document(pg, tmp_path, capsys):
-    from paligemma.weights.checkpoints import save_pretrained
+    from paligemma.weights.saving import save_pretrained
 
     save_pretrained(pg.model, tmp_path / "model", processor=pg.processor)
     Image.fromarray(picture(0)).save(tmp_path / "photo.png")

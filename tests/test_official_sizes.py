@@ -18,7 +18,10 @@ import torch
 
 from paligemma.fast.quantization import open_quantized
 from paligemma.modeling_gemma import PaliGemmaConfig
-from paligemma.weights.checkpoints import _write_config, _write_safetensors, expected_shapes, published_config
+from paligemma.weights.expected import expected_shapes
+from paligemma.weights.published import published_config
+from paligemma.weights.saving import write_config
+from paligemma.weights.writing import write_safetensors
 
 # Parameters and bytes at 224 pixels, as published (PaliGemma 1 in float32, PaliGemma 2 in bfloat16).
 PARAMETERS = {
@@ -88,8 +91,8 @@ def write_random(config: PaliGemmaConfig, folder: Path) -> int:
         return (flat * (0.1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5)).view(shape)
 
     folder.mkdir()
-    _write_config(folder, config, torch.bfloat16)
-    _write_safetensors(folder, list(shapes), {n: (s, torch.bfloat16) for n, s in shapes.items()}, read, 5 * 10**9)
+    write_config(folder, config, torch.bfloat16)
+    write_safetensors(folder, list(shapes), {n: (s, torch.bfloat16) for n, s in shapes.items()}, read, 5 * 10**9)
     return sum(2 * math.prod(shape) for shape in shapes.values())
 
 
@@ -103,7 +106,7 @@ def most():
 
 facts = {"torch": most()}
 import paligemma.generation
-from paligemma.weights.checkpoints import load_model
+from paligemma.weights.loading import load_model
 
 start = time.time()
 model = load_model(sys.argv[1])
@@ -161,7 +164,7 @@ def write_sparse(config: PaliGemmaConfig, folder: Path) -> int:
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)
     folder.mkdir()
-    _write_config(folder, config, torch.bfloat16)
+    write_config(folder, config, torch.bfloat16)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
@@ -178,7 +181,7 @@ def own():
 
 facts = {"torch": own()}
 import paligemma.generation
-from paligemma.weights.checkpoints import load_model
+from paligemma.weights.loading import load_model
 
 start = time.time()
 model = load_model(sys.argv[1])

@@ -14,8 +14,10 @@ from reference import make_inputs, randomize, tiny_config
 import paligemma.utils
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.tokenizer import load_tokenizer
-from paligemma.utils import load_hf_model, resolve
-from paligemma.weights.checkpoints import convert, save_pretrained
+from paligemma.utils import load_hf_model
+from paligemma.weights.converting import convert
+from paligemma.weights.finding import resolve
+from paligemma.weights.saving import save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,12 @@ def test_a_folder_a_file_and_an_npz_are_the_same_model(folder, tmp_path):
 def test_tiny_is_the_model_in_the_package(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()  # the name wins; the folder is "./tiny"
-    assert Path(paligemma.utils.__file__).parent / "assets" / "tiny" == paligemma.utils.TINY
-    monkeypatch.setattr(paligemma.utils, "TINY", folder)
+    assert Path(paligemma.utils.__file__).parent / "assets" / "tiny" == paligemma.weights.finding.TINY
+    monkeypatch.setattr(paligemma.weights.finding, "TINY", folder)
     assert resolve("tiny") == folder
     assert resolve("./tiny") == Path("tiny")
     assert logits_of(load_hf_model("tiny", "cpu")[0]).isfinite().all()
-    monkeypatch.setattr(paligemma.utils, "TINY", tmp_path / "gone")
+    monkeypatch.setattr(paligemma.weights.finding, "TINY", tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="installed without the model that ships"):
         resolve("tiny")
 

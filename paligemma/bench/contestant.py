@@ -159,7 +159,7 @@ def run(spec: Spec) -> dict[str, Any]:
 def load(spec: Spec) -> Any:
     """Ours, as `paligemma.load` loads it: a quantised checkpoint as it is, any other by the contestant's name."""
     from paligemma.fast.quantization import open_quantized, quantize, stored_mode
-    from paligemma.weights.checkpoints import load_model
+    from paligemma.weights.loading import load_model
 
     mode = spec.name.removesuffix("-torch")
     folder = Path(spec.folder)

@@ -33,7 +33,7 @@ from paligemma.bench.shapes import TEXT_TOKENS, published_shape, work_in, write_
 from paligemma.fast.quantization import STORED, quantize_checkpoint, stored_mode
 from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
-from paligemma.utils import resolve
+from paligemma.weights.finding import resolve
 
 TIMEOUT = 900  # seconds for one contestant in one round: far more than any needs, so that nothing hangs for ever
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from paligemma.modeling_gemma import PaliGemmaConfig
-from paligemma.weights.checkpoints import PUBLISHED, empty_model, expected_shapes, published_config, save_pretrained
+from paligemma.weights.expected import empty_model, expected_shapes
+from paligemma.weights.published import PUBLISHED, published_config
+from paligemma.weights.saving import save_pretrained
 
 TEXT_TOKENS = 10  # bos, a short question, newline
 

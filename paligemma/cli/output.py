@@ -89,7 +89,7 @@ def hinted(pg: Any) -> Any:
     import torch
 
     from paligemma.devices import multiplies_bfloat16
-    from paligemma.weights.checkpoints import published_name
+    from paligemma.weights.published import published_name
 
     small = pg.model.dtype == torch.bfloat16 and published_name(pg.model.config) is None
     if small and not multiplies_bfloat16(pg.model.device):

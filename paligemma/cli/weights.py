@@ -34,8 +34,8 @@ def convert(
     (tokenizer.json or .model, ...), preprocessor_config.json, generation_config.json, mask_codec.npz. No file there is
     replaced by another: such a command is refused.
     """
-    from paligemma.utils import resolve
-    from paligemma.weights.checkpoints import convert as convert_checkpoint
+    from paligemma.weights.converting import convert as convert_checkpoint
+    from paligemma.weights.finding import resolve
 
     note_written(target, convert_checkpoint(resolve(source, revision=revision), target, dtype=dtype))
 
@@ -47,7 +47,7 @@ def merge(
     revision: Revision = None,
 ) -> None:
     """Fold a LoRA adapter into its base and write one whole checkpoint, as transformers reads it."""
-    from paligemma.utils import merge as merge_adapter
+    from paligemma.weights.converting import merge as merge_adapter
 
     note_written(out, merge_adapter(adapter, out, dtype=dtype, revision=revision))
 
@@ -67,7 +67,7 @@ def quantize(
         raise typer.BadParameter(f"{target} is the name of an .npz, which cannot hold rounded weights: name a folder")
 
     from paligemma.fast.quantization import quantize_checkpoint
-    from paligemma.utils import open_model, resolve
+    from paligemma.weights.finding import open_model, resolve
 
     checkpoint, folders = open_model(resolve(source, revision=revision), dtype)
     note_written(target, quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders))
@@ -78,7 +78,7 @@ def download(
     revision: Revision = None,
 ) -> None:
     """Fetch a checkpoint into the hub's cache and print where it lies."""
-    from paligemma.utils import resolve
+    from paligemma.weights.finding import resolve
 
     typer.echo(resolve(model, revision=revision))
 

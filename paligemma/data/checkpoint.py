@@ -7,7 +7,7 @@ from pathlib import Path
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.inference import CODEC_FILE
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.utils import resolve
+from paligemma.weights.finding import resolve
 
 
 def processor_of(

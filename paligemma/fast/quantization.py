@@ -61,10 +61,19 @@ from paligemma.modeling_gemma import (
     PaliGemmaForConditionalGeneration,
 )
 from paligemma.modeling_siglip import SiglipAttention, SiglipMLP
-from paligemma.weights import checkpoints
-from paligemma.weights.checkpoints import Checkpoint, empty_model, expected_shapes, open_checkpoint
+from paligemma.weights.expected import check_tensors, empty_model, expected_shapes
+from paligemma.weights.layouts import POSITIONS
+from paligemma.weights.loading import (
+    at_image_size,
+    config_at_image_size,
+    default_dtype,
+    parse_dtype,
+    resample_positions,
+)
 from paligemma.weights.npz import damaged
+from paligemma.weights.opening import INDEX, WEIGHTS, Checkpoint, files_of_index, open_checkpoint
 from paligemma.weights.safetensors_file import DTYPES, MappedFile, Shape
+from paligemma.weights.saving import check_apart, write_folder
 
 STORED = ("int8", "int4")  # modes that a checkpoint on disk can have
 MODES = ("bf16", *STORED, "bnb-int8", "nf4")
@@ -706,15 +715,15 @@ def quantize_checkpoint(
         raise ValueError(f"{source.folder} is quantised already: start from the checkpoint that it was made of")
     checkpoint, folder = source if isinstance(source, Checkpoint) else open_checkpoint(source), Path(target)
     folders = folders or [checkpoint.folder]
-    checkpoints.check_apart(folder, [checkpoint.folder, *folders])
-    kept = checkpoints.parse_dtype(dtype) or checkpoints.default_dtype(checkpoint)
+    check_apart(folder, [checkpoint.folder, *folders])
+    kept = parse_dtype(dtype) or default_dtype(checkpoint)
     settings = {
         **checkpoint.config.to_dict(),
         "torch_dtype": str(kept).removeprefix("torch."),
         "quantization_config": {"quant_method": QUANT_METHOD, "mode": mode, "group_size": GROUP},
     }
     stored, read = stored_tensors(checkpoint.config, mode, kept), rounded_reader(checkpoint, mode, kept)
-    return checkpoints.write_folder(folder, folders, settings, stored, read, max_shard_size)
+    return write_folder(folder, folders, settings, stored, read, max_shard_size)
 
 
 def load_quantizing(
@@ -725,8 +734,8 @@ def load_quantizing(
     dtype, image_size: as for `load_model`.
     """
     if image_size is not None:
-        checkpoint = checkpoints.at_image_size(checkpoint, image_size)
-    kept = checkpoints.parse_dtype(dtype) or checkpoints.default_dtype(checkpoint)
+        checkpoint = at_image_size(checkpoint, image_size)
+    kept = parse_dtype(dtype) or default_dtype(checkpoint)
     names = stored_tensors(checkpoint.config, mode, kept)
     return _assemble(checkpoint.config, mode, kept, names, rounded_reader(checkpoint, mode, kept))
 
@@ -774,16 +783,16 @@ class QuantizedCheckpoint:
         """
         if mode not in (None, self.mode):
             raise ValueError(f"{self.folder} holds {self.mode} weights, not {mode}: leave out `quantize`")
-        kept, config = checkpoints.parse_dtype(dtype) or self.dtype, self.config
+        kept, config = parse_dtype(dtype) or self.dtype, self.config
         if image_size is not None:
-            config = checkpoints.config_at_image_size(config, image_size)
+            config = config_at_image_size(config, image_size)
         maps = {file: MappedFile(file) for file in set(self.place.values())}
         not_rounded = expected_shapes(config)
 
         def read(name: str) -> Tensor:
             tensor = maps[self.place[name]].read(name)
-            if name == checkpoints.POSITIONS and image_size is not None:
-                tensor = checkpoints.resample_positions(tensor, config.vision_config.num_patches).to(tensor.dtype)
+            if name == POSITIONS and image_size is not None:
+                tensor = resample_positions(tensor, config.vision_config.num_patches).to(tensor.dtype)
             return tensor.to(kept) if name in not_rounded and tensor.is_floating_point() else tensor
 
         return _assemble(config, self.mode, kept, list(self.place), read)
@@ -797,11 +806,11 @@ def open_quantized(path: Path) -> QuantizedCheckpoint:
     folder = path if path.is_dir() else path.parent
     config, mode = _config_of(folder), stored_mode(folder)
     assert mode is not None
-    files = [folder / checkpoints.WEIGHTS]
-    if not files[0].is_file() and (folder / checkpoints.INDEX).is_file():
-        files = checkpoints.files_of_index(folder / checkpoints.INDEX)
+    files = [folder / WEIGHTS]
+    if not files[0].is_file() and (folder / INDEX).is_file():
+        files = files_of_index(folder / INDEX)
     if not files[0].is_file():
-        raise FileNotFoundError(f"{folder} holds no weights: expected {checkpoints.WEIGHTS} or {checkpoints.INDEX}")
+        raise FileNotFoundError(f"{folder} holds no weights: expected {WEIGHTS} or {INDEX}")
     place: dict[str, Path] = {}
     found: dict[str, tuple[Shape, torch.dtype | str]] = {}
     for file in files:
@@ -817,7 +826,7 @@ def open_quantized(path: Path) -> QuantizedCheckpoint:
     norm = found.get("language_model.model.norm.weight", ((), torch.bfloat16))[1]
     dtype = norm if isinstance(norm, torch.dtype) and norm.is_floating_point else torch.bfloat16
     expected = stored_tensors(config, mode, dtype)
-    checkpoints.check_tensors(str(folder), found, {name: shape for name, (shape, _) in expected.items()})
+    check_tensors(str(folder), found, {name: shape for name, (shape, _) in expected.items()})
     for name, (_, kind) in expected.items():
         if found[name][1] != kind:
             raise ValueError(f"{folder}: {name} is {found[name][1]}, expected {kind}: write it anew")

@@ -74,9 +74,11 @@ from paligemma.train.run_folder import (
 )
 from paligemma.train.run_report import write_report
 from paligemma.train.sight import Sight, TensorBoard, budget_for, chosen, figures_of
-from paligemma.utils import resolve
 from paligemma.weights.adapters import base_of, is_adapter, save_adapter
-from paligemma.weights.checkpoints import default_dtype, open_checkpoint, parse_dtype, save_pretrained
+from paligemma.weights.finding import resolve
+from paligemma.weights.loading import default_dtype, parse_dtype
+from paligemma.weights.opening import open_checkpoint
+from paligemma.weights.saving import save_pretrained
 
 if TYPE_CHECKING:
     from paligemma.train.plan import Plan

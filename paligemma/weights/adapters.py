@@ -11,7 +11,7 @@ does the rest.) Reading needs no peft: folded into the weights, an adapter costs
 
 What is unusual:
 - *Names.* Transformers has renamed its modules twice. It writes `base_model.model.model.language_model.layers.0...`
-  today and wrote `base_model.model.language_model.model.layers.0...`; `checkpoints.our_name` knows all of them.
+  today and wrote `base_model.model.language_model.model.layers.0...`; `layouts.our_name` knows all of them.
 - *Strict.* An adapter that asks for more than LoRA on linear layers (DoRA, biases, ...), or that holds a tensor with no
   place in the model, is refused: folding in a part of it would give a model that nobody has trained.
 - *Rounded once.* The sum is made in float32, whatever the dtype of the base.
@@ -35,16 +35,11 @@ from torch import Tensor
 
 from paligemma.files import read_json
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.weights.checkpoints import (
-    EMBEDDING,
-    HEAD,
-    PICKLED,
-    Checkpoint,
-    Shape,
-    checkpoint_written_whole,
-    our_name,
-)
+from paligemma.weights.layouts import EMBEDDING, HEAD, our_name, their_name
 from paligemma.weights.npz import damaged
+from paligemma.weights.opening import PICKLED, Checkpoint
+from paligemma.weights.safetensors_file import Shape
+from paligemma.weights.saving import checkpoint_written_whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's own wrapping, before the names of transformers
@@ -92,14 +87,6 @@ def save_adapter(
             processor.save_pretrained(place)
         save_file(tensors, place / TENSORS, metadata={"format": "pt"})
         config.save_pretrained(place)
-
-
-def their_name(name: str) -> str:
-    """The name of one of our modules or parameters in transformers 5: layout N of `checkpoints.py`."""
-    for tower in ("vision_tower.vision_model.", "language_model.model."):
-        if name.startswith(tower):
-            name = tower.partition(".")[0] + "." + name.removeprefix(tower)
-    return "model." + name
 
 
 # ------------------------------------------------------------------------------------------------ reading

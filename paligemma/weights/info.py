@@ -13,20 +13,14 @@ import torch
 
 from paligemma.fast.quantization import QuantizedCheckpoint, open_quantized, stored_mode, stored_tensors
 from paligemma.modeling_gemma import PaliGemmaConfig
-from paligemma.utils import find_base, resolve
 from paligemma.weights.adapters import TENSORS, Adapter, check_fits, is_adapter, open_adapter
-from paligemma.weights.checkpoints import (
-    EMBEDDING,
-    INDEX,
-    PUBLISHED,
-    Checkpoint,
-    Shape,
-    default_dtype,
-    expected_shapes,
-    open_checkpoint,
-    published_config,
-    published_name,
-)
+from paligemma.weights.expected import expected_shapes
+from paligemma.weights.finding import find_base, resolve
+from paligemma.weights.layouts import EMBEDDING
+from paligemma.weights.loading import default_dtype
+from paligemma.weights.opening import INDEX, Checkpoint, open_checkpoint
+from paligemma.weights.published import PUBLISHED, published_config, published_name
+from paligemma.weights.safetensors_file import Shape
 
 TEXT_TOKENS = 256  # prompt and answer, in the estimate of memory
 

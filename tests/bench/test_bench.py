@@ -17,7 +17,8 @@ from paligemma.bench import contestant, run, shapes
 from paligemma.bench.contestant import Spec
 from paligemma.bench.report import cells, growth_lines, markdown, spread, summarise, table
 from paligemma.bench.run import benchmark
-from paligemma.weights.checkpoints import load_model, published_config
+from paligemma.weights.loading import load_model
+from paligemma.weights.published import published_config
 
 
 @pytest.fixture(scope="module")

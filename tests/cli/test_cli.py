@@ -24,8 +24,9 @@ from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tiny.world import STYLES
 from paligemma.tokenizer import load_tokenizer
-from paligemma.weights.checkpoints import DTYPES, save_pretrained
 from paligemma.weights.info import in_units
+from paligemma.weights.loading import DTYPES
+from paligemma.weights.saving import save_pretrained
 
 
 @pytest.fixture(scope="module")

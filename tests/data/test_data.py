@@ -1281,7 +1281,7 @@ def test_the_command_show_draws_a_sheet_or_a_folder(folder, paligemma_command):
 @pytest.mark.parametrize("command", [["check"], ["show", "--out", "x.png"]])
 def test_a_model_without_a_codec_takes_the_official_one(folder, paligemma_command, command, monkeypatch):
     """Which may be missing too: the ways to it are named."""
-    shutil.copytree(paligemma.utils.TINY, folder / "bare", ignore=shutil.ignore_patterns("mask_codec.npz"))
+    shutil.copytree(paligemma.weights.finding.TINY, folder / "bare", ignore=shutil.ignore_patterns("mask_codec.npz"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(folder / "cache"))
     square = {"image_id": 30, "category_id": 1, "bbox": [10, 5, 20, 10], "segmentation": [[10, 5, 30, 5, 30, 15]]}
     path = write_coco(folder, annotations=[square])
@@ -1289,7 +1289,7 @@ def test_a_model_without_a_codec_takes_the_official_one(folder, paligemma_comman
     code, out, err = paligemma_command(*asked)
     assert (code, out) == (1, "") and "as mask_codec.npz into the folder of the checkpoint" in err
     (folder / "cache" / "paligemma").mkdir(parents=True)
-    shutil.copy(paligemma.utils.TINY / "mask_codec.npz", folder / "cache" / "paligemma" / "vae-oid.npz")
+    shutil.copy(paligemma.weights.finding.TINY / "mask_codec.npz", folder / "cache" / "paligemma" / "vae-oid.npz")
     monkeypatch.chdir(folder)
     assert paligemma_command(*asked)[0] == 0
 

@@ -44,8 +44,12 @@ from paligemma.fast.quantization import (
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration, apply_rotary, rotary_tables
 from paligemma.tiny.renderer import render
-from paligemma.utils import TINY, load_hf_model
-from paligemma.weights.checkpoints import convert, empty_model, open_checkpoint, save_pretrained
+from paligemma.utils import load_hf_model
+from paligemma.weights.converting import convert
+from paligemma.weights.expected import empty_model
+from paligemma.weights.finding import TINY
+from paligemma.weights.opening import open_checkpoint
+from paligemma.weights.saving import save_pretrained
 
 KERNEL = linear_kernels.missing_for_kernel() is None  # whether this machine can have one; nothing is compiled yet
 needs_kernel = pytest.mark.skipif(not KERNEL, reason="no compiler, or neither AVX-512 with VNNI nor AVX2")
@@ -1033,7 +1037,7 @@ def test_saved_at_load_and_in_place_are_the_same_model(source, mode, tmp_path):
     assert stored_mode(tmp_path / "small") == mode and stored_mode(source) is None
     saved = open_quantized(tmp_path / "small").load()
     at_load = load_quantizing(open_checkpoint(source), mode)
-    in_place = quantize(paligemma.weights.checkpoints.load_model(source), mode)
+    in_place = quantize(paligemma.weights.loading.load_model(source), mode)
     states = [model.state_dict() for model in (saved, at_load, in_place)]
     assert len({tuple(state) for state in map(sorted, states)}) == 1
     for name, tensor in states[0].items():

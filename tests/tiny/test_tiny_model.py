@@ -11,7 +11,7 @@ import transformers
 import paligemma
 from paligemma.answers.mask_codec import crop
 from paligemma.tiny.renderer import render
-from paligemma.utils import TINY
+from paligemma.weights.finding import TINY
 
 ANSWERS = json.loads(Path(__file__).with_name("tiny_answers.json").read_text(encoding="utf-8"))
 SIZE = 256  # of the scenes; as `tiny_examples` draws them

@@ -31,7 +31,8 @@ from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_folder, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
 from paligemma.train.finetune import Options, both_rows_of, finetune, plan_of, prepare
-from paligemma.weights.checkpoints import open_checkpoint, save_pretrained
+from paligemma.weights.opening import open_checkpoint
+from paligemma.weights.saving import save_pretrained
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from paligemma.generation import generate
 from paligemma.kv_cache import KVCache
 from paligemma.train.loop import TrainConfig, suffix_loss, train
 from paligemma.train.parts import add_lora, checkpoint_gradients, freeze, set_dropout, suit_cpu
-from paligemma.weights.checkpoints import empty_model, published_config
+from paligemma.weights.expected import empty_model
+from paligemma.weights.published import published_config
 
 KINDS = ("gemma", "gemma2")
 

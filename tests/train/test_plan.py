@@ -25,7 +25,7 @@ from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
 from paligemma.train.plan import UNSEEN, Memory, Plan, estimate
-from paligemma.weights.checkpoints import published_config
+from paligemma.weights.published import published_config
 
 WORDS, ANSWER = 40, 8  # of a row: text tokens, and how many of them are learned
 LORA = {"lora": ("decoder",), "stored": torch.bfloat16, "compute": torch.bfloat16}

@@ -22,10 +22,13 @@ from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.parts import add_lora, freeze
-from paligemma.utils import load_hf_model, merge
+from paligemma.utils import load_hf_model
 from paligemma.weights.adapters import CONFIG, TENSORS, is_adapter, open_adapter, save_adapter
-from paligemma.weights.checkpoints import convert, load_model, open_checkpoint, save_pretrained
+from paligemma.weights.converting import convert, merge
 from paligemma.weights.info import describe, in_units
+from paligemma.weights.loading import load_model
+from paligemma.weights.opening import open_checkpoint
+from paligemma.weights.saving import save_pretrained
 
 EVERYWHERE = ("vision", "projector", "decoder")
 

@@ -23,21 +23,14 @@ from safetensors.torch import load_file, save_file
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.tokenizer import load_tokenizer
 from paligemma.weights import npz
-from paligemma.weights.checkpoints import (
-    PUBLISHED,
-    _config_from_arrays,
-    bigvision_table,
-    convert,
-    empty_model,
-    load_model,
-    open_checkpoint,
-    our_name,
-    published_config,
-    published_name,
-    resample_positions,
-    save_pretrained,
-)
+from paligemma.weights.converting import convert
+from paligemma.weights.expected import empty_model
+from paligemma.weights.layouts import bigvision_layout, our_name
+from paligemma.weights.loading import load_model, resample_positions
+from paligemma.weights.opening import open_checkpoint
+from paligemma.weights.published import PUBLISHED, config_of_arrays, published_config, published_name
 from paligemma.weights.safetensors_file import MappedFile
+from paligemma.weights.saving import save_pretrained
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc or sets a limit on files")
@@ -366,7 +359,10 @@ def test_values_that_do_not_fit_into_float16(gemma, tmp_path):
 
 MEASURE = """
 import sys, torch
-from paligemma.weights.checkpoints import convert, empty_model, load_model, save_pretrained
+from paligemma.weights.converting import convert
+from paligemma.weights.expected import empty_model
+from paligemma.weights.loading import load_model
+from paligemma.weights.saving import save_pretrained
 
 def most():  # the most memory that this process ever held, touched maps of files included
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
@@ -777,8 +773,8 @@ def test_an_embedding_too_short_for_the_configuration(gemma, tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_configuration_of_every_published_npz_follows_from_its_shapes(name, image_size):
     config = published_config(name, image_size)
-    shapes = {row.key: row.shape for row in bigvision_table(config, 257152)}
-    assert _config_from_arrays(Path("a.npz"), shapes) == config
+    shapes = {row.key: row.shape for row in bigvision_layout(config, 257152)}
+    assert config_of_arrays(Path("a.npz"), shapes) == config
     assert published_name(config) == name
 
 
@@ -825,10 +821,10 @@ QUERY = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kerne
 )
 def test_shapes_of_no_model_are_refused_before_a_model_is_built(key, shape, message, monkeypatch):
     """An array without elements takes no bytes, whatever number of layers it claims."""
-    monkeypatch.setattr("paligemma.weights.checkpoints.empty_model", None)
-    shapes = {row.key: row.shape for row in bigvision_table(published_config("paligemma2-3b", 224), 257152)}
+    monkeypatch.setattr("paligemma.weights.expected.empty_model", None)
+    shapes = {row.key: row.shape for row in bigvision_layout(published_config("paligemma2-3b", 224), 257152)}
     with pytest.raises(ValueError, match=rf"^a\.npz: .* no model: \w+\.{message} is "):
-        _config_from_arrays(Path("a.npz"), shapes | {key: shape})
+        config_of_arrays(Path("a.npz"), shapes | {key: shape})
 
 
 def test_what_does_not_fit_in_an_npz_is_named(gemma, tmp_path):
@@ -1024,7 +1020,7 @@ def test_convert_loses_no_file_of_somebody_else(folder, tmp_path, target, monkey
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
     Path("tokenizer.json").write_text("mine")
-    monkeypatch.setattr("paligemma.weights.checkpoints._write_tensor", None)  # told before any weight is written
+    monkeypatch.setattr("paligemma.weights.writing.write_tensor", None)  # told before any weight is written
     with pytest.raises(ValueError, match=r"the current folder holds tokenizer.json of other content, which would"):
         convert(folder, target)
     assert {path.name: path.read_text() for path in Path().iterdir()} == {"tokenizer.json": "mine"}

@@ -23,7 +23,7 @@ from paligemma.tiny.recipe.talk import Talker, model_config, train_talking
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.vision_first import VISION, train_vision
 from paligemma.train import checkpointing, distributed
-from paligemma.weights.checkpoints import save_pretrained
+from paligemma.weights.saving import save_pretrained
 
 
 def train(minutes: float, out: str | Path = "runs/tiny", resume: bool = True) -> Path:

@@ -1,0 +1,111 @@
+"""A checkpoint rewritten as another: in another format or dtype (`convert`), or with an adapter folded in (`merge`).
+
+Tensor by tensor, so that the memory needed is that of the largest tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import load_tokenizer
+from paligemma.weights.adapters import CONFIG, is_adapter
+from paligemma.weights.expected import expected_shapes
+from paligemma.weights.finding import open_model, resolve
+from paligemma.weights.loading import cast, parse_dtype
+from paligemma.weights.opening import Checkpoint, open_checkpoint
+from paligemma.weights.saving import (
+    check_apart,
+    check_nothing_lost,
+    checkpoint_written_whole,
+    copy_companions,
+    names_in,
+    write_config,
+)
+from paligemma.weights.writing import progress_in_bytes, write_npz, write_safetensors
+
+
+def convert(
+    source: str | os.PathLike[str] | Checkpoint,
+    target: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    format: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    folders: Sequence[Path] = (),
+) -> list[Path]:
+    """Rewrites a checkpoint, opened or by its path, in another format or dtype, with its tokenizer and the like.
+
+    Tensor by tensor, so that the memory needed is that of the largest. folders: where tokenizer and the like lie, the
+    first that has a file gives it; default the checkpoint's own.
+    format: "safetensors" (target is a folder) or "npz" (target is a file in big_vision's layout, or a folder for a
+    `model.npz`, with the configuration, tokenizer and the like beside it); default by the target's name.
+
+    Returns the files written. Raises as `open_checkpoint` and `save_pretrained` do, and ValueError where a file of
+    other content would be replaced.
+    """
+    target, to = Path(target), parse_dtype(dtype)
+    format = format or ("npz" if target.suffix == ".npz" else "safetensors")
+    if format not in ("safetensors", "npz"):
+        raise ValueError(f"format is {format!r}, expected 'safetensors' or 'npz'")
+    if target.suffix == ".safetensors" or (target.suffix == ".npz" and format != "npz"):
+        raise ValueError(f"{target} is to hold {format}: name a folder{' or an .npz' if format == 'npz' else ''}")
+    folder = target.parent if target.suffix == ".npz" else target
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    folders = folders or [checkpoint.folder]
+    check_apart(folder, folders)
+
+    tensors = {name: (shape, to or own) for name, (shape, own) in checkpoint.tensors.items()}
+    total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
+    with (
+        checkpoint_written_whole(folder, replaces=False) as staging,
+        progress_in_bytes(f"writing {target}", total) as advance,
+    ):
+
+        def read(name: str) -> Tensor:
+            tensor = cast(name, checkpoint.read(name), tensors[name][1])
+            advance(tensor.nbytes)
+            return tensor
+
+        copy_companions(folders, staging)
+        write_config(staging, checkpoint.config, to or checkpoint.dtype)
+        of_processor = [staging / "tokenizer.json", staging / "preprocessor_config.json"]
+        bare = (staging / "tokenizer.model").exists() and not all(path.exists() for path in of_processor)
+        if format == "safetensors" and bare:
+            # big_vision's checkpoints come without the files that transformers reads a processor from.
+            vision = checkpoint.config.vision_config
+            tokenizer = load_tokenizer(checkpoint.folder)
+            PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(staging)
+        check_nothing_lost(staging, folder)  # before gigabytes are written
+        if format == "npz":
+            write_npz(staging / (target.name if target.suffix == ".npz" else "model.npz"), checkpoint, tensors, read)
+        else:
+            order = list(expected_shapes(checkpoint.config))
+            write_safetensors(staging, order, tensors, read, max_shard_size)
+        written = names_in(staging)
+    return [folder / name for name in written]
+
+
+def merge(
+    adapter: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+) -> list[Path]:
+    """Writes an adapter and its base as one checkpoint, in the published layout, tensor by tensor.
+
+    adapter: a folder or a hub id, of which `revision` is one. target: a folder. dtype: default the base's own.
+    Returns the files written. Raises ValueError for what is no adapter, and as `open_model` and `convert`
+    do.
+    """
+    path = resolve(adapter, revision)
+    if not is_adapter(path):
+        raise ValueError(f"{path} is no adapter: it has no {CONFIG}, so there is nothing to merge")
+    checkpoint, folders = open_model(path, parse_dtype(dtype))
+    assert isinstance(checkpoint, Checkpoint)  # an adapter's base is never quantised
+    return convert(checkpoint, target, dtype, "safetensors", folders=folders)

@@ -1,0 +1,258 @@
+"""Opening a checkpoint: which tensors it holds, under our names, and how each is read. No weights are read yet.
+
+    checkpoint = open_checkpoint("paligemma2-3b-mix-224/")
+    checkpoint.config, checkpoint.tensors["multi_modal_projector.linear.bias"]     # shape and dtype
+    checkpoint.read("multi_modal_projector.linear.bias")
+
+What is unusual:
+- *Strict.* What is missing, unexpected, of another shape or not floating point is named, all in one error.
+- *No pickle*, ever. And no name in a checkpoint reaches outside its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from paligemma.files import read_json
+from paligemma.modeling_gemma import PaliGemmaConfig
+from paligemma.weights.expected import check_tensors, expected_shapes
+from paligemma.weights.layouts import EMBEDDING, HEAD, ArrayLayout, bigvision_layout, our_name
+from paligemma.weights.npz import NpzReader, damaged, npz_parts
+from paligemma.weights.published import config_of_arrays
+from paligemma.weights.safetensors_file import FLOATS, MappedFile, Shape
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Read(Protocol):
+    """Reads one tensor by our name, in the dtype of the file. `mapped`: it may stay a view of the file for good. Else
+    copy it and forget it: as long as it is there, it holds a map and an open file of its own."""
+
+    def __call__(self, name: str, mapped: bool = False) -> Tensor: ...
+
+
+@dataclass
+class Checkpoint:
+    """An opened and checked checkpoint: the names, shapes and dtypes of its tensors, and a way to read each."""
+
+    path: Path
+    format: str  # "safetensors" or "npz"
+    files: list[Path]
+    config: PaliGemmaConfig
+    tensors: dict[str, tuple[Shape, torch.dtype]]  # by our names, in the order in which they are read fastest
+    read: Read
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the embedding, the largest tensor of all."""
+        return self.tensors[EMBEDDING][1]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a folder, a `.safetensors` file or a big_vision `.npz` (also in `.part` files), and reads headers only.
+
+    Raises FileNotFoundError or ValueError, naming the file: when there are no weights, when they are pickled, damaged
+    or incomplete, or when they are not the weights of the model that the configuration describes.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / WEIGHTS).is_file():
+            return _open_safetensors(path, [path / WEIGHTS])
+        if (path / INDEX).is_file():
+            return _open_safetensors(path, files_of_index(path / INDEX))
+        archives = _archives(path)
+        if len(archives) == 1:
+            return _open_npz(path, archives[0])
+        if archives:
+            names = ", ".join(parts[0].name for parts in archives)
+            raise ValueError(f"{path} holds several checkpoints: name one of {names}")
+        raise _no_weights(path)
+    if parts := npz_parts(path):
+        return _open_npz(path, parts)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, [path])
+    raise _no_weights(path)
+
+
+def _no_weights(path: Path) -> Exception:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if "adapter_config.json" in [file.name for file in files]:
+        return ValueError(f"{path} holds an adapter, no whole weights: `paligemma merge` makes a checkpoint of it")
+    if pickled := [file.name for file in files if file.suffix in PICKLED]:
+        return ValueError(
+            f"{path} holds pickled weights ({', '.join(pickled[:3])}), which can run any code when they are read: they "
+            "are not. Take the safetensors files of the checkpoint, or write them where you trust the file: "
+            "transformers' from_pretrained(...).save_pretrained(...)"
+        )
+    if path.is_file():
+        return ValueError(f"{path} is no checkpoint: expected a folder, a .safetensors file or a big_vision .npz")
+    if shards := [file.name for file in files if file.suffix == ".safetensors"]:
+        return FileNotFoundError(f"{path} has {shards[0]} but neither {WEIGHTS} nor {INDEX}, which says what is where")
+    return FileNotFoundError(f"{path} holds no weights: expected {WEIGHTS}, {INDEX} or a big_vision .npz")
+
+
+# ------------------------------------------------------------------------------------------------ safetensors
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """The shards that an index names, all of them there and in its own folder."""
+    try:
+        names: list[Any] = sorted(set(read_json(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files ({error!r}): download it again") from None
+    files = []
+    for name in names:
+        # The files themselves may be links that lead out: those of the hub's cache do.
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:]", name):
+            raise ValueError(f"{index} names {name!r}, expected the plain name of a file in its own folder")
+        files.append(index.parent / name)
+        if not files[-1].is_file():
+            raise FileNotFoundError(f"{files[-1]} is missing, and {index.name} says that it holds weights")
+    if not files:
+        raise ValueError(f"{index} names no files")
+    return files
+
+
+def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
+    settings: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, OSError):  # whatever is wrong with it, the next call says it better
+        settings = read_json(files[0].parent / "config.json")
+    if settings.get("quantization_config") is not None:
+        raise ValueError(
+            f"{path} holds quantised weights, which can be run but not changed: start from the checkpoint they were "
+            "made of"
+        )
+    config = PaliGemmaConfig.from_pretrained(files[0].parent)
+    place: dict[str, tuple[Path, str]] = {}  # our name -> file and its own name there
+    found: dict[str, tuple[Shape, torch.dtype | str]] = {}
+    for file in files:
+        try:
+            tensors_of_file = MappedFile(file).tensors
+        except SafetensorError as error:
+            raise damaged(file, error) from None
+        for key, (shape, kind) in tensors_of_file.items():
+            name = our_name(key)
+            if name in place:
+                raise ValueError(f"{path} holds {name} twice, as {place[name][1]} and as {key}")
+            place[name] = file, key
+            found[name] = shape, FLOATS.get(kind, kind)
+
+    if HEAD in found:
+        if EMBEDDING not in found:  # some writers drop the other one of two names for one matrix
+            place[EMBEDDING], found[EMBEDDING] = place[HEAD], found[HEAD]
+        elif _are_numbers(found[HEAD], found[EMBEDDING]) and not _equal(place[HEAD], place[EMBEDDING]):
+            raise ValueError(
+                f"{path}: {place[HEAD][1]} differs from {place[EMBEDDING][1]}. PaliGemma's output layer is its input "
+                "embedding; a checkpoint in which the two were trained apart cannot be loaded"
+            )
+        del place[HEAD], found[HEAD]
+    check_tensors(str(path), found, expected_shapes(config))
+
+    maps: dict[Path, MappedFile] = {}
+
+    def read(name: str, mapped: bool = False) -> Tensor:
+        file, key = place[name]
+        if not mapped:
+            return MappedFile(file).read(key)  # a map of its own: the pages it touched go with the tensor
+        if file not in maps:  # one map per file, shared by all of its tensors
+            maps[file] = MappedFile(file)
+        return maps[file].read(key)
+
+    tensors = {name: (shape, dtype) for name, (shape, dtype) in found.items() if isinstance(dtype, torch.dtype)}
+    return Checkpoint(path, "safetensors", files, config, tensors, read)
+
+
+def _are_numbers(*found: tuple[Shape, torch.dtype | str]) -> bool:
+    """Whether all are of a dtype that is read here. Others are named later, with all else that does not fit."""
+    return all(isinstance(dtype, torch.dtype) for _, dtype in found)
+
+
+def _equal(one: tuple[Path, str], other: tuple[Path, str], rows: int = 8192) -> bool:
+    """Whether two matrices on disk are the same, compared a few rows at a time."""
+    a, b = MappedFile(one[0]).read(one[1]), MappedFile(other[0]).read(other[1])
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(map(torch.equal, a.split(rows), b.split(rows)))
+
+
+# ------------------------------------------------------------------------------------------------ big_vision .npz
+
+
+def _archives(folder: Path) -> list[list[Path]]:
+    """The archives in a folder that hold a PaliGemma. (A mask codec is an `.npz` too.)"""
+    names = {file.name.partition(".npz")[0] for file in folder.iterdir() if ".npz" in file.name}
+    archives = []
+    for name in sorted(names):
+        if parts := npz_parts(folder / f"{name}.npz"):
+            with contextlib.closing(NpzReader(parts)) as archive:
+                if any(key.startswith("llm/") for key in archive.arrays):
+                    archives.append(parts)
+    return archives
+
+
+def _open_npz(path: Path, parts: list[Path]) -> Checkpoint:
+    archive = NpzReader(parts)
+    folder = parts[0].parent
+    if (folder / "config.json").is_file():
+        config = PaliGemmaConfig.from_pretrained(folder)
+    else:
+        config = config_of_arrays(parts[0], {key: shape for key, (shape, _) in archive.arrays.items()})
+
+    # big_vision's embedding has no rows for <image> and for the padding of the vocabulary. Here they are zeros (in
+    # transformers' conversion: random, around the mean). No answer ever holds these ids.
+    expected = expected_shapes(config)
+    shape, _ = archive.arrays.get("llm/embedder/input_embedding", ((), ""))
+    rows = shape[0] if shape else 0
+    if not config.image_token_index <= rows <= config.text_config.vocab_size:
+        rows = config.text_config.vocab_size
+    table = bigvision_layout(config, rows)
+    check_tensors(str(path), archive.arrays, {row.key: row.shape for row in table})
+
+    place: dict[str, tuple[ArrayLayout, int | None, int]] = {}
+    tensors: dict[str, tuple[Shape, torch.dtype]] = {}
+    by_key = {row.key: row for row in table}
+    for key, (_, dtype) in archive.arrays.items():  # in the order of the file
+        row = by_key[key]
+        for i in range(row.layers or 1):
+            for j, template in enumerate(row.names):
+                name = template.format(i=i)
+                place[name] = row, i if row.layers else None, j
+                assert isinstance(dtype, torch.dtype)
+                tensors[name] = expected[name], dtype
+
+    last: tuple[tuple[str, int | None], Tensor] | None = None
+
+    def read(name: str, mapped: bool = False) -> Tensor:
+        nonlocal last
+        row, i, j = place[name]
+        shape, dtype = tensors[name]
+        if name == EMBEDDING:
+            out = torch.zeros(shape, dtype=dtype)
+            archive.fill(row.key, out[:rows])
+            return out
+        if last is not None and last[0] == (row.key, i):
+            array = last[1]
+        else:
+            array = torch.empty(row.shape[1:] if row.layers else row.shape, dtype=dtype)
+            archive.fill(row.key, array, i)
+        # One slice holds keys and values, or gate and up: the second of them is asked for next.
+        last = ((row.key, i), array) if len(row.names) > 1 and j == 0 else None
+        return row.unpack(array[j] if len(row.names) > 1 else array, shape)
+
+    return Checkpoint(path, "npz", parts, config, tensors, read)

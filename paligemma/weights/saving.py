@@ -1,0 +1,176 @@
+"""Writing checkpoint folders: a model, or any tensors one after the other.
+
+Saving is all or nothing: everything is written into a hidden folder beside and moved when it is complete.
+`save_pretrained` replaces the checkpoint that it is told to replace; `convert` and its like never replace a file by
+another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paligemma.files import staging_folder, write_json
+from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.weights.expected import check_tensors, expected_shapes
+from paligemma.weights.opening import INDEX, WEIGHTS
+from paligemma.weights.safetensors_file import Shape
+from paligemma.weights.writing import progress_in_bytes, write_safetensors
+
+# Files that belong to a checkpoint and hold no weights of the model: `convert` takes them along.
+COMPANIONS = (
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "preprocessor_config.json processor_config.json generation_config.json mask_codec.npz"
+).split()
+
+
+def save_pretrained(
+    model: PaliGemmaForConditionalGeneration,
+    folder: str | os.PathLike[str],
+    processor: Any = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Writes a checkpoint that this project, transformers and what builds on it read: layout H, safetensors, sharded.
+
+    processor: a `PaliGemmaProcessor` (or anything with `save_pretrained(folder)`), whose files are written too.
+    max_shard_size: in bytes. Other files in the folder are left alone; if anything fails, all of them are.
+    Raises OSError when the files cannot be written, ValueError when the model is not as its configuration says.
+    """
+    state = model.state_dict()
+    tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    if not all(dtype.is_floating_point for _, dtype in tensors.values()):
+        raise ValueError(
+            "the model is quantised and is not saved: load it without `quantize`, or write a quantised checkpoint with "
+            "`paligemma quantize`"
+        )
+    hint = "Merge or take out what was added to it first."
+    check_tensors("the model to save", tensors, expected_shapes(model.config), hint)
+    with checkpoint_written_whole(Path(folder)) as staging:
+        if processor is not None:
+            processor.save_pretrained(staging)
+        write_config(staging, model.config, model.dtype)
+        write_safetensors(staging, list(tensors), tensors, lambda name: state[name].detach(), max_shard_size)
+
+
+def write_folder(
+    folder: Path,
+    companions: Sequence[Path],
+    config: dict[str, Any],
+    tensors: dict[str, tuple[Shape, torch.dtype]],
+    read: Callable[[str], Tensor],
+    max_shard_size: int = 5 * 10**9,
+) -> list[Path]:
+    """Writes any tensors as a checkpoint folder, each read when its turn has come: all of it, or nothing.
+
+    companions: folders whose tokenizer and the like are taken along, the first's where several have one. config: what
+    `config.json` is to hold. Returns the files written. ValueError where a file of other content would be replaced.
+    """
+    total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
+    with (
+        checkpoint_written_whole(folder, replaces=False) as staging,
+        progress_in_bytes(f"writing {folder}", total) as advance,
+    ):
+
+        def counted(name: str) -> Tensor:
+            tensor = read(name)
+            advance(tensor.nbytes)
+            return tensor
+
+        copy_companions(companions, staging)
+        write_json(staging / "config.json", config)
+        check_nothing_lost(staging, folder)  # before gigabytes are written
+        write_safetensors(staging, list(tensors), tensors, counted, max_shard_size)
+        written = names_in(staging)
+    return [folder / name for name in written]
+
+
+# ------------------------------------------------------------------------------------------------ whole
+
+
+def check_apart(target: Path, sources: Sequence[Path]) -> None:
+    """ValueError if a checkpoint is to be written where one lies that it is made of."""
+    if target.resolve() in [source.resolve() for source in sources]:
+        raise ValueError(f"{target} is where the source lies: choose another folder, so that it stays whole")
+
+
+def check_nothing_lost(staging: Path, folder: Path) -> None:
+    """ValueError if moving up what lies in `staging` would replace or remove a file of other content in `folder`. The
+    same content is no loss: a command may be given twice."""
+    new = names_in(staging)
+    lost = [name for name in new if (folder / name).exists() and not _same(staging / name, folder / name)]
+    lost += _outdated(folder, new)
+    if lost:
+        where = "the current folder" if folder == Path() else folder
+        raise ValueError(
+            f"{where} holds {', '.join(lost[:8])}{f' and {len(lost) - 8} more' if len(lost) > 8 else ''} of other "
+            "content, which would be lost: choose an empty folder, or move them away"
+        )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
+    """Weights in the folder that do not belong to the new ones, and would be taken for a part of them."""
+    if WEIGHTS not in new and INDEX not in new:
+        return []
+    pattern = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    return [name for name in names_in(folder) if re.fullmatch(pattern, name) and name not in new]
+
+
+def copy_companions(folders: Sequence[Path], staging: Path) -> None:
+    """Takes tokenizer and the like along, of the first folder that has a file."""
+    for name in COMPANIONS:
+        if found := next((folder / name for folder in folders if (folder / name).is_file()), None):
+            shutil.copyfile(found, staging / name)
+
+
+@contextlib.contextmanager
+def checkpoint_written_whole(folder: Path, replaces: bool = True) -> Iterator[Path]:
+    """A place inside `folder` to write into. What lies there at the end is moved up; after an error nothing is.
+
+    replaces: whether files of the same names, and other weights, make room for it; False: ValueError instead.
+    """
+    with staging_folder(folder) as staging:
+        try:
+            yield staging
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{folder} could not be written ({error.strerror or error}); what was there is untouched"
+            ) from error
+        if not replaces:
+            check_nothing_lost(staging, folder)
+        _move_up(staging, folder)
+
+
+def _move_up(staging: Path, folder: Path) -> None:
+    """Replaces the files of a checkpoint. The index goes first and comes last, so that being killed in between leaves
+    a checkpoint that says it is incomplete, never one that mixes old shards and new."""
+    new = sorted(names_in(staging), key=lambda name: name == INDEX)
+    old = _outdated(folder, new)
+    if INDEX in (*new, *old):
+        (folder / INDEX).unlink(missing_ok=True)
+    for name in new:
+        os.replace(staging / name, folder / name)
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_config(folder: Path, config: PaliGemmaConfig, dtype: torch.dtype) -> None:
+    content = {**config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", content)
