@@ -3,18 +3,18 @@
     show(open_rows("my.jsonl")[0], processor).save("row.png")
     show_rows(rows[:4], processor, codec)         # one under the other, padded to the same length, as in a batch
 
-For every row: its picture squashed to the square that the model gets, with the boxes and masks of the suffix on it; its
-tokens, coloured by what they are, each over its label (what the model has to say *in this place*: labels are the row
-itself, -100 where nothing is learned; the loss compares each with the prediction made one token earlier); and the
-prefix-LM mask. The tokens, labels and the mask are those of training, made by the same functions; only runs of image
-and padding tokens are drawn as one.
+For every row: its picture resized to the square that the model gets, with the boxes and masks of the suffix on it; its
+tokens, coloured by type, each over its label (what the model has to write *in this place*: labels are the row itself,
+-100 where nothing is learned; the loss compares each with the prediction made one token earlier); and the prefix-LM
+mask. The tokens, labels and the mask are those of training, made by the same functions; only runs of image and padding
+tokens are drawn as one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from paligemma.answers.drawing import draw, font_for, one_line
 from paligemma.answers.parsing import parse
 from paligemma.attention_mask import prefix_lm_mask
-from paligemma.data.rows import Row
+from paligemma.data.rows import Picture, Row
 from paligemma.images import load_image
 from paligemma.processing_paligemma import IGNORED, PaliGemmaProcessor
 
@@ -137,48 +137,23 @@ def _panel(
     loc_scale: int,
     width: int,
 ) -> Image.Image:
-    pictures = [_as_seen(picture, processor.image_size) for picture in row.pictures]
-    if pictures:  # boxes are those of the only picture, or of the first
-        parsed = parse(row.suffix, pictures[0].size, loc_scale, codec)
-        pictures[0] = draw(pictures[0], [*parsed.detections, *parsed.segments])
-    mask = _mask_picture(chips, allowed)
-
-    tall = 40 * (MOST + 1) + PICTURE * (len(pictures) + 2) + 2 * MASK  # more than enough; cut off at the end
+    """One row: its pictures on the left; on the right where it stands, the legend, its tokens and the mask."""
+    pictures = _pictures(row, processor.image_size, codec, loc_scale)
+    tall = 40 * (MOST + 1) + PICTURE * (len(pictures) + 2) + 2 * MASK  # more than enough; cropped at the end
     canvas = Image.new("RGB", (width, tall), PAPER)
     pen = ImageDraw.Draw(canvas)
-    left, bottom = MARGIN, MARGIN
-    if len(pictures) > 1:  # two abreast, smaller
-        half = PICTURE // 2
-        pictures = [picture.resize((half, half), Image.Resampling.BICUBIC) for picture in pictures]
-    for k, picture in enumerate(pictures):
-        at = MARGIN + k % 2 * (picture.width + MARGIN), MARGIN + k // 2 * (picture.height + MARGIN)
-        canvas.paste(picture, at)
-        left, bottom = max(left, at[0] + picture.width + MARGIN), at[1] + picture.height + MARGIN
-
-    x, y = left, MARGIN
-    source = one_line(row.source)
-    answers = len(set(row.suffixes))  # ten people may have given the same
-    turn = f"   (one of {answers} answers, which are learned in turn)" if answers > 1 else ""
-    pen.text((x, y), f"row {row.number}   {source}{turn}", fill=INK, font=font_for(source, 14))
-    y += 24
-    for kind, name in (
-        ("image", "image"),
-        ("prefix", "prefix (· is a space)"),
-        ("suffix", "suffix"),
-        ("eos", "end"),
-        ("padding", "padding"),
-    ):
-        pen.rectangle((x, y + 2, x + 11, y + 13), fill=COLORS[kind])
-        pen.text((x + 16, y), name, fill=FAINT, font=font_for("", 12))
-        x += 28 + round(font_for("", 12).getlength(name))
+    left, bottom = _paste_pictures(canvas, pictures)
+    _write_head(pen, row, left)
+    _draw_legend(pen, left, MARGIN + 24)
     drawn = chips
     if len(chips) > MOST:
         drawn = [*chips[:MOST], Chip("padding", f"and {len(chips) - MOST} more", "", [])]
-    y = _draw_chips(pen, drawn, left, y + 24, width - MARGIN) + MARGIN
+    y = _draw_chips(pen, drawn, left, MARGIN + 48, width - MARGIN) + MARGIN
+    mask = _mask_picture(chips, allowed)
     canvas.paste(mask, (left, y))
     lines = [
-        "who sees whom: each line is a token that looks, each column one that is seen",
-        f"(of each picture {IMAGE_ROWS} tokens at most; colours as above, white: not seen)",
+        "attention mask: a line for each token that attends, a column for each token it may attend to",
+        f"(of each picture {IMAGE_ROWS} tokens at most; colours as above, white: masked)",
         f"{len(allowed)} tokens, {sum(chip.label != '-' for chip in chips)} of them learned (number under the token)",
     ]
     for k, line in enumerate(lines):
@@ -188,11 +163,49 @@ def _panel(
     return canvas.crop((0, 0, width, bottom + 1))
 
 
-def _as_seen(picture: Any, size: int) -> Image.Image:
-    """Squashed to the model's square, then enlarged pixel by pixel if that is small."""
-    seen = load_image(picture).resize((size, size), Image.Resampling.BICUBIC)
+def _pictures(row: Row, size: int, codec: MaskCodec | None, loc_scale: int) -> list[Image.Image]:
+    """The pictures of a row as the model gets them. Boxes are drawn on the only one, or on the first."""
+    pictures = [_resized(picture, size) for picture in row.pictures]
+    if pictures:
+        parsed = parse(row.suffix, pictures[0].size, loc_scale, codec)
+        pictures[0] = draw(pictures[0], [*parsed.detections, *parsed.segments])
+    if len(pictures) > 1:  # two beside each other, smaller
+        half = PICTURE // 2
+        pictures = [picture.resize((half, half), Image.Resampling.BICUBIC) for picture in pictures]
+    return pictures
+
+
+def _paste_pictures(canvas: Image.Image, pictures: list[Image.Image]) -> tuple[int, int]:
+    """Returns the right and lower border of what they take."""
+    right, bottom = MARGIN, MARGIN
+    for k, picture in enumerate(pictures):
+        at = MARGIN + k % 2 * (picture.width + MARGIN), MARGIN + k // 2 * (picture.height + MARGIN)
+        canvas.paste(picture, at)
+        right, bottom = max(right, at[0] + picture.width + MARGIN), at[1] + picture.height + MARGIN
+    return right, bottom
+
+
+def _write_head(pen: ImageDraw.ImageDraw, row: Row, left: int) -> None:
+    source = one_line(row.source)
+    answers = len(set(row.suffixes))  # ten people may have given the same
+    turn = f"   (one of {answers} answers, which are learned in turn)" if answers > 1 else ""
+    pen.text((left, MARGIN), f"row {row.number}   {source}{turn}", fill=INK, font=font_for(source, 14))
+
+
+def _draw_legend(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
+    names = {"prefix": "prefix (· is a space)", "eos": "end"}
+    for kind, color in COLORS.items():
+        name = names.get(kind, kind)
+        pen.rectangle((x, y + 2, x + 11, y + 13), fill=color)
+        pen.text((x + 16, y), name, fill=FAINT, font=font_for("", 12))
+        x += 28 + round(font_for("", 12).getlength(name))
+
+
+def _resized(picture: Picture, size: int) -> Image.Image:
+    """Resized to the model's square, then each pixel enlarged if that is small."""
+    square = load_image(picture).resize((size, size), Image.Resampling.BICUBIC)
     times = max(1, PICTURE // size)
-    return seen.resize((size * times, size * times), Image.Resampling.NEAREST)
+    return square.resize((size * times, size * times), Image.Resampling.NEAREST)
 
 
 def _draw_chips(pen: ImageDraw.ImageDraw, chips: list[Chip], left: int, top: int, right: int) -> int:
@@ -212,7 +225,7 @@ def _draw_chips(pen: ImageDraw.ImageDraw, chips: list[Chip], left: int, top: int
 
 
 def _mask_picture(chips: list[Chip], allowed: np.ndarray) -> Image.Image:
-    """allowed: bool [S, S]. Every cell where looking is allowed in the colour of the token that is seen."""
+    """allowed: bool [S, S]. A cell where attention is allowed has the colour of the token that is attended to."""
     places = [
         (place, chip.kind) for chip in chips for place in chip.places[: IMAGE_ROWS if len(chip.places) > 1 else 1]
     ]
