@@ -12,14 +12,18 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# One picture in the forms that can be opened again, and what a row may see: one picture, or a tuple of several.
+Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
+ImageInput: TypeAlias = Picture | tuple[Picture, ...]
 
-def load_image(source: Any) -> Image.Image:
+
+def load_image(source: Picture | bytearray | memoryview | IO[bytes]) -> Image.Image:
     """Any picture as 8-bit RGB, upright.
 
     `source`: a path, a `PIL.Image`, uint8 [H, W, 3] (also [H, W], and [H, W, C] with C = 1 grey, 2 grey + alpha, 4 RGB

@@ -22,62 +22,59 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
+from torch import Tensor
 
-from paligemma.answers.drawing import draw
+from paligemma.answers.drawing import Style, draw
 from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
-from paligemma.answers.parsing import parse_tokens
-from paligemma.answers.results import Detection, Segment
+from paligemma.answers.parsing import NUM_LOC, parse_tokens
+from paligemma.answers.results import Answer, Detection, Items, Segment
 from paligemma.generation import Constraint, Generated, check_length, generate, stream
-from paligemma.images import load_image, preprocess
+from paligemma.images import ImageInput, Picture, load_image, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.utils import load_hf_model
 from paligemma.weights.finding import first_with, open_model, resolve
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import Unpack
 
     from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+
+__all__ = ["Answer", "PaliGemma", "Sampling", "load"]
 
 TEXT_BUDGET = 128  # new tokens for a sentence
 BOX_BUDGET = 512  # for boxes (about 7 tokens each) and masks (about 23)
 CODEC_FILE = "mask_codec.npz"  # a checkpoint may bring its own; the official one is shared by all official checkpoints
 
-ImageInput = Any  # a path, a PIL image, uint8 [H, W, 3], or a tuple of these
+Row: TypeAlias = ImageInput | None  # what a row of the batch sees; None: no picture
+# Of a list: a list of strings is a list of pictures too, which `list[ImageInput]` would not say (lists are invariant).
+ImageT = TypeVar("ImageT", bound=ImageInput)
+RowT = TypeVar("RowT", bound=Row)
+Encoded: TypeAlias = tuple[Tensor, tuple[int, int]]  # image features [P, D], and (W, H) of the picture
 
 
-@dataclass
-class Answer:
-    """What the model wrote about one row.
+class Sampling(TypedDict, total=False):
+    """How tokens are chosen: the fields of `paligemma.Options` of these names, explained there."""
 
-    token_ids: without the closing eos. token_logprobs: of the chosen tokens, under the distribution they were chosen
-    from (after a constraint, before temperature). score: exp of their mean, in [0, 1]; for an empty answer the
-    probability of saying nothing (0 if the budget ended it). finished: False when the budget ended it, also where a
-    grammar closed the answer because another box did not fit. detections, segments: what the text's
-    location tokens mean, in pixels of the (first) image. invalid: what could not be read, as (span, reason).
-    """
-
-    text: str
-    token_ids: list[int]
-    token_logprobs: list[float]
-    score: float
-    finished: bool
-    detections: list[Detection] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    invalid: list[tuple[tuple[int, int], str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return self.text
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    num_beams: int
+    length_penalty: float
+    seed: int | Sequence[int] | None
+    suppress_tokens: Sequence[int] | None
 
 
 def load(
-    model: str = "tiny",
+    model: str | os.PathLike[str] = "tiny",
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     quantize: str | None = None,
@@ -132,20 +129,40 @@ class PaliGemma:
             self._codec = MaskCodec.load()
         return self._codec
 
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        side = self.processor.image_size
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"PaliGemma({parameters:,} parameters, {side} x {side} pixels, {dtype} on {self.model.device})"
+
     # ------------------------------------------------------------------------------------------ tasks
 
-    def caption(self, image: ImageInput | list[ImageInput], language: str = "en") -> Any:
+    @overload
+    def caption(self, image: Row, language: str = ...) -> Answer: ...
+    @overload
+    def caption(self, image: list[RowT], language: str = ...) -> list[Answer]: ...
+    def caption(self, image: Row | list[RowT], language: str = "en") -> Answer | list[Answer]:
         """A sentence about the image: Answer, or a list of them for a list of images."""
         _check_text(language, "the language")
         return self.generate(image, f"caption {language}")
 
+    @overload
+    def ask(self, image: Row, question: str, choices: Iterable[str] | None = ..., language: str = ...) -> Answer: ...
+    @overload
+    def ask(
+        self, image: Row, question: list[str], choices: Iterable[str] | None = ..., language: str = ...
+    ) -> list[Answer]: ...
+    @overload
+    def ask(
+        self, image: list[RowT], question: str | list[str], choices: Iterable[str] | None = ..., language: str = ...
+    ) -> list[Answer]: ...
     def ask(
         self,
-        image: ImageInput | list[ImageInput],
+        image: Row | list[RowT],
         question: str | list[str],
-        choices: Sequence[str] | None = None,
+        choices: Iterable[str] | None = None,
         language: str = "en",
-    ) -> Any:
+    ) -> Answer | list[Answer]:
         """The answer to a question. With `choices`, one of these strings and nothing else."""
         _check_text(language, "the language")
         questions = question if isinstance(question, list) else [question]
@@ -153,44 +170,80 @@ class PaliGemma:
             _check_text(one, "a question")
         prompts = [f"answer {language} {one}" for one in questions]
         constraint = ChoiceGrammar(self.processor.tokenizer, choices) if choices is not None else None
-        return self.generate(image, prompts if isinstance(question, list) else prompts[0], constraint=constraint)
+        if isinstance(question, list):
+            return self.generate(image, prompts, constraint=constraint)
+        return self.generate(image, prompts[0], constraint=constraint)
 
-    def ocr(self, image: ImageInput | list[ImageInput]) -> Any:
+    @overload
+    def ocr(self, image: Row) -> Answer: ...
+    @overload
+    def ocr(self, image: list[RowT]) -> list[Answer]: ...
+    def ocr(self, image: Row | list[RowT]) -> Answer | list[Answer]:
         """The text in the image."""
         return self.generate(image, "ocr")
 
+    @overload
+    def detect(
+        self, image: ImageInput, labels: str | Iterable[str], constrained: bool = ..., max_new_tokens: int = ...
+    ) -> Items[Detection]: ...
+    @overload
+    def detect(
+        self, image: list[ImageT], labels: str | Iterable[str], constrained: bool = ..., max_new_tokens: int = ...
+    ) -> list[Items[Detection]]: ...
     def detect(
         self,
-        image: ImageInput | list[ImageInput],
-        labels: str | Sequence[str],
+        image: ImageInput | list[ImageT],
+        labels: str | Iterable[str],
         constrained: bool = True,
         max_new_tokens: int = BOX_BUDGET,
-    ) -> Any:
-        """Boxes of everything that bears one of the labels: list of Detection, in pixels of the image.
+    ) -> Items[Detection] | list[Items[Detection]]:
+        """Boxes of everything that bears one of the labels, in pixels of the image: a list, which shows itself in a
+        notebook. A list of images gives a list of lists.
 
         labels: of all the images. (Others for each: `generate` with a list of prompts and `constrained=True`.)
-
         constrained: decode under the grammar, so that the output always parses and names only what was asked for;
-        False gives the reference's free decoding. A list of images gives a list of lists.
+            False gives the reference's free decoding.
         """
+        _check_pictures(image)
         prompt = "detect " + " ; ".join(_labels(labels))
         answers = self.generate(image, prompt, max_new_tokens=max_new_tokens, constrained=constrained)
-        return [a.detections for a in answers] if isinstance(answers, list) else answers.detections
+        if isinstance(answers, list):
+            return [Items(answer.detections, answer.picture) for answer in answers]
+        return Items(answers.detections, answers.picture)
 
+    @overload
     def segment(
         self,
-        image: ImageInput | list[ImageInput],
-        labels: str | Sequence[str] | None = None,
+        image: ImageInput,
+        labels: str | Iterable[str] | None = ...,
+        prompt: str | None = ...,
+        constrained: bool = ...,
+        max_new_tokens: int = ...,
+    ) -> Items[Segment]: ...
+    @overload
+    def segment(
+        self,
+        image: list[ImageT],
+        labels: str | Iterable[str] | None = ...,
+        prompt: str | None = ...,
+        constrained: bool = ...,
+        max_new_tokens: int = ...,
+    ) -> list[Items[Segment]]: ...
+    def segment(
+        self,
+        image: ImageInput | list[ImageT],
+        labels: str | Iterable[str] | None = None,
         prompt: str | None = None,
         constrained: bool = True,
         max_new_tokens: int = BOX_BUDGET,
-    ) -> Any:
-        """Masks of everything that bears one of the labels: list of Segment, masks bool [H, W] at full size.
+    ) -> Items[Segment] | list[Items[Segment]]:
+        """Masks of everything that bears one of the labels, bool [H, W] at the size of the image. Else as `detect`.
 
         prompt: instead of labels, the bare expression that some checkpoints want (RefCOCO: "the dog on the left").
         """
         if (labels is None) == (prompt is None):
             raise ValueError("segment wants labels, or the bare prompt of a RefCOCO checkpoint, and not both")
+        _check_pictures(image)
         codec = self.codec  # before any work: without it there are no masks
         grammar: Constraint | None = None
         if labels is not None:
@@ -207,19 +260,62 @@ class PaliGemma:
             constrained=constrained and grammar is None,
             codec=codec,
         )
-        return [a.segments for a in answers] if isinstance(answers, list) else answers.segments
+        if isinstance(answers, list):
+            return [Items(answer.segments, answer.picture) for answer in answers]
+        return Items(answers.segments, answers.picture)
 
-    def draw(self, image: ImageInput, items: Sequence[Detection | Segment] | Answer, **style: Any) -> Image.Image:
-        """The image with boxes, masks, labels and scores over it."""
+    def draw(
+        self, image: Picture, items: Sequence[Detection | Segment] | Answer, **style: Unpack[Style]
+    ) -> Image.Image:
+        """The image with boxes, masks, labels and scores over it. style: see `answers/drawing.py`."""
         if isinstance(items, Answer):
             items = [*items.detections, *items.segments]
         return draw(load_image(image), items, **style)
 
     # ------------------------------------------------------------------------------------------ any prompt
 
+    @overload
     def generate(
         self,
-        image: ImageInput | list[ImageInput],
+        image: Row,
+        prompt: str,
+        max_new_tokens: int = ...,
+        *,
+        constraint: Constraint | None = ...,
+        constrained: bool = ...,
+        batch_size: int = ...,
+        codec: MaskCodec | None = ...,
+        **sampling: Unpack[Sampling],
+    ) -> Answer: ...
+    @overload
+    def generate(
+        self,
+        image: Row,
+        prompt: list[str],
+        max_new_tokens: int = ...,
+        *,
+        constraint: Constraint | None = ...,
+        constrained: bool = ...,
+        batch_size: int = ...,
+        codec: MaskCodec | None = ...,
+        **sampling: Unpack[Sampling],
+    ) -> list[Answer]: ...
+    @overload
+    def generate(
+        self,
+        image: list[RowT],
+        prompt: str | list[str],
+        max_new_tokens: int = ...,
+        *,
+        constraint: Constraint | None = ...,
+        constrained: bool = ...,
+        batch_size: int = ...,
+        codec: MaskCodec | None = ...,
+        **sampling: Unpack[Sampling],
+    ) -> list[Answer]: ...
+    def generate(
+        self,
+        image: Row | list[RowT],
         prompt: str | list[str],
         max_new_tokens: int = TEXT_BUDGET,
         *,
@@ -227,13 +323,15 @@ class PaliGemma:
         constrained: bool = False,
         batch_size: int = 16,
         codec: MaskCodec | None = None,
-        **sampling: Any,
-    ) -> Any:
+        **sampling: Unpack[Sampling],
+    ) -> Answer | list[Answer]:
         """The answer to any prompt: Answer, or a list of them if image or prompt is a list.
 
-        constraint: a hook on the logits for every row, see `generation.py`. constrained: derive it from the prompt,
-        if it is a `detect` or `segment` one. sampling: do_sample, temperature, top_k, top_p, num_beams,
-        length_penalty, seed, as in `paligemma.generate`.
+        image: None for a row without a picture.
+        constraint: what may come next in every row, see `answers/grammar.py`.
+        constrained: derive it from the prompt, if that is a `detect` or `segment` one.
+        codec: decodes masks; default the checkpoint's own, if it has one.
+        sampling: the fields of `Sampling`, as in `paligemma.generate`. A list of seeds has one for each row.
         """
         images, prompts, is_list = _broadcast(image, prompt)
         if batch_size < 1:
@@ -242,20 +340,20 @@ class PaliGemma:
         if isinstance(seeds, Sequence) and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} rows: give one for all, or one for each")
         answers: list[Answer] = []
-        features: dict[int, Any] = {}  # by identity: an image is loaded and encoded once, however many prompts it has
+        features: dict[int, Encoded] = {}  # by identity: an image is opened and encoded once, for all of its prompts
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             if start:  # keep what is still needed
-                needed = {id(one) for image in images[rows] for one in _seen_together(image)}
+                needed = {id(one) for image in images[rows] for one in _pictures(image)}
                 features = {key: value for key, value in features.items() if key in needed}
-            options = {**sampling, "seed": seeds[rows] if isinstance(seeds, Sequence) else seeds}
+            options: Sampling = {**sampling, "seed": seeds[rows] if isinstance(seeds, Sequence) else seeds}
             answers += self._generate_batch(
                 images[rows], prompts[rows], features, max_new_tokens, constraint, constrained, codec, options
             )
         return answers if is_list else answers[0]
 
     def stream(
-        self, image: ImageInput, prompt: str, max_new_tokens: int = TEXT_BUDGET, **sampling: Any
+        self, image: Row, prompt: str, max_new_tokens: int = TEXT_BUDGET, **sampling: Unpack[Sampling]
     ) -> Generator[str, None, Answer]:
         """The answer to one prompt in pieces of text, as they come. The pieces joined are the answer's text.
 
@@ -268,23 +366,23 @@ class PaliGemma:
             inputs,
             tokenizer,
             max_new_tokens=max_new_tokens,
-            watch=(tokenizer.first_loc_id, 1024),
+            watch=(tokenizer.first_loc_id, NUM_LOC),
             **sampling,
         )
-        return self._answer(row, size, None)
+        return self._answer(row, image, size, None)
 
     # ------------------------------------------------------------------------------------------ inside
 
     def _generate_batch(
         self,
-        images: list[ImageInput],
+        images: list[Row],
         prompts: list[str],
-        features: dict[int, Any],
+        features: dict[int, Encoded],
         max_new_tokens: int,
         constraint: Constraint | None,
         constrained: bool,
         codec: MaskCodec | None,
-        sampling: dict[str, Any],
+        sampling: Sampling,
     ) -> list[Answer]:
         tokenizer = self.processor.tokenizer
         inputs, sizes = self._inputs(images, prompts, features, max_new_tokens)
@@ -294,13 +392,14 @@ class PaliGemma:
             inputs,
             max_new_tokens=max_new_tokens,
             constraint=per_row if any(per_row) else None,
-            watch=(tokenizer.first_loc_id, 1024),
+            watch=(tokenizer.first_loc_id, NUM_LOC),
             num_tokens=len(tokenizer),
             **sampling,
         )
-        return [self._answer(row, size, codec) for row, size in zip(rows, sizes)]
+        return [self._answer(row, image, size, codec) for row, image, size in zip(rows, images, sizes)]
 
-    def _answer(self, row: Generated, size: tuple[int, int], codec: MaskCodec | None) -> Answer:
+    def _answer(self, row: Generated, image: Row, size: tuple[int, int] | None, codec: MaskCodec | None) -> Answer:
+        """size: (W, H) of the row's first image, None where it has none."""
         tokenizer = self.processor.tokenizer
         parsed = parse_tokens(
             row.token_ids,
@@ -311,7 +410,7 @@ class PaliGemma:
             token_logprobs=row.token_logprobs,
             bins=row.bins,
         )
-        return Answer(
+        answer = Answer(
             text=tokenizer.decode(row.token_ids),
             token_ids=row.token_ids,
             token_logprobs=row.token_logprobs,
@@ -321,6 +420,8 @@ class PaliGemma:
             segments=parsed.segments,
             invalid=parsed.invalid,
         )
+        answer.picture = next(iter(_pictures(image)), None)
+        return answer
 
     def _grammar(self, prompt: str) -> Constraint | None:
         """The grammar that a `detect` or `segment` prompt asks its answer to follow."""
@@ -331,17 +432,15 @@ class PaliGemma:
         return DetectionGrammar(self.processor.tokenizer, labels=labels, segments=task == "segment")
 
     def _inputs(
-        self, images: list[ImageInput], prompts: list[str], features: dict[int, Any], max_new_tokens: int
-    ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-        """Model inputs for some rows, and the (W, H) of each row's first image.
+        self, images: list[Row], prompts: list[str], features: dict[int, Encoded], max_new_tokens: int
+    ) -> tuple[dict[str, Tensor], list[tuple[int, int] | None]]:
+        """Model inputs for some rows, and the (W, H) of each row's first image (None for a row without).
 
-        features: (image features [P, D], size) by the identity of the image; filled with what is new, so that an
-        image with many prompts is loaded, resized and encoded once.
+        features: what is encoded already, by the identity of the image; filled with what is new, so that an image with
+        many prompts is opened, resized and encoded once.
         """
-        rows = [_seen_together(image) for image in images]
-        if not all(rows):
-            raise ValueError("an empty tuple of images: a row needs at least one")
-        inputs: dict[str, Any] = self.processor.lay_out(prompts, [len(row) for row in rows])
+        rows = [_pictures(image) for image in images]
+        inputs = self.processor.lay_out(prompts, [len(row) for row in rows])
         check_length(self.model.config, inputs["attention_mask"], max_new_tokens)  # before the images are encoded
         new = {id(image): image for row in rows for image in row if id(image) not in features}
         if new:
@@ -351,28 +450,30 @@ class PaliGemma:
             with torch.inference_mode():
                 encoded = self.model.encode_image(pixels.to(self.model.device))  # [n, P, D]
             features.update({key: (f, p.size) for key, f, p in zip(new, encoded, pictures)})
-        inputs["image_features"] = torch.stack([features[id(image)][0] for row in rows for image in row])
-        return inputs, [features[id(row[0])][1] for row in rows]
+        if any(rows):
+            inputs["image_features"] = torch.stack([features[id(image)][0] for row in rows for image in row])
+        return inputs, [features[id(row[0])][1] if row else None for row in rows]
 
 
-def shown(pieces: Generator[str, None, Answer], write: Callable[[str], Any]) -> Answer:
+def shown(pieces: Generator[str, None, Answer], write: Callable[[str], object]) -> Answer:
     """Writes the pieces of `PaliGemma.stream` as they come, and a line break. Returns the answer."""
     while True:
         try:
             write(next(pieces))
         except StopIteration as end:
             write("\n")
-            return end.value
+            answer: Answer = end.value
+            return answer
 
 
-def _check_text(value: Any, name: str) -> str:
+def _check_text(value: object, name: str) -> str:
     """The value. Anything can be put into a prompt, None too, and the model would answer it."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is {type(value).__name__}, expected a string")
     return value
 
 
-def _labels(labels: str | Sequence[str]) -> list[str]:
+def _labels(labels: str | Iterable[str]) -> list[str]:
     if not isinstance(labels, Iterable):
         raise TypeError(f"labels is {labels!r}, expected a string or a list of strings")
     labels = [_check_text(label, "a label").strip() for label in ([labels] if isinstance(labels, str) else labels)]
@@ -384,29 +485,38 @@ def _labels(labels: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(labels))
 
 
-def _seen_together(image: ImageInput) -> tuple[ImageInput, ...]:
-    """The images of a row: those of a tuple, or the one."""
-    return image if isinstance(image, tuple) else (image,)
+def _pictures(image: Row) -> tuple[Picture, ...]:
+    """The images that a row sees: those of a tuple, the one, or none."""
+    if image is None:
+        return ()
+    if not isinstance(image, tuple):
+        return (image,)
+    if not image:
+        raise ValueError("an empty tuple of images: a row needs at least one (None is a row without a picture)")
+    return image
 
 
-def _broadcast(image: Any, prompt: Any) -> tuple[list[ImageInput], list[str], bool]:
+def _check_pictures(image: object) -> None:
+    """For boxes and masks, which are somewhere in a picture."""
+    if any(one is None for one in (image if isinstance(image, list) else [image])):
+        raise ValueError("there is no picture to look in: the image is None")
+
+
+def _broadcast(image: Row | list[RowT], prompt: str | list[str]) -> tuple[list[Row], list[str], bool]:
     """Pairs images and prompts as the head of this file says."""
-    images = image if isinstance(image, list) else [image]
+    images: list[Row] = [*image] if isinstance(image, list) else [image]
     prompts = prompt if isinstance(prompt, list) else [prompt]
     is_list = isinstance(image, list) or isinstance(prompt, list)
     for text in prompts:
         _check_text(text, "a prompt")
-    if isinstance(image, list) and isinstance(prompt, list) and len(images) != len(prompts):
+    if not isinstance(image, list):
+        images = images * len(prompts)
+    elif not isinstance(prompt, list):
+        prompts = prompts * len(images)
+    if len(images) != len(prompts):
         raise ValueError(
             f"{len(images)} images and {len(prompts)} prompts: give equal numbers, or one of either "
             "(not a list) for all of the others"
-        )
-    rows = max(len(images), len(prompts)) if images and prompts else 0
-    images = images * rows if len(images) == 1 and not isinstance(image, list) else images
-    prompts = prompts * rows if len(prompts) == 1 and not isinstance(prompt, list) else prompts
-    if rows and len(images) != len(prompts):
-        raise ValueError(
-            f"{len(images)} images and {len(prompts)} prompts: give equal numbers, or a single one of either"
         )
     return images, prompts, is_list
 
@@ -440,7 +550,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only_cpu", type=true_or_false, default=False)
     options = parser.parse_args(arguments)
-    sampling: dict[str, Any] = {}
+    sampling: Sampling = {}
     if options.do_sample:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
     try:

@@ -156,6 +156,9 @@ class PaliGemmaProcessor:
         """The text of one row of ids; see `Tokenizer.decode`."""
         return self.tokenizer.decode(ids)
 
+    def __repr__(self) -> str:
+        return f"PaliGemmaProcessor(num_image_tokens={self.num_image_tokens}, image_size={self.image_size})"
+
     def _prefix_ids(self, prompt: str, images: int, row: int) -> list[int]:
         """Images, `<bos>`, prompt and newline."""
         encode = self.tokenizer.encode

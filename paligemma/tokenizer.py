@@ -119,6 +119,9 @@ class Tokenizer:
         trained."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({len(self):,} tokens)"
+
     def _kept(self, ids: Iterable[int]) -> list[int]:
         return [i for i in map(int, ids) if i >= 0 and i not in self._dropped]
 

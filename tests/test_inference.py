@@ -1,6 +1,7 @@
 """The face of the project: what goes in, what comes out, how lists pair up."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from reference import randomize, tiny_config
 
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.results import Detection, Segment
+from paligemma.generation import generate
 from paligemma.inference import Answer, PaliGemma, load, main, shown
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -240,6 +242,51 @@ def test_many_pictures_of_different_sizes_at_once_equal_one_by_one(pg):
     assert len(together) == 16 and any(together)
     for found, image in zip(together, pictures):
         assert same_boxes(found, pg.detect(image, ["dog", "cat"], max_new_tokens=40))
+
+
+def test_results_keep_the_picture_as_it_was_given(pg, tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(picture(2, 90, 70)).save(path)
+    found = pg.detect(path, ["dog", "cat"], max_new_tokens=60)
+    assert found and found.picture is path and found._repr_png_().startswith(b"\x89PNG")
+    image = Image.open(path)
+    assert pg.segment([image, path], "dog", max_new_tokens=60)[0].picture is image
+    assert pg.generate((path, image), "ocr", 4).picture is path
+    answers = pg.generate([path, image], "ocr", 4)
+    assert answers[0].picture is path and answers[1].picture is image
+    stream = pg.stream(path, "ocr", 4)
+    assert shown(stream, lambda piece: None).picture is path
+
+
+def test_a_row_without_a_picture(pg):
+    """The prompt alone is read, as the processor lays it out without images."""
+    alone = pg.generate(None, "how many legs has a dog ?", 8)
+    inputs = pg.processor(text=["how many legs has a dog ?"], images=None)
+    expected = generate(pg.model, inputs, max_new_tokens=8, num_tokens=len(pg.processor.tokenizer))[0]
+    assert alone.token_ids == expected.token_ids and alone.picture is None
+    # Beside rows with one picture and with two, and in a stream.
+    question, two = "how many legs has a dog ?", (picture(0), picture(1))
+    mixed = pg.generate([picture(0), None, two], question, 8)
+    assert same(mixed[1], alone)
+    assert same(mixed[0], pg.generate(picture(0), question, 8)) and same(mixed[2], pg.generate(two, question, 8))
+    assert same(pg.ask(None, "why ?"), pg.generate(None, "answer en why ?"))
+    assert "".join(pg.stream(None, question, 8)) == alone.text
+
+
+def test_boxes_without_a_picture_are_nowhere(pg):
+    answer = pg.generate(None, "detect dog", 60, constrained=True)
+    assert "<loc" in answer.text and answer.detections == []
+    assert {reason for _, reason in answer.invalid} == {"a box without a picture"}
+    for find in (pg.detect, pg.segment):
+        for image in (None, [picture(0), None]):
+            with pytest.raises(ValueError, match="no picture to look in"):
+                find(image, "dog")
+
+
+def test_a_repr_says_what_was_loaded(pg):
+    assert re.fullmatch(r"PaliGemma\([\d,]+ parameters, 28 x 28 pixels, float32 on cpu\)", repr(pg))
+    assert repr(pg.processor) == "PaliGemmaProcessor(num_image_tokens=4, image_size=28)"
+    assert repr(pg.processor.tokenizer) == f"Tokenizer({len(pg.processor.tokenizer):,} tokens)"
 
 
 def test_draw_takes_an_answer_or_a_list(pg):

@@ -11,12 +11,12 @@ import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from paligemma.images import load_image
+from paligemma.images import Picture, load_image
 
 if TYPE_CHECKING:
     from paligemma.answers.results import Detection, Segment
@@ -57,8 +57,16 @@ _SYSTEM_FONTS = (
 )
 
 
+class Style(TypedDict, total=False):
+    """The options of `draw`."""
+
+    scores: bool
+    mask_opacity: float
+    scale: float
+
+
 def draw(
-    image: Image.Image | np.ndarray | str,
+    image: Picture,
     items: Sequence[Item],
     *,
     scores: bool = True,
@@ -230,7 +238,7 @@ class _Tag:
 def _luminance(color: Color) -> float:
     """How bright a colour is to the eye, 0 to 1 (of light, so before sRGB's exponent)."""
     red, green, blue = ((value / 255) ** 2.2 for value in color)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
 
 
 def _place(tag: _Tag, box: Rectangle, placed: list[Rectangle], size: tuple[int, int]) -> tuple[int, int]:

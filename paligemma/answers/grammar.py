@@ -7,7 +7,7 @@ of what has been written and of the tokens left in the budget; `generation.py` c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ class DetectionGrammar:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        labels: Sequence[str] | None = None,
+        labels: Iterable[str] | None = None,
         segments: bool = False,
         eos_token_id: int | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class ChoiceGrammar:
     for one that the tokenizer cannot write, and, when decoding begins, for one that does not fit into the budget.
     """
 
-    def __init__(self, tokenizer: Tokenizer, choices: Sequence[str], eos_token_id: int | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, choices: Iterable[str], eos_token_id: int | None = None) -> None:
         self.eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
         self.tree = _Tree(self.eos)
         self.costs = {}  # choice -> tokens it takes, eos included
@@ -264,7 +264,7 @@ def _token_texts(tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode([first, i])[skip:] for i in range(len(tokenizer))]
 
 
-def _check_texts(texts: Sequence[str], name: str) -> list[str]:
+def _check_texts(texts: Iterable[str], name: str) -> list[str]:
     given = [] if isinstance(texts, str) else list(texts)
     if not given or not all(isinstance(text, str) for text in given):
         raise ValueError(f"{name} must be a list of one or more strings, got {texts!r}")

@@ -56,7 +56,8 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.net(x)
+        residual: Tensor = self.net(x)
+        return x + residual
 
 
 class Codebook(nn.Module):
@@ -151,7 +152,7 @@ class MaskCodec(nn.Module):
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
             raise ValueError(f"codes must lie in 0..{self.num_codes - 1}, got {int(codes.min())}..{int(codes.max())}")
         embeddings = self._vq_vae._embedding[codes.long()]  # [N, 16, E]
-        return self.reconstruct(embeddings.transpose(1, 2).unflatten(2, (GRID, GRID)))
+        return self.reconstruct(_on_the_grid(embeddings))
 
     # -- the parts, which training uses one by one --
 
@@ -179,7 +180,8 @@ class MaskCodec(nn.Module):
 
     def reconstruct(self, embeddings: Tensor) -> Tensor:
         """embeddings [N, E, 4, 4] -> [N, 64, 64]."""
-        return self.decoder(embeddings).squeeze(1)
+        masks: Tensor = self.decoder(embeddings)
+        return masks.squeeze(1)
 
     # -- training --
 
@@ -193,7 +195,7 @@ class MaskCodec(nn.Module):
         """
         latents = self.latents(masks)
         codes = self.nearest(latents)
-        chosen = self._vq_vae._embedding[codes].transpose(1, 2).unflatten(2, (GRID, GRID))  # [N, E, 4, 4]
+        chosen = _on_the_grid(self._vq_vae._embedding[codes])  # [N, E, 4, 4]
         if self.training:
             share = torch.bincount(codes.flatten(), minlength=self.num_codes) / max(codes.numel(), 1)
             self.usage.lerp_(share.to(self.usage), 0.01)
@@ -271,6 +273,11 @@ class MaskCodec(nn.Module):
             raise ValueError(f"a mask codec is saved as .npz or .safetensors, got {path.name!r}")
 
 
+def _on_the_grid(embeddings: Tensor) -> Tensor:
+    """[N, 16, E] -> [N, E, 4, 4]"""
+    return embeddings.transpose(1, 2).reshape(len(embeddings), embeddings.shape[2], GRID, GRID)
+
+
 def _pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
     """Zero padding after which a convolution gives ceil(size / stride), as "SAME" does in TensorFlow and JAX.
 
@@ -301,7 +308,7 @@ def crop(mask: np.ndarray, box: Box) -> np.ndarray:
     y0, y1 = _at_least_one(round(box[1]), round(box[3]), height)
     image = Image.fromarray(mask[y0:y1, x0:x1].astype(np.float32))
     small = np.asarray(image.resize((MASK_SIZE, MASK_SIZE), Image.Resampling.BILINEAR))
-    return np.clip(small, 0, 1)  # weights sum to 1 only up to rounding
+    return small.clip(0, 1)  # weights sum to 1 only up to rounding
 
 
 def paste(mask64: np.ndarray | Tensor, box: Box, image_size: tuple[int, int], rule: str = "space") -> np.ndarray:

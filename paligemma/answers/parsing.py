@@ -59,7 +59,7 @@ def parse(
 def parse_tokens(
     token_ids: Sequence[int],
     tokenizer: Tokenizer,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     loc_scale: int = 1024,
     codec: MaskCodec | None = None,
     paste_rule: str = "space",
@@ -70,6 +70,8 @@ def parse_tokens(
 
     The text decides what is a token: a model that spells out "<loc0007>" letter by letter has written a location. Both
     ways of reading an answer agree by construction, and nobody who only has the text reads something else.
+
+    image_size: None for an answer about no picture; a box in it is then invalid.
 
     token_logprobs: log-probability of each token -> `score`, the exponential of the mean over the item's tokens: four
     locations, the label, and for a segment its sixteen codes. The geometric mean of probabilities, in [0, 1]. Items of
@@ -87,33 +89,18 @@ def parse_tokens(
         if values is not None and len(values) != len(token_ids):
             raise ValueError(f"{name} has {len(values)} entries for {len(token_ids)} tokens; it needs one for each")
     text = tokenizer.decode(token_ids)
+    if image_size is None:
+        return Parsed(invalid=[(item.span, "a box without a picture") for item in _items(text)])
     if (token_logprobs is None and bins is None) or not _TOKEN.search(text):
         return parse(text, image_size, loc_scale, codec, paste_rule)
 
-    starts = _token_starts(token_ids, tokenizer, text)
-
-    def tokens_of(span: tuple[int, int]) -> range:
-        """Positions of the tokens that a stretch of the text came from."""
-        if span[0] == span[1]:
-            return range(0)
-        first = bisect_left(starts, span[0])
-        if first == len(starts) or starts[first] != span[0]:
-            first -= 1
-        return range(first, bisect_left(starts, span[1]))
+    tokens = _Tokens(token_ids, tokenizer, text)
 
     def score(item: _Item) -> float | None:
-        if token_logprobs is None:
-            return None
-        used = {i for span in [*item.locs, *item.segs, item.label_at] for i in tokens_of((span.start, span.end))}
-        return math.exp(sum(token_logprobs[i] for i in used) / len(used))
+        return None if token_logprobs is None else tokens.score(item, token_logprobs)
 
     def edges(item: _Item) -> np.ndarray | None:
-        at = [tokens_of((loc.start, loc.end)) for loc in item.locs]
-        if bins is None or any(len(r) != 1 or not 0 <= token_ids[r[0]] - tokenizer.first_loc_id < NUM_LOC for r in at):
-            return None
-        y0, x0, y1, x1 = (bins[r[0]] for r in at)
-        size = np.array([image_size[0], image_size[1]] * 2)[:, None]
-        return np.array([x0, y0, x1, y1], dtype=float) / loc_scale * size
+        return None if bins is None else tokens.edges(item, bins, image_size, loc_scale)
 
     return _assemble(_items(text), image_size, loc_scale, codec, paste_rule, score, edges)
 
@@ -244,6 +231,40 @@ def check_scales(image_size: tuple[int, int], loc_scale: int) -> tuple[int, int]
     if loc_scale not in (NUM_LOC, NUM_LOC - 1):
         raise ValueError(f"loc_scale must be 1024 (default) or 1023, got {loc_scale}")
     return int(width), int(height)
+
+
+class _Tokens:
+    """The tokens of an answer and their places in its text, to look up what the model said of the tokens of an item."""
+
+    def __init__(self, token_ids: list[int], tokenizer: Tokenizer, text: str) -> None:
+        self.ids, self.first_loc = token_ids, tokenizer.first_loc_id
+        self.starts = _token_starts(token_ids, tokenizer, text)
+
+    def positions(self, piece: _Piece) -> range:
+        """Positions of the tokens that a stretch of the text came from."""
+        if piece.start == piece.end:
+            return range(0)
+        first = bisect_left(self.starts, piece.start)
+        if first == len(self.starts) or self.starts[first] != piece.start:
+            first -= 1
+        return range(first, bisect_left(self.starts, piece.end))
+
+    def score(self, item: _Item, logprobs: Sequence[float]) -> float:
+        """The geometric mean of the probabilities of the item's tokens."""
+        used = {i for piece in [*item.locs, *item.segs, item.label_at] for i in self.positions(piece)}
+        return math.exp(sum(logprobs[i] for i in used) / len(used))
+
+    def edges(
+        self, item: _Item, bins: Sequence[tuple[float, float]], image_size: tuple[int, int], loc_scale: int
+    ) -> np.ndarray | None:
+        """Mean and spread in pixels, [4, 2] in the order x0 y0 x1 y1; None if a location is spelled out."""
+        at = [self.positions(loc) for loc in item.locs]
+        if any(len(r) != 1 or not 0 <= self.ids[r[0]] - self.first_loc < NUM_LOC for r in at):
+            return None
+        y0, x0, y1, x1 = (bins[r[0]] for r in at)
+        size = np.array([image_size[0], image_size[1]] * 2)[:, None]
+        pixels: np.ndarray = np.array([x0, y0, x1, y1], dtype=float) / loc_scale * size
+        return pixels
 
 
 def _token_starts(token_ids: list[int], tokenizer: Tokenizer, text: str) -> list[int]:

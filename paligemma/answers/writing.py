@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from paligemma.answers.mask_codec import NUM_TOKENS, MaskCodec, crop
 from paligemma.answers.parsing import NUM_LOC, check_scales
-from paligemma.answers.results import Detection, Segment
+from paligemma.answers.results import Detection, ItemT, Segment
 
 NUM_SEG = 128
 SEPARATOR = " ; "
@@ -69,12 +69,13 @@ def format_segments(
     return SEPARATOR.join(texts)
 
 
-def canonical_order(items: Sequence, labels: Sequence[str] | None = None) -> list:
+def canonical_order(items: Iterable[ItemT], labels: Iterable[str] | None = None) -> list[ItemT]:
     """Class by class, each from left to right by the left edge, equal ones from top to bottom.
 
     `labels` is the order of the classes, for training usually that of the prompt; classes that it does not have, or all
     of them without it, come in the order of their first item.
     """
+    items = list(items)
     classes = list(dict.fromkeys([*(labels or []), *(item.label for item in items)]))
     rank = {label: i for i, label in enumerate(classes)}
     return sorted(items, key=lambda item: (rank[item.label], item.box[0], item.box[1]))
