@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from paligemma.answers.mask_codec import MaskCodec
     from paligemma.answers.parsing import parse
     from paligemma.answers.results import Answer, Detection, Items, Parsed, Segment
-    from paligemma.fast.quantization import quantize
+    from paligemma.fast.swap import quantize
     from paligemma.generation import Generated, Options, decode_one_token, generate, prefill
     from paligemma.images import load_image
     from paligemma.inference import PaliGemma, load
@@ -68,7 +68,7 @@ _HOME = {
     "utils": "load_hf_model",
     "weights.saving": "save_pretrained",
     "weights.converting": "convert merge",
-    "fast.quantization": "quantize",
+    "fast.swap": "quantize",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 

@@ -14,13 +14,14 @@ import torch
 
 from paligemma.devices import pick_device
 from paligemma.fast.offload import check_device_map, offload
-from paligemma.fast.quantization import STORED, QuantizedCheckpoint, check_mode, load_quantizing
-from paligemma.fast.quantization import quantize as quantize_model
+from paligemma.fast.swap import STORED, check_mode
+from paligemma.fast.swap import quantize as quantize_model
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from paligemma.weights.finding import first_with, open_model, resolve
 from paligemma.weights.loading import load_model, parse_dtype
 from paligemma.weights.published import published_name
+from paligemma.weights.quantized import QuantizedCheckpoint, load_quantizing
 
 
 def load_hf_model(
@@ -41,7 +42,7 @@ def load_hf_model(
     sizes, the checkpoint's own for small ones. revision: branch, tag or commit of a hub id. image_size: another
     resolution than the checkpoint's, for which its table of positions is resampled. quantize: "int8" or "int4" rounds
     the weights as they are read, "bnb-int8" or "nf4" through bitsandbytes; a checkpoint may be quantised already. On a
-    CPU the published sizes take "bf16" by themselves, which changes no weight (see `quantization.py`). device_map:
+    CPU the published sizes take "bf16" by themselves, which changes no weight (see `fast/swap.py`). device_map:
     "auto" for a model larger than its device, by accelerate; max_memory: what may be used of each (see `offload.py`).
 
     Raises ValueError or OSError (FileNotFoundError, PermissionError for a gated repository, ...) in a line or two that

@@ -115,8 +115,7 @@ def module_graph():
 def import_graph():
     """{(room, room it imports)}: the same with folders counting as one room."""
     rooms = {(here.split(".")[0], there.split(".")[0]) for here, there in module_graph()}
-    # Until their owners have cut the files that hold both sides:
-    return {(here, there) for here, there in rooms if here != there} - {("fast", "weights")}
+    return {(here, there) for here, there in rooms if here != there}
 
 
 def circles(graph):

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from paligemma.fast.quantization import open_quantized
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.weights.expected import expected_shapes
 from paligemma.weights.published import published_config
+from paligemma.weights.quantized import open_quantized
 from paligemma.weights.saving import write_config
 from paligemma.weights.writing import write_safetensors
 

@@ -158,8 +158,9 @@ def run(spec: Spec) -> dict[str, Any]:
 
 def load(spec: Spec) -> Any:
     """Ours, as `paligemma.load` loads it: a quantised checkpoint as it is, any other by the contestant's name."""
-    from paligemma.fast.quantization import open_quantized, quantize, stored_mode
+    from paligemma.fast.swap import quantize
     from paligemma.weights.loading import load_model
+    from paligemma.weights.quantized import open_quantized, stored_mode
 
     mode = spec.name.removesuffix("-torch")
     folder = Path(spec.folder)

@@ -30,10 +30,11 @@ from paligemma.bench.machine import describe_machine, measure_limits
 from paligemma.bench.peer import installed
 from paligemma.bench.report import summarise
 from paligemma.bench.shapes import TEXT_TOKENS, published_shape, work_in, write_random_checkpoint
-from paligemma.fast.quantization import STORED, quantize_checkpoint, stored_mode
+from paligemma.fast.swap import STORED
 from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.weights.finding import resolve
+from paligemma.weights.quantized import quantize_checkpoint, stored_mode
 
 TIMEOUT = 900  # seconds for one contestant in one round: far more than any needs, so that nothing hangs for ever
 

@@ -66,8 +66,8 @@ def quantize(
     if target.suffix == ".npz":
         raise typer.BadParameter(f"{target} is the name of an .npz, which cannot hold rounded weights: name a folder")
 
-    from paligemma.fast.quantization import quantize_checkpoint
     from paligemma.weights.finding import open_model, resolve
+    from paligemma.weights.quantized import quantize_checkpoint
 
     checkpoint, folders = open_model(resolve(source, revision=revision), dtype)
     note_written(target, quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders))

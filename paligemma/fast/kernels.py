@@ -8,7 +8,7 @@ shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: the s
 few rows alone. What they share is in `linear_kernels.h`; `decoder_layer.h` makes a whole layer of their functions.
 
 Nobody has to have a compiler: without one, or without such a CPU, `kernel_available()` is False, a line on stderr says
-why, and the layers of `quantization.py` use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that,
+why, and the layers of this folder use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that,
 PALIGEMMA_KERNEL=avx2 for the shorter file.
 
 The library speaks plain C and is called through `ctypes`. PyTorch's own extension loader would do as well, but it needs
@@ -36,6 +36,8 @@ import torch
 from torch import Tensor
 
 from paligemma import devices
+from paligemma.fast.products import has_few_rows
+from paligemma.fast.rounding import GROUP
 from paligemma.files import written_whole
 
 SOURCES = {
@@ -43,7 +45,6 @@ SOURCES = {
     "AVX2": Path(__file__).parent / "linear_kernels_avx2.cpp",
 }
 HEADERS = [Path(__file__).parent / name for name in ("linear_kernels.h", "decoder_layer.h")]  # of both
-GROUP = 64  # 4-bit weights that share a step, as in the C++ file
 MOST_INPUTS = 2**17  # of a layer in 8 or 4 bits: so many products of whole numbers, at most 127 * 127, fit into 32 bits
 ASKED = os.environ.get("PALIGEMMA_KERNEL", "1")  # once: each layer asks for it, and the environment takes its time
 # No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
@@ -85,6 +86,11 @@ class _Layer(ctypes.Structure):
 def kernel_available() -> bool:
     """Whether the compiled layers can be used. The first time on a machine this compiles them and says so on stderr."""
     return ASKED != "0" and _library(instructions()) is not None
+
+
+def kernel_takes(x: Tensor) -> bool:
+    """Whether the kernels for 8 and 4 bits are there for as many rows as x [..., K] has."""
+    return kernel_available() and (has_few_rows(x) or takes_many_rows())
 
 
 def takes_many_rows() -> bool:

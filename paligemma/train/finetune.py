@@ -50,7 +50,7 @@ from paligemma.devices import multiplies_bfloat16, pick_device
 from paligemma.evaluate.own_rows import merge_captions, metric_of_prompt
 from paligemma.evaluate.report import Report, show
 from paligemma.evaluate.runner import fingerprint
-from paligemma.fast.quantization import is_quantized
+from paligemma.fast.swap import is_quantized
 from paligemma.files import write_json
 from paligemma.inference import CODEC_FILE, PaliGemma, load
 from paligemma.modeling_gemma import PaliGemmaConfig

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from paligemma.fast.quantization import QuantizedCheckpoint, open_quantized, stored_mode
 from paligemma.weights.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
 from paligemma.weights.loading import parse_dtype
 from paligemma.weights.npz import npz_parts
 from paligemma.weights.opening import Checkpoint, open_checkpoint
+from paligemma.weights.quantized import QuantizedCheckpoint, open_quantized, stored_mode
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from paligemma.fast.quantization import QuantizedCheckpoint, open_quantized, stored_mode, stored_tensors
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.weights.adapters import TENSORS, Adapter, check_fits, is_adapter, open_adapter
 from paligemma.weights.expected import expected_shapes
@@ -20,6 +19,7 @@ from paligemma.weights.layouts import EMBEDDING
 from paligemma.weights.loading import default_dtype
 from paligemma.weights.opening import INDEX, Checkpoint, open_checkpoint
 from paligemma.weights.published import PUBLISHED, published_config, published_name
+from paligemma.weights.quantized import QuantizedCheckpoint, open_quantized, stored_mode, stored_tensors
 from paligemma.weights.safetensors_file import Shape
 
 TEXT_TOKENS = 256  # prompt and answer, in the estimate of memory

@@ -122,7 +122,7 @@ def test_another_resolution_and_no_warm_answer(folder):
 
 def test_a_stored_int8_checkpoint_is_loaded_as_it_is(folder, tmp_path, monkeypatch):
     from paligemma.fast import kernels as linear_kernels
-    from paligemma.fast.quantization import quantize_checkpoint
+    from paligemma.weights.quantized import quantize_checkpoint
 
     quantize_checkpoint(folder, tmp_path / "int8", "int8", dtype="bfloat16")
     monkeypatch.setattr(linear_kernels, "ASKED", "0")

@@ -18,7 +18,7 @@ from typer.main import get_command
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.results import Detection
 from paligemma.cli import main as cli
-from paligemma.fast.quantization import MODES
+from paligemma.fast.swap import MODES
 from paligemma.inference import Answer, PaliGemma, load
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor

@@ -24,23 +24,12 @@ from typer.testing import CliRunner
 import paligemma
 from paligemma import devices
 from paligemma.cli.main import app
+from paligemma.fast import decoder_layers, fast_layers, products, rounded_layers, swap
 from paligemma.fast import kernels as linear_kernels
-from paligemma.fast import quantization
-from paligemma.fast.quantization import (
-    GROUP,
-    FastLinear,
-    Int4Linear,
-    Int8Linear,
-    load_quantizing,
-    open_quantized,
-    quantize,
-    quantize_checkpoint,
-    round_activations,
-    round_groups,
-    round_rows,
-    stored_mode,
-    unpack,
-)
+from paligemma.fast.fast_layers import FastGemmaMLP, FastLinear, FastRMSNorm
+from paligemma.fast.rounded_layers import Int4Linear, Int8Linear
+from paligemma.fast.rounding import GROUP, round_activations, round_groups, round_rows, unpack
+from paligemma.fast.swap import quantize
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration, apply_rotary, rotary_tables
 from paligemma.tiny.renderer import render
@@ -49,6 +38,7 @@ from paligemma.weights.converting import convert
 from paligemma.weights.expected import empty_model
 from paligemma.weights.finding import TINY
 from paligemma.weights.opening import open_checkpoint
+from paligemma.weights.quantized import load_quantizing, open_quantized, quantize_checkpoint, stored_mode
 from paligemma.weights.saving import save_pretrained
 
 KERNEL = linear_kernels.missing_for_kernel() is None  # whether this machine can have one; nothing is compiled yet
@@ -531,7 +521,7 @@ def test_a_model_takes_them_and_answers_as_without(kernels, mode, monkeypatch):
     assert called.count("rotary_bf16") == 2 * text.num_hidden_layers  # queries and keys
     called.clear()
     for module in model.modules():
-        if type(module) in quantization.FAST.values():
+        if type(module) in swap.FAST_CLASSES.values():
             module.__class__ = type(module).__mro__[1]
     plain = model(**inputs).logits
     assert called == []
@@ -564,7 +554,7 @@ def test_next_tokens_in_one_call_of_a_layer_are_equal_to_the_bit(kernels, mode, 
     logits, cache = cached_passes(model)
     expected_calls = [3] * len(cache.keys) + [1] * len(cache.keys)  # the prefix has too many rows for it
     assert called == (expected_calls if beats or kernels == "AVX2" else [])
-    monkeypatch.setattr(quantization, "_in_one_call", lambda *_: None)
+    monkeypatch.setattr(decoder_layers, "in_one_call", lambda *_: None)
     expected, expected_cache = cached_passes(model)
     for y, step_by_step in zip(logits, expected):
         assert torch.equal(y, step_by_step)
@@ -572,7 +562,7 @@ def test_next_tokens_in_one_call_of_a_layer_are_equal_to_the_bit(kernels, mode, 
         assert torch.equal(kept, step_by_step)
 
 
-class HalfNorm(quantization.FastRMSNorm):
+class HalfNorm(FastRMSNorm):
     def forward(self, x):
         return super().forward(x) / 2
 
@@ -622,7 +612,7 @@ def test_what_watches_or_changes_a_part_of_a_layer_is_not_passed_by(monkeypatch)
     everywhere = torch.nn.modules.module.register_module_forward_hook(lambda part, *_: seen.append(type(part)))
     with everywhere:  # removed behind it
         cached_passes(model)
-    assert seen.count(quantization.FastGemmaMLP) == 3 * len(model.language_model.model.layers)
+    assert seen.count(FastGemmaMLP) == 3 * len(model.language_model.model.layers)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -966,11 +956,13 @@ def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
     monkeypatch.setattr(linear_kernels, "ASKED", "avx2")
     monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(devices, "has_dot_products", lambda: False)
-    called, in_float32 = [], quantization.in_float32
+    called, in_float32 = [], products.multiply_in_float32
     for name in ("linear_bf16", "linear_int8", "linear_int4"):
         real = getattr(linear_kernels, name)
         monkeypatch.setattr(linear_kernels, name, lambda x, *rest, real=real: called.append("kernel") or real(x, *rest))
-    monkeypatch.setattr(quantization, "in_float32", lambda *given: called.append("float32") or in_float32(*given))
+    for user in (fast_layers, rounded_layers):
+        noted = lambda *given: called.append("float32") or in_float32(*given)  # noqa: E731
+        monkeypatch.setattr(user, "multiply_in_float32", noted)
     for mode in ("bf16", "int8", "int4"):
         layer = quantize(make_model(dtype=torch.bfloat16), mode).language_model.model.layers[0].mlp.up_proj
         for rows in (1, 16, 17):
@@ -1110,7 +1102,7 @@ def test_a_failure_leaves_everything_as_it_was(source, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return round_rows(weight)
 
-    monkeypatch.setattr(quantization, "round_rows", fails_later)
+    monkeypatch.setattr(swap, "round_rows", fails_later)
     with pytest.raises(OSError, match="No space left"):
         quantize_checkpoint(source, target, "int8")
     assert files(target) == before
@@ -1134,7 +1126,7 @@ def test_another_checkpoint_is_not_replaced(source, tmp_path):
 def test_one_matrix_at_a_time(source, tmp_path, monkeypatch):
     """Each is read once, and none is kept when the next is read. What is rounded is in no map that stays."""
     checkpoint = open_checkpoint(source)
-    rounded = {f"{name}.weight" for name in quantization.kinds(empty_model(checkpoint.config), "int4")}
+    rounded = {f"{name}.weight" for name in swap.rounded_kinds(empty_model(checkpoint.config), "int4")}
     real, alive, read = checkpoint.read, [], []
 
     def watched(name, mapped=False):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from reference import make_inputs, make_pair
 
-from paligemma.fast.quantization import quantize
+from paligemma.fast.swap import quantize
 from paligemma.generation import generate
 from paligemma.kv_cache import KVCache
 from paligemma.train.loop import TrainConfig, suffix_loss, train

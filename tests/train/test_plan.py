@@ -17,7 +17,7 @@ from reference import tiny_config
 from test_sharding import end_with_parent, in_processes
 
 from paligemma.devices import multiplies_bfloat16, on_meta_device
-from paligemma.fast.quantization import quantize
+from paligemma.fast.swap import quantize
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.train import parts, sharding

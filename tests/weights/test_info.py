@@ -12,11 +12,11 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from paligemma.fast.quantization import quantize_checkpoint
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.weights.converting import convert
 from paligemma.weights.info import describe, kv_bytes_per_token, memory, render
+from paligemma.weights.quantized import quantize_checkpoint
 from paligemma.weights.saving import save_pretrained
 
 
