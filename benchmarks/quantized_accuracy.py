@@ -40,10 +40,10 @@ from rich.table import Table
 import paligemma
 from paligemma.answers.mask_codec import crop
 from paligemma.bench.machine import describe_machine
+from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.intervals import bootstrap, wilson
-from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.runner import answer, fingerprint, open_folder, write_notice
-from paligemma.tiny.evaluation import FIRST_SEED, MEASURES, no_codes, to_example
+from paligemma.tiny.evaluation import FIRST_SEED, METRICS, no_codes, to_example
 from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import TASKS, asker, rows
 
@@ -124,7 +124,7 @@ def run_block(number: int, tasks: Sequence[str], forced_every: int) -> list[dict
     ]
     for mode, pg in models.items():
         for entry, example, prediction in zip(entries, examples, answers(pg, examples)):
-            score = MEASURES[example.task].score(example, prediction)
+            score = METRICS[example.task].score(example, prediction)
             entry["text"][mode] = prediction.text
             entry["scores"][mode] = {name: [float(top), float(bottom)] for name, (top, bottom) in score.items()}
     # Chosen by name, so that they are the same however the work is split.
@@ -234,7 +234,7 @@ def figures(found: Sequence[dict]) -> list[dict[str, Any]]:
             figure: dict[str, Any] = {"task": task, "figure": name, "rows": len(own), "bf16": values["bf16"]}
             for mode, aim in AIMS.items():
                 difference, low, high = paired_difference(scores["bf16"], scores[mode], groups)
-                worse = difference if name in MEASURES[task].lower_is_better else -difference
+                worse = difference if name in METRICS[task].lower_is_better else -difference
                 figure[mode] = {
                     "value": values[mode],
                     "difference": difference,

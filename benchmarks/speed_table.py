@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from paligemma.bench.report import footer, growth_lines, markdown, title
+from paligemma.bench.tables import footer, growth_lines, markdown, title
 from paligemma.files import write_text
 
 HERE = Path(__file__).parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from paligemma.bench.report import title
+from paligemma.bench.tables import title
 from paligemma.files import written_whole
 
 OURS, THEIRS, LIMIT = "#3b6fb6", "#9a9a9a", "#c8452d"

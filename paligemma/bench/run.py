@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from paligemma.bench.contestant import TRANSFORMERS, Spec
 from paligemma.bench.machine import describe_machine, measure_limits
-from paligemma.bench.peer import installed
-from paligemma.bench.report import summarise
 from paligemma.bench.shapes import TEXT_TOKENS, published_shape, work_in, write_random_checkpoint
+from paligemma.bench.summary import summarise
+from paligemma.bench.transformers_model import installed
+from paligemma.bench.worker import TRANSFORMERS, Spec
 from paligemma.fast.swap import STORED
 from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
@@ -161,7 +161,7 @@ def _growth(config: PaliGemmaConfig, spec: Spec, quick: bool) -> dict[str, Spec]
 
 
 def _in_its_own_process(spec: Spec) -> dict[str, Any]:
-    command = [sys.executable, "-m", "paligemma.bench.contestant", json.dumps(asdict(spec))]
+    command = [sys.executable, "-m", "paligemma.bench.worker", json.dumps(asdict(spec))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -33,8 +33,8 @@ def bench(
 ) -> None:
     """Measure speed and memory on this machine, beside its limits and beside transformers."""
     from paligemma.bench.plot import draw
-    from paligemma.bench.report import growth_lines, table
     from paligemma.bench.run import benchmark, record_path
+    from paligemma.bench.tables import growth_lines, table
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: gigabytes of random weights are removed
     path = record_path(out, model)

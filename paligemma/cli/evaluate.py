@@ -90,7 +90,7 @@ def evaluate(
         report = evaluate_benchmark(opened(), task, data, split, count=count, about=about, **options)
     elif scenes:
         from paligemma.evaluate import evaluate as run_evaluation
-        from paligemma.tiny.evaluation import MEASURES, ROWS_PER_SCENE, targets, tiny_examples
+        from paligemma.tiny.evaluation import METRICS, ROWS_PER_SCENE, targets, tiny_examples
 
         world = data.partition(":")[2] or "test"
         if world not in ("test", "heldout", "twemoji"):
@@ -101,7 +101,7 @@ def evaluate(
         report = run_evaluation(
             opened(),
             tiny_examples(count, world),
-            MEASURES,
+            METRICS,
             targets=targets(world),
             about={**about, "data": f"tiny:{world}"},
             constrained=not free,

@@ -9,10 +9,10 @@ Metrics are functions of plain values, one idea a file: `text`, `vqa`, `yes_no`,
 `average_precision`, `refcoco`. `measures` says which of them a task is measured by, `runner` runs, `report` shows.
 """
 
-from paligemma.evaluate.measures import MEASURES, Measure
+from paligemma.evaluate.examples import Example, Prediction
+from paligemma.evaluate.metrics import METRICS, Metric
 from paligemma.evaluate.regions import Region
 from paligemma.evaluate.report import Figure, Report
-from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.runner import evaluate
 
-__all__ = ["MEASURES", "Example", "Figure", "Measure", "Prediction", "Region", "Report", "evaluate"]
+__all__ = ["METRICS", "Example", "Figure", "Metric", "Prediction", "Region", "Report", "evaluate"]

@@ -21,9 +21,9 @@ from paligemma.answers.parsing import parse
 from paligemma.data.rows import Row, Rows
 from paligemma.evaluate.average_precision import package
 from paligemma.evaluate.benchmarks import BENCHMARKS
-from paligemma.evaluate.measures import MEASURES
+from paligemma.evaluate.examples import Example
+from paligemma.evaluate.metrics import METRICS
 from paligemma.evaluate.regions import Region
-from paligemma.evaluate.rows import Example
 from paligemma.evaluate.runner import evaluate
 from paligemma.images import load_image
 
@@ -50,7 +50,7 @@ def evaluate_rows(
     about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
-    """metric: one of `MEASURES`, or "auto": by the first word of each prompt. count: only the first `count` questions,
+    """metric: one of `METRICS`, or "auto": by the first word of each prompt. count: only the first `count` questions,
     where all captions of a picture are one question. about, options: as for `evaluate.runner.evaluate`. Answers that an
     `out_folder` holds already are reused row by row, as long as prompts and pictures are the same.
 
@@ -62,7 +62,7 @@ def evaluate_rows(
     total = count if metric in ("auto", "caption") else min(len(rows), count or len(rows))
     examples = examples_of(rows, metric, pg, count)
     about = {**(about or {}), "metric": metric}
-    return evaluate(pg, examples, MEASURES, about=about, total=total, **options)
+    return evaluate(pg, examples, METRICS, about=about, total=total, **options)
 
 
 def examples_of(rows: Rows, metric: str, pg: PaliGemma, count: int | None = None) -> Iterator[Example]:
@@ -109,8 +109,8 @@ def metric_of_prompt(prompt: str, metric: str = "auto") -> str:
     if metric == "auto":
         return METRIC_OF.get(prompt.strip().partition(" ")[0], "exact")
     metric = "reading" if metric == "ocr" else metric
-    if metric not in MEASURES:
-        raise ValueError(f"there is no metric {metric!r}; there are: auto, ocr, {', '.join(MEASURES)}")
+    if metric not in METRICS:
+        raise ValueError(f"there is no metric {metric!r}; there are: auto, ocr, {', '.join(METRICS)}")
     if metric.startswith("coco"):
         package()  # if it is missing, say so before the first answer and not after the last
     return metric
@@ -125,7 +125,7 @@ def metric_of_task(task: str | None) -> str:
         return metric_of_prompt("", task)
     except ValueError:
         raise ValueError(
-            f"there is no task {task!r}. Metrics for your own rows: ocr, {', '.join(MEASURES)}. "
+            f"there is no task {task!r}. Metrics for your own rows: ocr, {', '.join(METRICS)}. "
             f"Benchmarks: {', '.join(BENCHMARKS)}"
         ) from None
 
@@ -176,8 +176,8 @@ def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
     box of a mask counts too. Rows about one picture are one group, since their answers are not independent: a
     confidence interval must know."""
     regions: list[Region] = []
-    if MEASURES[measure].regions:
-        masks = MEASURES[measure].masks
+    if METRICS[measure].regions:
+        masks = METRICS[measure].masks
         size = (picture[0] if isinstance(picture, tuple) else picture).size
         parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
         found: list[Any] = [*parsed.segments] if masks else [*parsed.detections, *parsed.segments]

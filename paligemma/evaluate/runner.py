@@ -34,10 +34,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.intervals import ratio_interval
-from paligemma.evaluate.measures import MEASURES, Measure, Ratios
+from paligemma.evaluate.metrics import METRICS, Metric, Ratios
 from paligemma.evaluate.report import Counts, Figure, Report, number, write_lines
-from paligemma.evaluate.rows import Example, Prediction
 from paligemma.files import read_json_value, write_text
 from paligemma.images import load_image
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
@@ -65,7 +65,7 @@ class Scored:
 def evaluate(
     pg: PaliGemma,
     examples: Iterable[Example],
-    measures: Mapping[str, Measure] = MEASURES,
+    measures: Mapping[str, Metric] = METRICS,
     *,
     batch_size: int = 16,
     out_folder: str | Path | None = None,
@@ -401,7 +401,7 @@ def _score_line(row: Scored) -> dict[str, Any]:
 
 def summarize(
     rows: Sequence[Scored],
-    measures: Mapping[str, Measure],
+    measures: Mapping[str, Metric],
     targets: Mapping[tuple[str, str], float],
     about: Mapping[str, Any],
     published: Mapping[tuple[str, str], float] | None = None,
@@ -438,12 +438,12 @@ def summarize(
     return Report(figures, counts, dict(about))
 
 
-def is_invalid(prediction: Prediction, measure: Measure) -> bool:
+def is_invalid(prediction: Prediction, measure: Metric) -> bool:
     """A part could not be read, or boxes were asked for and what was written holds none."""
     return bool(prediction.invalid) or (measure.regions and bool(prediction.text.strip()) and not prediction.regions)
 
 
-def values(rows: Sequence[Scored], measure: Measure) -> dict[str, tuple[float, float, float]]:
+def values(rows: Sequence[Scored], measure: Metric) -> dict[str, tuple[float, float, float]]:
     """Name -> value and the ends of its interval."""
     groups = [row.example.group or row.example.id for row in rows]
     found = {}
@@ -457,7 +457,7 @@ def values(rows: Sequence[Scored], measure: Measure) -> dict[str, tuple[float, f
     return found
 
 
-def baseline(rows: Sequence[Scored], measure: Measure) -> dict[str, float | None]:
+def baseline(rows: Sequence[Scored], measure: Metric) -> dict[str, float | None]:
     """The same figures if every answer were the commonest right one. None for boxes: there is no commonest."""
     commonest = Counter(answer for row in rows for answer in row.example.answers).most_common(1)
     if measure.regions or not commonest:
@@ -476,7 +476,7 @@ def baseline(rows: Sequence[Scored], measure: Measure) -> dict[str, float | None
 # --- the worst ------------------------------------------------------------------------------------
 
 
-def badness(ratios: Ratios, measure: Measure) -> float:
+def badness(ratios: Ratios, measure: Metric) -> float:
     """0 for a perfect row, 1 for one that adds nothing: the mean over its figures."""
     parts = [
         min(top / bottom, 1.0) if name in measure.lower_is_better else 1 - min(top / bottom, 1.0)
@@ -502,7 +502,7 @@ class _Worst:
 
     def draw(self, folder: Path) -> list[dict[str, Any]]:
         """The worst of each task in turn, then the second worst, until there are enough."""
-        from paligemma.evaluate.pictures import compare
+        from paligemma.evaluate.comparison import compare
 
         ranked = [sorted(heap, reverse=True) for heap in self.heaps.values()]
         chosen = [heap[i] for i in range(self.limit) for heap in ranked if i < len(heap)][: self.limit]

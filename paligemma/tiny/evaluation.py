@@ -1,14 +1,14 @@
 """The small world, measured: its rows as examples, how each task is measured, and what is hoped for.
 
-report = evaluate(pg, tiny_examples(1000), MEASURES, targets=targets("test"), out_folder="runs/tiny-test")
+report = evaluate(pg, tiny_examples(1000), METRICS, targets=targets("test"), out_folder="runs/tiny-test")
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from paligemma.evaluate import Example, Measure, Prediction, Region
-from paligemma.evaluate.measures import DETECT, EMPTY, EXACT, READING, SEGMENT, Ratios
+from paligemma.evaluate import Example, Metric, Prediction, Region
+from paligemma.evaluate.metrics import DETECT, EMPTY, EXACT, READING, SEGMENT, Ratios
 from paligemma.evaluate.text import exact_match
 from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import NUMBERS, PLURALS, TASKS, Row, asker, rows
@@ -96,8 +96,8 @@ def _caption(example: Example, prediction: Prediction) -> Ratios:
 
 # --- measures and targets -------------------------------------------------------------------------
 
-MEASURES: dict[str, Measure] = {
-    "caption": Measure(_caption),
+METRICS: dict[str, Metric] = {
+    "caption": Metric(_caption),
     "what": EXACT,
     "largest": EXACT,
     "color": EXACT,

@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 
 from paligemma.answers.drawing import draw
+from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.report import Figure, show
-from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.text import exact_match
 from paligemma.files import write_text
 from paligemma.images import load_image

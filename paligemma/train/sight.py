@@ -22,9 +22,9 @@ import torch
 
 from paligemma.data.rows import Row, Rows
 from paligemma.evaluate import Example, Prediction, evaluate
-from paligemma.evaluate.measures import MEASURES
+from paligemma.evaluate.comparison import compare
+from paligemma.evaluate.metrics import METRICS
 from paligemma.evaluate.own_rows import load_pictures, metric_of_prompt, to_example
-from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Report
 from paligemma.evaluate.runner import read_predictions
 from paligemma.images import load_image
@@ -93,7 +93,7 @@ class Sight:
         report = evaluate(
             self.pg,
             chain([first], opening),
-            MEASURES,
+            METRICS,
             batch_size=self.batch_size,
             out_folder=folder,
             max_new_tokens=self.budget,
@@ -132,7 +132,7 @@ def budget_for(rows: list[Row], pg: PaliGemma) -> int:
     that has not learned to stop would otherwise cost 512 tokens a row."""
     encode = pg.processor.tokenizer.encode
     longest = max(len(encode(text)) for row in rows for text in (row.suffix, *row.suffixes, *row.answers))
-    most = BOX_BUDGET if any(MEASURES[metric_of_prompt(row.prefix)].regions for row in rows) else TEXT_BUDGET
+    most = BOX_BUDGET if any(METRICS[metric_of_prompt(row.prefix)].regions for row in rows) else TEXT_BUDGET
     return min(most, 2 * longest + 8)
 
 

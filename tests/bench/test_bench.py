@@ -13,10 +13,11 @@ import pytest
 import torch
 from reference import tiny_config
 
-from paligemma.bench import contestant, run, shapes
-from paligemma.bench.contestant import Spec
-from paligemma.bench.report import cells, growth_lines, markdown, spread, summarise, table
+from paligemma.bench import run, shapes, worker
 from paligemma.bench.run import benchmark
+from paligemma.bench.summary import spread, summarise
+from paligemma.bench.tables import cells, growth_lines, markdown, table
+from paligemma.bench.worker import Spec
 from paligemma.weights.loading import load_model
 from paligemma.weights.published import published_config
 
@@ -75,7 +76,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 
 def test_a_contestant_times_every_stage_of_a_real_answer(folder):
-    facts = contestant.run(Spec("plain", str(folder), tokens=5, passes=2, rows=(1, 3)))
+    facts = worker.run(Spec("plain", str(folder), tokens=5, passes=2, rows=(1, 3)))
     assert [run["rows"] for run in facts["runs"]] == [1, 1, 3, 3]
     for one in facts["runs"]:
         assert len(one["decode_s"]) == 4 and min(one["decode_s"]) > 0  # the first of 5 tokens comes with the prompt
@@ -92,7 +93,7 @@ def test_a_contestant_times_every_stage_of_a_real_answer(folder):
 def test_the_stages_are_told_apart(folder, monkeypatch):
     """Time spent in the eye must count as vision, in reading the prompt as prefill, in a decode step as decode."""
     clock = iter(range(1000))
-    monkeypatch.setattr(contestant.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: float(next(clock)))
     towers = torch.nn.Module()
     towers.vision_tower, towers.multi_modal_projector = torch.nn.Identity(), torch.nn.Identity()
 
@@ -111,12 +112,12 @@ def test_the_stages_are_told_apart(folder, monkeypatch):
                 next(clock)
 
     model = Model()
-    times = contestant.Clock(model).run(lambda: [model(True, 3), model(False, 7), model(False, 1)])
+    times = worker.Clock(model).run(lambda: [model(True, 3), model(False, 7), model(False, 1)])
     assert times == {"vision_s": 6, "prefill_s": 5, "first_token_s": 11, "decode_s": [8, 2]}
 
 
 def test_another_resolution_and_no_warm_answer(folder):
-    facts = contestant.run(Spec("plain", str(folder), tokens=2, passes=1, image_size=42, warm=False))
+    facts = worker.run(Spec("plain", str(folder), tokens=2, passes=1, image_size=42, warm=False))
     assert "first_answer" not in facts and len(facts["runs"]) == 1
 
 
@@ -126,14 +127,14 @@ def test_a_stored_int8_checkpoint_is_loaded_as_it_is(folder, tmp_path, monkeypat
 
     quantize_checkpoint(folder, tmp_path / "int8", "int8", dtype="bfloat16")
     monkeypatch.setattr(linear_kernels, "ASKED", "0")
-    facts = contestant.run(Spec("int8", str(tmp_path / "int8"), tokens=2, passes=1))
+    facts = worker.run(Spec("int8", str(tmp_path / "int8"), tokens=2, passes=1))
     assert facts["weight_bytes"] < 1.5 * shapes.work_in(tiny_config("gemma")).parameters  # not 2 bytes each
 
 
 @pytest.mark.slow
 def test_transformers_runs_against_the_same_clock(folder):
     pytest.importorskip("transformers")
-    facts = contestant.run(Spec("transformers", str(folder), tokens=5, passes=1))
+    facts = worker.run(Spec("transformers", str(folder), tokens=5, passes=1))
     (one,) = facts["runs"]
     assert facts["weight_bytes"] == 2 * shapes.work_in(tiny_config("gemma")).parameters  # the tied head counts once
     assert len(one["decode_s"]) == 4 and one["vision_s"] > 0 and one["prefill_s"] > 0

@@ -12,9 +12,9 @@ from PIL import Image
 from rich.console import Console
 
 from paligemma.answers.mask_codec import MaskCodec
-from paligemma.evaluate.benchmark_measures import letter, same_number
-from paligemma.evaluate.benchmark_objects import mask_of
 from paligemma.evaluate.benchmarks import BENCHMARKS, benchmark_examples, evaluate_benchmark
+from paligemma.evaluate.benchmarks.metrics import letter, same_number
+from paligemma.evaluate.benchmarks.objects import mask_of
 from paligemma.evaluate.vqa import agreement
 from paligemma.images import load_image
 from paligemma.inference import Answer

@@ -15,9 +15,9 @@ from rich.console import Console
 
 import paligemma.evaluate
 from paligemma.answers.results import Detection, Segment
-from paligemma.evaluate import MEASURES, Example, Prediction, Region, evaluate
+from paligemma.evaluate import METRICS, Example, Prediction, Region, evaluate
+from paligemma.evaluate.comparison import compare
 from paligemma.evaluate.intervals import wilson
-from paligemma.evaluate.pictures import compare
 from paligemma.evaluate.report import Figure, Report
 from paligemma.evaluate.runner import batches, check_folder
 from paligemma.inference import Answer
@@ -60,7 +60,7 @@ def questions(count: int, task: str = "exact", right: str = "yes") -> list[Examp
     return [Example(f"{task}{i}", IMAGE, f"answer en question {i} ?", task, (right,)) for i in range(count)]
 
 
-def run(pg, examples, measures=MEASURES, **options):
+def run(pg, examples, measures=METRICS, **options):
     return evaluate(pg, examples, measures, progress=False, **options)
 
 
@@ -438,8 +438,8 @@ def test_no_pictures_or_masks_are_kept_in_memory():
     """A million rows must not fill the memory: the rows that are summed up have lost theirs."""
     examples = [Example("a", IMAGE, "segment dog", "segment", regions=dogs((0, 0, 9, 9), mask=True))]
     kept = []
-    measure = MEASURES["segment"]
-    spying = paligemma.evaluate.Measure(measure.score, lambda rows: kept.extend(rows) or {}, regions=True)
+    measure = METRICS["segment"]
+    spying = paligemma.evaluate.Metric(measure.score, lambda rows: kept.extend(rows) or {}, regions=True)
     segment = Segment("dog", (0, 0, 9, 9), np.ones((40, 60), bool), [0] * 16, 0.5)
     run(StubModel(lambda image, prompt: says("...", segments=[segment])), examples, {"segment": spying})
     ((example, prediction),) = kept
@@ -451,7 +451,7 @@ def test_masks_that_are_compared_together_are_kept_packed():
     """Average precision needs those of all rows."""
     true = dogs((0, 0, 40, 40), mask=True)
     kept = []
-    measure = replace(MEASURES["coco-masks"], together=lambda rows: kept.extend(rows) or {})
+    measure = replace(METRICS["coco-masks"], together=lambda rows: kept.extend(rows) or {})
     segment = Segment("dog", (0, 0, 40, 40), true[0].mask, [0] * 16, 0.5)
     examples = [Example("a", IMAGE, "segment dog", "coco-masks", regions=true)]
     run(StubModel(lambda image, prompt: says("...", segments=[segment])), examples, {"coco-masks": measure})
@@ -568,7 +568,7 @@ def test_the_table_fits_a_terminal_and_rounds_to_no_minus_zero():
 
 
 def test_the_right_answers_reach_every_target(examples):
-    report = run(ideal(examples), examples, tiny.MEASURES, targets=tiny.targets())
+    report = run(ideal(examples), examples, tiny.METRICS, targets=tiny.targets())
     assert {figure.task for figure in report.figures} == set(TASKS)
     for figure in report.figures:
         if not figure.name.startswith("AP"):
@@ -582,7 +582,7 @@ def test_always_the_commonest_answer_is_the_baseline(examples):
     for task in ("caption", "background", "exists", "count", "ocr", "detect_absent"):
         rows = [example for example in examples if example.task == task]
         commonest = Counter(example.answers[0] for example in rows).most_common(1)[0][0]
-        report = run(StubModel(lambda image, prompt, text=commonest: says(text)), rows, tiny.MEASURES)
+        report = run(StubModel(lambda image, prompt, text=commonest: says(text)), rows, tiny.METRICS)
         for figure in report.figures:
             assert figure.value == pytest.approx(figure.baseline), figure
 
@@ -628,7 +628,7 @@ def test_object_f1_is_of_all_captions_together():
         Example("b", IMAGE, "caption en", "caption", ("a red car on a blue background",)),
     ]
     texts = iter(["a dog and a cat on a red background", "a blue car on a blue background"])
-    report = run(StubModel(lambda image, prompt: says(next(texts))), examples, tiny.MEASURES)
+    report = run(StubModel(lambda image, prompt: says(next(texts))), examples, tiny.METRICS)
     assert report["caption", "object F1"].value == pytest.approx(2 * 2 / (4 + 3))
     assert report["caption", "exact"].value == 0
 

@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from paligemma.evaluate.measures import NAN, Measure, Ratios, Rows, Values
-from paligemma.evaluate.rows import Example, Prediction
+from paligemma.evaluate.examples import Example, Prediction
+from paligemma.evaluate.metrics import NAN, Metric, Ratios, Rows, Values
 from paligemma.evaluate.text import anls, exact_match, relaxed_match
 from paligemma.evaluate.vqa import agreement, vqa_accuracy
 from paligemma.evaluate.yes_no import pope_counts
@@ -18,9 +18,9 @@ from paligemma.evaluate.yes_no import pope_counts
 Score = Callable[[str, Sequence[str]], float]  # text, right answers -> 0 to 1
 
 
-def share(name: str, score: Score, *, lower: bool = False) -> Measure:
+def share(name: str, score: Score, *, lower: bool = False) -> Metric:
     """The mean of a score over the rows. lower: text and answers in lower case."""
-    return Measure(lambda example, prediction: {name: (_scored(score, example, prediction, lower), 1)})
+    return Metric(lambda example, prediction: {name: (_scored(score, example, prediction, lower), 1)})
 
 
 def _scored(score: Score, example: Example, prediction: Prediction, lower: bool) -> float:
@@ -30,7 +30,7 @@ def _scored(score: Score, example: Example, prediction: Prediction, lower: bool)
     return score(text, answers)
 
 
-def in_parts(name: str, score: Score, kinds: Sequence[str], *, lower: bool = False, mean: str = "") -> Measure:
+def in_parts(name: str, score: Score, kinds: Sequence[str], *, lower: bool = False, mean: str = "") -> Metric:
     """The same, and for each kind of rows apart. mean: name of the mean over the kinds (those that occur), if that is
     what is published."""
 
@@ -44,7 +44,7 @@ def in_parts(name: str, score: Score, kinds: Sequence[str], *, lower: bool = Fal
         parts = [sum(values) / len(values) for values in sums.values() if values]
         return {mean: (sum(parts) / len(parts) if parts else math.nan, NAN, NAN)}
 
-    return Measure(rated, over_kinds if mean else None)
+    return Metric(rated, over_kinds if mean else None)
 
 
 def relaxed(text: str, answers: Sequence[str]) -> float:
@@ -111,6 +111,6 @@ TALLY = in_parts("accuracy", same_number, ("simple", "complex"))
 REMOTE_SENSING = in_parts(
     "accuracy", exact_match, ("comp", "presence", "rural_urban"), lower=True, mean="accuracy, mean of types"
 )
-SCIENCE = Measure(_science)
-POPE = Measure(_pope)
-NOTHING = Measure(lambda example, prediction: {})  # where answers are kept on a server
+SCIENCE = Metric(_science)
+POPE = Metric(_pope)
+NOTHING = Metric(lambda example, prediction: {})  # where answers are kept on a server

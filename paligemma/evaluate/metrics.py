@@ -20,9 +20,9 @@ import numpy as np
 
 from paligemma.evaluate.average_precision import coco_metrics, mean_area, packed, rank
 from paligemma.evaluate.captions import bleu, cider_d
+from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.intervals import bootstrap
 from paligemma.evaluate.regions import Region, instance_ious, match_boxes
-from paligemma.evaluate.rows import Example, Prediction
 from paligemma.evaluate.text import anls, character_errors, edit_distance, exact_match, relaxed_match, word_errors
 from paligemma.evaluate.vqa import normalize, vqa_accuracy
 from paligemma.evaluate.yes_no import pope_counts
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from paligemma.answers.mask_codec import MaskCodec
 
 Ratios = Mapping[str, tuple[float, float]]
-Rows = Sequence[tuple[Example, Prediction]]  # without pictures, and their regions as `Measure.keep` leaves them
+Rows = Sequence[tuple[Example, Prediction]]  # without pictures, and their regions as `Metric.keep` leaves them
 Values = dict[str, tuple[float, float, float]]  # value, and the ends of its interval (NaN where there is none)
 
 NAN = float("nan")
@@ -42,7 +42,7 @@ def without_mask(region: Region) -> Region:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """score: one row -> what it adds to each figure. together: all rows -> more figures.
 
     regions: answers are boxes or masks, so one without any, if it is not empty, is invalid.
@@ -157,20 +157,20 @@ def _segment(example: Example, prediction: Prediction) -> Ratios:
     }
 
 
-EXACT = Measure(_exact)
-VQA = Measure(_vqa)
-ANLS = Measure(_anls)
-RELAXED = Measure(_relaxed)
-READING = Measure(_reading, lower_is_better=("character error rate", "word error rate"))
-YES_NO = Measure(_pope)
-CAPTION = Measure(lambda example, prediction: {}, _captions)
-EMPTY = Measure(_empty)
-DETECT = Measure(_detect, _ranking, regions=True)
-COCO = Measure(_detect, _coco, regions=True)  # of boxes
-SEGMENT = Measure(_segment, regions=True, masks=True)
-COCO_MASKS = Measure(_segment, partial(_coco, masks=True), regions=True, masks=True, keep=packed)
+EXACT = Metric(_exact)
+VQA = Metric(_vqa)
+ANLS = Metric(_anls)
+RELAXED = Metric(_relaxed)
+READING = Metric(_reading, lower_is_better=("character error rate", "word error rate"))
+YES_NO = Metric(_pope)
+CAPTION = Metric(lambda example, prediction: {}, _captions)
+EMPTY = Metric(_empty)
+DETECT = Metric(_detect, _ranking, regions=True)
+COCO = Metric(_detect, _coco, regions=True)  # of boxes
+SEGMENT = Metric(_segment, regions=True, masks=True)
+COCO_MASKS = Metric(_segment, partial(_coco, masks=True), regions=True, masks=True, keep=packed)
 
-MEASURES: dict[str, Measure] = {
+METRICS: dict[str, Metric] = {
     "exact": EXACT,
     "vqa": VQA,
     "anls": ANLS,
@@ -186,7 +186,7 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-def refcoco(codec: MaskCodec) -> Measure:
+def refcoco(codec: MaskCodec) -> Metric:
     """RefCOCO's: mIoU, and the shares of boxes with an IoU of at least .5 and .75. One region with a mask a row."""
     from paligemma.evaluate.refcoco import refcoco_ious
 
@@ -202,4 +202,4 @@ def refcoco(codec: MaskCodec) -> Measure:
             "valid": (valid, 1),
         }
 
-    return Measure(score, regions=True)
+    return Metric(score, regions=True)

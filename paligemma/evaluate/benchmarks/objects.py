@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from paligemma.evaluate.benchmark_files import Source
+from paligemma.evaluate.benchmarks.files import Source
+from paligemma.evaluate.examples import Example
 from paligemma.evaluate.regions import Region
-from paligemma.evaluate.rows import Example
 
 
 def refcoco(source: Source) -> Iterator[Example]:

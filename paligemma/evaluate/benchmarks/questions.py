@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from paligemma.evaluate.benchmark_files import Source
-from paligemma.evaluate.rows import Example
+from paligemma.evaluate.benchmarks.files import Source
+from paligemma.evaluate.examples import Example
 from paligemma.images import load_image
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

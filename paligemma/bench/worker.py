@@ -1,6 +1,6 @@
 """One contestant in a process of its own: load a model, answer with it, time every stage, print the facts as JSON.
 
-    python -m paligemma.bench.contestant '{"name": "bf16", "folder": "weights/", "tokens": 16}'
+    python -m paligemma.bench.worker '{"name": "bf16", "folder": "weights/", "tokens": 16}'
 
 A fresh process is what makes load time and peak memory mean something, and no contestant keeps another from its memory.
 The clock hangs on the running model by hooks, the same for ours and for transformers': what is timed is `generate`.
@@ -112,7 +112,7 @@ def run(spec: Spec) -> dict[str, Any]:
     begun = time.perf_counter()
     model: Any
     if spec.name == TRANSFORMERS:
-        from paligemma.bench.peer import answer_transformers, load_transformers
+        from paligemma.bench.transformers_model import answer_transformers, load_transformers
         from paligemma.modeling_gemma import PaliGemmaConfig
 
         if spec.rows != (1,) or spec.image_size is not None or not spec.warm:

@@ -1,51 +1,30 @@
-"""Named benchmarks: what PaliGemma was asked, how it answered, how it was measured.
+"""Every published benchmark: its splits, metric, decoding, and the figures that were published for PaliGemma.
 
-    report = evaluate_benchmark(pg, "textvqa", "data/textvqa", out_folder="runs/textvqa")
-
-A benchmark's figures depend on its prompt, its decoding and its metric, so these are not options: they are those of
-the transfers in https://github.com/google-research/big_vision (big_vision/configs/proj/paligemma/transfers). Data are
-read as they are published (`benchmark_questions`, `benchmark_captions`, `benchmark_objects`); nothing is downloaded.
-
-Known differences from the reference:
-- pictures are resized as transformers does (bicubic; the reference: TensorFlow's bilinear for most tasks);
-- a prompt is never cut. The reference cuts prompt and separator to `max_new_tokens` tokens, which shortens a few;
-- beams follow transformers' rules without a penalty for length. The reference lets every beam end at every step, here
-  an end counts if it is among the likeliest extensions;
-- captions are tokenized by a stand-in for PTBTokenizer (see `captions.py`).
+A figure depends on the prompt, the decoding and the metric. All three are therefore fixed, to those of the transfers in
+https://github.com/google-research/big_vision (big_vision/configs/proj/paligemma/transfers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from paligemma.evaluate import benchmark_captions as captions
-from paligemma.evaluate import benchmark_objects as objects
-from paligemma.evaluate import benchmark_questions as questions
-from paligemma.evaluate.benchmark_files import Source
-from paligemma.evaluate.benchmark_measures import (
+from paligemma.evaluate.benchmarks import captions, objects, questions
+from paligemma.evaluate.benchmarks.files import Source
+from paligemma.evaluate.benchmarks.metrics import (
     ACCURACY,
     AGREEMENT,
     CHART,
     LOWER_ACCURACY,
     LOWER_ANLS,
-    NOTHING,
     POPE,
     REMOTE_SENSING,
     SCIENCE,
     TALLY,
     VQA_BY_TYPE,
 )
-from paligemma.evaluate.measures import CAPTION, VQA, Measure, refcoco
-from paligemma.evaluate.rows import Example
-from paligemma.evaluate.runner import evaluate
-
-if TYPE_CHECKING:
-    from paligemma.evaluate.report import Report
-    from paligemma.inference import PaliGemma
+from paligemma.evaluate.examples import Example
+from paligemma.evaluate.metrics import CAPTION, VQA, Metric
 
 # Published figures: split -> (model, side of its picture) -> name -> value, as fractions (CIDEr: of ten).
 Published = Mapping[str, Mapping[tuple[str, int], Mapping[str, float]]]
@@ -59,7 +38,7 @@ class Benchmark:
 
     read: Callable[[Source], Iterator[Example]]
     splits: tuple[str, ...]
-    measure: Measure | None
+    measure: Metric | None
     source: str
     max_new_tokens: int
     beams: int = 1
@@ -225,84 +204,3 @@ BENCHMARKS: dict[str, Benchmark] = {
         },
     ),
 }  # fmt: skip
-
-
-def benchmark_examples(task: str, folder: str | Path, split: str | None = None, side: int = 224) -> Iterator[Example]:
-    """The rows of a benchmark, read from the folder that its published files were unpacked in.
-
-    split: default the first of `BENCHMARKS[task].splits`. side: of the model's picture. ValueError for an unknown task
-    or split and for files that are not in the published format; FileNotFoundError names a missing file.
-    """
-    split = resolved_split(task, split)
-    benchmark, folder = BENCHMARKS[task], Path(folder)
-    if not folder.is_dir():
-        what = "a file, no folder; expected one" if folder.exists() else "no such folder; expected one"
-        raise FileNotFoundError(f"{folder}: {what} with the published files of {task}")
-    try:
-        yield from benchmark.read(Source(folder, task, split, side))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{folder} is not {task} as it is published ({what}): {benchmark.read.__doc__}") from error
-
-
-def check_benchmark(task: str, folder: str | Path, split: str | None = None) -> None:
-    """Reads the first row, so that a wrong folder is told before a model is loaded. Raises as `benchmark_examples`."""
-    next(benchmark_examples(task, folder, split), None)
-
-
-def evaluate_benchmark(
-    pg: PaliGemma,
-    task: str,
-    folder: str | Path,
-    split: str | None = None,
-    *,
-    count: int | None = None,
-    about: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Report:
-    """Measures a model on a benchmark. count: the first rows alone. about, options: as of `runner.evaluate`, but for
-    decoding, which is the benchmark's.
-
-    The report has the published figure beside ours where model, resolution and split are the same.
-    """
-    split = resolved_split(task, split)
-    benchmark = BENCHMARKS[task]
-    measure = benchmark.measure
-    if split in benchmark.hidden:
-        measure = NOTHING
-    elif measure is None:
-        measure = refcoco(pg.codec)
-    rows = benchmark_examples(task, folder, split, pg.processor.image_size)
-    return evaluate(
-        pg,
-        rows if count is None else islice(rows, count),
-        {task: measure},
-        about={**(about or {}), "task": task, "split": split},
-        constrained=False,
-        max_new_tokens=benchmark.max_new_tokens,
-        beams=benchmark.beams,
-        published={(task, name): value for name, value in published(task, split, pg).items()},
-        total=count,
-        **options,
-    )
-
-
-def published(task: str, split: str, pg: PaliGemma) -> Mapping[str, float]:
-    """Name -> figure of the same model at the same resolution after its transfer, {} where there is none."""
-    return BENCHMARKS[task].published.get(split, {}).get((variant(pg), pg.processor.image_size), {})
-
-
-def variant(pg: PaliGemma) -> str:
-    """The published model that this one has the size of, or "": by the width of its decoder."""
-    widths = {2048: "paligemma-3b", 2304: "paligemma2-3b", 3584: "paligemma2-10b", 4608: "paligemma2-28b"}
-    return widths.get(pg.model.config.text_config.hidden_size, "")
-
-
-def resolved_split(task: str, split: str | None) -> str:
-    """The split, or the default one. ValueError for a benchmark or a split that there is not."""
-    if task not in BENCHMARKS:
-        raise ValueError(f"there is no benchmark {task!r}; there are: {', '.join(BENCHMARKS)}")
-    splits = BENCHMARKS[task].splits
-    if split is not None and split not in splits:
-        raise ValueError(f"{task} has no split {split!r}; it has {', '.join(splits)}")
-    return split or splits[0]

@@ -7,7 +7,7 @@ import textwrap
 from PIL import Image, ImageDraw, ImageFont
 
 from paligemma.answers.drawing import draw, font_for, one_line
-from paligemma.evaluate.rows import Example, Prediction
+from paligemma.evaluate.examples import Example, Prediction
 from paligemma.images import load_image
 
 SIDE = 400  # pixels of the longer side of each picture

@@ -1,0 +1,114 @@
+"""A model measured on a published benchmark.
+
+    report = evaluate_benchmark(pg, "textvqa", "data/textvqa", out_folder="runs/textvqa")
+
+A benchmark's figures depend on its prompt, its decoding and its metric, so these are not options: they are those of
+the transfers in https://github.com/google-research/big_vision (big_vision/configs/proj/paligemma/transfers). Data are
+read as they are published (`questions`, `captions`, `objects`); nothing is downloaded.
+
+Known differences from the reference:
+- pictures are resized as transformers does (bicubic; the reference: TensorFlow's bilinear for most tasks);
+- a prompt is never cut. The reference cuts prompt and separator to `max_new_tokens` tokens, which shortens a few;
+- beams follow transformers' rules without a penalty for length. The reference lets every beam end at every step, here
+  an end counts if it is among the likeliest extensions;
+- captions are tokenized by a stand-in for PTBTokenizer (see `captions.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paligemma.evaluate.benchmarks.files import Source
+from paligemma.evaluate.benchmarks.metrics import NOTHING
+from paligemma.evaluate.benchmarks.table import BENCHMARKS
+from paligemma.evaluate.examples import Example
+from paligemma.evaluate.metrics import refcoco
+from paligemma.evaluate.runner import evaluate
+
+if TYPE_CHECKING:
+    from paligemma.evaluate.report import Report
+    from paligemma.inference import PaliGemma
+
+
+def benchmark_examples(task: str, folder: str | Path, split: str | None = None, side: int = 224) -> Iterator[Example]:
+    """The rows of a benchmark, read from the folder that its published files were unpacked in.
+
+    split: default the first of `BENCHMARKS[task].splits`. side: of the model's picture. ValueError for an unknown task
+    or split and for files that are not in the published format; FileNotFoundError names a missing file.
+    """
+    split = resolved_split(task, split)
+    benchmark, folder = BENCHMARKS[task], Path(folder)
+    if not folder.is_dir():
+        what = "a file, no folder; expected one" if folder.exists() else "no such folder; expected one"
+        raise FileNotFoundError(f"{folder}: {what} with the published files of {task}")
+    try:
+        yield from benchmark.read(Source(folder, task, split, side))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{folder} is not {task} as it is published ({what}): {benchmark.read.__doc__}") from error
+
+
+def check_benchmark(task: str, folder: str | Path, split: str | None = None) -> None:
+    """Reads the first row, so that a wrong folder is told before a model is loaded. Raises as `benchmark_examples`."""
+    next(benchmark_examples(task, folder, split), None)
+
+
+def evaluate_benchmark(
+    pg: PaliGemma,
+    task: str,
+    folder: str | Path,
+    split: str | None = None,
+    *,
+    count: int | None = None,
+    about: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Report:
+    """Measures a model on a benchmark. count: the first rows alone. about, options: as of `runner.evaluate`, but for
+    decoding, which is the benchmark's.
+
+    The report has the published figure beside ours where model, resolution and split are the same.
+    """
+    split = resolved_split(task, split)
+    benchmark = BENCHMARKS[task]
+    measure = benchmark.measure
+    if split in benchmark.hidden:
+        measure = NOTHING
+    elif measure is None:
+        measure = refcoco(pg.codec)
+    rows = benchmark_examples(task, folder, split, pg.processor.image_size)
+    return evaluate(
+        pg,
+        rows if count is None else islice(rows, count),
+        {task: measure},
+        about={**(about or {}), "task": task, "split": split},
+        constrained=False,
+        max_new_tokens=benchmark.max_new_tokens,
+        beams=benchmark.beams,
+        published={(task, name): value for name, value in published(task, split, pg).items()},
+        total=count,
+        **options,
+    )
+
+
+def published(task: str, split: str, pg: PaliGemma) -> Mapping[str, float]:
+    """Name -> figure of the same model at the same resolution after its transfer, {} where there is none."""
+    return BENCHMARKS[task].published.get(split, {}).get((variant(pg), pg.processor.image_size), {})
+
+
+def variant(pg: PaliGemma) -> str:
+    """The published model that this one has the size of, or "": by the width of its decoder."""
+    widths = {2048: "paligemma-3b", 2304: "paligemma2-3b", 3584: "paligemma2-10b", 4608: "paligemma2-28b"}
+    return widths.get(pg.model.config.text_config.hidden_size, "")
+
+
+def resolved_split(task: str, split: str | None) -> str:
+    """The split, or the default one. ValueError for a benchmark or a split that there is not."""
+    if task not in BENCHMARKS:
+        raise ValueError(f"there is no benchmark {task!r}; there are: {', '.join(BENCHMARKS)}")
+    splits = BENCHMARKS[task].splits
+    if split is not None and split not in splits:
+        raise ValueError(f"{task} has no split {split!r}; it has {', '.join(splits)}")
+    return split or splits[0]
