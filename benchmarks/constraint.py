@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from paligemma.answers.constraints import allowed_next, masked_logits, never_produced
 from paligemma.answers.grammar import DetectionGrammar
-from paligemma.generation import allowed_logits, choices, never_produced
 from paligemma.kv_cache import KVCache
 from paligemma.weights.expected import empty_model
 from paligemma.weights.published import published_config
@@ -101,8 +101,8 @@ def main() -> None:
         row["decode step"] = time.perf_counter() - begun
         for name, (grammar, generated) in cases.items():
             begun = time.perf_counter()
-            allowed, _ = choices([grammar], [generated], 100, len(never), 1)
-            allowed_logits(logits, never, allowed, [generated], 100)
+            allowed, _ = allowed_next([grammar], [generated], 100, len(never), 1)
+            masked_logits(logits, never, allowed, [generated], 100)
             row[name] = time.perf_counter() - begun
         if step >= 2:  # the first ones warm up
             for name, seconds in row.items():

@@ -18,7 +18,7 @@ A row is a query (who looks), a column a key (who is looked at); `i` image, `p` 
 Two more rules lie on top:
 
 *Padding* is seen by nobody. (A padding position sees itself, so that its softmax has something to sum over; whatever
-it computes is looked at by nobody.) One pad `.` on the left:
+it computes is used by nobody.) One pad `.` on the left:
 
         . i p s s
     .   1 0 0 0 0
@@ -80,6 +80,19 @@ def cached_mask(query_positions: Tensor, key_positions: Tensor, key_valid: Tenso
     allowed &= valid[:, :, None] & key_valid[:, None, :]
     allowed[:, :, -S:] |= torch.diag_embed(~valid)  # padding sees itself
     return allowed[:, None]  # [B, 1, S, T]
+
+
+def windowed(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """A mask of the caller's own, bool [B, 1, S, T], cut to a sliding window: no key `window` or more places back.
+
+    query_positions: int64 [B, S]; key_positions: int64 [B, T]. Raises ValueError on another shape or dtype.
+    """
+    B, S, T = *query_positions.shape, key_positions.shape[1]
+    if mask.dtype != torch.bool or mask.shape != (B, 1, S, T):
+        raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}, expected torch.bool {[B, 1, S, T]}: [B, 1, S, T]")
+    if window is None:
+        return mask
+    return mask & (key_positions[:, None, :] > query_positions[:, :, None] - window)[:, None]
 
 
 def positions(valid: Tensor) -> Tensor:

@@ -1,79 +1,101 @@
 """Writing the answer, token by token.
 
-    prompt --prefill--> logits of the first token, cache     one pass over image and prompt, both directions
+    prompt --prefill--> logits of the first token, cache     one pass over images and prompt, in both directions
     token  --decode---> logits of the next token             one pass over one token per row, reads the cache
     ...                                                      until eos, or until the budget is spent
 
-In reading order: the options, the two passes through the model, which tokens are allowed, choosing one of them, and
-then the loops around these: `generate`, beam search, `stream`.
+`generate_greedily` is this loop for one row, in ten lines. All that follows makes it useful: the options, the two
+passes through the model, choosing a token, then `generate` for batches, `stream` for pieces of text, and beam search.
 
-What to know before reading:
+What to know before reading the rest:
 - Rows of a batch have prompts of different length and end at different times. Padding is moved to the left first, so
-  that the last column is every row's last token; a row that ended leaves the batch.
+  that the last column is every row's last token; a row that has ended leaves the batch and the cache.
 - The same image can serve many prompts: encode it once and pass `image_features`. That is all that rows can share. The
-  keys and values of the image can't be shared: the prefix looks both ways, so they depend on the prompt behind it.
-- Two masks lie on the logits. Ids that were never trained are never produced; and a *constraint*, one function per row,
-  may allow a few ids only. What is reported about a token is its probability among the allowed ones.
-- A constraint may keep an answer within its budget. Where the answer could end, the model is asked as if there were no
-  budget: if it would go on, and there is no room, the budget ended the answer, and it is not reported as finished.
+  keys and values of the image can't be shared: the prefix looks in both directions, so they depend on the prompt.
+- What may come next at all is decided in `answers/constraints.py`, before a token is chosen or sampled. What is
+  reported about a token is its probability among the allowed ones.
 
 Letters: B rows of the batch, N rows (or beams) still running, S prompt length, P image patches, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
-from unicodedata import category
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from paligemma.answers.constraints import (
+    Constraint,
+    allowed_next,
+    contains,
+    masked_logits,
+    never_produced,
+    one_per_row,
+)
 from paligemma.attention_mask import SUFFIX
 from paligemma.kv_cache import KVCache
+from paligemma.tokenizer import start_of_last_character
 
 if TYPE_CHECKING:
     from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
     from paligemma.tokenizer import Tokenizer
 
-# Constraint(generated, remaining) -> int64 [n], the sorted ids that may come next (never empty), or None for any.
-# generated: what the row has produced so far. remaining: tokens left in the budget; eos counts as one. A pure function
-# of the two, since beams fork and rows leave. Where it allows eos it is asked again with NO_END: see `choices`.
-Constraint = Callable[[Sequence[int], int], "Tensor | None"]
 
-NO_END = 2**31  # tokens left in a budget that never ends
-MOST_BEAMS = 1_000  # more is a slip: their caches would fill any machine
-NO_BIN = (math.nan, math.nan)  # of a token outside the watched range
+@torch.inference_mode()
+def generate_greedily(
+    model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], max_new_tokens: int = 128
+) -> list[int]:
+    """The whole idea, for one row: the ids of the likeliest answer, without eos.
+
+    `generate` gives the same answer, and moreover never chooses an id that was not trained.
+    """
+    logits, cache = prefill(model, inputs, max_new_tokens)  # [1, V]
+    answer: list[int] = []
+    for _ in range(max_new_tokens):
+        token = logits.argmax(-1)  # [1]
+        if token == model.config.eos_token_id:
+            break
+        answer.append(int(token))
+        logits = decode_one_token(model, token, cache)
+    return answer
+
 
 # ---------------------------------------------------------------------------------------------- options and result
 
-
-@dataclass
-class Generated:
-    """The answer of one row.
-
-    token_ids: without eos. token_logprobs: of each token, among the tokens that were allowed in its place (after
-    suppression and constraint, before temperature, top-k and top-p). finished: ended with eos; False when the budget
-    ended it, also where a constraint closed the answer and the model would have gone on. eos_logprob: of the eos, where
-    there is one. bins: with `watch` one (mean, spread) per token, else empty.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    token_logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-    eos_logprob: float | None = None
-    bins: list[tuple[float, float]] = field(default_factory=list)
-
-    def copy(self) -> Generated:
-        return Generated([*self.token_ids], [*self.token_logprobs], self.finished, self.eos_logprob, [*self.bins])
+MOST_BEAMS = 1_000  # more is a slip: their caches would fill any machine
+NOT_WATCHED = (math.nan, math.nan)  # what `Generated.bins` has for a token outside the watched range
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to write an answer: what `generate` takes beside model and inputs, explained there. Checks single values."""
+    """How to write an answer: the keyword arguments of `generate` and `stream`.
+
+    max_new_tokens: the budget of a row, its eos included.
+    do_sample: False takes the likeliest token each time, and temperature, top_k, top_p and seed have no effect.
+    temperature, top_k, top_p: see `warp`.
+    num_beams: 2 or more keeps that many answers in the running and returns the best one (see `_beam_search`).
+    length_penalty: of beams; an answer's score is its log-probability / length ** length_penalty. Above 0 it favours
+        longer answers.
+    seed: of the random numbers, the same for every row, whatever its neighbours are: equal rows give equal answers.
+        A list gives each row its own. None draws from torch's global state.
+    suppress_tokens: ids that are never produced, beside <image> and what lies beyond the tokenizer.
+    constraint: a function of what a row has generated and of the tokens left in its budget that returns the sorted ids
+        allowed next, int64 [n], or None for any; one for all rows, or a list with one (or None) per row. See
+        `answers/constraints.py`.
+    watch: (first id, count). For each token in this range `Generated.bins` gets the mean and the spread (standard
+        deviation) of the distribution among the allowed tokens of the range, counted from its first id. Over the 1,024
+        location tokens: where a box's edge is, and how sure the model was.
+    eos_token_id: default: the configuration's.
+    num_tokens: `len(tokenizer)`. Pass it where <image> may not be the last token, see `never_produced`.
+
+    Raises ValueError for values out of range and for options that do not go together.
+    """
 
     max_new_tokens: int = 128
     do_sample: bool = False
@@ -114,31 +136,75 @@ class Options:
             )
 
 
-def check_length(config: PaliGemmaConfig, attention_mask: Tensor, max_new_tokens: int) -> None:
-    """ValueError if the longest prompt and the answer together have more tokens than the model has positions.
+@dataclass
+class Generated:
+    """The answer of one row.
 
-    attention_mask: [B, S]. `generate` calls it before any work; call it before encoding images by hand.
+    token_ids: without eos. token_logprobs: of each token, among the tokens that were allowed in its place (before
+    temperature, top-k and top-p). finished: ended with eos; False when the budget ended it, also where a constraint
+    closed the answer and the model would have gone on. eos_logprob: of the eos, where there is one. bins: with `watch`
+    one (mean, spread) per token, (nan, nan) for a token outside the range; else empty.
     """
-    longest, limit = int(attention_mask.sum(-1).max()), config.text_config.max_position_embeddings
-    if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"the prompt has {longest} tokens (image included) and the answer may have {max_new_tokens}: "
-            f"{longest + max_new_tokens} together, and the model has {limit} positions. "
-            + (f"Set max_new_tokens to at most {limit - longest}." if longest < limit else "Shorten the prompt.")
-        )
+
+    token_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+    eos_logprob: float | None = None
+    bins: list[tuple[float, float]] = field(default_factory=list)
+
+    def copy(self) -> Generated:
+        return Generated([*self.token_ids], [*self.token_logprobs], self.finished, self.eos_logprob, [*self.bins])
 
 
 # ---------------------------------------------------------------------------------------------- through the model
 
 
-def prepare(
-    model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], image_features: Tensor | None = None
-) -> dict[str, Tensor]:
-    """The processor's dict -> what `prefill` takes: complete, padded on the left only, on the model's device.
+def prefill(
+    model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], max_new_tokens: int
+) -> tuple[Tensor, KVCache]:
+    """Reads images and prompt: the logits of each row's first token [B, V], and the cache of what was read.
 
-    Moving the padding changes nothing in the answer (positions count real tokens only, padding is seen by nobody) and
-    puts every row's last token, the one that predicts, into the last column. Raises ValueError on inputs that do not
-    fit together.
+    inputs: what the processor returns. With pixel_values the images are encoded on the way, with image_features they
+    already are. The cache has room for `max_new_tokens` more.
+    """
+    prompt = prepare(model, inputs)
+    B, S = prompt["input_ids"].shape
+    cache = KVCache(model.config.text_config, B, S + max_new_tokens, model.dtype, model.device)
+    # Of the last column only: the head is a quarter of a million wide, at 896 pixels 4 GB over all columns.
+    logits = model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1]
+    if not logits.isfinite().all():
+        raise FloatingPointError(
+            f"the model's logits are not finite numbers in {model.dtype}"
+            + (": its activations overflow float16, use bfloat16" if model.dtype == torch.float16 else "")
+        )
+    return logits, cache
+
+
+def decode_one_token(model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Reads one more token per row, int64 [N], into the cache: the logits of the token after it, [N, V]."""
+    return model(tokens[:, None], cache=cache, logits_to_keep=1).logits[:, -1]
+
+
+def decode(
+    model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache, only: Tensor | None = None
+) -> Tensor:
+    """The same for the next tokens of each row, int64 [N, k]: the logits of the token after them, [N, V].
+
+    only: int64 [n], the ids that may come next. The rows of the head for all others are not read, a fifth of the bytes
+    of a decoded token where a location is to follow; their logits are -inf.
+    """
+    if only is None:
+        return model(tokens, cache=cache, logits_to_keep=1).logits[:, -1]
+    logits = model.logits(model.read(tokens, cache=cache, num_outputs=1)[:, -1], only)  # [N, n]
+    return logits.new_full((len(tokens), model.config.text_config.vocab_size), -math.inf).index_copy_(1, only, logits)
+
+
+def prepare(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The processor's dict, complete, padded on the left only, on the model's device.
+
+    Moving the padding changes nothing in the answer (positions count real tokens only, nobody sees padding) and puts
+    every row's last token, the one that predicts, into the last column. Raises ValueError on inputs that do not fit
+    together.
     """
     input_ids = inputs["input_ids"]
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
@@ -159,184 +225,39 @@ def prepare(
     columns = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
     prompt = {name: tensor.gather(1, order) for name, tensor in columns.items()}
 
-    if image_features is None:
-        image_features = inputs.get("image_features")
-        if image_features is not None and inputs.get("pixel_values") is not None:
-            raise ValueError("inputs has pixel_values and image_features: leave out one of them")
-    if image_features is not None:
-        prompt["image_features"] = image_features
-    elif inputs.get("pixel_values") is not None:
-        prompt["pixel_values"] = inputs["pixel_values"]
-    return {name: tensor.to(model.device) for name, tensor in prompt.items()}
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_features") if inputs.get(name) is not None}
+    if len(pictures) > 1:
+        raise ValueError("inputs has pixel_values and image_features: leave out one of them")
+    return {name: tensor.to(model.device) for name, tensor in {**prompt, **pictures}.items()}
 
 
-def prefill(
-    model: PaliGemmaForConditionalGeneration, prompt: dict[str, Tensor], max_new_tokens: int
-) -> tuple[Tensor, KVCache]:
-    """Reads image and prompt: the logits of each row's first token [B, V], and the cache of what was read.
+def check_length(config: PaliGemmaConfig, attention_mask: Tensor, max_new_tokens: int) -> None:
+    """ValueError if the longest prompt and the answer together have more tokens than the model has positions.
 
-    prompt: from `prepare`. If it holds pixel_values the image is encoded on the way, with image_features it already is.
+    attention_mask: [B, S]. `generate` calls it before any work; call it before encoding images by hand.
     """
-    B, S = prompt["input_ids"].shape
-    # The last token is never read, so it needs no column.
-    cache = KVCache(model.config.text_config, B, S + max_new_tokens - 1, model.dtype, model.device)
-    # Of the last column only: the head is a quarter of a million wide, at 896 pixels 4 GB over all columns.
-    logits = model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1]
-    if not logits.isfinite().all():
-        raise FloatingPointError(
-            f"the model's logits are not finite numbers in {model.dtype}"
-            + (": its activations overflow float16, use bfloat16" if model.dtype == torch.float16 else "")
-        )
-    return logits, cache
-
-
-def decode(
-    model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache, only: Tensor | None = None
-) -> Tensor:
-    """Reads the next tokens of each row, int64 [N, k], into the cache: the logits of the token after them, [N, V].
-
-    only: int64 [n], the ids that may come next. The rows of the head for all others are not read, a fifth of the bytes
-    of a decoded token where a location is to follow; their logits are -inf.
-    """
-    logits = model(tokens, cache=cache, logits_to_keep=1, logits_of=only).logits[:, -1]
-    if only is None:
-        return logits
-    return logits.new_full((len(tokens), model.config.text_config.vocab_size), -math.inf).index_copy_(1, only, logits)
-
-
-def decode_one_token(model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Reads one more token per row, int64 [N], into the cache: the logits of the token after it, [N, V]."""
-    return decode(model, tokens[:, None], cache)
-
-
-# ---------------------------------------------------------------------------------------------- what is allowed
-
-
-def never_produced(config: PaliGemmaConfig, num_tokens: int | None, suppress_tokens: Sequence[int] | None) -> Tensor:
-    """bool [V], True for the ids that no answer may hold.
-
-    num_tokens: `len(tokenizer)`; the embedding has rows beyond it that were never trained. Without it everything from
-    <image> on counts as untrained, which is so wherever <image> is the last token: in every published checkpoint.
-    """
-    V, image = config.text_config.vocab_size, config.image_token_index
-    never = torch.zeros(V, dtype=torch.bool)
-    never[image if num_tokens is None else num_tokens :] = True
-    never[image : image + 1] = True  # a slice: the id may lie beyond the embedding
-    for token in suppress_tokens or ():
-        if not 0 <= token < V:
-            raise ValueError(f"suppress_tokens has {token}, expected ids from 0 to {V - 1}")
-        never[token] = True
-    if never.all():
-        raise ValueError("every token of the vocabulary is suppressed: nothing could be produced")
-    return never
-
-
-def allowed_ids(
-    constraints: Sequence[Constraint | None], generated: Sequence[Sequence[int]], remaining: int, vocab_size: int
-) -> list[Tensor | None]:
-    """What each row's constraint allows next, None for anything. Raises ValueError for ids that do not exist."""
-    allowed: list[Tensor | None] = []
-    for row, constraint in enumerate(constraints):
-        ids = constraint(generated[row], remaining) if constraint else None
-        if ids is not None and ids.numel() and (int(ids[0]) < 0 or int(ids[-1]) >= vocab_size):
-            raise ValueError(f"a constraint allows ids {int(ids[0])} to {int(ids[-1])}, the model has {vocab_size}")
-        allowed.append(ids)
-    return allowed
-
-
-def choices(
-    constraints: Sequence[Constraint | None],
-    generated: Sequence[Sequence[int]],
-    remaining: int,
-    vocab_size: int,
-    eos: int,
-) -> tuple[list[Tensor | None], dict[int, Tensor]]:
-    """What each row chooses from, None for anything; and by row the ids that fit into its budget, where not all do.
-
-    Within an answer that is what the constraint allows. Where the answer may end, it is also what would be allowed if
-    the budget had no end: eos chosen for want of room would pass for the model's own word, and so would a longer label
-    in place of another item. A row that chooses what does not fit is ended by the budget. (The answers to a smaller
-    budget are then beginnings of those to a larger one.)
-    """
-    allowed = allowed_ids(constraints, generated, remaining, vocab_size)
-    fitting: dict[int, Tensor] = {}
-    for row, ids in enumerate(allowed):
-        if ids is None or not _among(ids, eos):
-            continue
-        (wanted,) = allowed_ids(constraints[row : row + 1], generated[row : row + 1], NO_END, vocab_size)
-        if wanted is not ids and (wanted is None or not torch.equal(wanted, ids)):
-            allowed[row] = wanted if wanted is None else torch.cat([wanted, ids]).unique()
-            fitting[row] = ids
-    return allowed, fitting
-
-
-def _among(ids: Tensor, token: int) -> bool:
-    """Whether sorted ids have this one. (`in` would look at all of them, a quarter of a million for free labels.)"""
-    place = int(torch.searchsorted(ids, token))
-    return place < len(ids) and int(ids[place]) == token
-
-
-def allowed_logits(
-    logits: Tensor,
-    never: Tensor,
-    allowed: Sequence[Tensor | None],
-    generated: Sequence[Sequence[int]],
-    remaining: int,
-) -> Tensor:
-    """The logits in float32 with -inf wherever a token is not allowed: [N, V] -> [N, V], a copy.
-
-    never: bool [V]. allowed: from `choices`, one per row of `logits`. generated, remaining: what led there, for the
-    error. Raises ValueError when a constraint leaves nothing that may be produced.
-    """
-    scores = logits.float().masked_fill(never, -math.inf)
-    for row, ids in enumerate(allowed):
-        if ids is None:
-            continue
-        ids = ids.to(scores.device)
-        kept = scores[row, ids]
-        scores[row] = -math.inf
-        scores[row, ids] = kept
-    constrained = any(ids is not None for ids in allowed)
-    if constrained and -math.inf in (best := scores.amax(-1).tolist()):
-        stuck = list(generated[best.index(-math.inf)])
+    longest, limit = int(attention_mask.sum(-1).max()), config.text_config.max_position_embeddings
+    if longest + max_new_tokens > limit:
         raise ValueError(
-            f"a constraint allows nothing that may be produced after {stuck}, with {remaining} left in the budget: "
-            "it must always leave a token, at the end eos"
+            f"the prompt has {longest} tokens (image included) and the answer may have {max_new_tokens}: "
+            f"{longest + max_new_tokens} together, and the model has {limit} positions. "
+            + (f"Set max_new_tokens to at most {limit - longest}." if longest < limit else "Shorten the prompt.")
         )
-    return scores
-
-
-FEW = 16  # ids are few if they are at most V / 16; gathering more rows of the head than that does not pay
-
-
-def next_logits(
-    model: PaliGemmaForConditionalGeneration, unread: Tensor, cache: KVCache, allowed: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """The logits of each row's next token [N, V], for as little work as what is allowed permits.
-
-    unread: int64 [N, k], tokens that were chosen and not read yet. Returns those that are unread still: where every row
-    has only one way to go on there is nothing to ask the model, and its token is read together with the next.
-    """
-    V, few = model.config.text_config.vocab_size, None
-    if all(ids is not None and ids.numel() for ids in allowed):
-        rows = [ids.to(unread.device) for ids in allowed if ids is not None]
-        if all(ids.numel() == 1 for ids in rows):
-            forced = torch.full((len(rows), V), -math.inf, device=unread.device)
-            return forced.scatter_(1, torch.stack(rows), 0.0), unread
-        together = torch.cat(rows).unique()
-        few = together if FEW * together.numel() <= V else None
-    return decode(model, unread, cache, only=few), unread[:, :0]
-
-
-def _constraints(given: Constraint | Sequence[Constraint | None] | None, rows: int) -> list[Constraint | None]:
-    if given is None or callable(given):
-        return [given] * rows
-    if len(given) != rows:
-        raise ValueError(f"{len(given)} constraints for {rows} rows: pass one for all, or one (or None) per row")
-    return list(given)
 
 
 # ---------------------------------------------------------------------------------------------- choosing a token
+
+
+def choose(scores: Tensor, options: Options, generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of each row: scores [N, V], -inf where a token is not allowed -> int64 [N].
+
+    generators: one per row, for sampling; none for greedy.
+    """
+    if not options.do_sample:
+        return scores.argmax(-1)
+    probs = warp(scores, options.temperature, options.top_k, options.top_p).softmax(-1)
+    # Row by row, each with its own random numbers: its neighbours in the batch can't change its answer.
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])
 
 
 def warp(scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -365,20 +286,11 @@ def warp(scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top
     return scores
 
 
-def choose(scores: Tensor, options: Options, generators: Sequence[torch.Generator]) -> Tensor:
-    """The next token of each row: scores [N, V] -> int64 [N]. Greedy without `do_sample`."""
-    if not options.do_sample:
-        return scores.argmax(-1)
-    probs = warp(scores, options.temperature, options.top_k, options.top_p).softmax(-1)
-    # Row by row, each from its own stream of random numbers: its neighbours in the batch can't change its answer.
-    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])
-
-
 def _generators(options: Options, rows: int, device: torch.device) -> list[torch.Generator]:
     if not options.do_sample:
         return []
     if options.seed is None:
-        seeds = torch.randint(2**62, (rows,)).tolist()  # from the global state: torch.manual_seed still reigns
+        seeds = torch.randint(2**62, (rows,)).tolist()  # from the global state: torch.manual_seed still decides
     elif isinstance(options.seed, int):
         seeds = [options.seed] * rows
     elif len(options.seed) == rows:
@@ -391,7 +303,7 @@ def _generators(options: Options, rows: int, device: torch.device) -> list[torch
 def _watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[float, float]]:
     """Mean and spread of each row's distribution over the watched ids alone, counted from the first of them."""
     if watch is None:
-        return [NO_BIN] * len(scores)
+        return [NOT_WATCHED] * len(scores)
     first, count = watch
     probs = scores[:, first : first + count].softmax(-1)  # [N, count]; nan where none of them is allowed
     bins = torch.arange(count, dtype=probs.dtype, device=probs.device)
@@ -400,38 +312,31 @@ def _watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[f
     return list(zip(mean[:, 0].tolist(), spread.tolist()))
 
 
-def _add(answer: Generated, token: int, logprob: float, bin: tuple[float, float], task: _Task) -> None:
-    """Writes down a chosen token; `bin` is what the row's watched range looked like."""
-    if token == task.eos:
-        answer.finished, answer.eos_logprob = True, logprob
-        return
-    answer.token_ids.append(token)
-    answer.token_logprobs.append(logprob)
-    if (watch := task.options.watch) is not None:
-        answer.bins.append(bin if 0 <= token - watch[0] < watch[1] else NO_BIN)
+# ---------------------------------------------------------------------------------------------- generate, stream
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-# ---------------------------------------------------------------------------------------------- generate
+def _takes_the_fields_of(
+    options: Callable[P, Options],
+) -> Callable[[Callable[..., R]], Callable[Concatenate[PaliGemmaForConditionalGeneration, Mapping[str, Any], P], R]]:
+    """The parameters after the first two are the fields of `Options`, for type checkers and for `help` alike."""
+
+    def decorate(function: Any) -> Any:
+        signature = inspect.signature(function)
+        first_two = list(signature.parameters.values())[:2]
+        fields = inspect.signature(options).parameters.values()
+        function.__signature__ = signature.replace(parameters=[*first_two, *fields])
+        return function
+
+    return decorate
 
 
+@_takes_the_fields_of(Options)
 @torch.inference_mode()
 def generate(
-    model: PaliGemmaForConditionalGeneration,
-    inputs: Mapping[str, Any],
-    max_new_tokens: int = 128,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
-    seed: int | Sequence[int] | None = None,
-    suppress_tokens: Sequence[int] | None = None,
-    constraint: Constraint | Sequence[Constraint | None] | None = None,
-    watch: tuple[int, int] | None = None,
-    eos_token_id: int | None = None,
-    num_tokens: int | None = None,
-    image_features: Tensor | None = None,
+    model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], *options: Any, **named: Any
 ) -> list[Generated]:
     """The answer to every row of a batch.
 
@@ -439,69 +344,74 @@ def generate(
         `model.encode_image`: [n, P, D], the images of all rows one after the other; N prompts about one image pass
         `features.expand(N, -1, -1)`, which costs no memory. Other keys (labels) are not looked at. Tokens of type 1 are
         the beginning of the answer, which is then continued; the continuation alone is returned.
-    max_new_tokens: the budget of a row, its eos included.
-    do_sample: False takes the likeliest token each time, and temperature, top_k, top_p and seed have no effect.
-    temperature, top_k, top_p: see `warp`.
-    num_beams: 2 or more keeps that many answers in the running and returns the best one (see `_beam_search`).
-    length_penalty: of beams; an answer's score is its log-probability / length ** length_penalty. Above 0 it favours
-        longer answers.
-    seed: of the random numbers, the same for every row, whatever its neighbours are: equal rows give equal answers.
-        A list gives each row its own. None draws from torch's global state.
-    suppress_tokens: ids that are never produced, beside <image> and what lies beyond the tokenizer.
-    constraint: a function of what a row has generated and of the tokens left in its budget, that returns the sorted ids
-        allowed next, int64 [n], or None for any; one for all rows, or a list with one (or None) per row. Where it
-        allows eos it is asked a second time, with a budget of NO_END tokens, for what the model would go on with.
-    watch: (first id, count). For each token in this range `Generated.bins` gets the mean and the spread (standard
-        deviation) of the distribution among the allowed tokens of the range, counted from its first id; (nan, nan) for
-        other tokens. Over the 1,024 location tokens: where a box's edge is, and how sure the model was.
-    eos_token_id: default: the configuration's.
-    num_tokens: `len(tokenizer)`. Pass it where <image> may not be the last token, see `never_produced`.
-    image_features: as in `inputs`; takes the place of its pixel_values.
+    All else: the fields of `Options`, explained there.
 
     Returns one `Generated` per row. In float32 a row's answer is the same alone and in any batch.
     Raises ValueError on options out of range, on rows whose prompt and budget exceed the model's positions (before any
     work), on rows that already end in eos, and where a constraint allows nothing.
     """
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        seed=seed,
-        suppress_tokens=suppress_tokens,
-        constraint=constraint,
-        watch=watch,
-        eos_token_id=eos_token_id,
-        num_tokens=num_tokens,
-    )
-    task = _Task(model, inputs, options, image_features)
+    task = _Task(model, inputs, Options(*options, **named))
     if not task.rows:
         return []
-    if num_beams > 1:
+    if task.options.num_beams > 1:
         return _beam_search(task)
     return list(_steps(task))[-1]
+
+
+def stream(
+    model: PaliGemmaForConditionalGeneration,
+    inputs: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    max_new_tokens: int = 128,
+    **named: Any,
+) -> Generator[str, None, Generated]:
+    """The answer to a single row in pieces of text, as they come.
+
+    A piece never ends inside a character: neither between the bytes of one that the vocabulary spells in bytes, nor
+    before a combining mark or in the middle of a joined emoji. The last character is therefore held back until the next
+    one begins. The pieces joined are `tokenizer.decode` of the whole answer.
+
+    named: the fields of `Options`; num_tokens is known. The generator returns the `Generated`: `answer = yield from
+    stream(...)`. Raises what `generate` does, at the call; also for beams: one can still lose what it would have shown.
+    """
+    options = Options(max_new_tokens, **{"num_tokens": len(tokenizer), **named})
+    if options.num_beams > 1:
+        raise ValueError("streaming with beams is not offered: which beam wins is known at the end; use generate")
+    task = _Task(model, inputs, options)
+    if task.rows != 1:
+        raise ValueError(f"inputs has {task.rows} rows, and a stream is of one: use generate")
+    return _pieces(task, tokenizer)
+
+
+@torch.inference_mode()  # as a decorator it is left at every yield; a `with` block would leak into the caller
+def _pieces(task: _Task, tokenizer: Tokenizer) -> Generator[str, None, Generated]:
+    answer, shown = Generated(), 0
+    for (answer,) in _steps(task):
+        text = tokenizer.decode_stable(answer.token_ids)
+        whole = start_of_last_character(text)
+        if whole > shown:
+            yield text[shown:whole]
+            shown = whole
+    text = tokenizer.decode(answer.token_ids)
+    if len(text) > shown:
+        yield text[shown:]
+    return answer
+
+
+# ---------------------------------------------------------------------------------------------- the loop for a batch
 
 
 class _Task:
     """One call of `generate` or `stream`, checked: everything that is the same for every token."""
 
-    def __init__(
-        self,
-        model: PaliGemmaForConditionalGeneration,
-        inputs: Mapping[str, Any],
-        options: Options,
-        image_features: Tensor | None,
-    ):
+    def __init__(self, model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], options: Options):
         config = model.config
         self.model, self.options = model, options
         self.eos = config.eos_token_id if options.eos_token_id is None else options.eos_token_id
-        self.prompt = prepare(model, inputs, image_features)
+        self.prompt = prepare(model, inputs)
         self.rows = self.prompt["input_ids"].shape[0]
         self.never = never_produced(config, options.num_tokens, options.suppress_tokens).to(model.device)
-        self.constraints = _constraints(options.constraint, self.rows)
+        self.constraints = one_per_row(options.constraint, self.rows)
         self.generators = _generators(options, self.rows, model.device)
         if options.watch is not None:
             first, count = options.watch
@@ -515,6 +425,16 @@ class _Task:
                 row = int(ended.long().argmax())
                 raise ValueError(f"row {row} already ends in eos: leave the suffix out of the processor's call")
 
+    def write_down(self, answer: Generated, token: int, logprob: float, bin: tuple[float, float]) -> None:
+        """Adds a chosen token to an answer; `bin` is what the row's watched range looked like."""
+        if token == self.eos:
+            answer.finished, answer.eos_logprob = True, logprob
+            return
+        answer.token_ids.append(token)
+        answer.token_logprobs.append(logprob)
+        if (watch := self.options.watch) is not None:
+            answer.bins.append(bin if 0 <= token - watch[0] < watch[1] else NOT_WATCHED)
+
 
 def _steps(task: _Task) -> Iterator[list[Generated]]:
     """Yields the answers after every token: always the same B objects, which grow until the loop ends."""
@@ -524,20 +444,24 @@ def _steps(task: _Task) -> Iterator[list[Generated]]:
     logits, cache = prefill(model, task.prompt, options.max_new_tokens)
     unread = task.prompt["input_ids"][:, :0]  # [N, k], chosen and not in the cache yet
     for remaining in range(options.max_new_tokens, 0, -1):
+        # 1. What may come next, by each row's constraint.
         generated = [answers[row].token_ids for row in running]
         constraints = [task.constraints[row] for row in running]
-        allowed, fitting = choices(constraints, generated, remaining, len(task.never), task.eos)
+        allowed, fitting = allowed_next(constraints, generated, remaining, len(task.never), task.eos)
+        # 2. What the model says, masked to that.
         if remaining < options.max_new_tokens:
             logits, unread = next_logits(model, unread, cache, allowed)
-        scores = allowed_logits(logits, task.never, allowed, generated, remaining)
+        scores = masked_logits(logits, task.never, allowed, generated, remaining)
+        # 3. A token for each row, and how likely it was.
         tokens = choose(scores, options, [task.generators[row] for row in running] if options.do_sample else [])
         logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
         bins = _watched_bins(scores, options.watch)
+        # 4. Rows that go on.
         kept: list[int] = []
         for n, (row, token, logprob) in enumerate(zip(running, tokens.tolist(), logprobs.tolist())):
-            if n in fitting and not _among(fitting[n], token):
+            if n in fitting and not contains(fitting[n], token):
                 continue  # ended by the budget, before what it was about to say
-            _add(answers[row], token, logprob, bins[n], task)
+            task.write_down(answers[row], token, logprob, bins[n])
             if not answers[row].finished:
                 kept.append(n)
         yield answers
@@ -550,6 +474,28 @@ def _steps(task: _Task) -> Iterator[list[Generated]]:
             rows = torch.tensor(kept, device=tokens.device)
             unread = unread[rows]
             cache.select(rows)
+
+
+FEW = 16  # ids are few if they are at most V / 16; gathering more rows of the head than that does not pay
+
+
+def next_logits(
+    model: PaliGemmaForConditionalGeneration, unread: Tensor, cache: KVCache, allowed: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """The logits of each row's next token [N, V], for as little work as what is allowed permits.
+
+    unread: int64 [N, k], tokens that were chosen and not read yet. Returns those that are unread still: where every row
+    has only one way to go on there is nothing to ask the model, and its token is read together with the next.
+    """
+    V, few = model.config.text_config.vocab_size, None
+    if all(ids is not None and ids.numel() for ids in allowed):
+        rows = [ids.to(unread.device) for ids in allowed if ids is not None]
+        if all(ids.numel() == 1 for ids in rows):
+            forced = torch.full((len(rows), V), -math.inf, device=unread.device)
+            return forced.scatter_(1, torch.stack(rows), 0.0), unread
+        together = torch.cat(rows).unique()
+        few = together if FEW * together.numel() <= V else None
+    return decode(model, unread, cache, only=few), unread[:, :0]
 
 
 # ---------------------------------------------------------------------------------------------- beams
@@ -587,8 +533,8 @@ def _beam_search(task: _Task) -> list[Generated]:
         remaining = options.max_new_tokens + 1 - length
         generated = [beam.answer.token_ids for beam in beams]
         constraints = [task.constraints[beam.row] for beam in beams]
-        allowed_next, fitting = choices(constraints, generated, remaining, len(task.never), task.eos)
-        scores = allowed_logits(logits, task.never, allowed_next, generated, remaining)
+        may_follow, fitting = allowed_next(constraints, generated, remaining, len(task.never), task.eos)
+        scores = masked_logits(logits, task.never, may_follow, generated, remaining)
         values, ids = (t.tolist() for t in scores.topk(min(2 * width, scores.shape[-1])))  # each N lists of 2 * width
         whole, allowed = logits.float().logsumexp(-1).tolist(), scores.logsumexp(-1).tolist()
         bins = _watched_bins(scores, options.watch)
@@ -605,13 +551,13 @@ def _beam_search(task: _Task) -> list[Generated]:
             candidates.sort(key=lambda candidate: -candidate[0])
             going: list[tuple[_Beam, int]] = []
             for rank, (total, n, token, logprob) in enumerate(candidates[: 2 * width]):
-                fits = n not in fitting or _among(fitting[n], token)
+                fits = n not in fitting or contains(fitting[n], token)
                 ends = token == task.eos or remaining == 1 or not fits
                 if rank >= width if ends else len(going) == width:
                     continue
                 answer = beams[n].answer.copy()
                 if fits:
-                    _add(answer, token, logprob, bins[n], task)
+                    task.write_down(answer, token, logprob, bins[n])
                 if ends:
                     answers[row].append((total / length**options.length_penalty, answer))
                 else:
@@ -633,66 +579,3 @@ def _beam_search(task: _Task) -> list[Generated]:
 
 def _can_improve(beam: _Beam, length: int, answers: list[tuple[float, Generated]], options: Options) -> bool:
     return beam.total / length**options.length_penalty > answers[-1][0]
-
-
-# ---------------------------------------------------------------------------------------------- stream
-
-
-def stream(
-    model: PaliGemmaForConditionalGeneration,
-    inputs: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    max_new_tokens: int = 128,
-    image_features: Tensor | None = None,
-    **options: Any,
-) -> Generator[str, None, Generated]:
-    """The answer to a single row in pieces of text, as they come.
-
-    A piece never ends inside a character: neither between the bytes of one that the vocabulary spells in bytes, nor
-    before a combining mark or in the middle of a joined emoji. The last character is therefore held back until the next
-    one begins. The pieces joined are `tokenizer.decode` of the whole answer.
-
-    options: as in `generate`, without beams (a beam can still lose what it would have shown); num_tokens is known.
-    The generator returns the `Generated`: `answer = yield from stream(...)`. Raises what `generate` does, at the call.
-    """
-    settings = Options(max_new_tokens=max_new_tokens, **{"num_tokens": len(tokenizer), **options})
-    if settings.num_beams > 1:
-        raise ValueError("streaming with beams is not offered: which beam wins is known at the end; use generate")
-    task = _Task(model, inputs, settings, image_features)
-    if task.rows != 1:
-        raise ValueError(f"inputs has {task.rows} rows, and a stream is of one: use generate")
-    return _pieces(task, tokenizer)
-
-
-@torch.inference_mode()  # as a decorator it is left at every yield; a `with` block would leak into the caller
-def _pieces(task: _Task, tokenizer: Tokenizer) -> Generator[str, None, Generated]:
-    answer, shown = Generated(), 0
-    for (answer,) in _steps(task):
-        text = tokenizer.decode_stable(answer.token_ids)
-        whole = _start_of_last_character(text)
-        if whole > shown:
-            yield text[shown:whole]
-            shown = whole
-    text = tokenizer.decode(answer.token_ids)
-    if len(text) > shown:
-        yield text[shown:]
-    return answer
-
-
-def _start_of_last_character(text: str) -> int:
-    """Where the last character, as people see it, begins: what comes next may still become a part of it."""
-    start = max(len(text) - 1, 0)
-    while start > 0 and (_joins(text[start]) or text[start - 1] == "\u200d"):
-        start -= 1
-    return start
-
-
-def _joins(code_point: str) -> bool:
-    """Whether it continues the character before it: marks, zero-width joiner, skin tones, flags, Hangul vowels."""
-    return (
-        category(code_point).startswith("M")
-        or code_point == "\u200d"
-        or "\U0001f3fb" <= code_point <= "\U0001f3ff"
-        or "\U0001f1e6" <= code_point <= "\U0001f1ff"  # a flag is two of these, so a run of them is held together
-        or "\u1160" <= code_point <= "\u11ff"
-    )

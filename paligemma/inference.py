@@ -30,12 +30,13 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor
 
+from paligemma.answers.constraints import Constraint
 from paligemma.answers.drawing import Style, draw
 from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
-from paligemma.generation import Constraint, Generated, check_length, generate, stream
+from paligemma.generation import Generated, check_length, generate, stream
 from paligemma.images import ImageInput, Picture, load_image, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.utils import load_hf_model

@@ -1,4 +1,4 @@
-"""The eye: SigLIP, a plain vision transformer that turns an image into one vector per patch.
+"""SigLIP, a plain vision transformer that turns an image into one vector per patch.
 
     pixels [B, 3, S, S] -> patch embedding + learned positions -> 27 x (attention, MLP) -> LayerNorm -> [B, P, D]
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paligemma.configuration import as_object, take_fields
+from paligemma import configuration
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,12 @@ class SiglipVisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"vision hidden_size {self.hidden_size} does not divide by num_attention_heads "
-                f"{self.num_attention_heads}"
-            )
+        configuration.check_vision_config(self)
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> SiglipVisionConfig:
-        """From the `vision_config` object of a `config.json`. Raises ValueError on unknown keys."""
-        given = as_object(given, "vision_config")
-        if given.get("model_type") not in (None, "siglip_vision_model"):
-            raise ValueError(f"vision_config.model_type is {given['model_type']!r}, expected 'siglip_vision_model'")
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
-        return cls(**take_fields(cls, given, "vision_config", required=sizes))
+        """From the `vision_config` object of a `config.json`. Raises ValueError, see `configuration.py`."""
+        return cls(**configuration.read_vision_config(cls, given))
 
     @property
     def num_patches(self) -> int:
@@ -69,7 +59,7 @@ class SiglipVisionEmbeddings(nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.image_size = config.image_size
-        # A convolution whose stride equals its kernel sees each patch exactly once: a linear layer over patches.
+        # A convolution whose stride equals its kernel size is a linear layer over patches: it reads each one once.
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
@@ -81,7 +71,7 @@ class SiglipVisionEmbeddings(nn.Module):
             )
         patches = self.patch_embedding(pixel_values)  # [B, D, grid, grid]
         patches = patches.flatten(2).transpose(1, 2)  # [B, P, D]
-        return patches + self.position_embedding.weight  # the whole table: row i belongs to patch i
+        return patches + self.position_embedding.weight  # the whole table, [P, D]: row i belongs to patch i
 
 
 class SiglipAttention(nn.Module):
@@ -94,7 +84,7 @@ class SiglipAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.explicit = False  # True: softmax(q k / sqrt(E)) v written out, for training on CPU and for looking inside
+        self.explicit = False  # True: attention written out, for training on a CPU and for looking inside
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, P, E]
@@ -111,7 +101,7 @@ class SiglipAttention(nn.Module):
 
 
 class SiglipMLP(nn.Module):
-    """Widens every patch's vector, bends it and narrows it again; patches do not meet here."""
+    """Two linear layers with a GELU between them, applied to every patch by itself."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -124,7 +114,7 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    """Pre-norm: each half reads a normalised copy and adds its result to the stream."""
+    """Pre-norm: attention and MLP each read a normalised copy of x and add their result to x."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -152,7 +142,7 @@ class SiglipEncoder(nn.Module):
 
 
 class SiglipVisionTransformer(nn.Module):
-    """The whole eye: pixel_values [B, 3, S, S] in [-1, 1] -> patch features [B, P, D]."""
+    """The whole vision transformer: pixel_values [B, 3, S, S] in [-1, 1] -> patch features [B, P, D]."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -165,7 +155,7 @@ class SiglipVisionTransformer(nn.Module):
 
 
 class SiglipVisionModel(nn.Module):
-    """Only a name: published checkpoints call the transformer `vision_tower.vision_model`."""
+    """Exists for the parameter names: published checkpoints call the transformer `vision_tower.vision_model`."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()

@@ -13,7 +13,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, alternating_layers
+from paligemma.configuration import alternating_layers
+from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 
 torch.set_num_threads(1)  # these models are so small that threads would only wait for each other
@@ -49,7 +50,8 @@ def tiny_config(kind: str, **overrides) -> PaliGemmaConfig:
     """A configuration of kind "gemma" or "gemma2" with 4 image tokens, vocabulary 320 and <image> = 300.
 
     Overrides go where their name belongs: `head_dim=8` to the text model, `image_size=42` to the vision tower,
-    `image_token_index=17` to the top; what both towers have goes to the text model, `vision_hidden_size=24` to the eye.
+    `image_token_index=17` to the top; what both have goes to the text model, `vision_hidden_size=24` to the
+    vision tower.
     """
     if kind not in ("gemma", "gemma2"):
         raise ValueError(f"kind is {kind!r}, expected 'gemma' or 'gemma2'")

@@ -104,7 +104,7 @@ def defaults(function) -> dict[str, object]:
         ("MaskCodec.decode", {"codes": NONE_ELSE}),
         (
             "PaliGemmaForConditionalGeneration.forward",
-            {"input_ids": NONE_ELSE, "pixel_values": None, "attention_mask": None, "token_type_ids": None}
+            {"input_ids": None, "pixel_values": None, "attention_mask": None, "token_type_ids": None}
             | {"labels": None, "image_features": None, "position_ids": None, "cache": None, "logits_to_keep": 0},
         ),
         (

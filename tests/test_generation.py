@@ -4,9 +4,12 @@ two masks on the logits, the random numbers, and every error.
 Models are tiny with random weights, vocabulary 320, <image> = 300, so ids 300 to 319 are the ones never produced.
 """
 
+import copy
 import functools
+import inspect
 import itertools
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,16 +18,14 @@ from make_tokenizer import build_tokenizer
 from reference import make_inputs, make_theirs, randomize, tiny_config
 from torch.testing import assert_close
 
-import paligemma.generation as generation
+from paligemma.answers.constraints import NO_END, masked_logits, never_produced
 from paligemma.generation import (
-    NO_END,
     Generated,
     Options,
-    allowed_logits,
     choose,
     decode_one_token,
     generate,
-    never_produced,
+    generate_greedily,
     prefill,
     prepare,
     stream,
@@ -32,7 +33,7 @@ from paligemma.generation import (
 )
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.tokenizer import load_tokenizer
+from paligemma.tokenizer import load_tokenizer, start_of_last_character
 
 UNTRAINED = list(range(300, 320))
 NO_EOS = 301  # an id that is never produced: answers then always use their whole budget
@@ -58,6 +59,26 @@ def make_ours(shape="grouped-query", seed=0, sharpness=3, **overrides):
         model.language_model.model.embed_tokens.weight *= 0.2
         model.language_model.model.norm.weight += sharpness
     return model
+
+
+def test_the_loop_of_ten_lines_is_what_generate_does():
+    for shape in SHAPES:
+        model = copy.deepcopy(make_ours(shape))
+        with torch.no_grad():
+            model.language_model.model.embed_tokens.weight[300:] = (
+                0  # untrained ids: their logits are never the largest
+            )
+        for row in rows_of(ragged(model)):
+            model.config = replace(model.config, eos_token_id=generate(model, row, 9)[0].token_ids[5])
+            (answer,) = generate(model, row, 9)
+            assert answer.finished and generate_greedily(model, row, 9) == answer.token_ids
+            assert generate_greedily(model, row, 2) == answer.token_ids[:2]
+
+
+def test_the_parameters_of_generate_are_the_fields_of_options():
+    parameters = inspect.signature(generate).parameters
+    assert [*parameters][:3] == ["model", "inputs", "max_new_tokens"]
+    assert {name: p.default for name, p in [*parameters.items()][2:]} == {f.name: f.default for f in fields(Options)}
 
 
 @functools.cache
@@ -292,9 +313,7 @@ def test_an_image_is_encoded_once_for_many_prompts(monkeypatch):
         features = model.encode_image(one_image)
 
     encoded = count_calls(monkeypatch, model, "encode_image")
-    shared = generate(model, inputs, 6, image_features=features.expand(4, -1, -1))
-    del inputs["pixel_values"]
-    assert generate(model, {**inputs, "image_features": features.expand(4, -1, -1)}, 6) == shared
+    shared = generate(model, {**inputs, "pixel_values": None, "image_features": features.expand(4, -1, -1)}, 6)
     assert encoded == []
     assert [a.token_ids for a in shared] == [a.token_ids for a in separate]
 
@@ -787,7 +806,7 @@ def test_pieces_never_break_a_character(speaker, tokenizer, characters):
     assert len(pieces) > 1 or len(characters) == 1
     # And the same if the tokens had been single code points.
     for length in range(len(text) + 1):
-        assert generation._start_of_last_character(text[:length]) in ends | {0}
+        assert start_of_last_character(text[:length]) in ends | {0}
 
 
 def test_broken_bytes_and_a_spent_budget_still_join_to_the_whole(speaker, tokenizer):
@@ -953,11 +972,11 @@ def test_selecting_rows_never_holds_a_second_cache():
     assert [keys[:, 0, 0, 0].tolist() for keys in cache.keys] == [[2.0, 0.0], [3.0, 1.0]]
 
 
-def test_allowed_logits_leaves_its_input_alone():
+def test_masked_logits_leaves_its_input_alone():
     logits = torch.randn(2, 10)
     before = logits.clone()
     never = torch.zeros(10, dtype=torch.bool)
-    scores = allowed_logits(logits, never, [torch.tensor([3]), None], [[], []], 5)
+    scores = masked_logits(logits, never, [torch.tensor([3]), None], [[], []], 5)
     assert torch.equal(logits, before)
     assert scores[0].isfinite().nonzero().tolist() == [[3]] and torch.equal(scores[1], logits[1])
 

@@ -6,9 +6,14 @@ from reference import make_inputs, randomize, tiny_config
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paligemma.attention_mask import prefix_lm_mask
+from paligemma.attention_mask import prefix_lm_mask, windowed
 from paligemma.kv_cache import KVCache
-from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration, explicit_attention, fused_attention
+from paligemma.modeling_gemma import (
+    PaliGemmaForConditionalGeneration,
+    attention_in_chunks,
+    explicit_attention,
+    fused_attention,
+)
 
 MODELS = {
     "gemma": ("gemma", {}),
@@ -150,20 +155,87 @@ def test_only_the_last_logits(model):
         assert_close(kept, whole[:, -n:], atol=1e-5, rtol=0)
 
 
-def test_loss_without_logits(model):
-    """logits_to_keep=None: the head runs on the labelled positions alone; loss and gradients are the same."""
+def test_loss_with_and_without_logits(model):
+    """The head runs on the labelled positions alone; loss and gradients are those of the logits of all positions."""
     inputs = make_inputs(model.config, prefix=[5, 3], suffix=[2, 4], labels=True)
+    labels = inputs["labels"]
+
+    def of_all_logits():
+        logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+
+    def of_hidden_states():
+        return model.loss(model.read(**{name: value for name, value in inputs.items() if name != "labels"}), labels)
+
     losses, gradients = [], []
-    for keep in (0, None, 1):
+    for loss_of in (of_all_logits, of_hidden_states, lambda: model(**inputs, logits_to_keep=1).loss):
         model.zero_grad()
-        out = model(**inputs, logits_to_keep=keep)
-        out.loss.backward()
-        losses.append(out.loss.detach())
+        loss = loss_of()
+        loss.backward()
+        losses.append(loss.detach())
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-        assert (out.logits is None) == (keep is None)
     for loss, gradient in zip(losses[1:], gradients[1:]):
         assert_close(loss, losses[0], atol=1e-6, rtol=1e-6)
         assert (gradient - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+@torch.no_grad()
+def test_reading_and_the_head_are_forward(model):
+    """`forward` is `read`, then `logits`; of some ids the head gives the same numbers."""
+    inputs = make_inputs(model.config, prefix=[5, 3], suffix=[2, 4])
+    whole = model(**inputs, output_hidden_states=True)
+    hidden = model.read(**inputs)
+    assert torch.equal(hidden, whole.hidden_states[-1])
+    assert torch.equal(model.logits(hidden), whole.logits)
+    ids = torch.tensor([3, 200, 7])
+    assert_close(model.logits(hidden, ids), whole.logits[..., ids], atol=1e-6, rtol=1e-6)
+    states = []
+    assert_close(model.read(**inputs, num_outputs=3, hidden_states=states), hidden[:, -3:], atol=1e-5, rtol=1e-5)
+    assert all(map(torch.equal, states[:-1], whole.hidden_states[:-1])) and states[-1].shape[1] == 3
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_ids_and_images(model):
+    inputs = make_inputs(model.config, prefix=[5, 3], suffix=[2, 4])
+    ids, pixels = inputs.pop("input_ids"), inputs.pop("pixel_values")
+    x = model.embed(ids, model.encode_image(pixels))
+    expected = model(ids, pixels, **inputs).logits
+    assert torch.equal(model(inputs_embeds=x, **inputs).logits, expected)
+    for neither_nor_both in ({}, {"input_ids": ids, "inputs_embeds": x}):
+        with pytest.raises(ValueError, match="pass input_ids or inputs_embeds, one of them"):
+            model(**neither_nor_both)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_caller_s_own(model):
+    """The prefix rule written as a mask gives the same logits; a causal one does not; windows still apply."""
+    inputs = make_inputs(model.config, prefix=[5, 3], suffix=[2, 4])
+    valid, types = inputs["attention_mask"].bool(), inputs["token_type_ids"]
+    S, real = types.shape[1], valid[..., None]
+    mask = prefix_lm_mask(types, valid)
+    expected = model(**inputs).logits
+    slides = any(model.config.text_config.window(layer) for layer in range(2))
+    own = model(**inputs, mask=mask).logits
+    if slides:  # the prefix rule lets the prefix ignore the window; a mask of the caller's own knows no prefix
+        assert (own - expected).abs().max() > 0.1
+    else:
+        assert_close(own * real, expected * real, atol=1e-5, rtol=1e-5)
+    causal = mask & torch.ones(S, S, dtype=torch.bool).tril()
+    assert (model(**inputs, mask=causal).logits - own).abs().max() > 0.1
+    with pytest.raises(ValueError, match=r"mask is torch.float32 .* expected torch.bool \[2, 1, "):
+        model(**inputs, mask=mask.float())
+
+
+def test_a_window_cuts_a_mask_of_the_caller_s_own():
+    everything, place = torch.ones(1, 1, 4, 4, dtype=torch.bool), torch.arange(4)[None]
+    assert torch.equal(windowed(everything, place, place, None), everything)
+    # A key may come later than the query: only what lies too far back is cut.
+    assert windowed(everything, place, place, 2)[0, 0].int().tolist() == [
+        [1, 1, 1, 1],
+        [1, 1, 1, 1],
+        [0, 1, 1, 1],
+        [0, 0, 1, 1],
+    ]
 
 
 def test_loss_is_float32_in_a_bfloat16_model():
@@ -233,7 +305,7 @@ def test_chunks_change_nothing(max_scores):
     q, k, v, mask = random_attention()
     q.requires_grad_()
     whole = explicit_attention(q, k, v, mask, 0.4, 5.0)
-    chunked = explicit_attention(q, k, v, mask, 0.4, 5.0, max_scores=max_scores)
+    chunked = attention_in_chunks(q, k, v, mask, 0.4, 5.0, max_scores=max_scores)
     assert_close(chunked, whole, atol=1e-6, rtol=0)
     gradients = [torch.autograd.grad(attended.square().sum(), q)[0] for attended in (whole, chunked)]
     assert_close(*gradients, atol=1e-5, rtol=0)
@@ -264,7 +336,7 @@ def test_scores_stay_small_at_896_pixels(heads, kv_heads, batch, queries):
         k = torch.empty(batch, kv_heads, length, 128, dtype=torch.bfloat16)
         mask = torch.empty(batch, 1, queries, length, dtype=torch.bool)
     with Largest() as largest:
-        attended = explicit_attention(q, k, k, mask, 1.0, 50.0)
+        attended = attention_in_chunks(q, k, k, mask, 1.0, 50.0)
     assert attended.shape == q.shape
     goes_in, chunk = max(q.nbytes, k.nbytes, mask.nbytes), 2**24 * 4  # bytes; scores are float32
     assert largest.bytes <= max(goes_in, chunk)

@@ -96,22 +96,6 @@ def test_hidden_states(pair):
         assert_equal_logits(here, there, inputs["attention_mask"].bool())
 
 
-@torch.no_grad()
-def test_the_last_hidden_states_alone(pair):
-    ours, _ = pair
-    inputs = make_inputs(ours.config, prefix=[5, 3], suffix=[2, 4])
-    everything = ours(**inputs, output_hidden_states=True, logits_to_keep=None).hidden_states
-    few = ours(**inputs, output_hidden_states=True, logits_to_keep=None, hidden_to_keep=3).hidden_states
-    torch.testing.assert_close(few[-1], everything[-1][:, -3:], rtol=1e-5, atol=1e-5)
-    assert all(map(torch.equal, few[:-1], everything[:-1]))
-    # Everywhere else it would change nothing, or not what it says.
-    alone = {"output_hidden_states": True, "logits_to_keep": None, "hidden_to_keep": 3}
-    labels = inputs["input_ids"].masked_fill(inputs["token_type_ids"] == 0, -100)
-    for change in ({"hidden_to_keep": -3}, {"logits_to_keep": 0}, {"output_hidden_states": False}, {"labels": labels}):
-        with pytest.raises(ValueError, match=r"hidden_to_keep is -?3: it is at least 0"):
-            ours(**{**inputs, **alone, **change})
-
-
 # ---------------------------------------------------------------------------------------------- token by token
 
 

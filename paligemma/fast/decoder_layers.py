@@ -32,24 +32,20 @@ Norms: TypeAlias = Sequence[GemmaRMSNorm | None]  # before attention, after it, 
 class FastGemmaDecoderLayer(GemmaDecoderLayer):
     """A layer of Gemma 1, with norms before attention and MLP only."""
 
-    def forward(
-        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, last: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         norms = self.input_layernorm, None, self.post_attention_layernorm, None
-        y = in_one_call(self, norms, x, mask, cos, sin, cache, last)
-        return super().forward(x, mask, cos, sin, cache, last) if y is None else y
+        y = in_one_call(self, norms, x, mask, cos, sin, cache)
+        return super().forward(x, mask, cos, sin, cache) if y is None else y
 
 
 class FastGemma2DecoderLayer(Gemma2DecoderLayer):
     """A layer of Gemma 2, with all four norms."""
 
-    def forward(
-        self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, last: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         norms_of_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
         norms = self.input_layernorm, self.post_attention_layernorm, *norms_of_mlp
-        y = in_one_call(self, norms, x, mask, cos, sin, cache, last)
-        return super().forward(x, mask, cos, sin, cache, last) if y is None else y
+        y = in_one_call(self, norms, x, mask, cos, sin, cache)
+        return super().forward(x, mask, cos, sin, cache) if y is None else y
 
 
 def in_one_call(
@@ -60,10 +56,9 @@ def in_one_call(
     cos: Tensor,
     sin: Tensor,
     cache: KVCache | None,
-    last: int,
 ) -> Tensor | None:
     """The output of the layer; None where `why_not_in_one_call` has a reason to call its parts one by one."""
-    if why_not_in_one_call(layer, norms, x, cos, cache, last) is not None:
+    if why_not_in_one_call(layer, norms, x, mask, cos, cache) is not None:
         return None
     assert cache is not None
     attention, weights = layer.self_attn, [_weights(linear) for linear in _linears(layer)]
@@ -79,9 +74,9 @@ def why_not_in_one_call(
     layer: DecoderLayer,
     norms: Norms,
     x: Tensor,
+    mask: Tensor,
     cos: Tensor,
     cache: KVCache | None,
-    last: int,
 ) -> str | None:
     """Why the parts of this layer have to be called one by one for this input; None if one call can do it.
 
@@ -90,7 +85,7 @@ def why_not_in_one_call(
     attention, mlp = layer.self_attn, layer.mlp
     if cache is None:
         return "there is no cache"
-    if last not in (0, x.shape[1]):
+    if mask.shape[2] != x.shape[1]:
         return "not all positions are queries"
     if len(cos) != len(x) or not x.numel():
         return "there is no row, or one row of positions for all"

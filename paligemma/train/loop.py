@@ -128,17 +128,15 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
         targets = batch["labels"][:, 1:]
         labelled = targets != -100
         first = int(labelled.any(0).int().argmax())  # position that predicts anything; 0 if none does
-        out = model(
+        hidden = model.read(
             batch["input_ids"],
             **what_is_seen(model, batch),
             attention_mask=batch["attention_mask"],
             token_type_ids=batch["token_type_ids"],
-            logits_to_keep=None,
-            output_hidden_states=True,
-            hidden_to_keep=batch["labels"].shape[1] - first,
+            num_outputs=batch["labels"].shape[1] - first,
         )
         targets, labelled = targets[:, first:], labelled[:, first:]
-        logits = model.language_model.logits(out.hidden_states[-1][:, :-1][labelled]).float()  # [tokens, V]
+        logits = model.logits(hidden[:, :-1][labelled]).float()  # [tokens, V]
         targets = targets[labelled]
         # The reference shares s among the *other* V - 1 tokens, torch shares it among all V.
         V = logits.shape[-1]

@@ -251,8 +251,7 @@ def forward(
                 x = x.masked_scatter(real[..., None], features.to(x.dtype))
             windows = {text.window(layer) for layer in range(text.num_hidden_layers)}
             masks = {window: prefix_lm_mask(ids, real, window) for window in windows}
-            streams: list[Tensor] = []
-            x = model.language_model.model(x, ids, masks, None, streams, last)
+            x = model.language_model.model(x, ids, masks, None, last)
         with memory.of(LOGITS):
             logits = model.language_model.logits(x[:, -answer:].flatten(0, 1)).float()  # [B * A, V]
             return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum")

@@ -24,16 +24,16 @@ Follows PyTorch's `fully_shard` and arXiv 1910.02054 (ZeRO, stage 3). Letters: B
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration, PaliGemmaOutput
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.train import distributed
 from paligemma.train.batches import Batch
 
@@ -52,19 +52,19 @@ def shard(model: PaliGemmaForConditionalGeneration) -> PaliGemmaForConditionalGe
     if not dist.is_initialized():
         raise RuntimeError("sharding needs several processes: start the script with torchrun or accelerate launch")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     distributed.same_everywhere(model)
     sharded = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
-    sharded.register_forward_pre_hook(_look_at_nothing, with_kwargs=True)
-    sharded.register_forward_hook(_add_nothing)
+    sharded.read = partial(_with_the_vision_tower, sharded.read, sharded)  # type: ignore[method-assign]
     layers = [*sharded.vision_tower.vision_model.encoder.layers, *sharded.language_model.model.layers]
     for unit in (*layers, sharded):
         fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not sharded)
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(sharded, "read")  # which the loss calls, in place of `forward`
     empty(model)
     return sharded
 
@@ -127,22 +127,10 @@ def nothing() -> Batch:
     }
 
 
-def _look_at_nothing(model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-    model.nothing_seen = None
-    if model.training and len(inputs) < 2 and named.get("pixel_values") is None:
-        side = model.config.vision_config.image_size
-        seen = model.encode_image(torch.zeros(1, 3, side, side, device=model.device))
-        model.nothing_seen = 0 * seen.sum()
-
-
-def _add_nothing(model: Any, inputs: tuple[Any, ...], output: PaliGemmaOutput) -> PaliGemmaOutput:
-    nothing_seen, model.nothing_seen = model.nothing_seen, None
-    if nothing_seen is None:
-        return output
-    streams = output.hidden_states
-    return dataclasses.replace(
-        output,
-        logits=None if output.logits is None else output.logits + nothing_seen,
-        loss=None if output.loss is None else output.loss + nothing_seen,
-        hidden_states=None if streams is None else (*streams[:-1], streams[-1] + nothing_seen),
-    )
+def _with_the_vision_tower(read: Callable[..., Tensor], model: Any, *inputs: Any, **named: Any) -> Tensor:
+    """`model.read`, which also runs the vision tower where the batch has no pictures: on a black one, times 0."""
+    if not model.training or len(inputs) > 1 or named.get("pixel_values") is not None:
+        return read(*inputs, **named)
+    side = model.config.vision_config.image_size
+    nothing = 0 * model.encode_image(torch.zeros(1, 3, side, side, device=model.device)).sum()  # first, as elsewhere
+    return read(*inputs, **named) + nothing

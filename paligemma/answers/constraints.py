@@ -1,0 +1,135 @@
+"""What may come next: two masks that lie on the logits before a token is chosen.
+
+1. Ids that were never trained, and those the caller suppresses, are never produced (`never_produced`).
+2. A *constraint*, one function per row, may allow a few ids only: `grammar.py` has those for boxes, masks and choices.
+
+    constraint([<loc0100>, <loc0020>], remaining=30)  ->  the ids of <loc0000> ... <loc1023>
+
+A constraint knows the budget, so that it can close an answer in time. But then the end that it allows says nothing
+about what the model wanted. So wherever an answer may end, the constraint is asked twice, the second time as if the
+budget had no end (`allowed_next`). The model chooses among both; if it chooses what does not fit, the budget has ended
+the answer.
+
+Letters: N rows (or beams) still running, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from paligemma.modeling_gemma import PaliGemmaConfig
+
+# Constraint(generated, remaining) -> int64 [n], the sorted ids that may come next (never empty), or None for any.
+# generated: what the row has produced so far. remaining: tokens left in the budget; eos counts as one. A pure function
+# of the two, since beams fork and rows leave.
+Constraint = Callable[[Sequence[int], int], "Tensor | None"]
+
+NO_END = 2**31  # `remaining` of a budget that never ends
+
+
+def never_produced(config: PaliGemmaConfig, num_tokens: int | None, suppress_tokens: Sequence[int] | None) -> Tensor:
+    """bool [V], True for the ids that no answer may hold.
+
+    num_tokens: `len(tokenizer)`; the embedding has rows beyond it that were never trained. Without it everything from
+    <image> on counts as untrained, which is so wherever <image> is the last token: in every published checkpoint.
+    """
+    V, image = config.text_config.vocab_size, config.image_token_index
+    never = torch.zeros(V, dtype=torch.bool)
+    never[image if num_tokens is None else num_tokens :] = True
+    never[image : image + 1] = True  # a slice: the id may lie beyond the embedding
+    for token in suppress_tokens or ():
+        if not 0 <= token < V:
+            raise ValueError(f"suppress_tokens has {token}, expected ids from 0 to {V - 1}")
+        never[token] = True
+    if never.all():
+        raise ValueError("every token of the vocabulary is suppressed: nothing could be produced")
+    return never
+
+
+def one_per_row(given: Constraint | Sequence[Constraint | None] | None, rows: int) -> list[Constraint | None]:
+    """A constraint, or None, for each row. Raises ValueError for a list of another length."""
+    if given is None or callable(given):
+        return [given] * rows
+    if len(given) != rows:
+        raise ValueError(f"{len(given)} constraints for {rows} rows: pass one for all, or one (or None) per row")
+    return list(given)
+
+
+def allowed_ids(
+    constraints: Sequence[Constraint | None], generated: Sequence[Sequence[int]], remaining: int, vocab_size: int
+) -> list[Tensor | None]:
+    """What each row's constraint allows next, None for anything. Raises ValueError for ids that do not exist."""
+    allowed: list[Tensor | None] = []
+    for row, constraint in enumerate(constraints):
+        ids = constraint(generated[row], remaining) if constraint else None
+        if ids is not None and ids.numel() and (int(ids[0]) < 0 or int(ids[-1]) >= vocab_size):
+            raise ValueError(f"a constraint allows ids {int(ids[0])} to {int(ids[-1])}, the model has {vocab_size}")
+        allowed.append(ids)
+    return allowed
+
+
+def allowed_next(
+    constraints: Sequence[Constraint | None],
+    generated: Sequence[Sequence[int]],
+    remaining: int,
+    vocab_size: int,
+    eos: int,
+) -> tuple[list[Tensor | None], dict[int, Tensor]]:
+    """What each row chooses from, None for anything; and by row the ids that fit into its budget, where not all do.
+
+    Within an answer, a row chooses from what the constraint allows. Where the answer may end, also from what it would
+    allow without a budget: else an end for want of room would pass for the model's own decision, and so would a
+    shorter label in place of a longer one. (So the answer to a smaller budget is the beginning of that to a larger.)
+    """
+    allowed = allowed_ids(constraints, generated, remaining, vocab_size)
+    fitting: dict[int, Tensor] = {}
+    for row, ids in enumerate(allowed):
+        if ids is None or not contains(ids, eos):
+            continue
+        (wanted,) = allowed_ids(constraints[row : row + 1], generated[row : row + 1], NO_END, vocab_size)
+        if wanted is not ids and (wanted is None or not torch.equal(wanted, ids)):
+            allowed[row] = wanted if wanted is None else torch.unique(torch.cat([wanted, ids]))
+            fitting[row] = ids
+    return allowed, fitting
+
+
+def contains(ids: Tensor, token: int) -> bool:
+    """Whether sorted ids contain this one. (`in` would look at all of them, a quarter of a million for free labels.)"""
+    place = int(torch.searchsorted(ids, token))
+    return place < len(ids) and int(ids[place]) == token
+
+
+def masked_logits(
+    logits: Tensor,
+    never: Tensor,
+    allowed: Sequence[Tensor | None],
+    generated: Sequence[Sequence[int]],
+    remaining: int,
+) -> Tensor:
+    """The logits in float32 with -inf wherever a token is not allowed: [N, V] -> [N, V], a copy.
+
+    never: bool [V]. allowed: from `allowed_next`, one per row of `logits`. generated, remaining: what led there, for
+    the error. Raises ValueError when a constraint leaves nothing that may be produced.
+    """
+    scores = logits.float().masked_fill(never, -math.inf)
+    for row, ids in enumerate(allowed):
+        if ids is None:
+            continue
+        ids = ids.to(scores.device)
+        kept = scores[row, ids]
+        scores[row] = -math.inf
+        scores[row, ids] = kept
+    constrained = any(ids is not None for ids in allowed)
+    if constrained and -math.inf in (best := scores.amax(-1).tolist()):
+        stuck = list(generated[best.index(-math.inf)])
+        raise ValueError(
+            f"a constraint allows nothing that may be produced after {stuck}, with {remaining} left in the budget: "
+            "it must always leave a token, at the end eos"
+        )
+    return scores
