@@ -30,7 +30,7 @@ def kernel_applies(x: Tensor) -> bool:
 
 def kernels_best_for_many_rows() -> bool:
     """Whether the bfloat16 kernels are faster than PyTorch for many rows as well as for few."""
-    return kernels.beats_pytorch_in_bfloat16() and kernels.takes_many_rows()
+    return kernels.beats_pytorch_in_bfloat16() and kernels.supports_many_rows()
 
 
 # ------------------------------------------------------------------------------------------------ linear layers

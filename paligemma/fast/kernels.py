@@ -1,19 +1,15 @@
-"""Linear layers, and what stands between them, in C++: compiled on first use for this CPU, kept, and called.
+"""The kernels: linear layers, attention and what stands between them, in C++, as functions of tensors.
 
     if kernel_available():
         y = linear_int8(x, weight, scale, bias)
 
-There are two files. `linear_kernels.cpp` is for CPUs with AVX-512 and 8-bit dot products, and has everything below. The
-shorter `linear_kernels_avx2.cpp` is for all others of the last ten years: the same, but linear layers and attention for
-few rows alone. What they share is in `linear_kernels.h`; `decoder_layer.h` makes a whole layer of their functions.
+There are two files of C++. `kernels_avx512.cpp` is for CPUs with AVX-512 and 8-bit dot products. The shorter
+`kernels_avx2.cpp` is for all others of the last ten years; it has the same functions, but its linear layers and its
+attention pay for few rows only. `kernels.h` is what they share, and `decoder_layer.h` builds a whole layer from their
+functions. `library.py` compiles and loads them.
 
-Nobody has to have a compiler: without one, or without such a CPU, `kernel_available()` is False, a line on stderr says
-why, and the layers of this folder use what PyTorch brings along. PALIGEMMA_KERNEL=0 asks for just that,
-PALIGEMMA_KERNEL=avx2 for the shorter file.
-
-The library speaks plain C and is called through `ctypes`. PyTorch's own extension loader would do as well, but it needs
-ninja and setuptools at run time and half a minute to get through PyTorch's headers; this takes about four seconds, once
-per machine. What it takes to be safe is checked here: the C++ side trusts its arguments.
+The library is called through `ctypes`, and the C++ side trusts its arguments. So everything that it needs to be safe
+is checked here: dtypes, shapes, strides, and that tensors are in the CPU's memory.
 
 Letters: M rows of activations, N outputs, K inputs.
 """
@@ -21,165 +17,39 @@ Letters: M rows of activations, N outputs, K inputs.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from paligemma import devices
+from paligemma.fast.library import instructions, library
 from paligemma.fast.products import has_few_rows
 from paligemma.fast.rounding import GROUP
-from paligemma.files import written_whole
 
-SOURCES = {
-    "AVX-512": Path(__file__).parent / "linear_kernels.cpp",
-    "AVX2": Path(__file__).parent / "linear_kernels_avx2.cpp",
-}
-HEADERS = [Path(__file__).parent / name for name in ("linear_kernels.h", "decoder_layer.h")]  # of both
-MOST_INPUTS = 2**17  # of a layer in 8 or 4 bits: so many products of whole numbers, at most 127 * 127, fit into 32 bits
-ASKED = os.environ.get("PALIGEMMA_KERNEL", "1")  # once: each layer asks for it, and the environment takes its time
-# No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-w"]
-
-# The functions and what they take: pointers, floats, and whole numbers (sizes, and last the number of threads).
-FUNCTIONS = {
-    "linear_bf16": "pppp iiii",
-    "linear_int8_bf16": "ppppp iiii",
-    "linear_int8_f32": "ppppp iiii",
-    "linear_int4_bf16": "pppppp iiii",
-    "linear_int4_f32": "pppppp iiii",
-    "look_up_bf16": "pppp iii",
-    "rms_norm_bf16": "ppp f iii",
-    "rotary_bf16": "ppppp iiiii",
-    "attention_bf16": "pppppp ff iiiiiii",
-    "decoder_layer": "pppppppppp iiii",
-}
-
-
-class _Linear(ctypes.Structure):
-    """As in `decoder_layer.h`."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "steps", "scale")),
-        *((name, ctypes.c_int) for name in ("N", "K")),
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("linears", _Linear * 7),
-        ("norms", ctypes.c_void_p * 4),
-        *((name, ctypes.c_float) for name in ("eps", "scale", "cap")),
-        *((name, ctypes.c_int) for name in ("heads", "key_heads", "head_dim")),
-    ]
+MOST_INPUTS = 2**17  # of a layer in 8 or 4 bits: the sum of so many products of at most 127 * 127 fits into 32 bits
 
 
 def kernel_available() -> bool:
-    """Whether the compiled layers can be used. The first time on a machine this compiles them and says so on stderr."""
-    return ASKED != "0" and _library(instructions()) is not None
+    """Whether the kernels can be used. The first call on a machine compiles them and says so on stderr."""
+    return library() is not None
 
 
 def kernel_takes(x: Tensor) -> bool:
-    """Whether the kernels for 8 and 4 bits are there for as many rows as x [..., K] has."""
-    return kernel_available() and (has_few_rows(x) or takes_many_rows())
+    """Whether the kernels for 8 and 4 bits should be used for as many rows as x [..., K] has."""
+    return kernel_available() and (has_few_rows(x) or supports_many_rows())
 
 
-def takes_many_rows() -> bool:
-    """Whether linear layers and attention are good for many rows as well: with AVX-512."""
+def supports_many_rows() -> bool:
+    """Whether linear layers and attention pay for many rows as well: with AVX-512."""
     return instructions() == "AVX-512" and kernel_available()
 
 
-def instructions() -> str | None:
-    """Which of the files is for this CPU, "AVX-512" or "AVX2"; None if neither is."""
-    best = devices.vector_instructions()
-    return "AVX2" if best is not None and ASKED == "avx2" else best
-
-
 def beats_pytorch_in_bfloat16() -> bool:
-    """Whether `linear_bf16` is faster than PyTorch for many rows as well: without tiles, PyTorch has nothing better."""
+    """Whether `linear_bf16` is faster than PyTorch for many rows: where bfloat16 is in vectors but not in tiles."""
     return devices.has_bfloat16_vectors_only()
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries lie: beside those of PyTorch's own extensions."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(given) if given else home / "torch_extensions") / "paligemma"
-
-
-def missing_for_kernel() -> str | None:
-    """What keeps this machine from having the compiled layers, None if nothing does."""
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
-        return "they are written for Linux on x86-64"
-    if instructions() is None:
-        return "this CPU has neither AVX-512 with 8-bit dot products (VNNI) nor AVX2"
-    if compiler() is None:
-        return "there is no C++ compiler (g++, or what CXX names)"
-    return None
-
-
-def compiler() -> str | None:
-    """The C++ compiler: CXX, or the usual names."""
-    return next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
-
-
-@cache
-def _library(kind: str | None) -> ctypes.CDLL | None:
-    missing = missing_for_kernel()
-    if missing is None and kind is not None:
-        try:
-            return _load(compile_kernel(SOURCES[kind]))
-        except subprocess.CalledProcessError as error:
-            missing = f"{error.cmd[0]} failed: {(error.stderr.strip() or 'no message').splitlines()[0]}"
-        except (OSError, subprocess.SubprocessError) as error:
-            missing = str(error)
-    print(f"note: linear layers run in plain PyTorch, not in compiled kernels: {missing}", file=sys.stderr)
-    return None
-
-
-def compile_kernel(source: Path) -> Path:
-    """The compiled library, from the cache where it is there. Raises CalledProcessError or OSError.
-
-    Named after the source, the flags and the CPU: a home folder may be shared by machines of several kinds.
-    """
-    sources = b"".join(file.read_bytes() for file in (*HEADERS, source))
-    conditions = " ".join([*FLAGS, compiler() or "", *devices.cpu_flags()])
-    key = hashlib.sha256(sources + conditions.encode()).hexdigest()[:16]
-    path = cache_folder() / f"{source.stem}-{key}.so"
-    if not path.exists():
-        print("note: compiling the kernels for this CPU, once (some seconds)", file=sys.stderr)
-        with written_whole(path) as beside:
-            command = [str(compiler()), *FLAGS, "-c", str(source), "-o", f"{beside}.o"]
-            try:
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-                # Linked without -fopenmp: the threads are then PyTorch's own. Two pools would wait for each other.
-                link = [str(compiler()), "-shared", f"{beside}.o", "-o", str(beside)]
-                subprocess.run(link, check=True, capture_output=True, text=True, timeout=300)
-            finally:
-                Path(f"{beside}.o").unlink(missing_ok=True)
-    return path
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    types = {"p": ctypes.c_void_p, "f": ctypes.c_float, "i": ctypes.c_int}
-    for name, given in FUNCTIONS.items():
-        function = getattr(library, name)
-        function.argtypes = [types[letter] for letter in given.replace(" ", "")]
-        function.restype = None
-    return library
-
-
-# ------------------------------------------------------------------------------------------------ calling
 
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -275,7 +145,30 @@ def attention_bf16(
     return y.transpose(1, 2)
 
 
-Weights = tuple[Tensor, Tensor | None, Tensor | None]  # of a linear layer: weight, steps, scale
+# ------------------------------------------------------------------------------------------------ a decoder layer
+
+
+class _Linear(ctypes.Structure):
+    """A linear layer, as in `decoder_layer.h`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "steps", "scale")),
+        *((name, ctypes.c_int) for name in ("N", "K")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """A decoder layer, likewise."""
+
+    _fields_ = [
+        ("linears", _Linear * 7),
+        ("norms", ctypes.c_void_p * 4),
+        *((name, ctypes.c_float) for name in ("eps", "scale", "cap")),
+        *((name, ctypes.c_int) for name in ("heads", "key_heads", "head_dim")),
+    ]
+
+
+Weights: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]  # of a linear layer: weight, steps, scale
 
 
 def decoder_layer(
@@ -351,14 +244,14 @@ def _rows_of(x: Tensor) -> tuple[int, int]:
     return (x.numel() // x.shape[-1], x.shape[-1]) if x.numel() else (0, 0)
 
 
-def _run(name: str, given: Sequence[Any], *numbers: float) -> None:
+def _run(name: str, given: Sequence[object], *numbers: float) -> None:
     """Calls a function of the library: pointers, numbers, and last the threads."""
-    if (library := _library(instructions())) is None:
+    if (functions := library()) is None:
         raise RuntimeError(f"{name} is not available here: ask kernel_available() first")
-    getattr(library, name)(*map(_address, given), *numbers, torch.get_num_threads())
+    getattr(functions, name)(*map(_address, given), *numbers, torch.get_num_threads())
 
 
-def _address(x: Any) -> Any:
+def _address(x: object) -> object:
     """Of a tensor; what else a function of the library takes is passed on."""
     if not isinstance(x, Tensor):
         return x

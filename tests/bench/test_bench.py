@@ -122,11 +122,11 @@ def test_another_resolution_and_no_warm_answer(folder):
 
 
 def test_a_stored_int8_checkpoint_is_loaded_as_it_is(folder, tmp_path, monkeypatch):
-    from paligemma.fast import kernels as linear_kernels
+    from paligemma.fast import library
     from paligemma.weights.quantized import quantize_checkpoint
 
     quantize_checkpoint(folder, tmp_path / "int8", "int8", dtype="bfloat16")
-    monkeypatch.setattr(linear_kernels, "ASKED", "0")
+    monkeypatch.setattr(library, "REQUESTED", "0")
     facts = worker.run(Spec("int8", str(tmp_path / "int8"), tokens=2, passes=1))
     assert facts["weight_bytes"] < 1.5 * shapes.work_in(tiny_config("gemma")).parameters  # not 2 bytes each
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import paligemma
 from paligemma import devices
 from paligemma.cli.main import app
-from paligemma.fast import decoder_layers, fast_layers, products, rounded_layers, swap
+from paligemma.fast import decoder_layers, fast_layers, library, products, rounded_layers, swap
 from paligemma.fast import kernels as linear_kernels
 from paligemma.fast.fast_layers import FastGemmaMLP, FastLinear, FastRMSNorm
 from paligemma.fast.rounded_layers import Int4Linear, Int8Linear
@@ -41,9 +41,9 @@ from paligemma.weights.opening import open_checkpoint
 from paligemma.weights.quantized import load_quantizing, open_quantized, quantize_checkpoint, stored_mode
 from paligemma.weights.saving import save_pretrained
 
-KERNEL = linear_kernels.missing_for_kernel() is None  # whether this machine can have one; nothing is compiled yet
+KERNEL = library.missing_for_kernel() is None  # whether this machine can have one; nothing is compiled yet
 needs_kernel = pytest.mark.skipif(not KERNEL, reason="no compiler, or neither AVX-512 with VNNI nor AVX2")
-AVX512 = KERNEL and linear_kernels.instructions() == "AVX-512"
+AVX512 = KERNEL and library.instructions() == "AVX-512"
 needs_avx512 = pytest.mark.skipif(not AVX512, reason="no compiler, or no AVX-512 with VNNI")
 either_way = pytest.mark.skipif(not AVX512 and not can_emulate(), reason="neither AVX-512 nor SIMDe to emulate it")
 BOTH = [pytest.param("AVX-512", marks=either_way), pytest.param("AVX2", marks=needs_kernel)]
@@ -51,7 +51,7 @@ BOTH = [pytest.param("AVX-512", marks=either_way), pytest.param("AVX2", marks=ne
 
 def use(kernels: str, set_attribute=setattr) -> None:
     """The kernels of one of the two files, "AVX-512" (emulated where the CPU is another) or "AVX2", or "plain"."""
-    set_attribute(linear_kernels, "ASKED", {"AVX2": "avx2", "plain": "0"}.get(kernels, "1"))
+    set_attribute(library, "REQUESTED", {"AVX2": "avx2", "plain": "0"}.get(kernels, "1"))
     if kernels == "AVX-512" and not AVX512:
         emulate(set_attribute)
 
@@ -709,7 +709,7 @@ def test_both_ways_are_equal_to_the_bit_where_nothing_is_clipped(kernels, monkey
     _, _, eight, _ = layers()
     x = torch.rand(60 if kernels == "AVX-512" else 16, 512) - 0.5
     compiled = eight(x)
-    monkeypatch.setattr(linear_kernels, "ASKED", "0")
+    monkeypatch.setattr(library, "REQUESTED", "0")
     assert torch.equal(eight(x), compiled)
 
 
@@ -770,7 +770,7 @@ def test_no_number_comes_out_where_none_went_in(way):
 
 def test_a_cpu_without_8_bit_products(monkeypatch):
     """Weights stay small there, activations stay as they are."""
-    monkeypatch.setattr(linear_kernels, "ASKED", "0")
+    monkeypatch.setattr(library, "REQUESTED", "0")
     monkeypatch.setattr(devices, "has_dot_products", lambda: False)
     weight, bias, eight, _ = layers()
     for M in (1, 40):
@@ -786,8 +786,8 @@ def test_a_cpu_without_8_bit_products(monkeypatch):
 def fresh(monkeypatch, tmp_path):
     """Nothing compiled yet: no library is loaded, and none lies in the cache."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setattr(linear_kernels, "ASKED", "1")
-    cached = linear_kernels._library, devices.vector_instructions
+    monkeypatch.setattr(library, "REQUESTED", "1")
+    cached = library._library, devices.vector_instructions
     for function in cached:
         function.cache_clear()
     yield tmp_path / "extensions"
@@ -816,13 +816,13 @@ def test_a_compiler_that_fails_is_noted_once_and_done_without(fresh, monkeypatch
 def test_a_source_that_does_not_compile_is_noted_once_and_done_without(fresh, monkeypatch, capfd, tmp_path):
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main( {")
-    monkeypatch.setattr(linear_kernels, "SOURCES", {"AVX-512": broken, "AVX2": broken})
+    monkeypatch.setattr(library, "SOURCES", {"AVX-512": broken, "AVX2": broken})
     answers_still(capfd, "error")
 
 
 @needs_kernel
 def test_a_library_that_does_not_load_is_noted_once_and_done_without(fresh, monkeypatch, capfd):
-    monkeypatch.setattr(linear_kernels, "compile_kernel", lambda source: source)
+    monkeypatch.setattr(library, "compiled", lambda source: os.open(source, os.O_RDONLY))
     answers_still(capfd, ".cpp")
 
 
@@ -841,7 +841,7 @@ def test_nothing_is_compiled_for_the_model_that_ships_unless_asked(monkeypatch):
     def must_not(kind):
         raise AssertionError("asked for the compiled library")
 
-    monkeypatch.setattr(linear_kernels, "_library", must_not)
+    monkeypatch.setattr(library, "_library", must_not)
     pg = paligemma.load("tiny", device="cpu")
     assert pg.caption(render(1, "test", 128).image).text
     assert not any(isinstance(module, FastLinear) for module in pg.model.modules())
@@ -953,7 +953,7 @@ def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
 @needs_kernel
 def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
     """As many as it takes, in each of the three layers, and none of those that are more."""
-    monkeypatch.setattr(linear_kernels, "ASKED", "avx2")
+    monkeypatch.setattr(library, "REQUESTED", "avx2")
     monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(devices, "has_dot_products", lambda: False)
     called, in_float32 = [], products.multiply_in_float32

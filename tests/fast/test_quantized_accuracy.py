@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import paligemma
-from paligemma.fast import kernels as linear_kernels
+from paligemma.fast import library
 from paligemma.tiny.renderer import render
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -95,9 +95,9 @@ def test_an_error_rate_that_falls_is_no_loss():
 
 @pytest.fixture(params=["plain", "kernel"])
 def way(request, monkeypatch):
-    if request.param == "kernel" and linear_kernels.missing_for_kernel() is not None:
+    if request.param == "kernel" and library.missing_for_kernel() is not None:
         pytest.skip("no compiler, or no CPU for it")
-    monkeypatch.setattr(linear_kernels, "ASKED", "1" if request.param == "kernel" else "0")
+    monkeypatch.setattr(library, "REQUESTED", "1" if request.param == "kernel" else "0")
 
 
 @cache
@@ -161,9 +161,9 @@ def test_the_fast_paths_of_a_rounded_model_write_its_plain_tokens(mode, monkeypa
     """
     images, budget = [render(seed, "test", 128).image for seed in (500, 501)], 12
     for prompt in PROMPTS[1:3]:
-        monkeypatch.setattr(linear_kernels, "ASKED", "0")
+        monkeypatch.setattr(library, "REQUESTED", "0")
         expected = [plainly(model(mode), image, prompt, budget) for image in images]
         assert answers(model(mode), images, prompt, budget) == expected
-        if linear_kernels.missing_for_kernel() is None:
-            monkeypatch.setattr(linear_kernels, "ASKED", "1")
+        if library.missing_for_kernel() is None:
+            monkeypatch.setattr(library, "REQUESTED", "1")
             assert answers(model(mode), images, prompt, budget) == expected

@@ -40,7 +40,7 @@
 //
 // No header of PyTorch is used: this compiles in seconds, and the same library serves every version.
 
-#include "linear_kernels.h"
+#include "kernels.h"
 
 static const int MR = 6;         // rows of x in a tile: 6 * 4 partial sums + 4 weights + 1 of the 32 registers
 static const int NR = 4;         // rows of w

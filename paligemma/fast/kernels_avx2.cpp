@@ -1,4 +1,4 @@
-// Linear layers for few rows on a CPU with AVX2 and no 8-bit dot products: what `linear_kernels.cpp` does for one with
+// Linear layers for few rows on a CPU with AVX2 and no 8-bit dot products: what `kernels_avx512.cpp` does for one with
 // AVX-512, whose beginning tells the ideas (rows of w a quarter of the matrix apart, outliers, steps of groups).
 //
 // Few rows are those of answers being written: every weight is read from memory for each token, and to read and use it
@@ -16,7 +16,7 @@
 //
 // GELU and norms, at the end, are each one pass over memory; attention takes one query after the other.
 
-#include "linear_kernels.h"
+#include "kernels.h"
 
 static const int NR = 4;         // rows of w in a tile
 static const int MR = 3;         // rows of x: 3 * 4 partial sums + 1 or 2 weights of the 16 registers
