@@ -39,9 +39,9 @@ def convert(
     max_shard_size: int = 5 * 10**9,
     folders: Sequence[Path] = (),
 ) -> list[Path]:
-    """Rewrites a checkpoint, opened or by its path, in another format or dtype, with its tokenizer and the like.
+    """Rewrites a checkpoint in another format or dtype, with its tokenizer and the like.
 
-    Tensor by tensor, so that the memory needed is that of the largest. folders: where tokenizer and the like lie, the
+    source: "tiny", a hub id, a folder, a file, or one of these opened. folders: where tokenizer and the like lie, the
     first that has a file gives it; default the checkpoint's own.
     format: "safetensors" (target is a folder) or "npz" (target is a file in big_vision's layout, or a folder for a
     `model.npz`, with the configuration, tokenizer and the like beside it); default by the target's name.
@@ -56,7 +56,7 @@ def convert(
     if target.suffix == ".safetensors" or (target.suffix == ".npz" and format != "npz"):
         raise ValueError(f"{target} is to hold {format}: name a folder{' or an .npz' if format == 'npz' else ''}")
     folder = target.parent if target.suffix == ".npz" else target
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source))
     folders = folders or [checkpoint.folder]
     check_apart(folder, folders)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -18,8 +20,26 @@ def empty_model(config: PaliGemmaConfig) -> PaliGemmaForConditionalGeneration:
 
 
 def expected_shapes(config: PaliGemmaConfig) -> dict[str, Shape]:
-    """Name and shape of every tensor that a checkpoint of this configuration holds."""
-    return {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    """Name and shape of every tensor that a checkpoint of this configuration holds.
+
+    The layers of a tower are alike, so one of each is built and repeated. To build all would take seconds for a
+    configuration that claims a thousand layers, before the file is found to hold none of them.
+    """
+    text, vision = config.text_config, config.vision_config
+    types = None if text.layer_types is None else text.layer_types[:1]
+    one_layer = replace(
+        config,
+        text_config=replace(text, num_hidden_layers=1, layer_types=types),
+        vision_config=replace(vision, num_hidden_layers=1),
+    )
+    counts = {"vision_tower": vision.num_hidden_layers, "language_model": text.num_hidden_layers}
+    shapes: dict[str, Shape] = {}
+    of_model = {name: tuple(tensor.shape) for name, tensor in empty_model(one_layer).state_dict().items()}
+    for in_layer, group in itertools.groupby(of_model, key=lambda name: ".layers.0." in name):
+        names = list(group)
+        for i in range(counts[names[0].partition(".")[0]] if in_layer else 1):
+            shapes |= {name.replace(".layers.0.", f".layers.{i}."): of_model[name] for name in names}
+    return shapes
 
 
 def check_tensors(
@@ -29,7 +49,10 @@ def check_tensors(
     hint: str = "The download is incomplete, or it is another model's.",
     listed: int = 8,
 ) -> None:
-    """One ValueError with all that keeps these tensors from being these parameters, by name."""
+    """Raises one ValueError with all that is missing, unexpected, of another shape or dtype, by name.
+
+    where: whose tensors they are, for the message. hint: its last line. listed: how many names of a kind are written.
+    """
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],

@@ -57,7 +57,7 @@ def resolve(
             f"{name}: no such file or folder"
             + (f". Did you mean google/{name} on the hub?" if name.startswith("paligemma") and "/" not in name else "")
         )
-    # A typing error in a path is not to ask for somebody's repository. What Google published is no such error.
+    # A mistyped path must not download somebody's repository. The names that Google published are no mistakes.
     if path.parent.is_dir() and not name.startswith("google/paligemma"):
         raise FileNotFoundError(
             f"{name}: no such file or folder. The hub was not asked, since a folder {path.parent} is here: for the "

@@ -138,23 +138,23 @@ def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype, weights
 
     weights      parameters x bytes per number, if their bytes are not given
     cache        tokens x kv bytes per token; tokens = image tokens + 256 of text
-    activations  the larger of the two halves at its widest, with b bytes per number:
-                 eye    P x (2 F + 6 D) x b                   P patches, F and D of the vision tower
-                 mouth  tokens x (3 F + 6 D) x b              gate, up and their product; the stream and its norms
-                        + tokens^2 x 9                        the masks, and the distances they are made of
-                        + 12 x min(2^24, H x tokens^2)        soft-capped scores, worked through in chunks
+    activations  those of the vision tower or of the language model, whichever needs more, with b bytes per number:
+                 vision    P x (2 F + 6 D) x b                P patches, F and D of the vision tower
+                 language  tokens x (3 F + 6 D) x b           gate, up and their product; hidden states and their norms
+                           + tokens^2 x 9                     the masks, and the distances they are made of
+                           + 12 x min(2^24, H x tokens^2)     soft-capped scores, which are computed in chunks
     """
     text, vision = config.text_config, config.vision_config
     tokens = vision.num_patches + TEXT_TOKENS
-    eye = vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * dtype.itemsize
-    mouth = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * dtype.itemsize + tokens**2 * 9
+    vision_tower = vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * dtype.itemsize
+    language_model = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * dtype.itemsize + tokens**2 * 9
     if text.attn_logit_softcapping is not None:
-        mouth += 12 * min(2**24, text.num_attention_heads * tokens**2)
+        language_model += 12 * min(2**24, text.num_attention_heads * tokens**2)
     result = {
         "tokens": tokens,
         "weights": parameters * dtype.itemsize if weights is None else weights,
         "cache": tokens * kv_bytes_per_token(config, dtype),
-        "activations": max(eye, mouth),
+        "activations": max(vision_tower, language_model),
     }
     return {**result, "total": result["weights"] + result["cache"] + result["activations"]}
 

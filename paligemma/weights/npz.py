@@ -1,4 +1,4 @@
-"""Reading an `.npz` without holding it: array by array, slice by slice, out of one file or of several parts.
+"""Reading an `.npz` slice by slice, without holding whole arrays, from one file or from several parts.
 
 An `.npz` is a zip of `.npy` files. big_vision keeps all layers of a kind in one array (31 GB for one matrix of the
 28b), so that NumPy's own reading, an array at a time, would need twice the memory of the model. Here a slice of the

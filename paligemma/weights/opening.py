@@ -35,8 +35,11 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Read(Protocol):
-    """Reads one tensor by our name, in the dtype of the file. `mapped`: it may stay a view of the file for good. Else
-    copy it and forget it: as long as it is there, it holds a map and an open file of its own."""
+    """Reads one tensor by our name, in the dtype of the file.
+
+    mapped: the tensor may stay a view of the file for as long as it lives. Otherwise copy it and drop it soon, since it
+    keeps a memory map and an open file of its own.
+    """
 
     def __call__(self, name: str, mapped: bool = False) -> Tensor: ...
 
@@ -216,43 +219,51 @@ def _open_npz(path: Path, parts: list[Path]) -> Checkpoint:
 
     # big_vision's embedding has no rows for <image> and for the padding of the vocabulary. Here they are zeros (in
     # transformers' conversion: random, around the mean). No answer ever holds these ids.
-    expected = expected_shapes(config)
     shape, _ = archive.arrays.get("llm/embedder/input_embedding", ((), ""))
     rows = shape[0] if shape else 0
     if not config.image_token_index <= rows <= config.text_config.vocab_size:
         rows = config.text_config.vocab_size
-    table = bigvision_layout(config, rows)
-    check_tensors(str(path), archive.arrays, {row.key: row.shape for row in table})
+    layout = {array.key: array for array in bigvision_layout(config, rows)}
+    check_tensors(str(path), archive.arrays, {key: array.shape for key, array in layout.items()})
 
-    place: dict[str, tuple[ArrayLayout, int | None, int]] = {}
+    expected = expected_shapes(config)
+    place: dict[str, tuple[ArrayLayout, int | None, int]] = {}  # our name -> array, layer, which of its names
     tensors: dict[str, tuple[Shape, torch.dtype]] = {}
-    by_key = {row.key: row for row in table}
     for key, (_, dtype) in archive.arrays.items():  # in the order of the file
-        row = by_key[key]
-        for i in range(row.layers or 1):
-            for j, template in enumerate(row.names):
+        array = layout[key]
+        for i in range(array.layers or 1):
+            for j, template in enumerate(array.names):
                 name = template.format(i=i)
-                place[name] = row, i if row.layers else None, j
+                place[name] = array, i if array.layers else None, j
                 assert isinstance(dtype, torch.dtype)
                 tensors[name] = expected[name], dtype
+    return Checkpoint(path, "npz", parts, config, tensors, _npz_reader(archive, place, tensors, rows))
 
+
+def _npz_reader(
+    archive: NpzReader,
+    place: dict[str, tuple[ArrayLayout, int | None, int]],
+    tensors: dict[str, tuple[Shape, torch.dtype]],
+    rows: int,
+) -> Read:
+    """Reads tensors out of the slices that hold them. rows: of the embedding in the file."""
     last: tuple[tuple[str, int | None], Tensor] | None = None
 
     def read(name: str, mapped: bool = False) -> Tensor:
         nonlocal last
-        row, i, j = place[name]
+        array, i, j = place[name]
         shape, dtype = tensors[name]
         if name == EMBEDDING:
             out = torch.zeros(shape, dtype=dtype)
-            archive.fill(row.key, out[:rows])
+            archive.fill(array.key, out[:rows])
             return out
-        if last is not None and last[0] == (row.key, i):
-            array = last[1]
+        if last is not None and last[0] == (array.key, i):
+            values = last[1]
         else:
-            array = torch.empty(row.shape[1:] if row.layers else row.shape, dtype=dtype)
-            archive.fill(row.key, array, i)
+            values = torch.empty(array.shape[1:] if array.layers else array.shape, dtype=dtype)
+            archive.fill(array.key, values, i)
         # One slice holds keys and values, or gate and up: the second of them is asked for next.
-        last = ((row.key, i), array) if len(row.names) > 1 and j == 0 else None
-        return row.unpack(array[j] if len(row.names) > 1 else array, shape)
+        last = ((array.key, i), values) if len(array.names) > 1 and j == 0 else None
+        return array.unpack(values[j] if len(array.names) > 1 else values, shape)
 
-    return Checkpoint(path, "npz", parts, config, tensors, read)
+    return read

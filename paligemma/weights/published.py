@@ -39,14 +39,17 @@ def published_name(config: PaliGemmaConfig) -> str | None:
 
 
 def _sizes(text: GemmaConfig, vision: SiglipVisionConfig) -> tuple[object, ...]:
-    mouth = (text.model_type, text.hidden_size, text.intermediate_size, text.num_hidden_layers)
+    language_model = (text.model_type, text.hidden_size, text.intermediate_size, text.num_hidden_layers)
     heads = (text.num_attention_heads, text.num_key_value_heads, text.head_dim, vision.num_attention_heads)
-    eye = (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.patch_size)
-    return mouth + heads + eye
+    vision_tower = (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.patch_size)
+    return language_model + heads + vision_tower
 
 
 def config_of_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig:
-    """An `.npz` has no configuration of its own: the sizes follow from the shapes, the rest is as published."""
+    """The configuration of an `.npz`, which has none of its own: sizes follow from shapes, the rest is as published.
+
+    Raises ValueError, naming `path`, for the shapes of no model and for a vocabulary that is not the published one.
+    """
     try:
         patch, _, _, d = shapes["img/embedding/kernel"]
         layers, _, heads, _ = shapes["img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel"]
@@ -67,9 +70,9 @@ def config_of_arrays(path: Path, shapes: dict[str, Shape]) -> PaliGemmaConfig:
     if "llm/layers/post_attention_norm/scale" in shapes:
         # The 27B scales its queries by the width per head, all others by the size of a head.
         sizes |= {"model_type": "gemma2", "query_pre_attn_scalar": D / H if D == 4608 and H else E}
-    eye = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": heads}
-    eye |= {"image_size": grid * patch, "patch_size": patch}
+    vision = {"hidden_size": d, "intermediate_size": f, "num_hidden_layers": layers, "num_attention_heads": heads}
+    vision |= {"image_size": grid * patch, "patch_size": patch}
     try:  # an empty array can claim a billion layers in a few bytes
-        return PaliGemmaConfig(GemmaConfig.from_dict(sizes), SiglipVisionConfig.from_dict(eye))
+        return PaliGemmaConfig(GemmaConfig.from_dict(sizes), SiglipVisionConfig.from_dict(vision))
     except ValueError as error:
         raise ValueError(f"{path}: the shapes of its arrays are those of no model: {error}") from None

@@ -1,5 +1,5 @@
-"""A safetensors file, its tensors views of a memory map: bytes are read when they are first used, and what memory has
-no room for is dropped and read again.
+"""A safetensors file, mapped into memory: its tensors are views of the map. Bytes are read when they are first used,
+and the system may drop them again where memory is short.
 
     file = MappedFile("model.safetensors")
     file.tensors["language_model.model.norm.weight"]      # ((2048,), "BF16")
@@ -8,9 +8,9 @@ no room for is dropped and read again.
 The format: 8 bytes with the length of the header, the header in JSON (for each name dtype, shape and the first and last
 byte), the bytes. (https://github.com/huggingface/safetensors)
 
-Why not `safe_open(path, "pt")`, which does the same: it maps the file private and writable, and Linux promises no more
-of such memory than the machine has, so that a file larger than the machine could not even be opened. We want it
-writable too (training in place changes the pages in memory, never the file), but ask for no promise.
+Why not `safe_open(path, "pt")`, which does the same? It maps the file private and writable, and Linux reserves memory
+for such a map, so that a file larger than the machine's memory could not even be opened. Our map is writable too
+(training in place changes the pages in memory, never the file), but nothing is reserved for it.
 """
 
 from __future__ import annotations

@@ -30,10 +30,12 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     max_shard_size: int,
 ) -> None:
-    """Writes `tensors` into one file or several, filled in the order of `order`, each read once and in its own order.
+    """Writes `tensors` into one file, or into several of at most `max_shard_size` bytes and an index.
 
-    The format is a length (8 bytes), a JSON header with dtype, shape and offsets, and the tensors end to end. Writing
-    it here, and not through safetensors, is what lets a tensor go to its place as soon as it is read.
+    order: the order in which tensors are assigned to files. They are read in the order of `tensors`, each once.
+
+    The format is a length (8 bytes), a JSON header with dtype, shape and offsets, and the tensors end to end. It is
+    written here and not by the safetensors package so that a tensor is written as soon as it is read.
     """
     if max_shard_size <= 0:
         raise ValueError(f"max_shard_size is {max_shard_size}, expected a number of bytes")
@@ -60,7 +62,7 @@ def write_safetensors(
                 start, end = end, end + size[name]
                 header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
             text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-(8 + len(text)) % 64)  # the tensors begin where the processor likes to load from
+            text += b" " * (-(8 + len(text)) % 64)  # the tensors begin at a cache line
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 place[name] = file, 8 + len(text) + header[name]["data_offsets"][0]
@@ -93,15 +95,15 @@ def write_npz(
     rows = 257152 if vocab_size == 257216 else vocab_size
     codes = {dtype: code for code, dtype in NPY_DTYPES.items()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for row in bigvision_layout(checkpoint.config, rows):
-            dtype = tensors[row.names[0].format(i=0)][1]
-            header = {"descr": codes[dtype], "fortran_order": False, "shape": row.shape}
-            with archive.open(zipfile.ZipInfo(f"params/{row.key}.npy"), "w", force_zip64=True) as file:
+        for array in bigvision_layout(checkpoint.config, rows):
+            dtype = tensors[array.names[0].format(i=0)][1]
+            header = {"descr": codes[dtype], "fortran_order": False, "shape": array.shape}
+            with archive.open(zipfile.ZipInfo(f"params/{array.key}.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, header)
-                for i in range(row.layers or 1):
-                    for template in row.names:
+                for i in range(array.layers or 1):
+                    for template in array.names:
                         tensor = read(template.format(i=i))
-                        write_tensor(file, row.pack(tensor[:rows] if template == EMBEDDING else tensor))
+                        write_tensor(file, array.pack(tensor[:rows] if template == EMBEDDING else tensor))
     with path.open("rb+") as whole:
         os.fsync(whole.fileno())
 

@@ -96,7 +96,7 @@ def test_an_embedding_too_short_for_the_configuration(gemma, tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_configuration_of_every_published_npz_follows_from_its_shapes(name, image_size):
     config = published_config(name, image_size)
-    shapes = {row.key: row.shape for row in bigvision_layout(config, 257152)}
+    shapes = {array.key: array.shape for array in bigvision_layout(config, 257152)}
     assert config_of_arrays(Path("a.npz"), shapes) == config
     assert published_name(config) == name
 
@@ -145,7 +145,7 @@ QUERY = "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kerne
 def test_shapes_of_no_model_are_refused_before_a_model_is_built(key, shape, message, monkeypatch):
     """An array without elements takes no bytes, whatever number of layers it claims."""
     monkeypatch.setattr("paligemma.weights.expected.empty_model", None)
-    shapes = {row.key: row.shape for row in bigvision_layout(published_config("paligemma2-3b", 224), 257152)}
+    shapes = {array.key: array.shape for array in bigvision_layout(published_config("paligemma2-3b", 224), 257152)}
     with pytest.raises(ValueError, match=rf"^a\.npz: .* no model: \w+\.{message} is "):
         config_of_arrays(Path("a.npz"), shapes | {key: shape})
 

@@ -10,6 +10,8 @@ from checkpoint_files import EMBEDDING, assert_same_weights, make_model, write
 from reference import tiny_config
 from safetensors import safe_open
 
+from paligemma.weights import expected
+from paligemma.weights.converting import convert
 from paligemma.weights.expected import empty_model
 from paligemma.weights.layouts import our_name
 from paligemma.weights.loading import load_model
@@ -89,6 +91,23 @@ def test_a_configuration_that_cannot_be_used(folder, config, message):
         (folder / "config.json").write_text(config)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_model(folder)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "npz"])
+def test_a_configuration_that_claims_a_thousand_layers_is_refused_before_they_are_built(
+    folder, tmp_path, format, monkeypatch
+):
+    convert(folder, tmp_path / "b", format=format)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1000
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    layers, build = [], expected.empty_model
+    monkeypatch.setattr(
+        expected, "empty_model", lambda config: layers.append(config.text_config.num_hidden_layers) or build(config)
+    )
+    with pytest.raises(ValueError, match=r"these weights are not those of the model"):
+        open_checkpoint(tmp_path / "b")
+    assert max(layers, default=0) <= 1
 
 
 # ------------------------------------------------------------------------------------------------ damage
