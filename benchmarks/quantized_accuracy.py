@@ -42,7 +42,8 @@ from paligemma.answers.mask_codec import crop
 from paligemma.bench.machine import describe_machine
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.intervals import bootstrap, wilson
-from paligemma.evaluate.runner import answer, fingerprint, open_folder, write_notice
+from paligemma.evaluate.output_folder import fingerprint, open_folder, write_run_file
+from paligemma.evaluate.runner import answer
 from paligemma.tiny.evaluation import FIRST_SEED, METRICS, no_codes, to_example
 from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import TASKS, asker, rows
@@ -171,7 +172,7 @@ def compare(examples: Sequence[Example], suffixes: Sequence[str]) -> list[dict[s
 def collect(folder: Path, about: Mapping[str, Any], wanted: int, forced_every: int, workers: int) -> list[dict]:
     """The first `wanted` rows of every task. What the folder holds is taken from it."""
     saved = open_folder(folder, about)
-    write_notice(folder, about)
+    write_run_file(folder, about)
     blocks: dict[int, list[dict]] = {int(entry["id"]): entry["rows"] for entry in saved.values()}
     bar = Progress(
         *(TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),

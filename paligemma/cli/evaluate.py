@@ -58,7 +58,7 @@ def evaluate(
     benchmark in the folder --data, with the prompt, decoding and metric of PaliGemma's transfers.
     """
     from paligemma.evaluate.benchmarks import BENCHMARKS, check_benchmark, evaluate_benchmark, resolved_split
-    from paligemma.evaluate.runner import check_folder
+    from paligemma.evaluate.output_folder import check_folder
     from paligemma.inference import load
 
     def opened() -> Any:  # after the data: what is wrong with them, or with --out, is told at once

@@ -43,16 +43,16 @@ def without_mask(region: Region) -> Region:
 
 @dataclass(frozen=True)
 class Metric:
-    """score: one row -> what it adds to each figure. together: all rows -> more figures.
+    """score: one row -> what it adds to each figure. corpus: all rows -> more figures.
 
     regions: answers are boxes or masks, so one without any, if it is not empty, is invalid.
     lower_is_better: names of figures.
     masks: the regions are to have masks.
-    keep: what is kept of a region until `together` sees all rows. A mask has a byte for every pixel.
+    keep: what is kept of a region until `corpus` sees all rows. A mask has a byte for every pixel.
     """
 
     score: Callable[[Example, Prediction], Ratios]
-    together: Callable[[Rows], Values] | None = None
+    corpus: Callable[[Rows], Values] | None = None
     regions: bool = False
     lower_is_better: tuple[str, ...] = ()
     masks: bool = False

@@ -1,25 +1,28 @@
-"""What a run found: figures with intervals, baselines and targets, as a table and as JSON."""
+"""The result of an evaluation: figures with intervals, baselines and targets, as a table and as JSON."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+import platform
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-from paligemma.files import write_json, write_text
+from paligemma.files import write_json
 
 
 @dataclass(frozen=True)
 class Figure:
-    """low, high: 95% interval. baseline: of always giving the commonest right answer. target: set by the caller.
-    published: by the authors of the model, after its transfer. None where there is none (a value of None has nothing to
-    divide by: precision without predictions)."""
+    """One value of one task.
+
+    low, high: 95% interval. baseline: the value if every answer were the commonest right one. target: set by the
+    caller. published: by the authors of the model, after fine-tuning it for this task. Each is None where there is
+    none; `value` is None where there is nothing to divide by, such as precision without predictions.
+    """
 
     task: str
     name: str
@@ -44,7 +47,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Counts:
-    """rows; invalid: rows of which a part could not be read; unfinished: rows that the token budget ended."""
+    """invalid: rows with an answer that could not be read completely. unfinished: rows whose answer reached the token
+    budget."""
 
     rows: int
     invalid: int
@@ -96,16 +100,18 @@ class Report:
             if task not in (None, figure.task):
                 table.add_section()
             mark = {None: "", True: " [green]✓[/green]", False: " [red]✗[/red]"}[figure.reached]
-            target = "" if figure.target is None else ("≤ " if figure.lower_is_better else "≥ ") + show(figure.target)
-            interval = "" if figure.low is None else f"{show(figure.low)} … {show(figure.high)}"
+            target = (
+                "" if figure.target is None else ("≤ " if figure.lower_is_better else "≥ ") + rounded(figure.target)
+            )
+            interval = "" if figure.low is None else f"{rounded(figure.low)} … {rounded(figure.high)}"
             table.add_row(
                 "" if figure.task == task else figure.task,
                 figure.name,
-                show(figure.value) + mark,
+                rounded(figure.value) + mark,
                 interval,
-                "" if figure.baseline is None else show(figure.baseline),
+                "" if figure.baseline is None else rounded(figure.baseline),
                 *[target] * targets,
-                *["" if figure.published is None else show(figure.published)] * others,
+                *["" if figure.published is None else rounded(figure.published)] * others,
                 str(figure.rows),
             )
             task = figure.task
@@ -116,14 +122,18 @@ class Report:
         return table
 
 
-def show(value: float | None) -> str:
-    return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: a rounding error is no "-0.000"
+def rounded(value: float | None) -> str:
+    return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no "-0.000"
 
 
-def number(value: float) -> float | None:
-    """JSON has no NaN."""
+def nan_to_none(value: float) -> float | None:
+    """For JSON, which has no NaN."""
     return None if math.isnan(value) else float(value)
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def environment() -> dict[str, Any]:
+    """The machine and the versions that figures were made with."""
+    return {
+        "machine": platform.platform(),
+        "versions": {name: version(name) for name in ("paligemma", "torch", "numpy", "pillow")},
+    }

@@ -47,9 +47,9 @@ from paligemma.data.checkpoint import codec_of
 from paligemma.data.options import DataOptions
 from paligemma.data.rows import Row, Rows
 from paligemma.devices import multiplies_bfloat16, pick_device
+from paligemma.evaluate.output_folder import fingerprint
 from paligemma.evaluate.own_rows import merge_captions, metric_of_prompt
-from paligemma.evaluate.report import Report, show
-from paligemma.evaluate.runner import fingerprint
+from paligemma.evaluate.report import Report, rounded
 from paligemma.fast.swap import is_quantized
 from paligemma.files import write_json
 from paligemma.inference import CODEC_FILE, PaliGemma, load
@@ -742,8 +742,8 @@ def in_words(report: Report) -> list[str]:
         for figure in report.figures:
             if figure.task == task and figure.value is not None:
                 name = "share of exact answers" if figure.name == "exact" else figure.name
-                interval = "" if figure.low is None else f" (95%: {show(figure.low)} … {show(figure.high)})"
-                figures.append(f"{name} {show(figure.value)}{interval}")
+                interval = "" if figure.low is None else f" (95%: {rounded(figure.low)} … {rounded(figure.high)})"
+                figures.append(f"{name} {rounded(figure.value)}{interval}")
         rows = "1 row" if counts.rows == 1 else f"{counts.rows:,} rows"
         lines.append(f"validation, {rows} by {task}: {', '.join(figures)}")
     return lines

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from paligemma.data.rows import Rows
-from paligemma.evaluate.runner import environment
+from paligemma.evaluate.report import environment
 from paligemma.files import read_json, write_json
 from paligemma.train import checkpointing
 

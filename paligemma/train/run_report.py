@@ -17,7 +17,7 @@ from PIL import Image
 
 from paligemma.answers.drawing import draw
 from paligemma.evaluate.examples import Example, Prediction
-from paligemma.evaluate.report import Figure, show
+from paligemma.evaluate.report import Figure, rounded
 from paligemma.evaluate.text import exact_match
 from paligemma.files import write_text
 from paligemma.images import load_image
@@ -96,9 +96,9 @@ def table_of(figures: Sequence[Figure]) -> str:
     lines = ["<tr><th>figure</th><th>value</th><th>95% interval</th><th>commonest answer</th><th>rows</th></tr>"]
     for figure in figures:
         name = f"{figure.task}: {figure.name}" if several else figure.name
-        interval = "" if figure.low is None else f"{show(figure.low)} … {show(figure.high)}"
-        baseline = "" if figure.baseline is None else show(figure.baseline)
-        cells = "".join(f'<td class="n">{escape(cell)}</td>' for cell in (show(figure.value), interval, baseline))
+        interval = "" if figure.low is None else f"{rounded(figure.low)} … {rounded(figure.high)}"
+        baseline = "" if figure.baseline is None else rounded(figure.baseline)
+        cells = "".join(f'<td class="n">{escape(cell)}</td>' for cell in (rounded(figure.value), interval, baseline))
         lines.append(f'<tr><td>{escape(name)}</td>{cells}<td class="n">{figure.rows:,}</td></tr>')
     return f"<table>{''.join(lines)}</table>"
 

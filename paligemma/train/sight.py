@@ -24,9 +24,9 @@ from paligemma.data.rows import Row, Rows
 from paligemma.evaluate import Example, Prediction, evaluate
 from paligemma.evaluate.comparison import compare
 from paligemma.evaluate.metrics import METRICS
+from paligemma.evaluate.output_folder import read_predictions
 from paligemma.evaluate.own_rows import load_pictures, metric_of_prompt, to_example
 from paligemma.evaluate.report import Report
-from paligemma.evaluate.runner import read_predictions
 from paligemma.images import load_image
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
 

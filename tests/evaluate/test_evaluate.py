@@ -18,8 +18,9 @@ from paligemma.answers.results import Detection, Segment
 from paligemma.evaluate import METRICS, Example, Prediction, Region, evaluate
 from paligemma.evaluate.comparison import compare
 from paligemma.evaluate.intervals import wilson
+from paligemma.evaluate.output_folder import check_folder
 from paligemma.evaluate.report import Figure, Report
-from paligemma.evaluate.runner import batches, check_folder
+from paligemma.evaluate.runner import batches
 from paligemma.inference import Answer
 from paligemma.tiny import evaluation as tiny
 from paligemma.tiny.renderer import render
@@ -451,7 +452,7 @@ def test_masks_that_are_compared_together_are_kept_packed():
     """Average precision needs those of all rows."""
     true = dogs((0, 0, 40, 40), mask=True)
     kept = []
-    measure = replace(METRICS["coco-masks"], together=lambda rows: kept.extend(rows) or {})
+    measure = replace(METRICS["coco-masks"], corpus=lambda rows: kept.extend(rows) or {})
     segment = Segment("dog", (0, 0, 40, 40), true[0].mask, [0] * 16, 0.5)
     examples = [Example("a", IMAGE, "segment dog", "coco-masks", regions=true)]
     run(StubModel(lambda image, prompt: says("...", segments=[segment])), examples, {"coco-masks": measure})
