@@ -77,7 +77,7 @@ def evaluate(
         about["beams"] = beams
     folder = Path(out_folder) if out_folder is not None else None
     saved = open_folder(folder, about) if folder else {}
-    results = _Results(metrics, WorstRows(worst if folder else 0))
+    results = _Results(metrics, WorstRows(worst if folder else 0, metrics))
     started = time.perf_counter()
     with _progress(progress, len(examples) if isinstance(examples, Sized) else total) as advance:
 

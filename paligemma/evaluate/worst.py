@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ class WorstRows:
     """Keeps the worst rows of every task with their pictures. Among equally bad rows, those with the highest score (the
     model was sure and wrong) count as worse."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, tasks: Iterable[str]) -> None:
         self.limit = limit
-        self.heaps: dict[str, list[tuple[float, float, int, Example, Prediction]]] = {}
+        self.heaps: dict[str, list[tuple[float, float, int, Example, Prediction]]] = {task: [] for task in tasks}
 
     def offer(self, example: Example, prediction: Prediction, bad: float, position: int) -> None:
         """bad: see `summary.badness`. position: of the row among the examples."""
         if bad > 0 and self.limit:
-            heap = self.heaps.setdefault(example.task, [])
+            heap = self.heaps[example.task]
             heapq.heappush(heap, (bad, prediction.score, -position, example, prediction))
             if len(heap) > self.limit:
                 heapq.heappop(heap)
