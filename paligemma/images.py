@@ -12,7 +12,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # One picture in the forms that can be opened again, and what a row may see: one picture, or a tuple of several.
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
 ImageInput: TypeAlias = Picture | tuple[Picture, ...]
+# For lists: a list of strings is a list of pictures too, which `list[ImageInput]` would not say (lists are invariant).
+ImageT = TypeVar("ImageT", bound=ImageInput)
 
 
 def load_image(source: Picture | bytearray | memoryview | IO[bytes]) -> Image.Image:

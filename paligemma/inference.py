@@ -37,7 +37,7 @@ from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
 from paligemma.generation import Generated, check_length, generate, stream
-from paligemma.images import ImageInput, Picture, load_image, preprocess
+from paligemma.images import ImageInput, ImageT, Picture, load_image, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.utils import load_hf_model
 from paligemma.weights.finding import first_with, open_model, resolve
@@ -55,9 +55,7 @@ BOX_BUDGET = 512  # for boxes (about 7 tokens each) and masks (about 23)
 CODEC_FILE = "mask_codec.npz"  # a checkpoint may bring its own; the official one is shared by all official checkpoints
 
 Row: TypeAlias = ImageInput | None  # what a row of the batch sees; None: no picture
-# Of a list: a list of strings is a list of pictures too, which `list[ImageInput]` would not say (lists are invariant).
-ImageT = TypeVar("ImageT", bound=ImageInput)
-RowT = TypeVar("RowT", bound=Row)
+RowT = TypeVar("RowT", bound=Row)  # of a list, as `ImageT`
 Encoded: TypeAlias = tuple[Tensor, tuple[int, int]]  # image features [P, D], and (W, H) of the picture
 
 

@@ -32,19 +32,28 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
+import tokenizers
 import torch
 from PIL import Image
 
 from paligemma.files import read_json, write_texts
-from paligemma.images import load_image, preprocess
+from paligemma.images import ImageInput, ImageT, Picture, load_image, preprocess
 from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer
 
 IGNORED = -100  # a label that the loss skips
+
+
+class FastTokenizer(Protocol):
+    """A fast tokenizer of transformers: all that is used here."""
+
+    @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer: ...
 
 
 class PaliGemmaProcessor:
@@ -55,18 +64,18 @@ class PaliGemmaProcessor:
     `image_size`: side of the square the pictures are brought to, in pixels.
     """
 
-    def __init__(self, tokenizer: Any, num_image_tokens: int, image_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | FastTokenizer, num_image_tokens: int, image_size: int) -> None:
         if not isinstance(tokenizer, Tokenizer):
             backend = getattr(tokenizer, "backend_tokenizer", None)
-            if backend is None:
+            if not isinstance(backend, tokenizers.Tokenizer):
                 raise TypeError(
                     "expected a tokenizer of load_tokenizer(folder) or a fast one of transformers, "
                     f"got {type(tokenizer).__name__}"
                 )
             tokenizer = Tokenizer(backend)
         for name, value in (("num_image_tokens", num_image_tokens), ("image_size", image_size)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive whole number")
+            if not _is_count(value):
+                raise ValueError(f"{name} is {reprlib.repr(value)}, expected a positive whole number")
         self.tokenizer: Tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.image_size = image_size
@@ -74,7 +83,7 @@ class PaliGemmaProcessor:
     def __call__(
         self,
         text: str | Sequence[str],
-        images: Any,
+        images: ImageInput | list[ImageT] | list[list[ImageT]] | None,
         suffix: str | Sequence[str] | None = None,
         padding_side: str = "left",
         max_length: int | None = None,
@@ -198,17 +207,17 @@ class PaliGemmaProcessor:
         write_texts(Path(folder), {**files, "preprocessor_config.json": json.dumps(config, indent=2) + "\n"})
 
 
-def _rows_of_images(images: Any, prompts: int) -> list[list[Any]]:
+def _rows_of_images(images: ImageInput | list[ImageT] | list[list[ImageT]] | None, prompts: int) -> list[list[Picture]]:
     """A list of images for every prompt."""
     if images is None:
         return [[] for _ in range(prompts)]
-    rows = images if isinstance(images, list) else [images]
-    if len(rows) != prompts:
+    given: list[Any] = images if isinstance(images, list) else [images]
+    if len(given) != prompts:
         raise ValueError(
-            f"{prompts} prompts and images for {len(rows)} rows: give one for each prompt "
+            f"{prompts} prompts and images for {len(given)} rows: give one for each prompt "
             "(a tuple of images is one row that sees all of them)"
         )
-    rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in rows]
+    rows = [list(row) if isinstance(row, (list, tuple)) else [row] for row in given]
     for index, row in enumerate(rows):
         if not row or any(image is None for image in row):
             raise ValueError(f"row {index} has no image; images=None makes a batch without any")
@@ -251,7 +260,7 @@ def _cut(rows: list[list[int]], prefix_lengths: list[int], max_length: int) -> l
 
 
 # What `preprocess` does, in the words of preprocessor_config.json.
-_IMAGE_SETTINGS: dict[str, Any] = {
+_IMAGE_SETTINGS: dict[str, object] = {
     "do_resize": True,
     "resample": int(Image.Resampling.BICUBIC),
     "do_rescale": True,
@@ -263,28 +272,48 @@ _IMAGE_SETTINGS: dict[str, Any] = {
 
 
 def _image_settings(folder: Path) -> tuple[int, int]:
-    """(tokens per image, side in pixels) out of the files of a checkpoint."""
-    config = _settings(folder / "config.json") or {}
-    settings = _settings(folder / "preprocessor_config.json")
+    """(tokens per image, side in pixels) out of the files of a checkpoint. ValueError that names a file and its key."""
+    vision = _object_in(folder / "config.json", "vision_config")
+    path = folder / "preprocessor_config.json"
+    settings = _object_in(path)
     if settings is None:
-        settings = (_settings(folder / "processor_config.json") or {}).get("image_processor")
-    if settings is None and "vision_config" not in config:
+        path = folder / "processor_config.json"
+        settings = _object_in(path, "image_processor")
+    if settings is None and vision is None:
         raise FileNotFoundError(f"{folder} has neither preprocessor_config.json nor a config.json with vision_config")
-    settings = settings or {}
+    settings, vision = settings or {}, vision or {}
     for key, expected in _IMAGE_SETTINGS.items():
         found = settings.get(key)
-        if found not in (None, expected) and not (key == "rescale_factor" and abs(found - expected) < 1e-9):
-            raise ValueError(f"{folder}: the preprocessor's {key} is {found!r}; PaliGemma's images have {expected!r}")
+        if found not in (None, expected) and not (key == "rescale_factor" and _nearly(found, expected)):
+            raise ValueError(f"{path}: {key} is {reprlib.repr(found)}; PaliGemma's images have {expected!r}")
 
-    vision = config.get("vision_config") or {}
-    size = settings.get("size", vision.get("image_size", 224))  # published 224 configurations leave image_size out
-    if isinstance(size, dict):
-        size = size.get("height") if size.get("height") == size.get("width") else size
-    if type(size) is not int:
-        raise ValueError(f"{folder}: the preprocessor's size is {size!r}, expected equal height and width")
-    return settings.get("image_seq_length", (size // vision.get("patch_size", 14)) ** 2), size
+    size = settings.get("size")
+    if size is None:
+        size = vision.get("image_size", 224)  # published 224 configurations leave image_size out
+    elif isinstance(size, dict) and size.get("height") == size.get("width"):
+        size = size.get("height")
+    if not _is_count(size):
+        raise ValueError(f"{folder}: the size of the images is {reprlib.repr(size)}, expected equal height and width")
+    patch = vision.get("patch_size", 14)
+    if not _is_count(patch):
+        raise ValueError(f"{folder / 'config.json'}: patch_size is {reprlib.repr(patch)}, expected a whole number")
+    return settings.get("image_seq_length", (size // patch) ** 2), size
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no such file."""
-    return read_json(path) if path.is_file() else None
+def _object_in(path: Path, key: str | None = None) -> dict[str, Any] | None:
+    """The object in a JSON file, or the one under a key of it; None if there is no such file or key."""
+    content = read_json(path) if path.is_file() else None
+    if content is None or key is None:
+        return content
+    value = content.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{path}: {key} is {reprlib.repr(value)}, expected an object")
+    return value
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 1 <= value < 2**31  # `type`, since True is an int too
+
+
+def _nearly(found: object, expected: object) -> bool:
+    return isinstance(found, float) and isinstance(expected, float) and abs(found - expected) < 1e-9

@@ -16,14 +16,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
 import tokenizers
 
-from paligemma.files import write_texts
+from paligemma.files import LARGEST_JSON, read_bytes, write_texts
+
+if TYPE_CHECKING:
+    from paligemma.configuration import PaliGemmaConfig
 
 IMAGE = "<image>"
 LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
@@ -87,15 +91,16 @@ class Tokenizer:
         self.backend.no_truncation()  # a transformers tokenizer shares its backend with us and leaves these on
         self.backend.no_padding()
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
+            with _errors_of_the_backend("the tokenizer cannot encode this text"):
+                return self.backend.encode(text, add_special_tokens=False).ids
         except TypeError:
-            raise ValueError(f"expected text in Unicode, got {text!r}") from None
+            raise ValueError(f"expected text in Unicode, got {text[:100]!r}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` (a list, an array or a tensor of one row). `<locNNNN>` and `<segNNN>` are kept as text;
         `<bos>`, `<eos>`, `<pad>`, `<image>` and ids outside the vocabulary are dropped. Bytes that are not UTF-8 give
         one U+FFFD each."""
-        return self.backend.decode(self._kept(ids), skip_special_tokens=False)
+        return self._decoded(self._kept(ids))
 
     def decode_stable(self, ids: Iterable[int]) -> str:
         """The part of `decode(ids)` that no later token can change: for streaming, since text that was shown cannot be
@@ -104,7 +109,7 @@ class Tokenizer:
         kept = self._kept(ids)
         while kept and kept[-1] in self._bytes:
             kept.pop()
-        return self.backend.decode(kept, skip_special_tokens=False)
+        return self._decoded(kept)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of one entry of the vocabulary, written as it stands there ("▁cat"); None if there is none."""
@@ -124,6 +129,10 @@ class Tokenizer:
 
     def _kept(self, ids: Iterable[int]) -> list[int]:
         return [i for i in map(int, ids) if i >= 0 and i not in self._dropped]
+
+    def _decoded(self, ids: list[int]) -> str:
+        with _errors_of_the_backend("the tokenizer cannot decode these ids"):
+            return self.backend.decode(ids, skip_special_tokens=False)
 
     def files(self) -> dict[str, str]:
         """What `save` writes: the text of each file by its name."""
@@ -187,11 +196,11 @@ def _does_not_fit(problems: list[str]) -> str:
     return f"the tokenizer does not fit PaliGemma: {'; '.join(problems)}. {hint}"
 
 
-def check_tokenizer(tokenizer: Tokenizer, config: Any) -> None:
+def check_tokenizer(tokenizer: Tokenizer, config: PaliGemmaConfig) -> None:
     """Raise one ValueError that names every token whose id is not what the model was trained with.
 
-    `config` is a `PaliGemmaConfig`. (Whether the tokens are there, contiguous, and at the official ids in a vocabulary
-    of the official size has been checked when the tokenizer was made.)
+    (Whether the tokens are there, contiguous, and at the official ids in a vocabulary of the official size has been
+    checked when the tokenizer was made.)
     """
     problems = []
     for token, found, expected in (
@@ -229,17 +238,37 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         if not found:
             raise FileNotFoundError(f"{path} has no tokenizer: expected tokenizer.json or tokenizer.model")
         path = found[0]
-    if path.suffix == ".model":
-        backend = _read_sentencepiece(path)
-    else:
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # `tokenizers` raises bare Exceptions
-            raise ValueError(f"{path} is not a tokenizer.json that can be read: {error}") from None
+    backend = _read_sentencepiece(path) if path.suffix == ".model" else _read_json(path)
     try:
-        return Tokenizer(backend)
+        with _errors_of_the_backend("it cannot be used"):
+            return Tokenizer(backend)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _read_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        content = read_bytes(path, LARGEST_JSON)
+        with _errors_of_the_backend("not understood"):
+            return tokenizers.Tokenizer.from_buffer(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a tokenizer.json that can be read: {error}") from None
+
+
+@contextmanager
+def _errors_of_the_backend(what: str) -> Iterator[None]:
+    """A ValueError in place of what `tokenizers` raises at a file that is broken or hostile.
+
+    Its errors are bare Exceptions. Where its Rust code panics, a PanicException comes, which is no Exception at all.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C and the like
+        raise ValueError(f"{what}: {str(error)[:300]}") from None
 
 
 def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
@@ -255,27 +284,11 @@ def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
             f"reading {path.name} needs sentencepiece: pip install 'paligemma[bigvision]' (tokenizer.json does not)"
         ) from None
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = sentencepiece.SentencePieceProcessor(model_proto=read_bytes(path, LARGEST_JSON))
     except Exception as error:  # RuntimeError, OSError or TypeError, by version
         raise ValueError(f"{path} is not a sentencepiece model: {error}") from None
 
-    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    answer_tokens = {*LOCATIONS, *SEGMENTS, IMAGE}
-    score: dict[str, float] = {}  # of what BPE may build
-    whole: list[str] = []  # "user defined": matched in the text before BPE begins
-    for i, piece in enumerate(pieces):
-        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i):
-            continue
-        # The Python binding does not tell the type. User-defined pieces score +0.0, the first learned one -0.0.
-        user_defined = model.get_score(i) == 0 and math.copysign(1, model.get_score(i)) > 0
-        if user_defined or piece in answer_tokens:
-            whole.append(piece)
-        else:
-            score[piece] = model.get_score(i)
-    if "\t" not in pieces and "<0x09>" in pieces:
-        # Gemma's model knows runs of tabs, but one tab only as a byte; pairs need it under its name.
-        pieces[pieces.index("<0x09>")] = "\t"
-        score["\t"] = 0.0
+    pieces, score, whole = _pieces_of(model)
     pairs = [
         (piece[:cut], piece[cut:])
         for piece in score
@@ -306,6 +319,29 @@ def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     if IMAGE not in vocab:
         backend.add_special_tokens([tokenizers.AddedToken(IMAGE, normalized=False)])
     return backend
+
+
+def _pieces_of(model: Any) -> tuple[list[str], dict[str, float], list[str]]:
+    """What a `SentencePieceProcessor` holds: all pieces by id; the score of those that BPE may build; and the "user
+    defined" ones, which are matched as a whole before BPE begins."""
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    answer_tokens = {*LOCATIONS, *SEGMENTS, IMAGE}
+    score: dict[str, float] = {}
+    whole: list[str] = []
+    for i, piece in enumerate(pieces):
+        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i) or model.is_unused(i):
+            continue
+        # The Python binding does not tell the type. User-defined pieces score +0.0, the first learned one -0.0.
+        user_defined = model.get_score(i) == 0 and math.copysign(1, model.get_score(i)) > 0
+        if user_defined or piece in answer_tokens:
+            whole.append(piece)
+        else:
+            score[piece] = model.get_score(i)
+    if "\t" not in pieces and "<0x09>" in pieces:
+        # Gemma's model knows runs of tabs, but one tab only as a byte; pairs need it under its name.
+        pieces[pieces.index("<0x09>")] = "\t"
+        score["\t"] = 0.0
+    return pieces, score, whole
 
 
 # --------------------------------------------------------------------------------------- characters, for streaming

@@ -531,6 +531,29 @@ def test_tokenizer_files_that_cannot_be_read(tmp_path):
             load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "part, value, words",
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "precompiled_charsmap"),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "chunk size must be non-zero"),
+        ("model", {"type": "WordLevel", "unk_token": "?", "vocab": {}}, "WordLevel error: Missing"),
+    ],
+)
+def test_what_the_library_raises_at_a_broken_file_becomes_a_value_error(folder, tmp_path, part, value, words):
+    """Its errors are bare Exceptions, and where it panics no Exceptions at all: they would pass every `except`."""
+    edited(folder, tmp_path, lambda content: content.update({part: value}))
+    with pytest.raises(ValueError, match=rf"(not understood|the tokenizer cannot encode this text): .*{words}"):
+        load_tokenizer(tmp_path).encode("caption en")
+
+
+def test_a_pipe_or_a_device_is_no_tokenizer(tmp_path):
+    """It would be waited for, or read, for ever."""
+    os.mkfifo(tmp_path / "tokenizer.json")
+    for path in (tmp_path / "tokenizer.json", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="no ordinary file"):
+            load_tokenizer(path)
+
+
 # ---------------------------------------------------------------------------------------------------- sentencepiece
 
 
@@ -753,6 +776,33 @@ def test_preprocessor_configs_that_mean_something_else(tmp_path, content, words)
     (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         PaliGemmaProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("preprocessor_config.json", {"rescale_factor": "x"}, r"preprocessor_config\.json: rescale_factor is 'x'"),
+        ("preprocessor_config.json", {"rescale_factor": [1]}, r"rescale_factor is \[1\]"),
+        ("preprocessor_config.json", {"image_mean": "0.5" * 999}, r"image_mean is '0\.5.{,40}'; PaliGemma's"),
+        ("preprocessor_config.json", {"size": {"height": [28], "width": [28]}}, "expected equal height and width"),
+        ("preprocessor_config.json", {"size": 0}, "size of the images is 0"),
+        ("preprocessor_config.json", {"size": True}, "size of the images is True"),
+        ("preprocessor_config.json", {"size": 2**40}, "size of the images is 1099511627776"),
+        ("preprocessor_config.json", {"size": 28, "image_seq_length": [4]}, r"num_image_tokens is \[4\]"),
+        ("processor_config.json", {"image_processor": "x"}, r"processor_config\.json: image_processor is 'x'"),
+        ("processor_config.json", {"image_processor": [1, 2]}, "expected an object"),
+        ("config.json", {"vision_config": "x"}, r"config\.json: vision_config is 'x', expected an object"),
+        ("config.json", {"vision_config": {"patch_size": "x"}}, r"config\.json: patch_size is 'x'"),
+        ("config.json", {"vision_config": {"patch_size": 0}}, r"config\.json: patch_size is 0"),
+        ("config.json", {"vision_config": {"image_size": "x"}}, "size of the images is 'x'"),
+    ],
+)
+def test_hostile_settings_are_refused_by_their_key(tmp_path, name, content, words):
+    build_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words) as caught:
+        PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_folder_without_any_settings(tmp_path):
