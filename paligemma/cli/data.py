@@ -34,18 +34,18 @@ def data_check(
     language: Language = DataOptions.language,
     every_label: EveryLabel = False,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Also count tokens, as this model's tokenizer does.")
+        str | None, typer.Option("--model", "-m", help="Also count tokens with the tokenizer of this model.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of a row, pictures included; needs --model.")
+        int | None, typer.Option(min=1, help="The most tokens a row may have, pictures included; needs --model.")
     ] = None,
     open_pictures: Annotated[bool, typer.Option("--open-pictures", help="Also open every picture.")] = False,
     show: Annotated[int, typer.Option(min=1, help="Rows to name for each problem.")] = 3,
     revision: Revision = None,
 ) -> None:
-    """Look for what is wrong in every row. Exit code 1 if something is."""
+    """Look for problems in every row. Exit code 1 if there are any."""
     if max_length is not None and model is None:
-        raise typer.BadParameter("--max-length is in tokens, and counting them takes --model")
+        raise typer.BadParameter("--max-length counts tokens: give --model too")
     from paligemma.data.check import check
     from paligemma.data.checkpoint import processor_of
 
@@ -64,11 +64,14 @@ def data_check(
 
 def data_show(
     data: Data,
-    out: Annotated[Path, typer.Option(help="A picture of all the rows, or a folder for one of each.")],
-    rows: Annotated[str | None, typer.Option(help="Their numbers, from 0: 7,12. Default: some from all over.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many, without --rows.")] = 4,
+    out: Annotated[Path, typer.Option(help="One picture of all rows, or a folder for one picture of each.")],
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Numbers of rows, counted from 0: 7,12. Default: --count rows at equal distances."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many rows, without --rows.")] = 4,
     model: Model = "tiny",
-    max_length: Annotated[int | None, typer.Option(min=1, help="Cut rows there, as training would.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Cut longer rows, as training would.")] = None,
     images: Images = None,
     kind: Kind = None,
     annotations: Annotations = None,
@@ -78,11 +81,11 @@ def data_show(
     every_label: EveryLabel = False,
     revision: Revision = None,
 ) -> None:
-    """Draw rows as the model will see them: picture, tokens, labels and mask."""
+    """Draw rows as the model gets them: picture, tokens, labels and mask."""
     numbers = [part.strip() for part in (rows or "").split(",") if part.strip()]
     if not all(number.isdecimal() for number in numbers):
         raise typer.BadParameter(f"--rows is {rows!r}, expected numbers of rows such as 7,12")
-    drawing_paths(out, [], "--out")  # a name that no picture can have is told at once
+    drawing_paths(out, [], "--out")  # a name that cannot be a picture is refused at once
     from paligemma.data.checkpoint import processor_of
     from paligemma.data.show import show_rows
 

@@ -12,14 +12,16 @@ from paligemma.cli.options import (
     Device,
     Dtype,
     EveryLabel,
+    Free,
     ImageName,
     Images,
     Kind,
     Language,
+    MaxNewTokens,
     Model,
     Revision,
 )
-from paligemma.cli.output import echo_json, hinted, print_table
+from paligemma.cli.output import echo_json, hint_at_float32, print_table
 from paligemma.data.options import DataOptions
 
 
@@ -39,8 +41,8 @@ def evaluate(
     count: Annotated[int | None, typer.Option(min=1, help="The first rows alone; scenes: 1000 by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Predictions, results and the worst rows; go on there.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at a time.")] = 16,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default 128; 512 for detect and segment.")] = None,
-    free: Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")] = False,
+    max_new_tokens: MaxNewTokens = None,
+    free: Free = False,
     kind: Kind = None,
     images: Images = None,
     annotations: Annotations = None,
@@ -64,7 +66,9 @@ def evaluate(
     def opened() -> Any:  # after the data: what is wrong with them, or with --out, is told at once
         if out is not None:
             check_folder(out)
-        return hinted(load(model, device=device, dtype=dtype, revision=revision))
+        pg = load(model, device=device, dtype=dtype, revision=revision)
+        hint_at_float32(pg)
+        return pg
 
     options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
     about: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}

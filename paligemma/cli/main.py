@@ -1,7 +1,7 @@
 """The command `paligemma`. stdout carries the answer alone; progress and notes go to stderr.
 
-Each command imports its room when it runs, so that `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong
-usage.
+Each command imports what it needs when it runs, so that `--help` answers at once. Exit codes: 0 done, 1 failed,
+2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from paligemma.cli import bench, data, evaluate, run, tiny, train, weights
-from paligemma.cli.output import complain
+from paligemma.cli.output import print_error
 
 app = typer.Typer(
     name="paligemma",
@@ -24,8 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-tiny_app = typer.Typer(help="The small world and the model that ships.", no_args_is_help=True, rich_markup_mode=None)
-data_app = typer.Typer(help="Your data, before a model sees them.", no_args_is_help=True, rich_markup_mode=None)
+tiny_app = typer.Typer(
+    help="The embedded model and the small world it knows.", no_args_is_help=True, rich_markup_mode=None
+)
+data_app = typer.Typer(help="Check and show your data before training.", no_args_is_help=True, rich_markup_mode=None)
 
 app.command()(run.run)
 app.command()(evaluate.evaluate)
@@ -59,21 +61,21 @@ def options(
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass  # `main` takes --debug out of the arguments: an error may come before or after this
+    pass  # `main` has taken --debug out of the arguments already: it may stand anywhere
 
 
 def main() -> None:
     """Runs the command line. Errors are a line on stderr; with --debug, a traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]  # wherever it stands
     debug = len(arguments) < len(sys.argv) - 1
-    # Pillow warns of a large picture at half the size at which it refuses one, with the place in its code.
+    # Pillow warns of pictures from half the size on at which it refuses them. The refusal alone is of use.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an answer is not lost to a terminal without its letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter still shows the rest
     try:
         app(arguments, standalone_mode=True)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
         if debug:
             raise
-        complain(error)
+        print_error(error)
         sys.exit(1)

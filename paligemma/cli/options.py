@@ -1,14 +1,18 @@
-"""What several commands ask for: the options they share, and the limits of what may be given."""
+"""Options that several commands share: their help texts, and the values they accept."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 
-def one_of(*names: str) -> Any:
-    """An option's callback: another value is wrong usage, told before torch is imported. "cuda:1" is a "cuda"."""
+def one_of(*names: str) -> Callable[[str | None], str | None]:
+    """A callback that accepts these values only. It runs before torch is imported, so wrong usage is told at once.
+
+    "cuda:1" counts as "cuda".
+    """
 
     def check(value: str | None) -> str | None:
         if value is not None and value.partition(":")[0] not in names:
@@ -22,21 +26,31 @@ Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a f
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Device = Annotated[
     str | None,
-    typer.Option(help="cuda, mps or cpu. Default: the best there is.", callback=one_of("cuda", "mps", "cpu")),
+    typer.Option(
+        help="cuda, mps or cpu. Default: the first of them that this machine has.",
+        callback=one_of("cuda", "mps", "cpu"),
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="bfloat16, float16 or float32. Default: by the size of the model.",
+        help="bfloat16, float16 or float32. Default: chosen by the size of the model.",
         callback=one_of("bfloat16", "float16", "float32"),
     ),
 ]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of an answer at most. Default 128; 512 for detect and segment.")
+]
+Free = Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")]
+# How rows are made of data.
 Kind = Annotated[str | None, typer.Option(help="What the data is, where its content does not say.")]
-Images = Annotated[str | None, typer.Option(help="The folder that names of pictures are relative to.")]
+Images = Annotated[str | None, typer.Option(help="The folder that the names of pictures are relative to.")]
 Annotations = Annotated[str | None, typer.Option(help="VQA: the file with the answers.")]
-ImageName = Annotated[str | None, typer.Option(help="The picture's name by other fields: '{image_id}.jpg'.")]
-Split = Annotated[str | None, typer.Option(help="Which one, in a folder with several.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same random choices.")]
-Language = Annotated[str, typer.Option(help="In prompts made of questions and captions.")]
+ImageName = Annotated[
+    str | None, typer.Option(help="How the name of a picture is made of other fields: '{image_id}.jpg'.")
+]
+Split = Annotated[str | None, typer.Option(help="The split to read, in a folder with several.")]
+Seed = Annotated[int, typer.Option(help="Start of all random numbers: the same seed gives the same result.")]
+Language = Annotated[str, typer.Option(help="The language in prompts that are made of questions and captions.")]
 EveryLabel = Annotated[bool, typer.Option("--every-label", help="COCO: ask for all labels in every row.")]
 Data = Annotated[str, typer.Argument(help="JSON lines, CSV, COCO, VQA, parquet, or a folder with one of them.")]

@@ -1,24 +1,31 @@
-"""What commands print and write: the answer on stdout, all else on stderr, pictures whole or not at all."""
+"""What commands print and write: the answer on stdout, everything else on stderr, pictures whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from rich.table import Table
+
+    from paligemma.inference import PaliGemma
 
 notes = Console(stderr=True, highlight=False)
 
 
 def note(text: str) -> None:
-    """A line on stderr. File names are no markup, and long lines are not broken."""
+    """A line on stderr, as it is: brackets in a file name are not markup, and a long line is not broken."""
     notes.print(text, style="dim", markup=False, soft_wrap=True)
 
 
-def complain(error: BaseException) -> None:
+def print_error(error: BaseException) -> None:
+    """One line on stderr that begins with "error:"."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and text.startswith("[Errno"):  # what the system refused, without its number
         text = f"{error.strerror}" if error.filename is None else f"{error.filename}: {error.strerror}"
@@ -26,7 +33,7 @@ def complain(error: BaseException) -> None:
 
 
 def echo_json(value: Any) -> None:
-    """One line. Letters stay letters, unless stdout cannot hold them (another encoding, a file name that is none)."""
+    """One line of JSON. Letters are escaped only if stdout cannot encode them."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -35,14 +42,14 @@ def echo_json(value: Any) -> None:
     typer.echo(text)
 
 
-def print_table(table: Any) -> None:
-    """On stdout, as wide as the terminal; a file is as wide as the table."""
+def print_table(table: Table) -> None:
+    """On stdout, as wide as the terminal, or 160 columns in a file or pipe."""
     terminal = sys.stdout is not None and sys.stdout.isatty()
     Console(width=None if terminal else 160).print(table)
 
 
-def save_picture(picture: Any, path: Path) -> None:
-    """Written beside and renamed: a full disk leaves no half of a picture, and an old one whole."""
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Written beside and renamed, so that a full disk leaves no half of a picture and keeps the old one."""
     from paligemma.files import written_whole
 
     try:
@@ -53,8 +60,10 @@ def save_picture(picture: Any, path: Path) -> None:
 
 
 def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list[Path]:
-    """Where the drawing of each picture goes: `save` itself, or a PNG in the folder `save`, named after the picture and
-    numbered where two would have one name. No drawing replaces a picture that is read."""
+    """Where the drawing of each picture goes: the file `save`, or a PNG in the folder `save` named after the picture.
+
+    Names that would be used twice get a number, and no drawing replaces a picture that is read.
+    """
     for folder in save.parents if save.suffix and not save.is_dir() else (save, *save.parents):
         if folder.exists() and not folder.is_dir():
             raise typer.BadParameter(f"{option} {save}: {folder} is a file, expected a folder, or a name such as a.png")
@@ -84,8 +93,8 @@ def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list
     return paths
 
 
-def hinted(pg: Any) -> Any:
-    """The model; with a hint where what follows would be slow. (Published sizes help themselves, see `utils.py`.)"""
+def hint_at_float32(pg: PaliGemma) -> None:
+    """A hint where bfloat16 would be slow. (Published sizes are loaded in the better dtype, see `utils.py`.)"""
     import torch
 
     from paligemma.devices import multiplies_bfloat16
@@ -93,5 +102,4 @@ def hinted(pg: Any) -> Any:
 
     small = pg.model.dtype == torch.bfloat16 and published_name(pg.model.config) is None
     if small and not multiplies_bfloat16(pg.model.device):
-        note("hint: this CPU has no fast products of bfloat16; --dtype float32 answers several times as fast")
-    return pg
+        note("hint: this CPU multiplies bfloat16 slowly; --dtype float32 answers several times as fast")

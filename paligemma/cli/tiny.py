@@ -25,15 +25,19 @@ def scenes(
     task: Annotated[
         str | None, typer.Option(help="count_color: a question about each picture, which the model has yet to learn.")
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="About each picture, with --task count_color.")] = 1,
-    most: Annotated[int, typer.Option(min=1, max=5, help="Of the colour asked about, with --task count_color.")] = 5,
+    questions: Annotated[int, typer.Option(min=1, help="Questions about each picture, with --task count_color.")] = 1,
+    most: Annotated[
+        int, typer.Option(min=1, max=5, help="The most things of the colour asked about, with --task count_color.")
+    ] = 5,
     apart: Annotated[
-        bool, typer.Option("--apart", help="Nothing hides a part of another, with --task count_color.")
+        bool, typer.Option("--apart", help="No thing hides a part of another one, with --task count_color.")
     ] = False,
 ) -> None:
     """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
     if task not in (None, "count_color"):
-        raise typer.BadParameter(f"--task is {task!r}, expected count_color; without it all that the model knows")
+        raise typer.BadParameter(
+            f"--task is {task!r}, expected count_color; or none, for everything that the model knows"
+        )
     if task == "count_color":
         from paligemma.tiny.color_counts import write_color_counts
 
@@ -50,8 +54,8 @@ def scenes(
 
 
 def train(
-    minutes: Annotated[float, typer.Option(min=0.1, help="How long to train; run it again to go on.")] = 30,
-    out: Annotated[Path, typer.Option(help="State, log and checkpoint.")] = Path("runs/tiny"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long to train. The same command again goes on.")] = 30,
+    out: Annotated[Path, typer.Option(help="The folder for its state, log and checkpoint.")] = Path("runs/tiny"),
 ) -> None:
     """Train the embedded model from nothing, or go on where the last run stopped."""
     from paligemma.tiny.recipe.train import train as train_tiny

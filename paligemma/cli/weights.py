@@ -24,15 +24,15 @@ def info(
 
 def convert(
     source: Annotated[str, typer.Argument(help="A hub id, a folder or an .npz.")],
-    target: Annotated[Path, typer.Argument(help="A folder, or a file that ends in .npz.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write, or a file that ends in .npz.")],
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
     """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz.
 
-    What else a checkpoint has goes into the same folder, beside the .npz too: config.json, the tokenizer's files
-    (tokenizer.json or .model, ...), preprocessor_config.json, generation_config.json, mask_codec.npz. No file there is
-    replaced by another: such a command is refused.
+    The other files of a checkpoint (config.json, the tokenizer, preprocessor_config.json, generation_config.json,
+    mask_codec.npz) are written into the same folder, beside an .npz too. A command that would replace a different
+    file there is refused.
     """
     from paligemma.weights.converting import convert as convert_checkpoint
     from paligemma.weights.finding import resolve
@@ -46,7 +46,7 @@ def merge(
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
-    """Fold a LoRA adapter into its base and write one whole checkpoint, as transformers reads it."""
+    """Add a LoRA adapter to the weights it was trained on, and write one checkpoint as transformers reads it."""
     from paligemma.weights.converting import merge as merge_adapter
 
     note_written(out, merge_adapter(adapter, out, dtype=dtype, revision=revision))
@@ -54,9 +54,13 @@ def merge(
 
 def quantize(
     source: Annotated[str, typer.Argument(help="A hub id, a folder (an adapter's too) or an .npz.")],
-    target: Annotated[Path, typer.Argument(help="A folder.")],
-    int8: Annotated[bool, typer.Option("--int8", help="8 bits a weight: half the size, hardly a difference.")] = False,
-    int4: Annotated[bool, typer.Option("--int4", help="4 bits in the decoder, 8 elsewhere: a third of it.")] = False,
+    target: Annotated[Path, typer.Argument(help="The folder to write.")],
+    int8: Annotated[
+        bool, typer.Option("--int8", help="8 bits for each weight: half the size, almost the same answers.")
+    ] = False,
+    int4: Annotated[
+        bool, typer.Option("--int4", help="4 bits in the decoder, 8 elsewhere: a third of the size.")
+    ] = False,
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
@@ -84,7 +88,7 @@ def download(
 
 
 def note_written(target: Path, files: list[Path]) -> None:
-    """What came of a command, in a line on stderr. What lies beside a single file is named: nobody has asked for it."""
+    """One line on stderr. The files beside an .npz are named, because the command did not ask for them."""
     from paligemma.weights.info import in_units
 
     if target in files:
