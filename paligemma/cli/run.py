@@ -16,7 +16,7 @@ from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_er
 if TYPE_CHECKING:
     from PIL import Image
 
-    from paligemma.answers.grammar import Detection, Segment
+    from paligemma.answers.results import Detection, Segment
     from paligemma.inference import Answer
 
 BATCH = 16  # pictures answered at a time
