@@ -1,12 +1,13 @@
 // One layer of the decoder for the next tokens of cached rows, in one call.
 //
-// Between the seven products of a token stand some thirty small steps, and from Python each takes its ten microseconds,
-// however little it computes: together as long as the output head. Here are the same steps in the same order, that of
-// `GemmaDecoderLayer` and `Gemma2DecoderLayer`, by the functions of the other files, so the results have the same bits.
+// Between the seven matrix products of a token there are some thirty small steps. Started from Python, each takes about
+// ten microseconds, however little it computes; together they take as long as the output head. Here are the same steps
+// in the same order, that of `GemmaDecoderLayer` and `Gemma2DecoderLayer`. They call the functions of the other files,
+// so the results are equal to the bit.
 
 #pragma once
 
-struct Linear { // as it lies in memory: bfloat16 without a scale, 8 bits without steps, 4 bits with both; no bias
+struct Linear { // bfloat16 if there is no scale, 8 bits if there are no steps, else 4 bits; no bias
     const void* weight;
     const int8_t* steps;
     const float* scale;
@@ -15,8 +16,8 @@ struct Linear { // as it lies in memory: bfloat16 without a scale, 8 bits withou
 
 struct Layer {
     Linear q, k, v, o, gate, up, down;
-    const bf16 *before_attention, *after_attention, *before_mlp, *after_mlp; // norms; Gemma 1 has none behind, only before
-    float eps, scale, cap; // of norms, of attention
+    const bf16 *before_attention, *after_attention, *before_mlp, *after_mlp; // norms; Gemma 1 has only those before
+    float eps, scale, cap; // eps of norms, scale and cap of attention
     int heads, key_heads, head_dim;
 };
 
@@ -31,8 +32,9 @@ static void add(const bf16* a, const bf16* b, bf16* y, size_t count) {
     for (size_t i = 0; i < count; i++) put(number(a[i]) + number(b[i]), y + i);
 }
 
-// x, y: [B, S, D]. cos, sin: [B, S, E / 2]. mask: [B, S, T]. keys, values: the layer's part of the cache, of which T
-// columns are in use: the last S are written here. gelu: the table of `look_up_bf16`. places: of keys, values and mask.
+// x, y: [B, S, D]. cos, sin: [B, S, E / 2]. mask: [B, S, T]. keys, values: the layer's part of the cache, with T
+// columns in use, of which the last S are written here. gelu: the table for `look_up_bf16`. places: of keys, values and
+// mask.
 extern "C" void decoder_layer(
     const Layer* layer, const bf16* gelu, const bf16* x, const bf16* cos, const bf16* sin, const uint8_t* mask,
     bf16* keys, bf16* values, bf16* y, const Places* places, int B, int S, int T, int threads) {
@@ -45,17 +47,17 @@ extern "C" void decoder_layer(
     };
 
     rms_norm_bf16(x, l.before_attention, normed.data(), l.eps, M, D, threads);
-    Numbers q(size_t(M) * H * E), turned(q), k(size_t(M) * KV * E), turned_k(k), v(k);
+    Numbers q(size_t(M) * H * E), rotated(q), k(size_t(M) * KV * E), rotated_k(k), v(k);
     apply(l.q, normed.data(), q.data(), M, threads); // [B, S, H, E]
     apply(l.k, normed.data(), k.data(), M, threads); // [B, S, KV, E]
     apply(l.v, normed.data(), v.data(), M, threads);
     const int64_t of_q[3] = {int64_t(S) * H * E, E, int64_t(H) * E}, of_k[3] = {int64_t(S) * KV * E, E, int64_t(KV) * E};
-    rotary_bf16(q.data(), cos, sin, turned.data(), of_q, B, H, S, E, threads);    // [B, H, S, E]
-    rotary_bf16(k.data(), cos, sin, turned_k.data(), of_k, B, KV, S, E, threads); // [B, KV, S, E]
+    rotary_bf16(q.data(), cos, sin, rotated.data(), of_q, B, H, S, E, threads);    // [B, H, S, E]
+    rotary_bf16(k.data(), cos, sin, rotated_k.data(), of_k, B, KV, S, E, threads); // [B, KV, S, E]
     for (int b = 0; b < B; b++)
         for (int head = 0; head < KV; head++)
             for (int s = 0; s < S; s++) {
-                const bf16* key = &turned_k[((size_t(b) * KV + head) * S + s) * E];
+                const bf16* key = &rotated_k[((size_t(b) * KV + head) * S + s) * E];
                 const bf16* value = &v[((size_t(b) * S + s) * KV + head) * E];
                 const int64_t column = T - S + s;
                 std::copy_n(key, E, keys + b * places->k[0] + head * places->k[1] + column * places->k[2]);
@@ -66,7 +68,7 @@ extern "C" void decoder_layer(
     Places all = *places;
     all.q[0] = int64_t(H) * S * E, all.q[1] = int64_t(S) * E, all.q[2] = E;
     attention_bf16(
-        turned.data(), keys, values, mask, attended.data(), &all, l.scale, l.cap, B, H, KV, S, T, E, threads);
+        rotated.data(), keys, values, mask, attended.data(), &all, l.scale, l.cap, B, H, KV, S, T, E, threads);
     apply(l.o, attended.data(), part.data(), M, threads);
     if (l.after_attention) norm(part, l.after_attention, part);
     add(x, part.data(), sum.data(), sum.size());

@@ -61,7 +61,8 @@ def in_one_call(
     if why_not_in_one_call(layer, norms, x, mask, cos, cache) is not None:
         return None
     assert cache is not None
-    attention, weights = layer.self_attn, [_weights(linear) for linear in _linears(layer)]
+    attention = layer.self_attn
+    weights = [_weights(linear) for linear in _linears(layer)]  # looked up for each call: any of them may be replaced
     of_norms = [None if norm is None else norm.weight for norm in norms]
     eps = layer.input_layernorm.eps  # all norms of a layer have the same
     in_cache = cache.keys[attention.layer], cache.values[attention.layer], cache.used
@@ -88,7 +89,7 @@ def why_not_in_one_call(
     if mask.shape[2] != x.shape[1]:
         return "not all positions are queries"
     if len(cos) != len(x) or not x.numel():
-        return "there is no row, or one row of positions for all"
+        return "there is no row, or all rows share one row of positions"
     if not has_few_rows(x):
         return "there are many tokens"
     if not kernel_applies(x):

@@ -107,7 +107,8 @@ class FastSiglipMLP(SiglipMLP):
 
 class FastGemmaAttention(GemmaAttention):
     """Attention by its kernel, which differs from PyTorch's in the order of sums (and, with AVX2, does not round the
-    attention weights to bfloat16). Rotary positions by theirs, equal to the bit."""
+    attention weights to bfloat16). Rotary positions by theirs, equal to the bit; `forward` is the model's but for that.
+    """
 
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         Q = mask.shape[2]
@@ -117,8 +118,8 @@ class FastGemmaAttention(GemmaAttention):
         q, k = rotate(q, cos[:, :, -Q:], sin[:, :, -Q:]), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, K, T, E]
-        y: Tensor = self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(-2))
-        return y  # [B, Q, D]
+        attended: Tensor = self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(-2))
+        return attended  # [B, Q, D]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if self.explicit or not (attention_kernel_applies(*q.shape[2:]) and kernel_applies(q)):

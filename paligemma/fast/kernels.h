@@ -1,5 +1,5 @@
-// What both files of kernels have in common: the numbers, what their results depend on, the functions of 8 and 4 bits
-// that are called from outside, which pass on to a template of the file, and rotary positions.
+// What both files of kernels share: numbers in bfloat16, the constants of rounding, rotary positions, and the functions
+// for 8 and 4 bits that Python calls. Those pass on to a template in each file.
 
 #pragma once
 
@@ -15,12 +15,12 @@
 
 typedef uint16_t bf16;
 
-#define UNROLL _Pragma("GCC unroll 8") // the partial sums are in registers only where no loop is left to index them
+#define UNROLL _Pragma("GCC unroll 8") // partial sums stay in registers only if no loop indexes them
 
 static const int GROUP = 64;     // 4-bit weights that share a step
 static const float OUTLIER = 16; // in means of the absolute values of a row
 
-struct Places { // of attention: how far apart in memory are batch, head, position
+struct Places { // of attention: the strides of batch, head and position
     int64_t q[3], k[3], v[3], mask[2];
 };
 
@@ -47,7 +47,7 @@ static inline float rounded(float v) { // to bfloat16 and back
     return number(to);
 }
 
-// x: B x H x S rows of E numbers, at the distances from[3] of batch, head, position; cos, sin: [B, S, E / 2]; y: [B, H, S, E].
+// x: B x H x S rows of E numbers, with strides from[3] of batch, head, position; cos, sin: [B, S, E / 2]; y: [B, H, S, E].
 // Rounded after every step, as PyTorch does.
 extern "C" void rotary_bf16(
     const bf16* x, const bf16* cos, const bf16* sin, bf16* y, const int64_t* from, int B, int H, int S, int E,

@@ -52,6 +52,9 @@ def beats_pytorch_in_bfloat16() -> bool:
     return devices.has_bfloat16_vectors_only()
 
 
+# ------------------------------------------------------------------------------------------------ linear layers
+
+
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, all in bfloat16: x [..., K], weight [N, K], bias [N] -> [..., N]. Float32 sums."""
     _expect(x.dtype == torch.bfloat16 and weight.ndim == 2 and _fits(weight, None, None, *weight.shape), x, weight)
@@ -79,6 +82,9 @@ def linear_int4(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: T
     return _call("linear_int4", x, [weight, steps, scale], bias, N, K)
 
 
+# ------------------------------------------------------------------------------------------------ between them
+
+
 def gelu_bf16(x: Tensor, times: Tensor | None = None) -> Tensor:
     """`F.gelu(x, approximate="tanh") * times`, or without `times`; bfloat16 [..., K], equal to the bit."""
     _expect(x.dtype == torch.bfloat16, x, x if times is None else times)
@@ -93,7 +99,7 @@ def gelu_bf16(x: Tensor, times: Tensor | None = None) -> Tensor:
 
 @cache
 def _gelu_table() -> Tensor:
-    """GELU of every bfloat16 there is, in the order of their bits, and one number more: 128 KB."""
+    """GELU of each of the 65,536 bfloat16 numbers, in the order of their bits, and one number more: 128 KB."""
     with torch.inference_mode():
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         return torch.cat((torch.nn.functional.gelu(every, approximate="tanh"), every[:1]))
@@ -125,9 +131,9 @@ def attention_bf16(
 ) -> Tensor:
     """softmax(scale * q k') v, each query head with the key head of its group; bfloat16, float32 inside.
 
-    q [B, H, S, E], k and v [B, K, T, E], mask bool [B, 1, S, T] or None for all. cap: scores become
-    cap * tanh(score / cap) first. Returns [B, H, S, E], lying in memory as [B, S, H, E]. A query that may look at
-    nothing gets zeros.
+    q [B, H, S, E], k and v [B, K, T, E]; mask bool [B, 1, S, T], or None if all may be seen. cap: scores become
+    cap * tanh(score / cap) first. Returns [B, H, S, E], in memory as [B, S, H, E]. A query that may see nothing gets
+    zeros.
     """
     (B, H, S, E), (K, T) = q.shape, k.shape[1:3]
     _expect(q.dtype == k.dtype == v.dtype == torch.bfloat16, q, k)
@@ -187,10 +193,10 @@ def decoder_layer(
 ) -> Tensor:
     """A whole layer for new tokens of cached rows: x [B, S, D], bfloat16 -> [B, S, D].
 
-    linears: q, k, v, o, gate, up and down, no biases; each bfloat16 [N, K] alone, or with steps and scale what
-    `linear_int8` and `linear_int4` take. norms: [D] bfloat16, before attention, behind it (None in Gemma 1), before the
-    MLP, behind it. cos, sin: [B, 1, S, E / 2]. keys, values: the cache, bfloat16 [B, KV, columns, E]; used: its columns
-    in use, T, of which the last S are written here. mask: bool [B, 1, S, T].
+    linears: q, k, v, o, gate, up and down, without biases; each bfloat16 [N, K] alone, or weight, steps and scale as
+    for `linear_int8` and `linear_int4`. norms: [D] bfloat16, before attention, after it (None in Gemma 1), before the
+    MLP, after it. cos, sin: [B, 1, S, E / 2]. keys, values: the cache, bfloat16 [B, KV, columns, E]. used: its columns
+    in use, T, of which this call writes the last S. mask: bool [B, 1, S, T].
     """
     (B, S, D), (KV, columns, E), T = x.shape, keys.shape[1:], used
     N, wide = linears[0][0].shape[0], linears[4][0].shape[0]
@@ -219,13 +225,13 @@ def decoder_layer(
 
 
 def _linear(weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> _Linear:
-    """Where a linear layer with N outputs and K inputs lies."""
+    """A linear layer with N outputs and K inputs: its shape and its addresses in memory."""
     _expect(_fits(weight, steps, scale, N, K), weight, weight)
     return _Linear(_address(weight), _address(steps), _address(scale), N, K)
 
 
 def _fits(weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> bool:
-    """Whether these are the weights of N outputs and K inputs: in bfloat16, or with what 8 and 4 bits come with."""
+    """Whether these are the weights of N outputs and K inputs: in bfloat16, in 8 bits with a scale, or in 4 bits."""
     parts = [part for part in (weight, steps, scale) if part is not None]
     if not all(part.is_contiguous() for part in parts):
         return False
@@ -245,17 +251,17 @@ def _rows_of(x: Tensor) -> tuple[int, int]:
 
 
 def _run(name: str, given: Sequence[object], *numbers: float) -> None:
-    """Calls a function of the library: pointers, numbers, and last the threads."""
+    """Calls a function of the library with pointers, then numbers, then the number of threads."""
     if (functions := library()) is None:
         raise RuntimeError(f"{name} is not available here: ask kernel_available() first")
     getattr(functions, name)(*map(_address, given), *numbers, torch.get_num_threads())
 
 
 def _address(x: object) -> object:
-    """Of a tensor; what else a function of the library takes is passed on."""
+    """The address of a tensor's numbers. Other arguments of the library's functions are passed on as they are."""
     if not isinstance(x, Tensor):
         return x
-    if not x.is_cpu:  # where it points to is not for the CPU to read
+    if not x.is_cpu:  # the CPU cannot read that address
         raise ValueError(f"no kernel for a tensor {x.dtype} {list(x.shape)} on {x.device}: they are for the CPU")
     return x.data_ptr()
 

@@ -1,27 +1,28 @@
-// Linear layers for few rows on a CPU with AVX2 and no 8-bit dot products: what `kernels_avx512.cpp` does for one with
-// AVX-512, whose beginning tells the ideas (rows of w a quarter of the matrix apart, outliers, steps of groups).
+// Linear layers for few rows on a CPU with AVX2 and no 8-bit dot products. `kernels_avx512.cpp` does the same for
+// AVX-512, and explains the ideas (rows of w a quarter of the matrix apart, outliers, steps of groups) at its
+// beginning.
 //
-// Few rows are those of answers being written: every weight is read from memory for each token, and to read and use it
-// must not take longer than it takes to arrive. For many rows (an image, a prompt) PyTorch's float32 product is as fast
-// as such a CPU can multiply.
+// There are few rows while an answer is written: every weight is read from memory for each token, and using it must not
+// take longer than reading it. For many rows (an image, a prompt) PyTorch's float32 product is as fast as such a CPU
+// can multiply.
 //
-//     bfloat16   the upper half of a float32: shifted into its place, multiplied and summed as float32
-//     8 bits     no instruction multiplies signed with signed bytes. |w| with x, which gets w's sign, is the same, and
+//     bfloat16   is the upper half of a float32: shifted into place, multiplied and summed as float32
+//     8 bits     no instruction multiplies signed by signed bytes. |w| times x with the sign of w gives the same, and
 //                two such products fit into 16 bits: 2 * 128 * 127 < 32768
-//     4 bits     n in 0 .. 15 with x, four products to 16 bits, times the step of the group. The 8 in (n - 8) * step
-//                is taken away at the end, with the sums of x over the groups
+//     4 bits     n in 0 .. 15 times x, four products in 16 bits, times the step of the group. The 8 in (n - 8) * step
+//                is subtracted at the end, by the sums of x over the groups
 //
-// Sums of whole numbers are exact, so results are those of the other file, to the bit where nothing is clipped. In
-// registers: R rows of x by four of w. How activations are rounded has to be the same in both files.
+// Integer sums are exact, so the results are those of the other file, to the bit if nothing is clipped. Registers hold
+// R rows of x by four of w. Activations must be rounded the same way in both files.
 //
-// GELU and norms, at the end, are each one pass over memory; attention takes one query after the other.
+// GELU and norms, at the end, are one pass over memory each; attention takes one query after the other.
 
 #include "kernels.h"
 
 static const int NR = 4;         // rows of w in a tile
 static const int MR = 3;         // rows of x: 3 * 4 partial sums + 1 or 2 weights of the 16 registers
-static const int BLOCK = 128;    // rows of x are filled up with zeros to whole blocks
-static const int AHEAD = 512;    // bytes of 8-bit and 4-bit weights that are asked for before they are needed
+static const int BLOCK = 128;    // rows of x are padded with zeros to whole blocks
+static const int AHEAD = 512;    // 8-bit and 4-bit weights are prefetched so many bytes ahead
 
 static inline float sum(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -37,14 +38,14 @@ static inline int sum(__m256i v) {
 
 static inline __m256i load_whole(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 
-// The first `count` of 32 bytes, zeros behind them. Not for the loops: what is in registers would be put away for it.
+// The first `count` of 32 bytes, zeros after them. Not for inner loops: it would displace what is in registers.
 static inline __m256i load_part(const void* from, int count) {
     alignas(32) char bytes[32] = {};
     std::memcpy(bytes, from, count);
     return _mm256_load_si256((const __m256i*)bytes);
 }
 
-// Keeps a loaded vector in its register: left alone, the compiler loads it anew for each instruction that uses it.
+// Keeps a loaded vector in its register: otherwise the compiler loads it again for each instruction that uses it.
 static inline __m256i kept(__m256i v) {
     asm("" : "+x"(v));
     return v;
@@ -52,7 +53,7 @@ static inline __m256i kept(__m256i v) {
 
 static int whole_blocks(int K) { return (K + BLOCK - 1) / BLOCK * BLOCK; }
 
-// Calls body(R, m) for tiles of R = MR rows and one of what is left over, R being a constant in each.
+// Calls body(R, m) for tiles of R = MR rows, and for one tile with the rest; R is a compile-time constant.
 template <class Body>
 static inline void tiles_of_rows(int M, Body body) {
     static_assert(MR == 3, "what is left over is one row or two");
@@ -64,7 +65,7 @@ static inline void tiles_of_rows(int M, Body body) {
 
 // ---------------------------------------------------------------------------------------------- bfloat16
 
-// x in float32; of 16 numbers first those with an even place, then the odd ones, as they come out of the weights.
+// x in float32; of each 16 numbers first the even ones, then the odd ones: the order in which weights are unpacked.
 template <int R>
 static void tile_bf16(const float* x, size_t stride, const bf16* const* w, int K, float (*out)[NR]) {
     const __m256i upper = _mm256_set1_epi32(0xffff0000);
@@ -99,7 +100,7 @@ static void tile_bf16(const float* x, size_t stride, const bf16* const* w, int K
 // ---------------------------------------------------------------------------------------------- activations in 8 bits
 
 struct Outlier {
-    unsigned k; // where it stands (unsigned: places in 4 bits are then found by shifts)
+    unsigned k; // its column (unsigned, so that divisions become shifts)
     float rest; // what was clipped
 };
 
@@ -111,14 +112,14 @@ struct Row {
 
 struct Rows {
     size_t stride;         // K, rounded up to whole blocks
-    std::vector<int8_t> q; // [M, stride], zeros behind K
+    std::vector<int8_t> q; // [M, stride], zeros after K
     std::vector<Row> row;  // [M]
 };
 
 template <class T>
 static void round_row(const T* x, int K, std::vector<float>& v, int8_t* q, Row& row) {
     const __m256 sign = _mm256_set1_ps(-0.f);
-    const int whole = int(v.size()); // zeros behind K
+    const int whole = int(v.size()); // zeros after K
     for (int k = 0; k < K; k++) v[k] = number(x[k]);
     __m256 largest8 = _mm256_setzero_ps(), sum8 = _mm256_setzero_ps();
     for (int k = 0; k < whole; k += 8) {
@@ -141,7 +142,7 @@ static void round_row(const T* x, int K, std::vector<float>& v, int8_t* q, Row& 
         }
         largest = of_eight(largest8);
     }
-    // Not a number, or infinite: the sum tells, and the result is then no number either.
+    // NaN or infinity shows in the sum, and the result must then be NaN.
     row.scale = std::isfinite(total) ? largest / 127 : NAN;
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127 / largest : 0);
     for (int k = 0; k < whole; k += 8) {
@@ -221,7 +222,7 @@ static void tile_int4(
         UNROLL
         for (int n = 0; n < NR; n++) acc[m][n] = _mm256_setzero_si256();
     for (int k = 0; k < K; k += 128) {
-        __m256i only[4]; // of one row of x there is room for these numbers in registers
+        __m256i only[4]; // for one row of x, registers have room for these
         if (R == 1)
             UNROLL
             for (int i = 0; i < 4; i++) only[i] = kept(load_whole(x + k + 32 * i));
@@ -229,7 +230,7 @@ static void tile_int4(
         for (int n = 0; n < NR; n++) {
             const __m256i a = kept(load_whole(w[n] + k / 2)), b = kept(load_whole(w[n] + k / 2 + 32));
             _mm_prefetch((const char*)(w[n] + k / 2 + AHEAD), _MM_HINT_T0);
-            int16_t two; // steps, of the lower halves and of the upper ones
+            int16_t two; // steps of the lower and the upper halves
             std::memcpy(&two, steps[n] + k / GROUP, 2);
             const __m128i both = _mm_cvtepi8_epi16(_mm_cvtsi32_si128(two));
             const __m256i step[2] = {_mm256_broadcastw_epi16(both), _mm256_broadcastw_epi16(_mm_srli_si128(both, 2))};
@@ -261,13 +262,13 @@ static void tile_int4(
             }
             int of_groups = sum(of_groups8);
             for (; g < K / GROUP; g++) of_groups += int(row[m].groups[g]) * steps[n][g];
-            out[m][n] = int(unsigned(sum(acc[m][n])) - 8u * unsigned(of_groups)); // the first may have come around
+            out[m][n] = int(unsigned(sum(acc[m][n])) - 8u * unsigned(of_groups)); // overflows cancel
         }
 }
 
 // ---------------------------------------------------------------------------------------------- whole layers
 
-// Four rows of w in a tile, a quarter of the matrix apart; the last tiles may do the last row again.
+// Four rows of w in a tile, a quarter of the matrix apart; the last tiles may compute the last row again.
 static int rows_apart(int N) { return (N + NR - 1) / NR; }
 
 // bias: [N] or null. x: [M, K], w: [N, K], y: [M, N].
@@ -293,7 +294,7 @@ extern "C" void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16
     }
 }
 
-// tile(R, m, n, out): the sums of R rows of x from m on with the four rows n of w. weight(n, k): one number of w.
+// tile(R, m, n, out): the sums of R rows of x, from m on, with the four rows n of w. weight(n, k): one number of w.
 template <class T, class Tile, class Weight>
 static void few_rows(
     const Rows& rows, const float* scale, const T* bias, T* y, int M, int N, int threads, Tile tile, Weight weight) {
@@ -382,8 +383,8 @@ extern "C" void rms_norm_bf16(const bf16* x, const bf16* weight, bf16* y, float 
 }
 
 // y[b, s, h] = sum over t of softmax(scale * q[b, h, s] . k[b, h / G, t]) v[b, h / G, t], over the t that mask[b, s, t]
-// allows, or all without a mask; 0 where it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV = H / G.
-// cap: scores go through cap * tanh(score / cap) first, unless it is 0.
+// allows, or over all without a mask; 0 if it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV =
+// H / G. cap: scores go through cap * tanh(score / cap) first, unless it is 0.
 extern "C" void attention_bf16(
     const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* y, const Places* places, float scale,
     float cap, int B, int H, int KV, int S, int T, int E, int threads) {

@@ -3,40 +3,41 @@
 //     y[m, n] = sum over k of x[m, k] * w[n, k]
 //
 // Writing an answer token by token reads every weight of the model once per token and multiplies it with a single row
-// of activations: what limits it is how fast memory can be read. All that a kernel can do is to keep memory busy and to
-// make the weights smaller. Reading an image multiplies every weight with hundreds of rows: there the number of
-// multiplications per instruction counts, and 8-bit ones come four to a lane.
+// of activations: the speed of memory is the limit. All that a kernel can do is keep memory busy and make the weights
+// smaller. Reading an image multiplies every weight with hundreds of rows: there the number of multiplications per
+// instruction counts, and an instruction does four 8-bit ones per lane.
 //
-// Weights lie as in the checkpoint, a row of K numbers for each output, so the file is used as it is mapped. Sums are
-// held in registers, a tile of MR rows of x by four vectors, in one of two ways:
+// Weights have the layout of the checkpoint, a row of K numbers for each output, so a memory-mapped file is used as it
+// is. Sums are held in registers, a tile of MR rows of x by four vectors, in one of two ways:
 //
 //                 w 0       w 1       w 2       w 3
 //     x row 0  acc[0][0] acc[0][1] acc[0][2] acc[0][3]      a step along K loads 4 + MR vectors
 //     ...                                                   and does 4 * MR multiply-adds with them
 //     x row 5  acc[5][0] acc[5][1] acc[5][2] acc[5][3]
 //
-// few rows:  w 0 .. 3 are rows of w, read as they lie. A vector holds 16 partial sums of one output, which are summed
-//            up across it at the very end.
-// many rows: a panel of 64 rows of w is first copied so that the four bytes that are multiplied at once (two numbers of
-//            bfloat16, four of 8 bits) lie beside those of the next output. A vector holds the sums of 16 outputs, and
-//            a row of x gives the same four bytes to all of them: nothing is left to be summed up, and of x a tile
-//            reads a sixteenth of what it multiplies. A panel is copied when its turn comes and stays in the cache
-//            while all rows use it, so there is never a second copy of the weights.
+// few rows:  w 0 .. 3 are rows of w, read in place. A vector holds 16 partial sums of one output, which are added to
+//            each other at the very end.
+// many rows: a panel of 64 rows of w is first copied into another order: the four bytes multiplied at once (two
+//            bfloat16 numbers, or four of 8 bits) are placed beside those of the next output. A vector then holds the
+//            sums of 16 outputs, and a row of x gives the same four bytes to all of them. No sums across a vector are
+//            left to do, and a tile reads only a sixteenth as much of x. A panel is copied just before it is used and
+//            stays in the CPU's cache while all rows use it, so there is never a second copy of all weights.
 //
-// 8-bit products are summed as integers, which is exact. The instruction multiplies unsigned with signed numbers:
-// weights are made unsigned by adding 128, and what that adds to the sum is taken away again.
+// 8-bit products are summed as integers, which is exact. The instruction multiplies unsigned with signed numbers: 128
+// is added to the weights to make them unsigned, and what that adds to the sum is subtracted again.
 //
-// A 4-bit weight is (n - 8) * step: n in 0 .. 15 its own, the step, in -15 .. 15, of its group of 64. That is an 8-bit
-// number too, so it is summed like one, as exactly; a table of 16 bytes for each step makes it with one instruction.
+// A 4-bit weight is (n - 8) * step: n in 0 .. 15 is its own, the step, in -15 .. 15, belongs to its group of 64. The
+// result is an 8-bit number too, so it is summed like one, just as exactly. One instruction computes it, by a table of
+// 16 bytes for each step.
 //
 // Activations are rounded to 8 bits with a scale per row of x. Trained networks have a few channels a hundred times
-// larger than the rest; a scale that reaches them leaves no bits to the others. So a number larger than OUTLIER times
-// the mean of its row is clipped, and the rest of it is multiplied apart, in float32. (At most one channel in OUTLIER
-// can be such, since the mean would be larger otherwise.) Compare LLM.int8(), arXiv 2208.07339.
+// larger than the rest; a scale that reached them would leave no bits to the others. So a number larger than OUTLIER
+// times the mean of its row is clipped, and what was clipped is multiplied separately in float32. (At most one channel
+// in OUTLIER can be so large: with more, the mean would be larger.) Compare LLM.int8(), arXiv 2208.07339.
 //
-// Between the products stand functions of single numbers, norms and attention. PyTorch takes a pass over memory for each
-// step of them, or some microseconds where there is one row; at the end of the file each is a single pass, and attention
-// two products of many rows.
+// Between the products there are functions of single numbers, norms and attention. PyTorch makes a pass over memory for
+// each of their steps, and takes some microseconds for each even if there is one row. At the end of this file each is a
+// single pass, and attention is two products of many rows.
 //
 // No header of PyTorch is used: this compiles in seconds, and the same library serves every version.
 
@@ -45,8 +46,8 @@
 static const int MR = 6;         // rows of x in a tile: 6 * 4 partial sums + 4 weights + 1 of the 32 registers
 static const int NR = 4;         // rows of w
 static const int WIDE = 64;      // outputs of a panel: four vectors
-static const int DEEP = 512;     // four-byte steps of a panel: 128 KB, well inside the second cache
-static const int FEW = 48;       // rows up to which weights are read as they lie: a panel has to pay for its copy
+static const int DEEP = 512;     // four-byte steps of a panel: 128 KB, well inside the second-level cache
+static const int FEW = 48;       // up to so many rows, weights are read in place: a panel must be worth its copy
 
 // ---------------------------------------------------------------------------------------------- numbers
 
@@ -58,14 +59,14 @@ static inline __m512 load16(const bf16* x) {
 
 static inline __mmask16 first_of_16(int count) { return count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0; }
 
-// The first of 16 numbers, as many as `inside` has bits.
+// The first of 16 numbers: as many as `inside` has bits; zeros after them.
 static inline __m512 load16(__mmask16 inside, const float* x) { return _mm512_maskz_loadu_ps(inside, x); }
 
 static inline __m512 load16(__mmask16 inside, const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, x)), 16));
 }
 
-static inline __m512i load32(int count, const bf16* x) { // as they are, zeros behind the first `count`
+static inline __m512i load32(int count, const bf16* x) { // unchanged, zeros after the first `count`
     return count >= 32 ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16(count > 0 ? (1u << count) - 1 : 0, x);
 }
 
@@ -79,8 +80,8 @@ static inline void put16(__mmask16 inside, __m512 v, bf16* to) { // as `put`
     _mm256_mask_storeu_epi16(to, inside, _mm512_cvtepi32_epi16(upper));
 }
 
-// Keeps a loaded vector in its register. Left alone, the compiler loads it anew for each of the four instructions that
-// use it, and then loading is what limits a tile.
+// Keeps a loaded vector in its register. Otherwise the compiler loads it again for each of the four instructions that
+// use it, and loading then limits a tile.
 #define KEEP(vector) asm("" : "+v"(vector))
 
 // The sums of four vectors, side by side.
@@ -99,7 +100,7 @@ static inline __m128i sums(const __m512i v[4]) {
     return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
-// Memory that is kept from call to call, since the system is slow to give out large pieces.
+// Memory that is kept from call to call: allocating large pieces is slow.
 struct Buffer {
     void* memory = nullptr;
     size_t size = 0;
@@ -160,15 +161,15 @@ static void tile_bf16(const bf16* x, const bf16* const* w, int K, float (*out)[N
 // ---------------------------------------------------------------------------------------------- activations in 8 bits
 
 struct Outlier {
-    int m, k;   // where it stands
+    int m, k;   // its row and column
     float rest; // what was clipped
 };
 
 struct Rows {
     int M, K, stride;    // stride: K, rounded up to whole vectors
-    int8_t* q;           // [M, stride], zeros behind K
+    int8_t* q;           // [M, stride], zeros after K
     float* scale;        // [M]
-    int32_t* start;      // [M]: -128 times the sum of q, where a dot product begins
+    int32_t* start;      // [M]: -128 times the sum of q, the first summand of a dot product
     std::vector<std::vector<Outlier>> outliers; // of each row, in the order of k
 };
 
@@ -192,7 +193,7 @@ static void round_row(const T* x, Rows& rows, int m) {
         }
         largest = _mm512_reduce_max_ps(largest16);
     }
-    // Not a number, or infinite: the sum tells, and the result is then no number either.
+    // NaN or infinity shows in the sum, and the result must then be NaN.
     rows.scale[m] = std::isfinite(sum) ? largest / 127 : NAN;
     const float inverse = largest > 0 ? 127 / largest : 0;
     for (int k = 0; k < K; k += 16) {
@@ -264,7 +265,7 @@ static void tile_int8(const Rows& rows, int m0, const int8_t* const* w, float (*
 
 // ---------------------------------------------------------------------------------------------- weights in 4 bits
 
-// What each step makes of the 16 numbers, plus 128. (Steps beyond 15 are in no file that is what it should be.)
+// For each step, the 16 products (n - 8) * step, plus 128. (Only a damaged file has steps beyond 15.)
 struct Tables {
     alignas(64) uint8_t of[256][16];
     Tables() {
@@ -275,7 +276,7 @@ struct Tables {
 static const Tables tables;
 
 // 64 bytes hold 128 weights: the lower halves are the first 64 of them, one group; the upper halves the next 64, from
-// k = 64 on. One group, whose step is given, plus 128.
+// k = 64 on. This returns one group, whose step is given, plus 128.
 static inline __m512i spread(const uint8_t* w, int8_t step, int k) {
     const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((__m128i*)tables.of[uint8_t(step)]));
     __m512i both = _mm512_loadu_si512(w);
@@ -294,8 +295,8 @@ static void tile_int4(const Rows& rows, int m0, const uint8_t* const* w, const i
     for (int k = 0; k < rows.K; k += 128) {
         UNROLL
         for (int n = 0; n < NR; n++) {
-            // Left alone, the processor fetches 4-bit weights too late: a seventh faster so, for one row. (The larger
-            // ones lose as much by it.)
+            // The processor by itself fetches 4-bit weights too late: this is a seventh faster, for one row. (Larger
+            // weights lose as much by it.)
             if (R == 1) _mm_prefetch((const char*)(w[n] + k / 2 + 512), _MM_HINT_T0);
             const __m512i first = spread(w[n] + k / 2, steps[n][k / GROUP], 0);
             const __m512i second = spread(w[n] + k / 2, steps[n][k / GROUP + 1], GROUP);
@@ -313,7 +314,7 @@ static void tile_int4(const Rows& rows, int m0, const uint8_t* const* w, const i
 
 // ---------------------------------------------------------------------------------------------- many rows
 
-// Calls body(R, m) for tiles of R = MR rows and one of what is left over, R being a constant in each.
+// Calls body(R, m) for tiles of R = MR rows, and for one tile with the rest; R is a compile-time constant.
 template <class Body>
 static inline void tiles_of_rows(int M, Body body) {
     int m = 0;
@@ -355,8 +356,8 @@ static inline void transpose(__m512i v[16]) {
 
 static inline __m512i multiply_add(__m512i acc, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
 
-// Adds to sums [R, WIDE] what R rows of x make of a panel [steps, WIDE], or of the first C of its vectors; x and panel
-// in pieces of four bytes.
+// Adds to sums [R, WIDE] the products of R rows of x with a panel [steps, WIDE], or with the first C of its vectors. x
+// and panel are in pieces of four bytes.
 template <class Sums, int R, int C = NR>
 static void tile_of_panel(const char* x, size_t stride, const char* panel, int steps, int32_t* sums) {
     Sums acc[R][C];
@@ -384,7 +385,7 @@ static void tile_of_panel(const char* x, size_t stride, const char* panel, int s
         for (int n = 0; n < C; n++) _mm512_store_si512(sums + m * WIDE + 16 * n, (__m512i)acc[m][n]);
 }
 
-// Calls body(C) with the number of vectors of a panel that `left` outputs fill, C being a constant.
+// Calls body(C) with the number of vectors of a panel that `left` outputs fill; C is a compile-time constant.
 template <class Body>
 static inline void parts_of_panel(int left, Body body) {
     if (left > 48) body(std::integral_constant<int, 4>());
@@ -408,7 +409,7 @@ static void copy_panel(char* panel, int n, int N, int first, int depth, Load loa
 }
 
 // x: M rows of `steps` pieces of four bytes, `stride` bytes apart. load(n, step): 16 pieces of row n of w.
-// begin(m): what the sums of a row of x begin with. packed(panel, first, depth): is shown what was copied, pieces
+// begin(m): the initial value of the sums of a row of x. packed(panel, first, depth): gets the copied panel, pieces
 // [depth, WIDE] from step `first` on. finish(n, sums): takes the sums [M, WIDE] of the outputs from n on.
 template <class Sums, class Load, class Begin, class Packed, class Finish>
 static void many_rows(
@@ -435,14 +436,14 @@ static void many_rows(
 
 // ---------------------------------------------------------------------------------------------- whole layers
 
-// Where rows are few, the four rows of w in a tile are not neighbours but a quarter of the matrix apart. So a thread
-// reads four streams of memory from end to end, each in its own pages, and the processor, which watches pages, fetches
-// ahead in all of them. (With neighbours, which share a page where rows are short, 4-bit weights came at half the
-// speed.)
-static int rows_apart(int N) { return (N + NR - 1) / NR; } // the last tiles may do the last row again
+// For few rows of x, the four rows of w in a tile are not neighbours but a quarter of the matrix apart. So a thread
+// reads four streams of memory from end to end, each in pages of its own. The processor's prefetcher works by page, and
+// fetches ahead in all of them. (Neighbouring rows share a page if they are short: 4-bit weights were then read at half
+// the speed.)
+static int rows_apart(int N) { return (N + NR - 1) / NR; } // the last tiles may compute the last row again
 
 static void many_rows_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int M, int N, int K, int threads) {
-    static thread_local Buffer padded; // pieces are of two numbers
+    static thread_local Buffer padded; // pieces hold two numbers
     if (K % 2) {
         bf16* even = (bf16*)padded.of(size_t(M) * (K + 1) * sizeof(bf16));
         for (int m = 0; m < M; m++) *std::copy_n(x + size_t(m) * K, K, even + size_t(m) * (K + 1)) = 0;
@@ -488,7 +489,7 @@ extern "C" void linear_bf16(const bf16* x, const bf16* w, const bf16* bias, bf16
     }
 }
 
-// tile(R, m, n, out): the sums of R rows of x from m on with the four rows n of w. weight(n, k): one number of w.
+// tile(R, m, n, out): the sums of R rows of x, from m on, with the four rows n of w. weight(n, k): one number of w.
 template <class T, class Tile, class Weight>
 static void few_rows(
     const Rows& rows, const float* scale, const T* bias, T* y, int N, int threads, Tile tile, Weight weight) {
@@ -506,7 +507,7 @@ static void few_rows(
             tile(R, m, n, out);
             for (int r = 0; r < R(); r++) {
                 float rest[NR] = {};
-                for (const Outlier& outlier : rows.outliers[m + r]) // only now: before, they would break the streams
+                for (const Outlier& outlier : rows.outliers[m + r]) // only here: earlier they would interrupt the streams
                     for (int i = 0; i < NR; i++) rest[i] += outlier.rest * weight(n[i], outlier.k);
                 for (int i = 0; i < NR; i++) {
                     float result = out[r][i] * scales[i] * rows.scale[m + r] + rest[i] * scales[i] + biases[i];
@@ -527,8 +528,8 @@ static void many_rows_8_bits(
     for (const auto& of_row : rows.outliers) outliers.insert(outliers.end(), of_row.begin(), of_row.end());
     auto before = [](const Outlier& a, const Outlier& b) { return a.k < b.k; };
     std::stable_sort(outliers.begin(), outliers.end(), before);
-    // The weights that outliers meet are taken from the panel: there a column lies in four lines. Outliers of one
-    // column follow each other; what they add goes to rests [M, WIDE].
+    // The weights for the outliers are taken from the panel, where a column takes only four cache lines. Outliers are
+    // sorted by column; their products are added to rests [M, WIDE].
     auto packed = [&](const char* panel, int first, int depth) {
         if (outliers.empty()) return;
         float* rests = (float*)of_rests.of(size_t(rows.M) * WIDE * sizeof(float));
@@ -596,7 +597,7 @@ static void linear_int4(
         int number = k % 128 < 64 ? byte & 15 : byte >> 4;
         return float(int8_t((number - 8) * steps[size_t(n) * (K / GROUP) + k / GROUP]));
     };
-    if (M > FEW / 2) { // every tile of few rows spreads the weights anew
+    if (M > FEW / 2) { // each tile of few rows would unpack the weights again
         auto load = [&](int n, int k) {
             return spread(w + size_t(n) * (K / 2) + k / 128 * 64, steps[size_t(n) * (K / GROUP) + k / GROUP], k % 128);
         };
@@ -617,8 +618,8 @@ static void linear_int4(
 // ---------------------------------------------------------------------------------------------- between the products
 
 // y = table[x] * times, or table[x] without `times`. A bfloat16 is one of 65,536 numbers, so any function of one is a
-// table, which whoever knows the function makes once: the results are equal to the bit, and finding one takes a quarter
-// of the time of computing it. (The table has one number more: each is read together with its neighbour.)
+// table, which the caller computes once. The results are equal to the bit, and looking one up takes a quarter of the
+// time of computing it. (The table has one number more: each is read together with its neighbour.)
 extern "C" void look_up_bf16(
     const bf16* table, const bf16* x, const bf16* times, bf16* y, int M, int K, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (M > 8)
@@ -654,8 +655,8 @@ extern "C" void rms_norm_bf16(const bf16* x, const bf16* weight, bf16* y, float 
 
 // ---------------------------------------------------------------------------------------------- attention
 
-// e to the power of x, for x <= 0: the whole part of the binary exponent apart, a polynomial for the rest. Relative
-// error at most (4 + |x|) * 2^-23; not a number stays none.
+// e to the power of x, for x <= 0: the whole part of the binary exponent separately, a polynomial for the rest.
+// Relative error at most (4 + |x|) * 2^-23; NaN stays NaN.
 static inline __m512 exp16(__m512 x) {
     const __m512 t = _mm512_max_ps(_mm512_set1_ps(-150), _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)));
     const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -674,16 +675,17 @@ static inline __m512 capped16(__m512 x, float cap) {
     return _mm512_mask_sub_ps(size, below, _mm512_setzero_ps(), size);
 }
 
-static const int QUERIES = 48; // of a block, whose scores stay in the cache
+static const int QUERIES = 48; // of a block; their scores stay in the CPU's cache
 
 // y[b, s, h] = sum over t of softmax(scale * q[b, h, s] . k[b, h / G, t]) v[b, h / G, t], over the t that mask[b, s, t]
-// allows, or all without a mask; 0 where it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV = H / G.
+// allows, or over all without a mask; 0 if it allows none. q: B x H x S rows of E numbers; k, v: B x KV x T rows, KV =
+// H / G.
 //
 // cap: scores go through cap * tanh(score / cap) first, unless it is 0.
 //
-// Both products are those of many rows above. Keys and values are copied into panels once; then blocks of queries take
-// all of them, the G * S queries to a key head side by side. Weights are rounded to bfloat16 before they are multiplied
-// with values, divided by their sum at the end.
+// Both products are those of many rows, above. Keys and values are copied into panels once. Then blocks of queries use
+// all panels; the G * S queries of one key head are neighbours. Attention weights are rounded to bfloat16 before they
+// are multiplied with the values; the division by their sum comes at the end.
 extern "C" void attention_bf16(
     const bf16* q, const bf16* k, const bf16* v, const uint8_t* mask, bf16* y, const Places* places, float scale,
     float cap, int B, int H, int KV, int S, int T, int E, int threads) {
@@ -706,7 +708,7 @@ extern "C" void attention_bf16(
             copy_panel(key_panel(head, i), i * WIDE, T, 0, deep, load);
             continue;
         }
-        for (int pair = 0; pair < pairs; pair++) // two values that follow each other belong to one piece
+        for (int pair = 0; pair < pairs; pair++) // two consecutive values belong to one piece
             for (int n = 0; n < WIDE; n += 16) {
                 const __mmask16 inside = first_of_16(E - first - n);
                 const bf16* from = values + 2 * pair * places->v[2] + first + n;
