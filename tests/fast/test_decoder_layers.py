@@ -1,0 +1,154 @@
+"""A whole decoder layer in one call: equal to the bit, and not taken where it would bypass something."""
+
+import pytest
+import torch
+from reference import make_inputs
+from ways import elsewhere, make_model
+
+from paligemma.fast import decoder_layers
+from paligemma.fast import kernels as linear_kernels
+from paligemma.fast.fast_layers import FastGemmaMLP, FastRMSNorm
+from paligemma.fast.rounding import round_groups, round_rows
+from paligemma.fast.swap import quantize
+from paligemma.kv_cache import KVCache
+from paligemma.modeling_gemma import rotary_tables
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+
+def cached_passes(model, rows=(20, 13)):
+    """Logits of the prefix, of three tokens more, and of one more: two rows, one of them padded."""
+    inputs = make_inputs(model.config, prefix=list(rows))
+    cache = KVCache(model.config.text_config, len(rows), 40, model.dtype)
+    logits = [model(**inputs, cache=cache).logits]
+    for tokens in (torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[11], [12]])):
+        logits.append(model(tokens, cache=cache).logits)
+    return logits, cache
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("beats", [True, False])
+def test_next_tokens_in_one_call_of_a_layer_are_equal_to_the_bit(kernels, mode, kind, beats, monkeypatch):
+    """Where a CPU with AVX-512 leaves attention to PyTorch, there is no such call."""
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: beats)
+    called, real = [], linear_kernels.decoder_layer
+    monkeypatch.setattr(linear_kernels, "decoder_layer", lambda x, *rest: called.append(x.shape[1]) or real(x, *rest))
+    model = quantize(make_model(kind, torch.bfloat16), mode)
+    logits, cache = cached_passes(model)
+    expected_calls = [3] * len(cache.keys) + [1] * len(cache.keys)  # the prefix has too many rows for it
+    assert called == (expected_calls if beats or kernels == "AVX2" else [])
+    monkeypatch.setattr(decoder_layers, "in_one_call", lambda *_: None)
+    expected, expected_cache = cached_passes(model)
+    for y, step_by_step in zip(logits, expected):
+        assert torch.equal(y, step_by_step)
+    for kept, step_by_step in zip([*cache.keys, *cache.values], [*expected_cache.keys, *expected_cache.values]):
+        assert torch.equal(kept, step_by_step)
+
+
+class HalfNorm(FastRMSNorm):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_layer_in_one_call_takes_masks_as_they_lie_and_no_rows(monkeypatch):
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: True)
+    model = quantize(make_model(dtype=torch.bfloat16), "bf16")
+    layer, text = model.language_model.model.layers[0], model.config.text_config
+    cos, sin = rotary_tables(torch.tensor([[3]]), text.head_dim, 1e4, torch.bfloat16)
+    cache = KVCache(text, 1, 4, torch.bfloat16)
+    cache.extend(torch.ones(1, 4, dtype=torch.bool))
+    x = torch.randn(1, 1, 128).bfloat16()
+    seen = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    expected = layer(x, seen, cos, sin, cache)
+    for mask in (torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(1, 1, 1, 4), torch.ones(1, 1, 1, 8)[..., ::2] > 0):
+        assert torch.equal(layer(x, mask, cos, sin, cache), expected)
+    nobody = model(torch.zeros(0, 1, dtype=torch.long), cache=KVCache(text, 0, 4, torch.bfloat16))
+    assert nobody.logits.shape == (0, 1, text.vocab_size)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_watches_or_changes_a_part_of_a_layer_is_not_passed_by(monkeypatch):
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: True)
+    monkeypatch.setattr(linear_kernels, "decoder_layer", lambda *_: pytest.fail("in one call"))
+    model = quantize(make_model(dtype=torch.bfloat16), "bf16")
+    seen = []
+    for layer in model.language_model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(lambda *_: seen.append("o_proj"))
+    cached_passes(model)
+    assert len(seen) == 3 * len(model.language_model.model.layers)
+    for change in (
+        lambda layer: layer.mlp.register_forward_pre_hook(lambda *_: None),
+        lambda layer: setattr(layer.input_layernorm, "forward", layer.input_layernorm.forward),
+        lambda layer: setattr(layer.self_attn, "explicit", True),
+        lambda layer: setattr(layer.input_layernorm, "__class__", HalfNorm),
+        lambda layer: setattr(layer, "input_layernorm", torch.nn.Sequential(layer.input_layernorm)),
+        lambda layer: layer.post_attention_layernorm.float(),
+        lambda layer: setattr(layer.mlp, "up_proj", torch.nn.Sequential(layer.mlp.up_proj)),
+        lambda layer: setattr(layer.self_attn.q_proj, "bias", torch.nn.Parameter(torch.ones(128).bfloat16())),
+    ):
+        model = quantize(make_model(dtype=torch.bfloat16), "bf16")
+        for layer in model.language_model.model.layers:
+            change(layer)
+        cached_passes(model)
+    model, seen = quantize(make_model(dtype=torch.bfloat16), "bf16"), []
+    everywhere = torch.nn.modules.module.register_module_forward_hook(lambda part, *_: seen.append(type(part)))
+    with everywhere:  # removed behind it
+        cached_passes(model)
+    assert seen.count(FastGemmaMLP) == 3 * len(model.language_model.model.layers)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_layer_in_one_call_refuses_what_it_would_misread():
+    D, E, wide, KV = 128, 32, 256, 2
+    shapes = [(4 * E, D), (KV * E, D), (KV * E, D), (D, 4 * E), (wide, D), (wide, D), (D, wide)]
+    norm, angles = torch.ones(D).bfloat16(), torch.ones(1, 1, 1, E // 2).bfloat16()
+    right: dict[str, object] = {
+        "x": torch.randn(1, 1, D).bfloat16(),
+        "linears": [(torch.randn(shape).bfloat16(), None, None) for shape in shapes],
+        "norms": [norm, None, norm, None],
+        "cos": angles,
+        "sin": angles,
+        "mask": torch.ones(1, 1, 1, 5, dtype=torch.bool),
+        "keys": torch.randn(1, KV, 6, E).bfloat16(),
+        "values": torch.randn(1, KV, 6, E).bfloat16(),
+        "used": 5,
+        "eps": 1e-6,
+        "scale": 1.0,
+        "cap": None,
+    }
+    assert linear_kernels.decoder_layer(**right).isfinite().all()
+    in_8_bits, in_4_bits = round_rows(torch.randn(wide, D)), round_groups(torch.randn(wide, D))
+
+    def up(*weights: torch.Tensor | None) -> list[tuple[torch.Tensor | None, ...]]:
+        return [*right["linears"][:5], weights, right["linears"][6]]
+
+    for wrong in (
+        {"x": right["x"].float()},
+        {"x": right["x"][..., :64]},
+        {"linears": up(right["linears"][5][0].float(), None, None)},
+        {"linears": up(right["linears"][5][0][:255], None, None)},
+        {"linears": up(right["linears"][6][0].T, None, None)},
+        {"linears": up(in_8_bits[0], None, None)},
+        {"linears": up(in_8_bits[0], None, in_8_bits[1].double())},
+        {"linears": up(in_8_bits[0], None, in_8_bits[1][:9])},
+        {"linears": up(in_4_bits[0], in_4_bits[1], None)},
+        {"linears": up(in_4_bits[0], in_4_bits[1][:, :1], in_4_bits[2])},
+        {"norms": [norm, None, norm[:64], None]},
+        {"norms": [norm, norm.float(), norm, None]},
+        {"norms": [None, None, norm, None]},
+        {"cos": angles.float()},
+        {"cos": angles[..., :8]},
+        {"mask": right["mask"].int()},
+        {"mask": right["mask"][..., :4]},
+        {"keys": right["keys"].float()},
+        {"values": right["values"][:, :1]},
+        {"keys": right["keys"][..., ::2], "values": right["values"][..., ::2]},
+        {"used": 7, "mask": torch.ones(1, 1, 1, 7, dtype=torch.bool)},
+    ):
+        with pytest.raises(ValueError, match="no kernel for x"):
+            linear_kernels.decoder_layer(**{**right, **wrong})
+    for name in ("x", "keys", "mask", "sin"):
+        with pytest.raises(ValueError, match="on meta: they are for the CPU"):
+            linear_kernels.decoder_layer(**{**right, name: elsewhere(right[name])})
