@@ -1,10 +1,10 @@
-"""How fast the model is on this machine, beside what the machine could do and beside transformers.
+"""The speed benchmark: how fast the model is on this machine, beside the machine's limits and beside transformers.
 
-machine.py      what the machine is, and its limits: reading memory, multiplying matrices
-shapes.py       the published shapes with random weights; how much work is in them
-contestant.py   one model in a process of its own: load it, answer, time every stage
-peer.py         transformers' model on the same clock, where transformers is installed
-run.py          contestants in turn, round after round; the record
-report.py       record -> table
-plot.py         record -> picture
+machine.py              what the machine is, and its limits: reading memory, multiplying matrices
+shapes.py               the published shapes with random weights; how much work is in them
+worker.py               one model in a process of its own: load it, answer, time every stage
+transformers_model.py   transformers' model, timed in the same way, where transformers is installed
+run.py                  all models in turn, round after round; the record
+summary.py              the runs of a record -> its figures
+tables.py plot.py       a record -> tables, a picture
 """

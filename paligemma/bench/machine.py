@@ -1,7 +1,7 @@
-"""What the machine is and what it can do at best, measured: the limits that a model runs against.
+"""What the machine is, and what it can do at best: the measured limits of any model on it.
 
-Writing one token reads every weight of the decoder once, so the rate of reading memory bounds tokens per second.
-Reading an image and a prompt uses every weight some hundred times, so the rate of multiplying bounds the first token.
+Each new token reads every weight of the language model once, so memory bandwidth limits the tokens per second. An image
+and a prompt use every weight some hundred times, so the rate of multiplication limits the time to the first token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from paligemma.devices import cpu_count, cpu_name, has_dot_products
 
 
 def describe_machine() -> dict[str, Any]:
-    """Device, threads, versions: what a figure means nothing without."""
+    """Device, threads, versions: without them a figure means nothing."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "paligemma"):
         try:
@@ -39,9 +39,9 @@ def describe_machine() -> dict[str, Any]:
 def measure_limits(quick: bool = False) -> dict[str, float]:
     """The machine's rates, in GB/s and GFLOP/s (for int8: billions of multiplications and additions a second).
 
-    read: a gigabyte summed up, the best of a few ways. bf16, int8: a product of matrices of the size of the decoder's,
-    whose numbers may be multiplied in float32, too: a CPU without instructions for them is faster so. quick: a tenth of
-    the size, for a try.
+    read: summing up a gigabyte, in the fastest of a few ways. bf16, int8: a matrix product of the size of the language
+    model's. float32 counts for both, since it is faster on a CPU without instructions for bf16 or int8. quick: a tenth
+    of the size, for a try.
     """
     floats = torch.ones(2**25 if quick else 2**28)
     ways: list[Callable[[Tensor], Any]] = [torch.sum, torch.amax, torch.linalg.vector_norm]
@@ -61,7 +61,7 @@ def measure_limits(quick: bool = False) -> dict[str, float]:
 
 
 def _best(run: Callable[[], Any], times: int = 5) -> float:
-    """Seconds of the fastest run: what the machine can do, not what else it does."""
+    """Seconds of the fastest run: other programs only make a run slower."""
     run()
     seconds = []
     for _ in range(times):
@@ -72,7 +72,7 @@ def _best(run: Callable[[], Any], times: int = 5) -> float:
 
 
 def _int8_products(tokens: int, inside: int, outside: int) -> list[Callable[[], Tensor]]:
-    """The ways PyTorch has to multiply int8 [tokens, inside] by int8 [inside, outside], as far as they run here."""
+    """The ways of PyTorch to multiply int8 [tokens, inside] by int8 [inside, outside] that work on this machine."""
     a = torch.randint(0, 127, (tokens, inside), dtype=torch.int8)
     b = torch.randint(-127, 127, (outside, inside), dtype=torch.int8)
     ways: list[Callable[[], Tensor]] = []

@@ -1,4 +1,4 @@
-"""The record as a picture: how close everybody comes to the machine's limits. Needs matplotlib."""
+"""A record as a picture: how close every model comes to the machine's limits. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
         raise ImportError("the picture needs matplotlib: pip install matplotlib") from None
 
     summary = record["summary"]
-    contestants = summary["contestants"]
-    if not contestants:
+    models = summary["contestants"]
+    if not models:
         raise ValueError("the record holds no finished run: there is nothing to draw")
-    names = list(contestants)
+    names = list(models)
     figure = Figure(figsize=(11, 1.6 + 0.55 * len(names)), layout="constrained")
     figure.suptitle(title(record), fontsize=10)
     first, decode = figure.subplots(1, 2)
@@ -32,16 +32,14 @@ def draw(record: dict[str, Any], path: Path) -> None:
         (decode, "decode_tokens_s", "tokens per second (longer is better)"),
     ):
         for place, name in enumerate(names):
-            figures = contestants[name][key]
+            figures = models[name][key]
             if figures is None:
                 continue
             value = figures["median"]
             whisker = [[value - figures["min"]], [figures["max"] - value]]
             colour = THEIRS if name == "transformers" else OURS
             axes.barh(place, value, xerr=whisker, height=0.62, color=colour, ecolor="#444", capsize=2)
-            limit = contestants[name].get(
-                "decode_limit_tokens_s" if key == "decode_tokens_s" else "first_token_limit_s"
-            )
+            limit = models[name].get("decode_limit_tokens_s" if key == "decode_tokens_s" else "first_token_limit_s")
             if limit is None:
                 continue
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color=LIMIT, linewidth=2)

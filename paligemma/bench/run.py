@@ -1,12 +1,13 @@
-"""The benchmark: contestants in turn, round after round, and a record that is whole at every moment.
+"""The speed benchmark: models in turn, round after round, and a record on disk that is complete at every moment.
 
     record = benchmark("paligemma-3b-pt-224", ["bf16", "int8", "int4"])
 
-A machine is never the same twice: its clock rises and falls, neighbours come and go. So nobody is measured in one piece
-and then compared. In every round the machine's limits are measured and every contestant runs once, in a process of its
-own; medians over the rounds are compared, minimum and maximum say how much they are worth.
+The speed of a machine changes all the time: its clock frequency rises and falls, other programs come and go. So no
+model is measured in one piece. In every round the limits of the machine are measured, and every model runs once, in a
+process of its own. What is compared are medians over the rounds; minimum and maximum show how reliable they are.
 
-What fails is noted in the record, and the rest goes on.
+In a record, the models ("transformers", "bf16", ...) are called contestants. A failure is noted in the record, and the
+other models go on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ from paligemma.bench.machine import describe_machine, measure_limits
 from paligemma.bench.shapes import TEXT_TOKENS, published_shape, work_in, write_random_checkpoint
 from paligemma.bench.summary import summarise
 from paligemma.bench.transformers_model import installed
-from paligemma.bench.worker import TRANSFORMERS, Spec
+from paligemma.bench.worker import TRANSFORMERS, Job
 from paligemma.fast.swap import STORED
 from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.weights.finding import resolve
 from paligemma.weights.quantized import quantize_checkpoint, stored_mode
 
-TIMEOUT = 900  # seconds for one contestant in one round: far more than any needs, so that nothing hangs for ever
+TIMEOUT = 900  # seconds for one model in one round: far more than any needs, so that nothing hangs forever
 
 Say = Callable[[str], None]
 
@@ -56,87 +57,118 @@ def benchmark(
     command: str = "",
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Measures a model and returns the record, a dictionary for JSON; with `out`, it is kept there as it grows.
+    """Measures a model and returns the record, a dictionary for JSON; with `out`, it is saved there after every run.
 
-    model: a published name (its shapes, with random weights, written to `work` for the time of the run) or what `load`
-    takes. precisions: see `contestant.Spec`. transformers: None for "if it is installed". grow: also how the cost grows
-    with length, batch, resolution, and in the other family. quick: less of everything, for a try.
-    Raises ValueError and OSError before anything is measured, on names and places that are not there.
+    model: a published name (its shapes with random weights, which are written to `work` and removed at the end), or
+    whatever `load` takes. precisions: see `worker.Job`. transformers: None for "if it is installed". grow: also measure
+    how the cost grows with length, batch, resolution, and in the other family. quick: less of everything, for a try.
+    ValueError and OSError before anything is measured, for unknown names and missing files.
     """
-    specs = [Spec(name, "", tokens=tokens, passes=passes, threads=threads) for name in precisions]  # checks the names
-    if not specs:
+    jobs = _jobs(precisions, transformers, Job("plain", "", tokens=tokens, passes=passes, threads=threads))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_weights(model, work, say))
+        config = PaliGemmaConfig.from_pretrained(folder)
+        recorder = _Recorder(_new_record(model, config, command), out, say)
+        # Quantised once; from then on the workers load the files, as users do.
+        stored = _quantized_folders(folder, jobs, work, recorder, stack)
+        jobs = [replace(job, folder=str(stored.get(job.mode, folder))) for job in jobs]
+        for number in range(1, rounds + 1):
+            _run_round(f"round {number} of {rounds}", jobs if number % 2 else jobs[::-1], quick, recorder)
+        if grow:
+            for name, job in _growth(config, jobs[-len(precisions)], quick).items():
+                recorder.run(job, recorder.growth(name), f"how it grows: {name}")
+    if grow and model.removeprefix("google/").startswith("paligemma-3b"):
+        other = "paligemma2-3b-pt-224"
+        with _weights(other, work, say) as folder:
+            for job in jobs[: len(jobs) - len(precisions) + 1]:  # transformers and the first precision
+                job = replace(job, folder=str(folder), passes=1)  # for int8 and int4 it is quantised while it is loaded
+                recorder.run(job, recorder.growth(other), f"{other}: {job.name}")
+    recorder.save()
+    return recorder.record
+
+
+@dataclass
+class _Recorder:
+    """The record, saved after every run. out: its file; None to keep it in memory only."""
+
+    record: dict[str, Any]
+    out: Path | None
+    say: Say
+
+    def run(self, job: Job, results: list[Any], what: str) -> None:
+        """Runs a worker and appends what it measured to `results`; what: the job in words."""
+        self.say(what)
+        try:
+            results.append(_run_worker(job))
+        except (RuntimeError, ValueError) as error:
+            self.record["failed"].append({"what": what, "why": str(error)})
+            self.say(f"failed: {what}: {error}")
+        self.save()
+
+    def growth(self, name: str) -> list[Any]:
+        """The results of one experiment on how the cost grows."""
+        return self.record["grow"].setdefault(name, [])
+
+    def save(self) -> None:
+        self.record["summary"] = summarise(self.record)
+        if self.out is not None:
+            write_text(self.out, json.dumps(self.record, indent=1) + "\n")
+
+
+def _new_record(model: str, config: PaliGemmaConfig, command: str) -> dict[str, Any]:
+    return {
+        "what": "seconds, bytes and tokens a second; every run is in `rounds`, `summary` is made of them",
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "command": command,
+        "model": model,
+        **describe_machine(),
+        "image_tokens": config.vision_config.num_patches,
+        "text_tokens": TEXT_TOKENS,
+        "work": asdict(work_in(config)),
+        "rounds": [],
+        "grow": {},
+        "failed": [],
+    }
+
+
+def _jobs(precisions: Sequence[str], transformers: bool | None, job: Job) -> list[Job]:
+    """One for each model: transformers first, if it takes part. ValueError for an unknown precision, or none."""
+    jobs = [replace(job, name=name) for name in precisions]  # checks the names
+    if not jobs:
         raise ValueError("no precision is named, expected one or more, as in bf16,int8")
     if transformers is None:
         transformers = installed()
     elif transformers and not installed():
         raise ImportError("transformers is not installed: pip install transformers, or leave it out")
-    if transformers:
-        specs.insert(0, replace(specs[0], name=TRANSFORMERS))
-    if threads is not None:
-        torch.set_num_threads(threads)
+    return [replace(job, name=TRANSFORMERS), *jobs] if transformers else jobs
 
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_weights(model, work, say))
-        config = PaliGemmaConfig.from_pretrained(folder)
-        record: dict[str, Any] = {
-            "what": "seconds, bytes and tokens a second; every run is in `rounds`, `summary` is made of them",
-            "date": datetime.datetime.now().isoformat(timespec="minutes"),
-            "command": command,
-            "model": model,
-            **describe_machine(),
-            "image_tokens": config.vision_config.num_patches,
-            "text_tokens": TEXT_TOKENS,
-            "work": asdict(work_in(config)),
-            "rounds": [],
-            "grow": {},
-            "failed": [],
-        }
 
-        def keep() -> None:
-            record["summary"] = summarise(record)
-            if out is not None:
-                write_text(out, json.dumps(record, indent=1) + "\n")
+def _quantized_folders(
+    folder: Path, jobs: Sequence[Job], work: Path | None, recorder: _Recorder, stack: contextlib.ExitStack
+) -> dict[str, Path]:
+    """{mode: folder with a quantised checkpoint}, for the modes that can be stored; removed when `stack` ends. {} for a
+    checkpoint that is quantised already."""
+    stored: dict[str, Path] = {}
+    for mode in {job.mode for job in jobs} & set(STORED):
+        if stored_mode(folder) is None:
+            recorder.say(f"writing {mode} weights")
+            begun = time.perf_counter()
+            stored[mode] = Path(stack.enter_context(_temporary(work))) / mode
+            quantize_checkpoint(folder, stored[mode], mode, dtype="bfloat16")
+            recorder.record.setdefault("quantize_s", {})[mode] = round(time.perf_counter() - begun, 2)
+    return stored
 
-        def compete(spec: Spec, into: list[Any], what: str) -> None:
-            say(what)
-            try:
-                into.append(_in_its_own_process(spec))
-            except (RuntimeError, ValueError) as error:
-                record["failed"].append({"what": what, "why": str(error)})
-                say(f"failed: {what}: {error}")
-            keep()
 
-        # Rounded once, and from then on loaded as a user loads them. (A mode that cannot be written fails by itself.)
-        stored: dict[str, Path] = {}
-        for mode in {spec.name.removesuffix("-torch") for spec in specs} & set(STORED):
-            if stored_mode(folder) is None:
-                say(f"writing {mode} weights")
-                begun = time.perf_counter()
-                stored[mode] = Path(stack.enter_context(_temporary(work))) / mode
-                quantize_checkpoint(folder, stored[mode], mode, dtype="bfloat16")
-                record.setdefault("quantize_s", {})[mode] = round(time.perf_counter() - begun, 2)
-        specs = [replace(spec, folder=str(stored.get(spec.name.removesuffix("-torch"), folder))) for spec in specs]
-
-        for number in range(rounds):
-            say(f"round {number + 1} of {rounds}: the machine's limits")
-            done: dict[str, Any] = {"limits": measure_limits(quick), "contestants": []}
-            record["rounds"].append(done)
-            # There and back, so that nobody always runs behind the same neighbour.
-            for spec in specs if number % 2 == 0 else specs[::-1]:
-                what = f"round {number + 1} of {rounds}: {spec.name}"
-                compete(spec, done["contestants"], what)
-
-        if grow:
-            for name, spec in _growth(config, specs[-len(precisions)], quick).items():
-                compete(spec, record["grow"].setdefault(name, []), f"how it grows: {name}")
-    if grow and model.removeprefix("google/").startswith("paligemma-3b"):
-        other = "paligemma2-3b-pt-224"
-        with _weights(other, work, say) as folder:
-            for spec in specs[: 2 if transformers else 1]:  # an int8 or int4 one is rounded as it is loaded
-                spec = replace(spec, folder=str(folder), passes=1)
-                compete(spec, record["grow"].setdefault(other, []), f"{other}: {spec.name}")
-    keep()
-    return record
+def _run_round(name: str, jobs: Sequence[Job], quick: bool, recorder: _Recorder) -> None:
+    """The limits of the machine, then every model once. The order of `jobs` is reversed from round to round, so that no
+    model always runs after the same other one."""
+    recorder.say(f"{name}: the machine's limits")
+    done: dict[str, Any] = {"limits": measure_limits(quick), "contestants": []}
+    recorder.record["rounds"].append(done)
+    for job in jobs:
+        recorder.run(job, done["contestants"], f"{name}: {job.name}")
 
 
 def record_path(folder: Path, model: str) -> Path:
@@ -144,13 +176,13 @@ def record_path(folder: Path, model: str) -> Path:
     return folder / f"speed-{Path(model).name}-{datetime.date.today().isoformat()}.json"
 
 
-def _growth(config: PaliGemmaConfig, spec: Spec, quick: bool) -> dict[str, Spec]:
-    """What is run once each, for one precision: a long answer, batches, resolutions as far as the positions reach."""
+def _growth(config: PaliGemmaConfig, job: Job, quick: bool) -> dict[str, Job]:
+    """What runs once, at one precision: a long answer, batches, and the resolutions that the positions allow."""
     limit, vision = config.text_config.max_position_embeddings, config.vision_config
-    spec = replace(spec, passes=1, warm=False)
-    few = replace(spec, tokens=8)
+    job = replace(job, passes=1, warm=False)
+    few = replace(job, tokens=8)
     runs = {
-        "length": replace(spec, tokens=64 if quick else 512),
+        "length": replace(job, tokens=64 if quick else 512),
         "batch": replace(few, rows=(1, 2, 4) if quick else (1, 2, 4, 8, 16)),
     }
     for times in (1, 2, 4):
@@ -160,8 +192,8 @@ def _growth(config: PaliGemmaConfig, spec: Spec, quick: bool) -> dict[str, Spec]
     return runs
 
 
-def _in_its_own_process(spec: Spec) -> dict[str, Any]:
-    command = [sys.executable, "-m", "paligemma.bench.worker", json.dumps(asdict(spec))]
+def _run_worker(job: Job) -> dict[str, Any]:
+    command = [sys.executable, "-m", "paligemma.bench.worker", json.dumps(asdict(job))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -180,7 +212,7 @@ def _temporary(work: Path | None) -> tempfile.TemporaryDirectory[str]:
 
 @contextlib.contextmanager
 def _weights(model: str, work: Path | None, say: Say) -> Iterator[Path]:
-    """The folder of a checkpoint: the user's own, or random weights in a published shape, gone at the end."""
+    """The folder of a checkpoint: the user's own, or random weights in a published shape, removed at the end."""
     config = published_shape(model) if not Path(model).exists() else None
     if config is None:
         path = resolve(model)

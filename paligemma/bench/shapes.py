@@ -1,7 +1,7 @@
 """The published shapes with random weights, and how much work is in them.
 
-Speed does not depend on what the weights are, so nothing needs to be downloaded: every tensor is a view of one block of
-random numbers, and the checkpoint that is written of them has the published names, shapes and sizes.
+Speed does not depend on the values of the weights, so nothing needs to be downloaded: every tensor is a view of one
+block of random numbers, and the checkpoint written from them has the published names, shapes and sizes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ TEXT_TOKENS = 10  # bos, a short question, newline
 
 
 def published_shape(name: str) -> PaliGemmaConfig | None:
-    """The configuration behind a published name ("paligemma-3b-pt-224"), None for what is no such name."""
+    """The configuration behind a published name ("paligemma-3b-pt-224"), None for any other name."""
     found = re.fullmatch(rf"(?:google/)?({'|'.join(PUBLISHED)})-(?:.+-)?(224|448|896)", name)
     return published_config(found[1], int(found[2])) if found else None
 
 
 def write_random_checkpoint(config: PaliGemmaConfig, folder: Path) -> None:
-    """A checkpoint with random weights, in bfloat16. Raises OSError before any work if the disk has no room for it."""
+    """A checkpoint with random weights in bfloat16. OSError before any work if the disk is too small for it."""
     model = empty_model(config)
     shapes = expected_shapes(config)
     needed = 2 * sum(map(math.prod, shapes.values()))
@@ -49,10 +49,10 @@ def write_random_checkpoint(config: PaliGemmaConfig, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What an answer costs at least.
+    """The least work that an answer takes.
 
-    first_token_flops: multiplications and additions from pixels to the first token's logits. decoder_weights: numbers
-    that are read for each token after it. parameters: all of the model's.
+    first_token_flops: multiplications and additions from the pixels to the logits of the first token. decoder_weights:
+    weights that are read for each later token. parameters: weights of the whole model.
     """
 
     parameters: int
@@ -69,12 +69,13 @@ def work_in(config: PaliGemmaConfig, text_tokens: int = TEXT_TOKENS) -> Work:
 
     head = text.vocab_size * text.hidden_size
     layers = matrices("language_model.model.layers.")
-    eye = matrices("vision_tower.vision_model.encoder.") + matrices("multi_modal_projector.")
-    # Every query times every key, and every weight times every value.
-    looking = 4 * P * P * vision.hidden_size * vision.num_hidden_layers
-    looking += 4 * S * S * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    vision_tower = matrices("vision_tower.vision_model.encoder.") + matrices("multi_modal_projector.")
+    # Queries times keys, and attention weights times values.
+    attention = 4 * P * P * vision.hidden_size * vision.num_hidden_layers
+    attention += 4 * S * S * text.num_attention_heads * text.head_dim * text.num_hidden_layers
     return Work(
         parameters=sum(map(math.prod, shapes.values())),
         decoder_weights=layers + head,
-        first_token_flops=2.0 * (eye * P + layers * S + head) + looking,  # the head reads the last position alone
+        first_token_flops=2.0 * (vision_tower * P + layers * S + head)
+        + attention,  # the head reads only the last position
     )

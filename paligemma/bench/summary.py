@@ -10,21 +10,21 @@ from paligemma.bench.worker import TRANSFORMERS
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
-    """min, median and max of what there is; None if there is nothing."""
-    there = [value for value in values if value is not None]
-    if not there:
+    """min, median and max of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    return {"min": round(min(there), 4), "median": round(statistics.median(there), 4), "max": round(max(there), 4)}
+    return {"min": round(min(known), 4), "median": round(statistics.median(known), 4), "max": round(max(known), 4)}
 
 
 def summarise(record: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a record: the limits, every contestant's, and how they grow.
+    """The figures of a record: the machine's limits, those of every model ("contestants"), and how the cost grows.
 
-    Of a contestant: load_s, first_answer_s (to the first token in the fresh process, pages read for the first time),
-    vision_s, prefill_s, first_token_s, decode_tokens_s, peak_bytes (less what importing torch costs), weight_bytes (as
-    it holds them), token_bytes (of the decoder: what a token reads). From the medians: peak_of_weights, the limits and
-    its shares of them (share_of_reading, share_of_multiplying), and times transformers (decode_ratio,
-    first_token_ratio; above 1 is better).
+    Of a model: load_s; first_answer_s (to the first token in a fresh process, which reads the weights from disk for the
+    first time); vision_s, prefill_s, first_token_s, decode_tokens_s; peak_bytes (without what importing torch takes);
+    weight_bytes (in memory); token_bytes (what is read for each token). From the medians: peak_of_weights; the limits
+    and the shares of them that are reached (share_of_reading, share_of_multiplying); and the ratios to transformers
+    (decode_ratio, first_token_ratio; above 1 is better).
     """
     rounds = record["rounds"]
     limits = {name: spread(done["limits"][name] for done in rounds) for name in (rounds[0]["limits"] if rounds else ())}
@@ -32,7 +32,7 @@ def summarise(record: dict[str, Any]) -> dict[str, Any]:
     for done in rounds:
         for one in done["contestants"]:
             facts.setdefault(one["spec"]["name"], []).append(one)
-    contestants = {name: _contestant(name, of_it, record["work"], limits) for name, of_it in facts.items()}
+    contestants = {name: _figures_of(name, of_it, record["work"], limits) for name, of_it in facts.items()}
     if (theirs := contestants.get(TRANSFORMERS)) is not None:
         for figures in contestants.values():
             figures["decode_ratio"] = _ratio(figures["decode_tokens_s"], theirs["decode_tokens_s"])
@@ -40,7 +40,7 @@ def summarise(record: dict[str, Any]) -> dict[str, Any]:
     return {"limits": limits, "contestants": contestants, "grow": _growth(record["grow"])}
 
 
-def _contestant(name: str, facts: list[dict[str, Any]], work: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
+def _figures_of(name: str, facts: list[dict[str, Any]], work: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     runs = [run for one in facts for run in one["runs"]]
     precision = name.removesuffix("-torch")
     figures: dict[str, Any] = {
@@ -68,7 +68,7 @@ def _contestant(name: str, facts: list[dict[str, Any]], work: dict[str, Any], li
 
 
 def _tokens_per_second(run: dict[str, Any]) -> float | None:
-    """Of all rows together, after the first token."""
+    """All rows together, after the first token."""
     return run["rows"] * len(run["decode_s"]) / sum(run["decode_s"]) if run["decode_s"] else None
 
 
@@ -77,8 +77,8 @@ def _ratio(one: dict[str, float] | None, other: dict[str, float] | None) -> floa
 
 
 def _growth(grow: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """length: milliseconds a token at the beginning and at the end. batch: per size, tokens a second of all rows, and
-    the seconds to the first tokens of N questions about one image. Others: as of a contestant, from few runs."""
+    """length: milliseconds for each token at the beginning and at the end. batch: for each size, tokens a second of all
+    rows together, and seconds to the first tokens of N questions about one image. Others: as for a model."""
     figures: dict[str, Any] = {}
     for name, facts in grow.items():
         runs = [run for one in facts for run in one["runs"]]

@@ -22,11 +22,12 @@ FIGURES = {
     "share_of_reading": "  of the reading limit",
     "decode_ratio": "  times transformers",
 }
-SPREAD = ("first_token_s", "decode_tokens_s")  # shown with minimum and maximum; the record has those of all others too
+SPREAD = ("first_token_s", "decode_tokens_s")  # only these are shown with minimum and maximum
 
 
 def cells(record: dict[str, Any], between: str = " ") -> list[list[str]]:
-    """The table: a heading with the contestants, then a line per figure. between: median and (minimum - maximum)."""
+    """The table: a heading with the models, then one line for each figure. between: what separates the median and
+    (minimum - maximum)."""
     contestants = record["summary"]["contestants"]
     lines = [["", *contestants]]
     for key, name in FIGURES.items():
@@ -84,7 +85,7 @@ def footer(record: dict[str, Any]) -> str:
 
 
 def growth_lines(record: dict[str, Any]) -> list[str]:
-    """How the cost grows, a line each."""
+    """How the cost grows, one line for each experiment."""
     lines = []
     for name, figures in record["summary"]["grow"].items():
         if name == "length":
@@ -100,10 +101,10 @@ def growth_lines(record: dict[str, Any]) -> list[str]:
                     f"({one['times_one']:.1f} x)"
                 )
         else:
-            for contestant, one in figures.items():
+            for model, one in figures.items():
                 rate = one["decode_tokens_s"]
                 lines.append(
-                    f"{name}, {contestant}: vision {one['vision_s']['median']:.2f} s, first token "
+                    f"{name}, {model}: vision {one['vision_s']['median']:.2f} s, first token "
                     f"{one['first_token_s']['median']:.2f} s, {rate['median'] if rate else 0:.1f} tokens/s"
                 )
     return lines

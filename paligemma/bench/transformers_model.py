@@ -1,6 +1,6 @@
-"""transformers' PaliGemma, timed beside ours. The only file of the package that knows it, and only if it is installed.
+"""transformers' PaliGemma, timed beside ours. No other file of the package imports transformers, an optional package.
 
-It runs as its documentation says: `from_pretrained` in bfloat16 with its default attention, then `generate`, greedy.
+It runs as its documentation says: `from_pretrained` in bfloat16 with its default attention, then greedy `generate`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def installed() -> bool:
 
 
 def load_transformers(folder: str) -> Any:
-    """transformers' model in bfloat16, with no token that could end an answer early."""
+    """transformers' model in bfloat16, without an end token: every answer has the same length."""
     import torch
     import transformers
 

@@ -17,7 +17,7 @@ from paligemma.bench import run, shapes, worker
 from paligemma.bench.run import benchmark
 from paligemma.bench.summary import spread, summarise
 from paligemma.bench.tables import cells, growth_lines, markdown, table
-from paligemma.bench.worker import Spec
+from paligemma.bench.worker import Job
 from paligemma.weights.loading import load_model
 from paligemma.weights.published import published_config
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 
 def test_a_contestant_times_every_stage_of_a_real_answer(folder):
-    facts = worker.run(Spec("plain", str(folder), tokens=5, passes=2, rows=(1, 3)))
+    facts = worker.run(Job("plain", str(folder), tokens=5, passes=2, rows=(1, 3)))
     assert [run["rows"] for run in facts["runs"]] == [1, 1, 3, 3]
     for one in facts["runs"]:
         assert len(one["decode_s"]) == 4 and min(one["decode_s"]) > 0  # the first of 5 tokens comes with the prompt
@@ -117,7 +117,7 @@ def test_the_stages_are_told_apart(folder, monkeypatch):
 
 
 def test_another_resolution_and_no_warm_answer(folder):
-    facts = worker.run(Spec("plain", str(folder), tokens=2, passes=1, image_size=42, warm=False))
+    facts = worker.run(Job("plain", str(folder), tokens=2, passes=1, image_size=42, warm=False))
     assert "first_answer" not in facts and len(facts["runs"]) == 1
 
 
@@ -127,14 +127,14 @@ def test_a_stored_int8_checkpoint_is_loaded_as_it_is(folder, tmp_path, monkeypat
 
     quantize_checkpoint(folder, tmp_path / "int8", "int8", dtype="bfloat16")
     monkeypatch.setattr(library, "REQUESTED", "0")
-    facts = worker.run(Spec("int8", str(tmp_path / "int8"), tokens=2, passes=1))
+    facts = worker.run(Job("int8", str(tmp_path / "int8"), tokens=2, passes=1))
     assert facts["weight_bytes"] < 1.5 * shapes.work_in(tiny_config("gemma")).parameters  # not 2 bytes each
 
 
 @pytest.mark.slow
 def test_transformers_runs_against_the_same_clock(folder):
     pytest.importorskip("transformers")
-    facts = worker.run(Spec("transformers", str(folder), tokens=5, passes=1))
+    facts = worker.run(Job("transformers", str(folder), tokens=5, passes=1))
     (one,) = facts["runs"]
     assert facts["weight_bytes"] == 2 * shapes.work_in(tiny_config("gemma")).parameters  # the tied head counts once
     assert len(one["decode_s"]) == 4 and one["vision_s"] > 0 and one["prefill_s"] > 0
@@ -172,7 +172,7 @@ def fake(monkeypatch):
         return fake_facts(spec)
 
     limits = {"read_gb_s": 10.0, "bf16_gflop_s": 100.0, "int8_gop_s": None}
-    monkeypatch.setattr(run, "_in_its_own_process", start)
+    monkeypatch.setattr(run, "_run_worker", start)
     monkeypatch.setattr(run, "measure_limits", lambda quick: limits)
     monkeypatch.setattr(run, "installed", lambda: True)
     return started, failing
@@ -199,7 +199,7 @@ def test_an_interrupted_run_leaves_the_rounds_it_had(tmp_path, fake, monkeypatch
 
     def limits(quick):
         if fake[0]:
-            monkeypatch.setattr(run, "_in_its_own_process", interrupt)
+            monkeypatch.setattr(run, "_run_worker", interrupt)
         return {"read_gb_s": 10.0, "bf16_gflop_s": 100.0, "int8_gop_s": None}
 
     monkeypatch.setattr(run, "measure_limits", limits)
@@ -214,7 +214,7 @@ def test_an_interrupted_run_leaves_the_rounds_it_had(tmp_path, fake, monkeypatch
 def test_random_weights_are_gone_at_the_end(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "published_shape", lambda name: tiny_config("gemma"))
     seen = []
-    monkeypatch.setattr(run, "_in_its_own_process", lambda spec: seen.append(spec.folder) or fake_facts(spec))
+    monkeypatch.setattr(run, "_run_worker", lambda spec: seen.append(spec.folder) or fake_facts(spec))
     benchmark("paligemma-3b-pt-224", ["bf16"], transformers=False, rounds=1, work=tmp_path / "work")
     assert seen and seen[0].startswith(str(tmp_path / "work")) and not list((tmp_path / "work").iterdir())
 
