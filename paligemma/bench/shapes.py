@@ -76,6 +76,7 @@ def work_in(config: PaliGemmaConfig, text_tokens: int = TEXT_TOKENS) -> Work:
     return Work(
         parameters=sum(map(math.prod, shapes.values())),
         decoder_weights=layers + head,
+        # The head reads only the last position.
         first_token_flops=2.0 * (vision_tower * P + layers * S + head)
-        + attention,  # the head reads only the last position
+        + attention,
     )
