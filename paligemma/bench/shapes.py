@@ -77,6 +77,5 @@ def work_in(config: PaliGemmaConfig, text_tokens: int = TEXT_TOKENS) -> Work:
         parameters=sum(map(math.prod, shapes.values())),
         decoder_weights=layers + head,
         # The head reads only the last position.
-        first_token_flops=2.0 * (vision_tower * P + layers * S + head)
-        + attention,
+        first_token_flops=2.0 * (vision_tower * P + layers * S + head) + attention,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +24,10 @@ from paligemma.cli.options import (
 )
 from paligemma.cli.output import echo_json, hint_at_float32, print_table
 from paligemma.data.options import DataOptions
+
+if TYPE_CHECKING:
+    from paligemma.evaluate.report import Report
+    from paligemma.inference import PaliGemma
 
 
 def evaluate(
@@ -59,79 +64,84 @@ def evaluate(
     On scenes of the small world; on your own rows (as for `train`), by the metric that --task names; or on a published
     benchmark in the folder --data, with the prompt, decoding and metric of PaliGemma's transfers.
     """
-    from paligemma.evaluate.benchmarks import BENCHMARKS, check_benchmark, evaluate_benchmark, resolved_split
-    from paligemma.evaluate.output_folder import check_folder
-    from paligemma.inference import load
+    from paligemma.evaluate.benchmarks import BENCHMARKS
 
-    def opened() -> Any:  # after the data: what is wrong with them, or with --out, is told at once
+    options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
+    about: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}
+    row_options: dict[str, Any] = {"constrained": not free, "max_new_tokens": max_new_tokens}
+    source = DataOptions(data, kind, images, annotations, image_name, split, language, every_label)
+
+    def loaded() -> PaliGemma:  # called after the data were checked: mistakes in them, or in --out, are found at once
+        from paligemma.evaluate.output_folder import check_folder
+        from paligemma.inference import load
+
         if out is not None:
             check_folder(out)
         pg = load(model, device=device, dtype=dtype, revision=revision)
         hint_at_float32(pg)
         return pg
 
-    options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
-    about: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}
-    scenes = data.partition(":")[0] == "tiny"  # whatever lies here: a folder of this name is ./tiny
-    if task in BENCHMARKS and not scenes:
-        if (
-            free
-            or max_new_tokens
-            or kind
-            or images
-            or annotations
-            or image_name
-            or every_label
-            or language != DataOptions.language
-        ):
-            raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")
-        split = resolved_split(task, split)
-        if split in BENCHMARKS[task].hidden and out is None:
-            raise typer.BadParameter(
-                f"the answers to {task}/{split} are kept on a server: --out FOLDER saves the predictions to send there"
-            )
-        check_benchmark(task, data, split)
-        report = evaluate_benchmark(opened(), task, data, split, count=count, about=about, **options)
-    elif scenes:
-        from paligemma.evaluate import evaluate as run_evaluation
-        from paligemma.tiny.evaluation import METRICS, ROWS_PER_SCENE, targets, tiny_examples
-
-        world = data.partition(":")[2] or "test"
-        if world not in ("test", "heldout", "twemoji"):
-            raise typer.BadParameter(f"--data is {data!r}, expected tiny, tiny:heldout or tiny:twemoji")
+    if data.partition(":")[0] == "tiny":  # even if there is a folder of this name: that is ./tiny
         if task or split:
             raise typer.BadParameter("the small world has its own tasks: --task and --split are for other --data")
-        count = count or 1000
-        report = run_evaluation(
-            opened(),
-            tiny_examples(count, world),
-            METRICS,
-            targets=targets(world),
-            about={**about, "data": f"tiny:{world}"},
-            constrained=not free,
-            max_new_tokens=max_new_tokens,
-            total=round(count * ROWS_PER_SCENE),
-            **options,
-        )
+        report = _on_scenes(loaded, data, count or 1000, about, **row_options, **options)
+    elif task in BENCHMARKS:
+        if free or max_new_tokens or source != DataOptions(data, split=split):
+            raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")
+        report = _on_benchmark(loaded, task, source, count=count, about=about, **options)
     else:
-        from paligemma.data.checkpoint import codec_of
-        from paligemma.evaluate.own_rows import evaluate_rows, metric_of_task
-
-        metric = metric_of_task(task)
-        source = DataOptions(data, kind, images, annotations, image_name, split, language, every_label)
-        about |= source.how()
-        rows = source.open(codec_of(model, revision, kind))
-        report = evaluate_rows(
-            opened(),
-            rows,
-            metric,
-            count=count,
-            about=about,
-            constrained=not free,
-            max_new_tokens=max_new_tokens,
-            **options,
-        )
+        report = _on_rows(loaded, task, source, model, revision, about, count=count, **row_options, **options)
     if as_json:
         echo_json(report.to_dict())
     else:
         print_table(report.table())
+
+
+def _on_scenes(loaded: Callable[[], PaliGemma], data: str, count: int, about: dict[str, Any], **options: Any) -> Report:
+    """`count` scenes of the small world; data: "tiny" or "tiny:SPLIT"."""
+    from paligemma.evaluate import evaluate as run_evaluation
+    from paligemma.tiny.evaluation import METRICS, ROWS_PER_SCENE, targets, tiny_examples
+
+    world = data.partition(":")[2] or "test"
+    if world not in ("test", "heldout", "twemoji"):
+        raise typer.BadParameter(f"--data is {data!r}, expected tiny, tiny:heldout or tiny:twemoji")
+    return run_evaluation(
+        loaded(),
+        tiny_examples(count, world),
+        METRICS,
+        targets=targets(world),
+        about={**about, "data": f"tiny:{world}"},
+        total=round(count * ROWS_PER_SCENE),
+        **options,
+    )
+
+
+def _on_benchmark(loaded: Callable[[], PaliGemma], task: str, source: DataOptions, **options: Any) -> Report:
+    """A published benchmark; source: its folder and split."""
+    from paligemma.evaluate.benchmarks import BENCHMARKS, check_benchmark, evaluate_benchmark, resolved_split
+
+    split = resolved_split(task, source.split)
+    if split in BENCHMARKS[task].hidden and options["out_folder"] is None:
+        raise typer.BadParameter(
+            f"the answers to {task}/{split} are kept on a server: --out FOLDER saves the predictions to send there"
+        )
+    check_benchmark(task, source.data, split)
+    return evaluate_benchmark(loaded(), task, source.data, split, **options)
+
+
+def _on_rows(
+    loaded: Callable[[], PaliGemma],
+    task: str | None,
+    source: DataOptions,
+    model_name: str,
+    revision: str | None,
+    about: dict[str, Any],
+    **options: Any,
+) -> Report:
+    """The user's own rows, by the metric that `task` names."""
+    from paligemma.data.checkpoint import codec_of
+    from paligemma.evaluate.own_rows import evaluate_rows, metric_of_task
+
+    metric = metric_of_task(task)
+    rows = source.open(codec_of(model_name, revision, source.kind))
+    return evaluate_rows(loaded(), rows, metric, about={**about, **source.how()}, **options)

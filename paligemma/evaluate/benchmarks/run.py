@@ -16,6 +16,7 @@ Known differences from the reference:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from paligemma.inference import PaliGemma
 
 
-def benchmark_examples(task: str, folder: str | Path, split: str | None = None, side: int = 224) -> Iterator[Example]:
+def benchmark_examples(
+    task: str, folder: str | os.PathLike[str], split: str | None = None, side: int = 224
+) -> Iterator[Example]:
     """The rows of a benchmark, read from the folder that its published files were unpacked in.
 
     split: default the first of `BENCHMARKS[task].splits`. side: of the model's picture. ValueError for an unknown task
@@ -51,7 +54,7 @@ def benchmark_examples(task: str, folder: str | Path, split: str | None = None, 
         raise ValueError(f"{folder} is not {task} as it is published ({what}): {benchmark.read.__doc__}") from error
 
 
-def check_benchmark(task: str, folder: str | Path, split: str | None = None) -> None:
+def check_benchmark(task: str, folder: str | os.PathLike[str], split: str | None = None) -> None:
     """Reads the first row, so that a wrong folder is told before a model is loaded. Raises as `benchmark_examples`."""
     next(benchmark_examples(task, folder, split), None)
 
@@ -59,7 +62,7 @@ def check_benchmark(task: str, folder: str | Path, split: str | None = None) -> 
 def evaluate_benchmark(
     pg: PaliGemma,
     task: str,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     split: str | None = None,
     *,
     count: int | None = None,
