@@ -10,15 +10,15 @@ done if asked for (`processor`, `open_pictures`).
 
 from __future__ import annotations
 
-import os
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from paligemma.data.rows import Picture, Row, RowError, Rows, printable
+from paligemma.data.lengths import Lengths
+from paligemma.data.picture_checks import PictureChecks
+from paligemma.data.row_checks import text_problems
+from paligemma.data.rows import RowError, Rows, printable
 
 if TYPE_CHECKING:
     from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -40,8 +40,35 @@ PROBLEMS = {
     "then for a mask 16 <segNNN>, then the label",
     "box outside": "boxes are in pixels of the original picture: were they scaled, or width and height swapped?",
     "box or mask": "correct the annotation or leave it out",
+    "turned by EXIF": "annotate the picture as people see it, or save it turned (Pillow: ImageOps.exif_transpose)",
+    "another size": "boxes are in pixels of the picture that the annotation describes: is this another, or was it cut?",
+    "form of the prompt": "the model knows its prompts in small letters and without a full stop: rewrite it",
+    "label not asked for": "an answer's labels are those of its prompt, letter by letter: no others can be written",
+    "boxes not asked for": "ask for boxes by 'detect a ; b', for masks by 'segment a ; b': other answers count as text",
     "suffix too long": "raise max_length or shorten the answers: what is cut off, the end token first, is not learned",
     "no room": "raise max_length: images and prompt alone fill it, and image tokens are never cut",
+}
+
+
+# What was repaired, with certainty: of one row, of several.
+NOTES = {
+    "prompt kept": ("question is already a prompt: kept as it is", "questions are already prompts: kept as they are"),
+    "scaled": (
+        "picture is larger or smaller than its annotation says, in the same proportions: its boxes are scaled",
+        "pictures are larger or smaller than their annotations say, in the same proportions: their boxes are scaled",
+    ),
+    "pairs": (
+        "row has polygons in pairs [x, y], which COCO writes flat: read",
+        "rows have polygons in pairs [x, y], which COCO writes flat: read",
+    ),
+    "label is a number": (
+        "row has a label that is a number without a name: the number is learned as text",
+        "rows have a label that is a number without a name: the number is learned as text",
+    ),
+    "system message": (
+        "conversation has a system message, which the model has no place for: left out",
+        "conversations have a system message, which the model has no place for: left out",
+    ),
 }
 
 
@@ -61,6 +88,7 @@ class CheckResult:
     counts: dict[str, int] = field(default_factory=dict)  # problem -> in how many rows
     first: dict[str, list[Problem]] = field(default_factory=dict)  # problem -> the first rows that have it
     bad_rows: int = 0
+    repaired: dict[str, int] = field(default_factory=dict)  # key of NOTES -> in how many rows
     longest: tuple[int, str] | None = None  # tokens of the longest row with its pictures, and where it is
     longest_suffix: tuple[int, str] | None = None  # tokens, <eos> included
     not_checked: list[str] = field(default_factory=list)
@@ -68,15 +96,22 @@ class CheckResult:
 
     @property
     def ok(self) -> bool:
-        return not self.counts
+        """Without rows nothing is right."""
+        return not self.counts and self.rows > 0
+
+    def notes(self) -> list[str]:
+        """What was repaired, in words."""
+        return [f"{count:,} {NOTES[name][count > 1]}" for name, count in self.repaired.items()]
 
     def __str__(self) -> str:
         lines = [self.note]
         for problem, count in sorted(self.counts.items(), key=lambda item: -item[1]):
             lines.append(f"\n{problem}: {count:,} {'row' if count == 1 else 'rows'}. {PROBLEMS[problem]}")
-            lines += [f"    {found.source}: {found.message}" for found in self.first[problem]]
+            lines += [f"    row {found.row}, {found.source}: {found.message}" for found in self.first[problem]]
             if count > len(self.first[problem]):
                 lines.append(f"    ... and {count - len(self.first[problem]):,} more")
+        if self.repaired:
+            lines.append("\n" + "\n".join(f"note: {text}" for text in self.notes()))
         if self.longest and self.longest_suffix:
             lines.append(
                 f"\nlongest row: {self.longest[0]} tokens with its pictures ({self.longest[1]}); "
@@ -84,9 +119,19 @@ class CheckResult:
             )
         if self.not_checked:
             lines.append(f"\nnot checked: {'; '.join(self.not_checked)}")
+        if not self.rows:
+            lines.append("\nthere are no rows: nothing to train on or to measure")
         speed = f"{self.rows / self.seconds:,.0f} rows/s" if self.seconds else ""
         lines.append(f"\n{self.bad_rows:,} of {self.rows:,} rows have a problem ({speed})")
-        return "\n".join(lines).replace("\n\n\n", "\n\n")
+        return printable("\n".join(lines).replace("\n\n\n", "\n\n"))
+
+    def add(self, row: int, source: str, found: dict[str, str], show: int) -> None:
+        """The problems of a row."""
+        self.bad_rows += bool(found)
+        for name, message in found.items():
+            self.counts[name] = self.counts.get(name, 0) + 1
+            if self.counts[name] <= show:
+                self.first.setdefault(name, []).append(Problem(row, printable(source), printable(message)))
 
 
 def check(
@@ -106,160 +151,58 @@ def check(
     if max_length is not None and processor is None:
         raise ValueError("max_length is in tokens, and counting them takes a processor")
     result = CheckResult(rows.note, len(rows))
-    if processor is None:
-        result.not_checked.append("lengths (needs the processor of a model: --model)")
-    elif max_length is None:
-        result.not_checked.append("whether rows are too long (no max_length: --max-length)")
-    if not open_pictures:
-        result.not_checked.append("whether pictures can be opened (open_pictures: --open-pictures)")
+    pictures = PictureChecks(open_pictures)
     lengths = Lengths(processor) if processor is not None else None
-    # Bounded, so that a million different pictures do not fill the memory with their names.
-    picture_problem = lru_cache(maxsize=100_000)(_opened if open_pictures else _there)
-
     begin = time.perf_counter()
     for i in range(len(rows)):
         found: dict[str, str] = {}
-        source = ""
         try:
             row = rows[i]
         except RowError as error:
             found[error.problem], source = error.message, error.where
         else:
             source = row.source
-            for picture in row.pictures:
-                problem = picture_problem(picture) if isinstance(picture, str) else _data(picture, open_pictures)
-                if problem is not None:
-                    found.setdefault(*problem)
-            for name, message in text_problems(row):
+            for name, message in (*pictures.problems(row), *text_problems(row)):
                 found.setdefault(name, message)
+            for note in (*row.notes, *pictures.notes):
+                result.repaired[note] = result.repaired.get(note, 0) + 1
             if lengths is not None and "reserved token" not in found:
                 prefix, suffix = lengths(row)
                 result.longest = max(result.longest or (0, ""), (prefix + suffix, source), key=lambda pair: pair[0])
-                result.longest_suffix = max(
-                    result.longest_suffix or (0, ""), (suffix, source), key=lambda pair: pair[0]
-                )
-                if max_length is not None and prefix >= max_length:
-                    found["no room"] = f"pictures and prompt take {prefix} tokens, max_length is {max_length}"
-                elif max_length is not None and prefix + suffix > max_length:
-                    found["suffix too long"] = (
-                        f"{prefix + suffix} tokens, max_length is {max_length}: "
-                        f"{prefix + suffix - max_length} of the suffix's {suffix} would be cut off"
-                    )
-        if found:
-            result.bad_rows += 1
-            for name, message in found.items():
-                result.counts[name] = result.counts.get(name, 0) + 1
-                if result.counts[name] <= show:
-                    result.first.setdefault(name, []).append(Problem(i, source, printable(message)))
-        if progress is not None and i % 1000 == 999:
+                longest_suffix = result.longest_suffix or (0, "")
+                result.longest_suffix = max(longest_suffix, (suffix, source), key=lambda pair: pair[0])
+                found |= length_problems(prefix, suffix, max_length)
+        result.add(i, source, found, show)
+        if progress is not None and (i % 1000 == 999 or i + 1 == len(rows)):
             progress(i + 1)
-    if progress is not None:
-        progress(len(rows))
     result.seconds = time.perf_counter() - begin
+    result.not_checked = what_was_not_checked(processor is not None, max_length, pictures)
     return result
 
 
-# -- pictures --
+def length_problems(prefix: int, suffix: int, max_length: int | None) -> dict[str, str]:
+    """prefix, suffix: in tokens."""
+    if max_length is None or prefix + suffix <= max_length:
+        return {}
+    if prefix >= max_length:
+        return {"no room": f"pictures and prompt take {prefix} tokens, max_length is {max_length}"}
+    return {
+        "suffix too long": f"{prefix + suffix} tokens, max_length is {max_length}: {prefix + suffix - max_length} of "
+        f"the suffix's {suffix} would be cut off"
+    }
 
 
-def _there(path: str) -> tuple[str, str] | None:
-    if os.path.isfile(path):
-        return None
-    return "missing picture", f"{path} is a folder" if os.path.isdir(path) else f"no picture at {path}"
-
-
-def _opened(path: str) -> tuple[str, str] | None:
-    return _there(path) or _data(path, True)
-
-
-def _data(picture: Picture, open_it: bool) -> tuple[str, str] | None:
-    if not open_it:
-        return None
-    from paligemma.images import load_image
-
-    try:
-        load_image(picture)
-    except (OSError, ValueError) as error:
-        return "unreadable picture", str(error)
-    return None
-
-
-# -- text --
-
-_RESERVED = re.compile(r"<(?:image|bos|eos|pad)>")
-_ITEM = re.compile(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>((?:<seg\d{3}>){16})?(?: [^;<>\n]+)?")
-
-
-def text_problems(row: Row) -> Iterator[tuple[str, str]]:
-    """(problem, what exactly) of prefix, suffix (or each of several) and boxes."""
-    prefix = row.prefix
-    asked = prefix.startswith(("detect ", "segment "))
-    if prefix.endswith(("\n", "\r")):
-        yield "newline after prefix", f"the prefix ends in a line break: {prefix[-30:]!r}"
-    if "<" in prefix and (token := _RESERVED.search(prefix)):
-        yield "reserved token", f"the prefix contains {token[0]}"
-    if asked and ";" in prefix:
-        for label in prefix.partition(" ")[2].split(" ; "):
-            if ";" in label:
-                yield "label with ;", f"the prompt asks for {label!r}"
-    for suffix in dict.fromkeys(row.suffixes) or (row.suffix,):
-        if "<" in suffix and (token := _RESERVED.search(suffix)):
-            yield "reserved token", f"the suffix contains {token[0]}"
-        if not suffix.strip() and not (asked and suffix == ""):
-            yield "empty suffix", "the suffix is empty" if suffix == "" else f"the suffix is only space: {suffix!r}"
-        if "<loc" in suffix or "<seg" in suffix or (asked and suffix.strip()):
-            yield from _region_problems(suffix, asked, prefix.startswith("segment "))
-    if row.size is not None:
-        width, height = row.size
-        for x0, y0, x1, y1 in row.boxes:
-            if x0 < -1 or y0 < -1 or x1 > width + 1 or y1 > height + 1:  # a pixel is rounding
-                yield (
-                    "box outside",
-                    f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} reaches out of the picture, which is {width} x {height}",
-                )
-
-
-def _region_problems(suffix: str, asked: bool, masks: bool) -> Iterator[tuple[str, str]]:
-    """asked: the prompt is detect or segment, so the answer has to be items and nothing else."""
-    pieces = suffix.split(" ; ")
-    whole = [_ITEM.fullmatch(piece) for piece in pieces]
-    if all(
-        item and item[1] < item[3] <= "1023" and item[2] < item[4] <= "1023" and (item[5] or not masks)
-        and (not item[5] or max(re.findall(r"\d{3}(?=>)", item[5])) < "128")
-        for item in whole
-    ):  # fmt: skip
-        return  # the common case, fast
-    from paligemma.answers.parsing import parse
-
-    for _, reason in parse(suffix, (1024, 1024)).invalid:
-        yield "loc tokens", reason
-    rest = re.sub(r"<loc(0\d{3}|10[01]\d|102[0-3])>|<seg(0\d\d|1[01]\d|12[0-7])>", "", suffix)
-    if strange := re.search(r"<(?:loc|seg)[^>]{0,6}>?", rest):
-        yield "loc tokens", f"{strange[0]!r} is no token"
-    if asked:
-        for piece in pieces:
-            if not piece.startswith("<loc"):
-                # What follows a label that has been cut at its semicolon, or no box at all.
-                problem = "label with ;" if "<loc" in suffix and piece is not pieces[0] else "loc tokens"
-                yield problem, f"{piece[:40]!r} has no box in front of it"
-            elif ";" in piece:
-                yield "label with ;", f"items are parted by ' ; ', but one contains ';': {piece[-40:]!r}"
-            elif masks and "<seg" not in piece:
-                yield "loc tokens", f"the prompt asks for a mask, but an item has no seg tokens: {piece[-40:]!r}"
-
-
-# -- lengths --
-
-
-class Lengths:
-    """Tokens of a row: (pictures, <bos>, prefix and newline; suffix and <eos>, of several the longest)."""
-
-    def __init__(self, processor: PaliGemmaProcessor) -> None:
-        self.per_picture = processor.num_image_tokens
-        encode = processor.tokenizer.encode
-        self.prefix = lru_cache(maxsize=10_000)(lambda prefix: 1 + len(encode(prefix + "\n")))
-        self.suffix = lru_cache(maxsize=10_000)(lambda suffix: len(encode(suffix + "<eos>")))
-
-    def __call__(self, row: Row) -> tuple[int, int]:
-        suffix = max(map(self.suffix, row.suffixes)) if row.suffixes else self.suffix(row.suffix)
-        return len(row.pictures) * self.per_picture + self.prefix(row.prefix), suffix
+def what_was_not_checked(counted: bool, max_length: int | None, pictures: PictureChecks) -> list[str]:
+    left = []
+    if not counted:
+        left.append("lengths (needs the processor of a model: --model)")
+    elif max_length is None:
+        left.append("whether rows are too long (no max_length: --max-length)")
+    if not pictures.open_pictures:
+        left.append("whether pictures can be opened (open_pictures: --open-pictures)")
+    if pictures.uncertain:
+        left.append(
+            f"whether the boxes of {pictures.uncertain:,} rows belong to the upright picture: EXIF turns it, which its "
+            "size does not show (look at them with data show)"
+        )
+    return left

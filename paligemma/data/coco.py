@@ -4,9 +4,10 @@
      "annotations": [{"image_id": 1, "category_id": 3, "bbox": [x, y, width, height], "segmentation": ...}, ...],
      "categories": [{"id": 3, "name": "dog"}, ...]}
 
-One row for each picture: `detect cat ; dog` with its labels in the order of `categories`, and as the answer its boxes
-in the grammar's canonical order (label by label as in the prompt, each from left to right). Crowds (`iscrowd`) are left
-out: their box is not that of an object. With captions instead of boxes there is one row for each caption.
+One row for each picture: see `objects.py`. Crowds (`iscrowd`) are left out, since their box is not that of an object.
+Some tools set the flag on every mask that they write as run lengths (CVAT, for what was painted with a brush): a mask
+with such a tool's `attributes`, or in one piece, is one object and is kept; the note counts them. With captions instead
+of boxes there is one row for each caption.
 
 The file is read through once to note where everything stands; a picture's annotations are read, and its masks drawn and
 encoded, when its row is asked for.
@@ -25,13 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from paligemma.data.json_documents import JsonFile
-from paligemma.data.masks import box_around, mask_of
+from paligemma.data.masks import around_polygons, in_pairs, is_one_piece, mask_of, polygons_of, runs_of
+from paligemma.data.objects import Object, ObjectRows, corners, four_numbers
 from paligemma.data.rows import Row, RowError, Rows, short
 
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import Box, MaskCodec
 
-
+OWN_CROWDS = 900_000_000_000  # COCO's own crowds have ids from here on
 MOST_PIXELS = 1 << 28  # of a picture: half as much again as Pillow opens
 
 
@@ -42,7 +44,9 @@ class Index:
     file: JsonFile
     image_of: np.ndarray  # int64 [annotations], the number of the picture in `images`
     crowd: np.ndarray  # bool [annotations]
+    single: int  # how many single objects are marked as crowds
     categories: dict[Any, str]  # id -> name, in the order of the file
+    roots: list[str]  # categories that have no annotations, and only hold the others
 
 
 def read_index(path: Path, with_categories: bool) -> Index:
@@ -53,8 +57,11 @@ def read_index(path: Path, with_categories: bool) -> Index:
     image_ids: list[Any] = []
     category_ids: list[Any] = []
     crowd = array("b")
+    parents: set[str] = set()
+    single = 0
 
     def look(key: str, element: Any) -> None:
+        nonlocal single
         before = {"images": len(images), "categories": len(categories), "annotations": len(image_ids)}.get(key)
         if before is None:
             return
@@ -64,11 +71,14 @@ def read_index(path: Path, with_categories: bool) -> Index:
         if key == "annotations":
             image_ids.append(_id(element, "image_id", where))
             category_ids.append(_id(element, "category_id", where) if with_categories else None)
-            crowd.append(bool(element.get("iscrowd", 0)))
+            marked = bool(element.get("iscrowd", 0))
+            crowd.append(marked and not is_single(element))
+            single += marked and not crowd[-1]
         elif key == "images":
             images[_id(element, "id", where)] = len(images)
         else:
             categories[_id(element, "id", where)] = str(_id(element, "name", where))
+            parents.add(str(element.get("supercategory")))
 
     file = JsonFile(path, look)
     for key in ("images", "annotations", "categories") if with_categories else ("images", "annotations"):
@@ -79,7 +89,27 @@ def read_index(path: Path, with_categories: bool) -> Index:
     _all_known(path, "image_id", image_ids, images, "images")
     if with_categories:
         _all_known(path, "category_id", category_ids, categories, "categories")
-    return Index(file, np.array([images[i] for i in image_ids], np.int64), np.array(crowd, bool), categories)
+    used = set(category_ids)
+    roots = [name for i, name in categories.items() if name in parents and i not in used]
+    image_of = np.array([images[i] for i in image_ids], np.int64)
+    return Index(file, image_of, np.array(crowd, bool), single, categories, roots)
+
+
+def is_single(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation that is marked as a crowd is one object: see the head of this file."""
+    number, mask = annotation.get("id"), annotation.get("segmentation")
+    if not isinstance(mask, dict) or (isinstance(number, int) and number >= OWN_CROWDS):
+        return False
+    if "attributes" in annotation:
+        return True
+    size = mask.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        return False
+    try:
+        runs = runs_of(mask)
+    except ValueError:
+        return False
+    return sum(runs) == size[0] * size[1] <= MOST_PIXELS and min(runs) >= 0 and is_one_piece(runs, size[0])
 
 
 def _id(element: dict[str, Any], key: str, where: str) -> Any:
@@ -106,98 +136,71 @@ def objects(
     folder: str,
     kind: str,
     every_label: bool,
-    codec: MaskCodec | str | os.PathLike[str] | None,
+    codec: MaskCodec | None,
     loc_scale: int,
 ) -> Rows:
     """`detect` or `segment` rows."""
-    if kind == "coco-segment" and codec is None:
-        raise ValueError(
-            "masks need a codec to become tokens, the model's or the official one: --model NAME (tiny has its own); in "
-            "Python codec='vae-oid.npz', or MaskCodec.load() to fetch it"
-        )
     index = read_index(path, with_categories=True)
     usable = np.flatnonzero(~index.crowd)
     order = usable[np.argsort(index.image_of[usable], kind="stable")]  # annotations, picture by picture
     counts = np.bincount(index.image_of[usable], minlength=index.file.count("images"))
     images = np.arange(len(counts)) if every_label else np.flatnonzero(counts)
-    ends = np.cumsum(counts)
-    reader = ObjectReader(index, images, order, ends, folder, kind == "coco-segment", every_label, codec, loc_scale)
+    names = [name for name in index.categories.values() if name not in index.roots]
+    make = ObjectRows(kind == "coco-segment", every_label, codec, loc_scale, names)
+    reader = ObjectReader(index, images, order, np.cumsum(counts), folder, make)
     left_out = [f"{len(counts) - len(images):,} pictures without objects"] if len(images) < len(counts) else []
     left_out += [f"{int(index.crowd.sum()):,} crowds"] if index.crowd.any() else []
-    note = f"{path}: COCO {'masks' if reader.segment else 'boxes'}, {len(images):,} rows"
+    note = f"{path}: COCO {'masks' if make.segment else 'boxes'}, {len(images):,} rows"
     note += f" ({' and '.join(left_out)} left out)" if left_out else ""
+    if index.single:
+        note += f"; {index.single:,} single objects among those marked as crowds (iscrowd): taken"
+    if every_label and index.roots:
+        named = ", ".join(map(repr, index.roots))
+        note += f"; not asked for: {named}, which no annotation has and other categories stand below"
     return Rows(kind, note, len(images), reader, [path])
 
 
-@dataclass
+@dataclass(frozen=True)
 class ObjectReader:
     index: Index
     images: np.ndarray  # int64 [rows], number of each row's picture
     order: np.ndarray  # int64, annotations picture by picture
     ends: np.ndarray  # int64 [pictures], where in `order` the annotations of a picture end
     folder: str
-    segment: bool
-    every_label: bool
-    codec: Any
-    loc_scale: int
+    make: ObjectRows
 
     def __call__(self, i: int) -> Row:
-        from paligemma.answers.results import Detection, Segment
-        from paligemma.answers.writing import canonical_order, format_detections, format_segments
-
-        file, names = self.index.file, self.index.categories
+        file = self.index.file
         number = int(self.images[i])
         image = file.element("images", number)
         where = f"{file.pieces.path} images[{number}] (id {image['id']})"
-        annotations = self.order[int(self.ends[number - 1]) if number else 0 : int(self.ends[number])]
+        places = self.order[int(self.ends[number - 1]) if number else 0 : int(self.ends[number])].tolist()
         size = _size(image, where, needed=True)
+        annotations = [(place, file.element("annotations", place)) for place in places]
+        found = [self.object(place, annotation, size, where) for place, annotation in annotations]
+        paired = any(in_pairs(annotation.get("segmentation")) for _, annotation in annotations)
+        picture = _path(self.folder, image, where)
+        return self.make.row(picture, size, found, i, where, notes=["pairs"] if paired and self.make.segment else [])
 
-        items: list[Detection | Segment] = []
-        for place in annotations.tolist():
-            annotation = file.element("annotations", place)
-            label = names[annotation["category_id"]]
-            try:
-                if self.segment:
-                    mask = mask_of(annotation.get("segmentation"), size)
-                    items.append(Segment(label, _box(annotation) or box_around(mask), mask))
-                else:
-                    box = _box(annotation)
-                    if box is None:
-                        raise ValueError("it has no bbox")
-                    items.append(Detection(label, box))
-            except (ValueError, TypeError, KeyError, OverflowError) as error:
-                raise RowError(where, "box or mask", f"annotations[{place}]: {error}") from None
-
-        present = {item.label for item in items}
-        labels = [name for name in dict.fromkeys(names.values()) if self.every_label or name in present]
-        for label in labels:
-            if ";" in label:
-                raise RowError(
-                    where, "label with ;", f"the label {label!r} contains ';', which parts labels: rename the category"
-                )
-        items = canonical_order(items, labels)
-        boxes = tuple(item.box for item in items)
-        for item in items:
-            x0, y0, x1, y1 = item.box
-            if x0 <= x1 and y0 <= y1 and (x1 < 0 or y1 < 0 or x0 > size[0] or y0 > size[1]):
-                raise RowError(
-                    where,
-                    "box or mask",
-                    f"the box {item.box} of {item.label!r} lies outside of the picture, which is {size[0]} x {size[1]}",
-                )
+    def object(self, place: int, annotation: dict[str, Any], size: tuple[int, int], where: str) -> Object:
+        name = f"annotations[{place}]"
+        label = self.index.categories[annotation["category_id"]]
+        given, segmentation = annotation.get("bbox"), annotation.get("segmentation")
         try:
-            if self.segment:
-                if isinstance(self.codec, (str, os.PathLike)):
-                    from paligemma.answers.mask_codec import MaskCodec
-
-                    self.codec = MaskCodec.load(Path(self.codec))
-                suffix = format_segments(items, size, self.loc_scale, self.codec)  # type: ignore[arg-type]
-            else:
-                suffix = format_detections(items, size, self.loc_scale)  # type: ignore[arg-type]
+            box = corners(*four_numbers(given)) if given else None
+            mask = mask_of(segmentation, size) if self.make.segment else None
         except ValueError as error:
-            raise RowError(where, "box or mask", str(error)) from None
-        prefix = f"{'segment' if self.segment else 'detect'} {' ; '.join(labels)}"
-        return Row(_path(self.folder, image, where), prefix, suffix, i, where, size, boxes)
+            raise RowError(where, "box or mask", f"{name}: {error}") from None
+        in_shares = box is not None and all(0 <= value <= 1 for value in four_numbers(given))
+        return Object(label, box, name, mask, _outline(segmentation), in_shares)
+
+
+def _outline(segmentation: Any) -> Box | None:
+    """The box around polygons that can be read. Run lengths, which would have to be unpacked, are not looked at."""
+    try:
+        return around_polygons(polygons_of(segmentation))
+    except ValueError:
+        return None
 
 
 def _path(folder: str, image: dict[str, Any], where: str) -> str:

@@ -11,7 +11,7 @@ from paligemma.data.arrow_files import ArrowFiles
 from paligemma.data.folders import in_folder
 from paligemma.data.json_documents import JsonRecords
 from paligemma.data.kinds import KINDS, kind_of_file
-from paligemma.data.records import RecordReader, Records, check_image_name
+from paligemma.data.records import RecordReader, RecordRows, Records, check_image_name
 from paligemma.data.rows import Rows
 from paligemma.data.text_files import CsvFile, JsonLines
 
@@ -32,13 +32,13 @@ def open_data(options: DataOptions, codec: MaskCodec | str | os.PathLike[str] | 
     if kind == "coco-captions":
         return coco.captions(paths[0], folder, options.language)
     if kind in ("coco-detect", "coco-segment"):
-        return coco.objects(paths[0], folder, kind, options.every_label, codec, loc_scale)
+        return coco.objects(paths[0], folder, kind, options.every_label, opened_codec(kind, codec), loc_scale)
     if kind == "vqa":
         return vqa.questions(paths[0], options.annotations, folder, options.image_name, options.language)
     records = open_records(kind, paths)
     files = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {options.data}"
     note = f"{files}: {NAMES[kind]}, {len(records):,} rows"
-    reader = RecordReader(records, folder, options.language, options.image_name)
+    reader = RecordReader(records, RecordRows(folder, options.language, options.image_name))
     return Rows(kind, note, len(records), reader, paths)
 
 
@@ -65,6 +65,22 @@ def check_options(options: DataOptions, kind: str) -> None:
                 f"{option} is for data of the kind {' or '.join(kinds)}, and {options.data} is {kind}: leave out "
                 f"{option}= (--{option.replace('_', '-')}), or say with kind= (--kind) what the data is"
             )
+
+
+def opened_codec(kind: str, codec: MaskCodec | str | os.PathLike[str] | None) -> MaskCodec | None:
+    """None for data without masks. ValueError where masks have no codec to become tokens."""
+    if not kind.endswith("-segment"):
+        return None
+    if codec is None:
+        raise ValueError(
+            "masks need a codec to become tokens, the model's or the official one: --model NAME (tiny has its own); in "
+            "Python codec='vae-oid.npz', or MaskCodec.load() to fetch it"
+        )
+    if not isinstance(codec, (str, os.PathLike)):
+        return codec
+    from paligemma.answers.mask_codec import MaskCodec
+
+    return MaskCodec.load(Path(codec))
 
 
 def open_records(kind: str, paths: list[Path]) -> Records:

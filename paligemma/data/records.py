@@ -1,13 +1,17 @@
 """Records (a line of JSON, a line of a table) -> rows.
 
-A record says what the model reads and writes in one of three ways; what else it has is ignored:
+A record says what the model reads and writes in one of these ways; what else it has is ignored:
 
     {"image": "7.png", "prefix": "answer en what is it ?", "suffix": "a dog"}     (or "answers" instead of a suffix)
     {"image": "7.png", "question": "what is it ?", "answers": ["a dog", "dog", "a dog"]}
-    {"image": "7.png", "caption": "a dog asleep"}                                 (or a list of them)
+    {"image": "7.png", "caption": "a dog asleep"}                                 (or "text", or a list of them)
+    {"image": "7.png", "label": "dog"}                                            (a class: see LABEL_PROMPT)
+    {"image": "7.png", "objects": {"bbox": [[x, y, width, height], ...], "category": ["dog", ...]}}
+    {"image": "7.png", "conversations": [{"from": "human", "value": "<image>what is it ?"}, ...]}   (conversations.py)
 
-`image` (or `file_name`) is a path, relative to the file it stands in (or to `images`), a list of them for a row that
-sees several, or, in Arrow and parquet, the picture itself. `null` is allowed: a row without a picture.
+`image` (or `file_name`, and other usual names) is a path, relative to the file it stands in (or to `images`), a list of
+them for a row that sees several, or, in Arrow and parquet, the picture itself. `null` is allowed: a row without a
+picture. A question that already is a prompt ("detect nucleus") stays as it is.
 
 Of several answers or captions training takes another in each epoch (`batches.py`), as the reference does, and measuring
 takes any of them as right; with an "answer" or a suffix beside them, that one alone is learned.
@@ -18,11 +22,25 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Protocol
 
+from paligemma.data.objects import Object, ObjectRows, corners, four_numbers
+from paligemma.data.picture_checks import upright_size
+from paligemma.data.prompts import is_prompt
 from paligemma.data.rows import Picture, Row, RowError, short
+
+IMAGE = ("image", "images", "file_name")
+# Other usual names of the same columns. They are looked for after `image_name`, and in capitals too.
+OTHER_IMAGE = ("filename", "file", "image_path", "image_file", "img", "img_path", "filepath", "path", "picture")
+CAPTION = ("caption", "text")
+OTHER_CAPTION = ("captions", "description", "sentence")
+LABEL = ("label", "class", "category")
+CATEGORIES = ("category", "categories", "label", "labels", "category_id", "name", "class")  # beside boxes
+BOXES = ("bbox", "bboxes", "boxes", "box")
+LABEL_PROMPT = "answer {language} what is this?"
 
 
 class Records(Protocol):
@@ -38,62 +56,166 @@ class RecordReader:
     """Record i as a row. (Not a closure, so that rows can be pickled.)"""
 
     records: Records
+    make: RecordRows
+
+    def __call__(self, i: int) -> Row:
+        return self.make.row(self.records[i], i, self.records.where(i))
+
+
+@dataclass(frozen=True)
+class RecordRows:
+    """How rows are made of records. names: for columns that hold numbers of classes ("label", "objects"), the names by
+    number. objects: how rows are made of boxes."""
+
     folder: str
     language: str
     image_name: str | None
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    objects: ObjectRows = field(default_factory=ObjectRows)
 
-    def __call__(self, i: int) -> Row:
-        return to_row(self.records[i], self.folder, self.language, self.image_name, i, self.records.where(i))
+    def row(self, record: dict[str, Any], number: int, where: str) -> Row:
+        """RowError for a record in none of the forms at the head of this file."""
+        if isinstance(record.get("objects"), (dict, list)) and not {"prefix", "suffix"} & set(record):
+            picture = picture_of(record, self.folder, self.image_name, where)
+            return self.row_of_objects(record, picture, number, where)
+        text = self.text(record, where)
+        picture = picture_of(record, self.folder, self.image_name, where)
+        suffixes = () if text.named else text.answers
+        return Row(
+            picture, text.prefix, text.suffix, number, where, None, (), text.answers, suffixes, tuple(text.notes)
+        )
 
-
-def to_row(record: dict[str, Any], folder: str, language: str, image_name: str | None, number: int, where: str) -> Row:
-    """A record -> a row. RowError for any other."""
-    prefix, suffix, answers = record.get("prefix"), record.get("suffix"), _answers(record)
-    named = suffix is not None or record.get("answer") is not None
-    if suffix is None and prefix is None and record.get("question") is not None:
-        prefix = f"answer {language} {record['question']}"
-    if suffix is None and prefix is not None:
-        suffix = best_answer(record)
-    elif suffix is None:
-        caption = next((record[key] for key in ("caption", "text") if record.get(key) is not None), None)
-        if caption is not None:
-            prefix, answers, named = f"caption {language}", caption, False
+    def text(self, record: dict[str, Any], where: str) -> Text:
+        """What the model reads and writes."""
+        prefix, suffix, answers = record.get("prefix"), record.get("suffix"), _answers(record)
+        named = suffix is not None or record.get("answer") is not None
+        notes = list(record.get(NOTES_KEY, ()))
+        if suffix is None and prefix is None and record.get("question") is not None:
+            prefix, suffix = record["question"], best_answer(record)
+            if isinstance(prefix, str) and is_prompt(prefix, suffix):
+                notes.append("prompt kept")
+            else:
+                prefix = f"answer {self.language} {prefix}"
+        elif suffix is None and prefix is not None:
+            suffix = best_answer(record)
+        elif suffix is None and (caption := first_of(record, CAPTION, OTHER_CAPTION)) is not None:
+            prefix, answers, named = f"caption {self.language}", caption, False
             suffix = caption[0] if isinstance(caption, list) and caption else caption
-    for name, value in (("prefix", prefix), ("suffix", suffix)):
-        if value is None:
+        elif suffix is None and (label := first_of(record, LABEL, ())) is not None:
+            prefix, answers = LABEL_PROMPT.format(language=self.language), None
+            suffix = self.label(label, "label", notes)
+        for name, value in (("prefix", prefix), ("suffix", suffix)):
+            if value is None:
+                raise RowError(
+                    where,
+                    "missing key",
+                    f"no {name}: expected image, prefix and suffix (or question and answer, or caption); "
+                    f"it has {', '.join(map(str, record)) or 'nothing'}",
+                )
+            if not isinstance(value, str):
+                raise RowError(where, "wrong type", f"the {name} is {short(value)}, expected text in quotes")
+        right: tuple[str, ...] = ()
+        if isinstance(answers, list) and all(isinstance(text, str) for text in answers):
+            right = tuple(answers)
+        return Text(str(prefix), str(suffix), right, named, notes)
+
+    def label(self, label: Any, column: str, notes: list[str]) -> Any:
+        """The name of a class that may be given by its number."""
+        if isinstance(label, bool) or not isinstance(label, int):
+            return label
+        names = self.names.get(column)
+        if names is not None and 0 <= label < len(names):
+            return names[label]
+        notes.append("label is a number")
+        return str(label)
+
+    def row_of_objects(self, record: dict[str, Any], picture: Any, number: int, where: str) -> Row:
+        """A record with a column of boxes: a dict of lists, or a list of dicts."""
+        columns = record["objects"]
+        if isinstance(columns, list):
+            columns = {key: [item.get(key) for item in columns] for key in (columns[0] if columns else {})}
+        boxes, labels = first_of(columns, BOXES, ()) or [], first_of(columns, CATEGORIES, ()) or []
+        if not isinstance(boxes, list) or not isinstance(labels, list) or len(boxes) != len(labels):
             raise RowError(
                 where,
-                "missing key",
-                f"no {name}: expected image, prefix and suffix (or question and answer, or caption); "
-                f"it has {', '.join(map(str, record)) or 'nothing'}",
+                "box or mask",
+                f"objects need as many boxes as labels: expected bbox and category, it has {', '.join(columns)}",
             )
-        if not isinstance(value, str):
-            raise RowError(where, "wrong type", f"the {name} is {short(value)}, expected text in quotes")
-    key = next((key for key in ("image", "images", "file_name") if key in record), None)
+        if picture is None or isinstance(picture, tuple):
+            raise RowError(where, "missing key", "objects need one picture that they are in")
+        size = self.size(record, picture, where)
+        notes: list[str] = []
+        found = []
+        for k, (box, label) in enumerate(zip(boxes, labels)):
+            try:
+                numbers = four_numbers(box)
+            except ValueError as error:
+                raise RowError(where, "box or mask", f"objects[{k}]: {error}") from None
+            name = str(self.label(label, "objects", notes))
+            in_shares = all(0 <= value <= 1 for value in numbers)
+            found.append(Object(name, corners(*numbers), f"objects[{k}]", in_shares=in_shares))
+        return self.objects.row(picture, size, found, number, where, dict.fromkeys(notes))
+
+    def size(self, record: dict[str, Any], picture: Picture, where: str) -> tuple[int, int]:
+        """Width and height as the record gives them, or else of the picture."""
+        given = record.get("width"), record.get("height")
+        if all(isinstance(side, int) and side > 0 for side in given):
+            return given  # type: ignore[return-value]
+        size = upright_size(picture)
+        if size is None:
+            raise RowError(where, "missing picture", f"no picture at {picture!r}, whose size the boxes need")
+        return size
+
+
+NOTES_KEY = "\0notes"  # a key that no file has, by which `conversations.py` hands on what it left out
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a record says. named: one answer of several is the one to learn."""
+
+    prefix: str
+    suffix: str
+    answers: tuple[str, ...]
+    named: bool
+    notes: list[str]
+
+
+def first_of(record: Mapping[str, Any], names: Sequence[str], others: Sequence[str]) -> Any:
+    """The first of these columns that is there, exactly so or (`others` too) in other capitals; None if none is."""
+    for name in (*names, *others):
+        if record.get(name) is not None:
+            return record[name]
+    small = {str(key).strip().lower(): value for key, value in record.items()}
+    return next((small[name] for name in (*names, *others) if small.get(name) is not None), None)
+
+
+# -- pictures --
+
+
+def picture_of(
+    record: dict[str, Any], folder: str, image_name: str | None, where: str
+) -> Picture | tuple[Picture, ...] | None:
+    key = next((key for key in IMAGE if key in record), None)
     if key is not None:
         value = record[key]
-    elif image_name is None:
-        raise RowError(
-            where,
-            "missing key",
-            "no image: expected a path in 'image' (null for a row without one), or a name made of other fields "
-            f"(image_name='{{image_id}}.jpg'); it has {', '.join(map(str, record))}",
-        )
-    else:
+    elif image_name is not None:
         try:
             value = image_name.format(**record)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError, OverflowError) as error:
             raise RowError(
                 where, "missing key", f"image_name {image_name!r} does not fit its fields: {error}"
             ) from None
+    elif (value := first_of(record, IMAGE, OTHER_IMAGE)) is None:
+        raise RowError(
+            where,
+            "missing key",
+            "no image: expected a path in 'image' (null for a row without one), or a name made of other fields "
+            f"(image_name='{{image_id}}.jpg'); it has {', '.join(map(str, record))}",
+        )
     if isinstance(value, (list, tuple)):
-        picture: Any = tuple(_picture(item, folder, where) for item in value) or None
-    else:
-        picture = None if value is None else _picture(value, folder, where)
-    right: tuple[str, ...] = ()
-    if isinstance(answers, list) and all(isinstance(text, str) for text in answers):
-        right = tuple(answers)
-    return Row(picture, prefix, suffix, number, where, answers=right, suffixes=() if named else right)  # type: ignore[arg-type]
+        return tuple(_picture(item, folder, where) for item in value) or None
+    return None if value is None else _picture(value, folder, where)
 
 
 def check_image_name(name: str) -> None:
@@ -116,6 +238,9 @@ def _picture(value: Any, folder: str, where: str) -> Picture:
     if isinstance(value, bytes) and value:
         return value
     raise RowError(where, "wrong type", f"the image is {short(value)}, expected the path of a picture")
+
+
+# -- answers --
 
 
 def best_answer(record: dict[str, Any]) -> Any:

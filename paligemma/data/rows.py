@@ -34,6 +34,7 @@ class Row:
     boxes: tuple[Box, ...] = field(default=(), repr=False)  # as annotated, in pixels, before clipping and rounding
     answers: tuple[str, ...] = field(default=(), repr=False)
     suffixes: tuple[str, ...] = field(default=(), repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)  # what was repaired with certainty: keys of `check.NOTES`
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -78,7 +79,7 @@ class RowError(ValueError):
     """A row that cannot be used. `where`: "my.jsonl:12"; `problem`: one of `check.PROBLEMS`."""
 
     def __init__(self, where: str, problem: str, message: str) -> None:
-        message = printable(message)  # it may quote what is in the row
+        where, message = printable(where), printable(message)  # they may quote what is in the row
         super().__init__(where, problem, message)  # what pickle hands to __init__ again
         self.where, self.problem, self.message = where, problem, message
 
@@ -87,8 +88,14 @@ class RowError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Halves of characters, which cannot be encoded, as "\\ud83d"."""
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Text that any terminal may be sent: halves of characters, which cannot be encoded, and control characters, with
+    which a file's name could steer a terminal, are spelled out: "\\ud83d", "\\x1b"."""
+    if not text.isascii():
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if text.isprintable() else _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # not tab and line break
 
 
 def short(value: object) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from paligemma.data.json_documents import JsonFile
-from paligemma.data.records import to_row
+from paligemma.data.records import RecordRows
 from paligemma.data.rows import Row, Rows, short
 
 
@@ -23,16 +23,14 @@ class QuestionReader:
     questions: JsonFile
     answers: JsonFile
     order: Any  # int64 [questions], where the answers to each stand
-    folder: str
-    image_name: str
-    language: str
+    make: RecordRows
 
     def __call__(self, i: int) -> Row:
         where = self.questions.where("questions", i)
         question = self.questions.element("questions", i)
         answers = self.answers.element("annotations", int(self.order[i]))
         question |= {key: answers.get(key) for key in ("answer", "answers", "multiple_choice_answer")}
-        return to_row(question, self.folder, self.language, self.image_name, i, where)
+        return self.make.row(question, i, where)
 
 
 def questions(
@@ -76,6 +74,6 @@ def questions(
     order = np.array([place[question] for question in ids["questions"]], np.int64)
     if image_name is None:
         image_name = f"COCO_{subtype[0]}_{{image_id:012d}}.jpg" if subtype else "{image_id}.jpg"
-    reader = QuestionReader(questions, answers, order, folder, image_name, language)
+    reader = QuestionReader(questions, answers, order, RecordRows(folder, language, image_name))
     files = dict.fromkeys((path, answers.pieces.path))  # which may be one
     return Rows("vqa", f"{path}: VQA questions, {len(order):,} rows", len(order), reader, list(files))

@@ -42,8 +42,9 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from paligemma.data.check import Lengths, check
+from paligemma.data.check import check
 from paligemma.data.checkpoint import codec_of
+from paligemma.data.lengths import Lengths
 from paligemma.data.options import DataOptions
 from paligemma.data.rows import Row, Rows
 from paligemma.devices import multiplies_bfloat16, pick_device

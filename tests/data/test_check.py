@@ -41,12 +41,39 @@ BAD = {
         good(prefix="segment dog", suffix=BOX + CODES.replace("007", "128") + " dog"),
         good(prefix="the dog on the left", suffix=CODES),  # RefCOCO's prompts are bare
     ],
+    "form of the prompt": [
+        good(prefix="Detect license plate.", suffix=f"{BOX} license plate"),
+        good(prefix="detect license plate.", suffix=f"{BOX} license plate"),
+        good(prefix="Segment dog", suffix=f"{BOX}{CODES} dog"), good(prefix="Detect dog", suffix=""),
+        good(prefix="Caption en", suffix="a dog"), good(prefix="caption en.", suffix="a dog"),
+        good(prefix="OCR", suffix="STOP"), good(prefix="Answer en what is it?", suffix="a dog"),
+        {"image": "a.png", "question": "Detect dog.", "answer": f"{BOX} dog"},
+    ],
+    "label not asked for": [
+        good(prefix="detect fracture", suffix=f"{BOX} fractured"),
+        good(prefix="detect license plate", suffix=f"{BOX} Plate"),
+        good(prefix="detect car ; bus", suffix=f"{BOX} car , bus"),
+        good(prefix="detect car, bus", suffix=f"{BOX} car"),
+        good(prefix="detect car, bus", suffix=""),
+        good(prefix="detect car", suffix=f"{BOX} car ; {BOX} bus"),
+        good(prefix="detect car", suffix=BOX),
+        good(prefix="segment dog", suffix=f"{BOX}{CODES} cat"),
+        {"image": "a.png", "question": "detect dog", "answers": [f"{BOX} dog", f"{BOX} cat"]},
+    ],
+    "boxes not asked for": [
+        good(prefix="find the dog", suffix=f"{BOX} dog"),
+        good(prefix="answer en where is the dog ?", suffix=BOX),
+        good(prefix="caption en", suffix=f"{BOX} dog ; {BOX} cat"),
+        good(prefix="the dog", suffix=f"{BOX}{CODES} dog"),
+    ],
 }  # fmt: skip
 FINE = [
     good(), good(image=None), good(image=["a.png", "b.png"]), good(prefix=""), good(suffix="a ; b"),
     good(prefix="detect dog ; cat", suffix=f"{BOX} dog ; {BOX} cat"), good(prefix="detect dog", suffix=""),
     good(prefix="segment dog", suffix=f"{BOX}{CODES} dog"), good(prefix="the dog", suffix=BOX + CODES),
-    good(suffix="a dog \U0001f600"),
+    good(suffix="a dog \U0001f600"), good(prefix="detect car, bus", suffix=f"{BOX} car, bus"),
+    good(prefix="Describe it.", suffix="a dog"), good(prefix="answer en is it a dog.", suffix="yes"),
+    good(prefix="Detect fraud in this bill: yes or no", suffix="no"),
     good(prefix="caption", suffix=f"{BOX} a dog; it sleeps"), good(prefix="answer en 1 < 2 ?", suffix="<yes>"),
 ]  # fmt: skip
 
@@ -67,6 +94,7 @@ def test_every_problem_is_found_in_its_row_alone(folder, problem):
 
 def test_every_problem_has_a_test():
     elsewhere = {"box outside", "box or mask", "unreadable picture", "suffix too long", "no room"}
+    elsewhere |= {"turned by EXIF", "another size"}
     assert set(PROBLEMS) == set(BAD) | elsewhere
 
 
