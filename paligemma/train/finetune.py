@@ -89,6 +89,8 @@ BEARABLE = {
     "missing picture": "they are skipped",
     "box outside": "they are cut at its edge",
     "suffix too long": "the ends of their answers are cut off, as in the reference",
+    "form of the prompt": "they are learned as they are written",
+    "boxes not asked for": "they are learned as they are, and measured as text",
 }
 
 
@@ -582,6 +584,8 @@ def check_rows(rows: Rows, pg: PaliGemma, limit: int, strict: bool, say: Callabl
             f"none of the pictures is there: {first.source}: {first.message}. Names are relative to the file they "
             "stand in, or to the folder given as --images: is that the right one?"
         )
+    for text in report.notes():
+        say(f"note: {text}")
     for name, count in report.counts.items():
         first = report.first[name][0]
         rows_of_them = f"{name}: {count:,} of {len(rows):,} rows, {BEARABLE[name]}"

@@ -197,7 +197,7 @@ def test_masks_that_are_none_are_named_in_our_words(tmp_path, codec, segmentatio
     assert error.value.problem == "box or mask" and words in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------- 4, 5 prompts
+# --------------------------------------------------------------------------------------------------- 4, 5 prompts
 
 
 def test_a_question_that_is_a_prompt_is_kept():
