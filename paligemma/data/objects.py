@@ -19,7 +19,6 @@ from paligemma.data.rows import Picture, Row, RowError, short
 
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import Box, MaskCodec
-    from paligemma.answers.results import Detection, Segment
 
 SAME_BOX = 0.5  # intersection over union from which the box and the outline of a mask count as the same object
 
@@ -60,42 +59,53 @@ class ObjectRows:
     ) -> Row:
         """size: width and height that the boxes are in pixels of. annotated_size=False: it says nothing about the
         picture's own, since the annotation gives shares of it."""
-        from paligemma.answers.writing import canonical_order, format_detections, format_segments
-
         self.check(objects, size, where)
+        labels = self.labels(objects, where)
+        try:
+            suffix, boxes = self.answer(objects, labels, size, where)
+        except RowError:
+            raise
+        except ValueError as error:
+            raise RowError(where, "box or mask", str(error)) from None
+        prefix = f"{'segment' if self.segment else 'detect'} {' ; '.join(labels)}"
+        if not annotated_size:
+            return Row(picture, prefix, suffix, number, where, notes=tuple(notes))
+        return Row(picture, prefix, suffix, number, where, size, boxes, notes=tuple(notes))
+
+    def labels(self, objects: Sequence[Object], where: str) -> list[str]:
+        """What the prompt asks for."""
         present = {found.label for found in objects}
-        names = dict.fromkeys(self.names) if self.names is not None else sorted(present)
+        names = list(dict.fromkeys([*self.names, *sorted(present)] if self.names is not None else sorted(present)))
         labels = [name for name in names if self.every_label or name in present]
         for label in labels:
             if ";" in label:
                 raise RowError(
                     where, "label with ;", f"the label {label!r} contains ';', which parts labels: rename the category"
                 )
-        prefix = f"{'segment' if self.segment else 'detect'} {' ; '.join(labels)}"
-        items = canonical_order([self.item(found, where) for found in objects], labels)
-        boxes = tuple(item.box for item in items)
-        try:
-            if self.segment:
-                suffix = format_segments(items, size, self.loc_scale, self.codec)
-            else:
-                suffix = format_detections(items, size, self.loc_scale)
-        except ValueError as error:
-            raise RowError(where, "box or mask", str(error)) from None
-        if not annotated_size:
-            return Row(picture, prefix, suffix, number, where, notes=tuple(notes))
-        return Row(picture, prefix, suffix, number, where, size, boxes, notes=tuple(notes))
+        return labels
 
-    def item(self, found: Object, where: str) -> Detection | Segment:
+    def answer(
+        self, objects: Sequence[Object], labels: Sequence[str], size: tuple[int, int], where: str
+    ) -> tuple[str, tuple[Box, ...]]:
+        """The suffix, and the boxes in its order."""
         from paligemma.answers.results import Detection, Segment
+        from paligemma.answers.writing import canonical_order, format_detections, format_segments
 
-        box = found.box
         if not self.segment:
-            if box is None:
-                raise RowError(where, "box or mask", f"{found.name}: it has no box")
-            return Detection(found.label, box)
-        if found.mask is None or not found.mask.any():
-            raise RowError(where, "box or mask", f"{found.name}: its mask has no pixels")
-        return Segment(found.label, box_around(found.mask) if box is None else box, found.mask)
+            found = []
+            for one in objects:
+                if one.box is None:
+                    raise RowError(where, "box or mask", f"{one.name}: it has no box")
+                found.append(Detection(one.label, one.box))
+            found = canonical_order(found, labels)
+            return format_detections(found, size, self.loc_scale), tuple(item.box for item in found)
+        segments = []
+        for one in objects:
+            if one.mask is None or not one.mask.any():
+                raise RowError(where, "box or mask", f"{one.name}: its mask has no pixels")
+            segments.append(Segment(one.label, one.box or box_around(one.mask), one.mask))
+        segments = canonical_order(segments, labels)
+        return format_segments(segments, size, self.loc_scale, self.codec), tuple(item.box for item in segments)
 
     def check(self, objects: Sequence[Object], size: tuple[int, int], where: str) -> None:
         """RowError for the first object that cannot be right."""
