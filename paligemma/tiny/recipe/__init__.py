@@ -1,1 +1,1 @@
-"""The recipe of the model that ships, from the tokenizer to the last step of training."""
+"""The recipe of the model that ships, from the tokenizer to the packaged checkpoint."""

@@ -1,4 +1,4 @@
-"""The mask codec of the small world: the official layout with narrower layers, trained on the outlines of pictograms.
+"""Trains the mask codec of the small world: the official VQ-VAE with narrower layers, on the outlines of pictograms.
 
 python -m paligemma.tiny.recipe.codec --scenes runs/tiny/scenes --out runs/tiny/codec.safetensors --steps 4000
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from paligemma.answers.mask_codec import MaskCodec, crop
 from paligemma.devices import multiplies_bfloat16
 from paligemma.files import written_whole
-from paligemma.tiny.recipe.scenes import Shard, shard_paths
+from paligemma.tiny.recipe.shards import Shard, shard_paths
 
 WIDTHS: dict[str, Any] = {"embedding_dim": 64, "encoder_widths": (8, 24, 48, 96), "decoder_widths": (96, 64, 32, 16, 8)}
 
@@ -30,7 +30,7 @@ def outlines(shard: Shard) -> Tensor:
 
 
 def in_bytes(masks: Tensor) -> Tensor:
-    """Masks in [0, 1] in a quarter of the memory: uint8, 255 inside."""
+    """Masks in [0, 1] as uint8, 255 inside: a quarter of the memory."""
     return (masks * 255 + 0.5).to(torch.uint8)
 
 
@@ -47,10 +47,10 @@ def mask_codes(path: Path, codec: MaskCodec) -> np.ndarray:
     return codes
 
 
-def alike_codes(codec: MaskCodec) -> Tensor:
-    """How good each code is in place of another, [K, K], rows of sum 1: most for itself, much for its neighbours.
+def code_similarity(codec: MaskCodec) -> Tensor:
+    """Soft targets for codes, [K, K] with rows that sum to 1: highest for the code itself, high for similar ones.
 
-    By the distance of their vectors, measured in that to the nearest other one.
+    A softmax over squared distances between code vectors, in units of the distance to the nearest other code.
     """
     vectors = codec._vq_vae._embedding.detach()
     square = torch.cdist(vectors, vectors).square()
@@ -65,7 +65,8 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(codec: MaskCodec, masks: Tensor) -> dict[str, float]:
-    """IoU of masks [N, 64, 64] in [0, 1] with what comes back; and of what came back with what comes back from that."""
+    """How well masks [N, 64, 64] in [0, 1] survive coding: IoU with the decoded masks, IoU of a second round with the
+    first, and how many codes are used."""
     once = codec.decode(codec.encode(masks)) > 0
     twice = codec.decode(codec.encode(once.float())) > 0
     used = codec.encode(masks).unique().numel()
@@ -82,10 +83,10 @@ def train_codec(
     steps: int = 4000,
     batch: int = 64,
     lr: float = 2e-3,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     weights: Path | None = None,
 ) -> MaskCodec:
-    """Train and save the codec; the last shard's masks are kept for measuring."""
+    """Train and save the codec; the last shard's masks are kept for validation."""
     torch.manual_seed(0)
     paths = shard_paths(scenes)
     unseen = in_bytes(outlines(Shard.load(paths[-1]))).float() / 255
@@ -98,9 +99,7 @@ def train_codec(
         x = masks[torch.randint(len(masks), (batch,))].float() / 255
         if torch.rand(()) < 0.5:
             x = x.flip(-1)
-        if (
-            step >= steps // 3
-        ):  # a quarter of the batch is what the codec itself draws: that it must reproduce best of all
+        if step >= steps // 3:  # a quarter of the batch is what the codec itself decodes: this must be a fixed point
             with torch.no_grad():
                 own = (codec.decode(codec.encode(x[: batch // 4])) > 0).float()
             x = torch.cat([own, x[batch // 4 :]])
@@ -118,11 +117,11 @@ def train_codec(
         if (step + 1) % 200 == 0 or step + 1 == steps:
             codec.eval()
             now = f"loss {float(loss.detach()):.4f}, {time.monotonic() - begun:.0f} s"
-            say(f"codec step {step + 1}: {now}, {measure(codec, unseen[:512])}")
+            log(f"codec step {step + 1}: {now}, {measure(codec, unseen[:512])}")
             codec.train()
             codec.save(out)
     codec.eval()
-    say(f"codec: {measure(codec, unseen)} on {len(unseen)} unseen masks")
+    log(f"codec: {measure(codec, unseen)} on {len(unseen)} unseen masks")
     codec.save(out)
     return codec
 

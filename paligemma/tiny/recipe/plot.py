@@ -1,6 +1,6 @@
-"""The curve of a run, drawn from its log with Pillow alone.
+"""Draws the curves of a run from its log, with Pillow only.
 
-python -m paligemma.tiny.recipe.plot runs/tiny/talk-01/log.jsonl --values words loc_bins --out docs/tiny_curve.png
+python -m paligemma.tiny.recipe.plot runs/tiny/joint-01/log.jsonl --values words loc_bins --out docs/tiny_curve.png
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Series = dict[str, list[tuple[float, float]]]  # name -> (minutes, value)
 
 
 def read_curves(logs: Sequence[Path], names: Sequence[str]) -> Series:
-    """The values of some `log.jsonl`, one run after the other, against minutes of training."""
+    """Values of several `log.jsonl`, one run after the other, over minutes of training."""
     curves: Series = {name: [] for name in names}
     minutes = 0.0
     for line in (line for log in logs for line in log.read_text().splitlines()):
@@ -30,7 +30,7 @@ def read_curves(logs: Sequence[Path], names: Sequence[str]) -> Series:
 
 
 def draw_curves(panels: Sequence[Series], width: int = 360, height: int = 240) -> Image.Image:
-    """Panels side by side, each with axes from 0, a line per series and above it their names in the lines' colours."""
+    """Panels side by side, each with axes from 0, one line per series and the names in the lines' colours above."""
     picture = Image.new("RGB", (width * len(panels), height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     for i, series in enumerate(panels):
@@ -62,7 +62,7 @@ def draw_curves(panels: Sequence[Series], width: int = 360, height: int = 240) -
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the curve of a run.")
     parser.add_argument("logs", type=Path, nargs="+", help="log.jsonl of one run after the other")
-    parser.add_argument("--values", nargs="+", default=["talk", "words"], help="one panel each; a+b share a panel")
+    parser.add_argument("--values", nargs="+", default=["answers", "words"], help="one panel each; a+b share a panel")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     panels = [read_curves(args.logs, value.split("+")) for value in args.values]

@@ -1,7 +1,7 @@
-"""The small world's tokenizer: byte-pair encoding of Gemma's kind, in which every word of the world is one token.
+"""The small world's tokenizer: byte-pair encoding like Gemma's, in which every word of the world is one token.
 
 Ids: 0 <pad>, 1 <eos>, 2 <bos>, 3 <unk>, "\\n", 256 bytes, characters, learned pieces, 1,024 <loc>, 128 <seg>, <image>
-(the last). What is not a word of the world is spelt: in pieces, letters, at worst in bytes.
+(the last). Other words are split into pieces, letters, or at worst bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def world_words() -> tuple[list[str], list[str]]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """Made from nothing but the world's words: the same on every machine."""
+    """Built from the words of the world only, so it is the same on every machine."""
     begin, inside = (sorted(set(words)) for words in world_words())
     learner = tokenizers.Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")

@@ -1,15 +1,15 @@
-"""Scenes rendered ahead, so that training never waits for drawing.
+"""Scenes rendered ahead into files, so that training never waits for the renderer.
 
-    python -m paligemma.tiny.recipe.scenes --folder runs/tiny/scenes --shards 200
+    python -m paligemma.tiny.recipe.shards --folder runs/tiny/scenes --shards 200
 
-A shard is one `.npz` of 512 scenes: pictures at the model's size, what every patch shows (`patch_targets`), and
-the objects with their masks, from which any prompt can be made later (`Shard.scene`). A shard's number decides its
-seeds, so a folder can be deleted and drawn again. Training reads a scene several times, mirrored and with other
-prompts: drawing costs a twentieth of it.
+A shard is one `.npz` of 512 scenes: pictures at the model's size, what every patch shows (`patch_targets`), and the
+objects with their masks, from which any prompt can be made later (`Shard.scene`). The number of a shard determines its
+seeds, so a folder can be deleted and rendered again. Training uses a scene several times, mirrored and with other
+prompts, so rendering takes a twentieth of the time.
 
-Half of the scenes are drawn at the model's size, half at twice that and made smaller as the processor would: users'
-pictures come in both kinds. A third has more signs than the world has, and easier ones, and shards from number
-`SIGNS` on hold nothing but such scenes: reading is learned last and needs the practice.
+Half of the scenes are rendered at the model's size, half at twice that size and reduced as the processor would do it,
+because users have pictures of both kinds. A third has more signs than usual, and easier ones, and the shards from
+number `SIGNS` on have only such scenes: reading is learned last and needs the practice.
 """
 
 import json
@@ -29,10 +29,10 @@ from paligemma.tiny.renderer import render
 SHARD = 512
 SIDE = 128  # pixels of the model's pictures
 GRID = 8  # patches in a row
-SIGNS = 5000  # from this shard on, signs in most scenes
+SIGNS = 5000  # from this shard on, most scenes have a sign
 
 
-def render_training_scene(seed: int, split: str = "train") -> world.Scene:
+def training_scene(seed: int, split: str = "train") -> world.Scene:
     """The scene of a seed, with the mixture of sizes and signs described above."""
     size = SIDE if seed % 2 else 2 * SIDE
     kind = seed // 2 % (7 if seed < SIGNS * SHARD else 2)
@@ -111,7 +111,7 @@ class Shard:
         return np.cumsum([0] + [len(things) for things in self.facts["objects"]])
 
     def scene(self, i: int) -> world.Scene:
-        """Scene i with everything but its picture at full size (the picture is the small one)."""
+        """Scene i without its full-size picture: masks and boxes are in pixels of the size it was rendered at."""
         ends = self.arrays["mask_ends"]
         facts = self.facts["scenes"][i]
         things = []
@@ -126,7 +126,7 @@ class Shard:
                     thing["label"], thing["tint"], tuple(thing["box"]), mask, thing["visible"], thing["text"], chars
                 )
             )
-        # `Scene.size` is read off the picture: hand over one of the size that boxes and masks are measured in.
+        # `Scene.size` is the size of the picture, so this one has the size that boxes and masks are measured in.
         image = np.broadcast_to(np.uint8(0), (facts["size"], facts["size"], 3))
         return world.Scene(
             image, tuple(things), facts["background"], facts["pattern"], facts["style"], facts["seed"], facts["split"]
@@ -138,16 +138,16 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards that are there, in order; not the codes beside them, nor one that is being written."""
+    """The finished shards in order, without the codes beside them."""
     return sorted(folder.glob("[0-9]*[0-9].npz"))
 
 
 def write_shard(folder: Path, number: int, split: str = "train") -> None:
-    """Draw shard `number` unless it is there already; written beside and renamed."""
+    """Render shard `number`, unless the file exists."""
     path = shard_path(folder, number)
     if path.exists():
         return
-    arrays = pack([render_training_scene(number * SHARD + i, split) for i in range(SHARD)])
+    arrays = pack([training_scene(number * SHARD + i, split) for i in range(SHARD)])
     with written_whole(path) as beside:
         np.savez(beside, **arrays)  # type: ignore[arg-type]
 

@@ -1,12 +1,11 @@
-"""Vision first: every patch learns to say what it shows, before the model learns to speak.
+"""Stage 1 of the recipe: the vision model learns to say what every patch shows, before there is a language model.
 
-    python -m paligemma.tiny.recipe.vision_first --scenes runs/tiny/scenes --out runs/tiny/vision --steps 3000
+    python -m paligemma.tiny.recipe.vision_pretraining --scenes runs/tiny/scenes --out runs/tiny/vision --steps 3000
 
-A caption is a thin teacher: a dozen words for 128 x 128 pixels. The renderer knows more. It can tell every patch the
-class, tint, box, outline and letters of the object it belongs to, how that object stands among the others (which from
-the left, how many of its kind), and the mask codes in which its part of the outline will be written. One linear layer
-(`PatchHeads`) reads all of that from a patch's features; it is thrown away when the model ships, and until then keeps
-the features honest as an auxiliary loss.
+A caption is weak supervision: a dozen words for 128 x 128 pixels. The renderer knows more. For every patch it knows
+the class, tint, box, outline and letters of the object it belongs to, its rank from the left, how many objects have the
+same class, and the mask codes of its part of the outline. One linear layer (`PatchHeads`) predicts all of that from a
+patch's features. It stays as an auxiliary loss in stage 2 and is thrown away when the model ships.
 
 Letters: n pictures, G patches in a row, P = G x G patches, D width of the vision model, K mask codes.
 """
@@ -27,8 +26,8 @@ from paligemma.answers.mask_codec import GRID as CODES_ACROSS
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.modeling_siglip import SiglipAttention, SiglipVisionConfig, SiglipVisionModel
 from paligemma.tiny import world
-from paligemma.tiny.recipe.codec import alike_codes, mask_codes
-from paligemma.tiny.recipe.scenes import SHARD, Shard, shard_paths
+from paligemma.tiny.recipe.codec import code_similarity, mask_codes
+from paligemma.tiny.recipe.shards import SHARD, Shard, shard_paths
 from paligemma.train import checkpointing
 from paligemma.train.loop import TrainConfig, bfloat16_where_fast, train
 from paligemma.train.optimizer import muon_and_adamw
@@ -44,12 +43,12 @@ HEADS = {
     "order": 7,  # 0 background, else which object from the left
     "same": 7,  # how many objects have its label
     "total": 7,  # how many objects there are
-    "edges": 4 * 64,  # where its box is in the picture, in the waves that location tokens begin with
+    "edges": 4 * 64,  # where its box is in the picture, encoded as the initial embeddings of location tokens are
     "codes": 4 * 128,  # which mask code its object has at the middle of each quarter of the patch
 }
 NONE = -100  # no target here
 GREY = 0.15  # share of the pictures that lose their colours
-MIRRORED = 0.3  # share of the pictures without a sign that are turned round
+MIRRORED = 0.3  # share of the pictures without a sign that are mirrored
 
 VISION = SiglipVisionConfig(
     hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, image_size=128, patch_size=16
@@ -57,91 +56,78 @@ VISION = SiglipVisionConfig(
 
 
 class PatchHeads(nn.Module):
-    """Features [n, P, D] -> one tensor [n, P, size] for each of HEADS, and the loss against what the renderer knows."""
+    """Features [n, P, D] -> one tensor [n, P, size] for each of HEADS, and their loss."""
 
     def __init__(self, width: int):
         super().__init__()
         self.linear = nn.Linear(width, sum(HEADS.values()))
-        self.alike: Tensor  # [K, K], see `alike_codes`; a codec that is not known has no codes that are alike
-        self.register_buffer("alike", torch.eye(HEADS["codes"] // 4), persistent=False)
+        self.similarity: Tensor  # [K, K], see `code_similarity`; without a codec every code is similar only to itself
+        self.register_buffer("similarity", torch.eye(HEADS["codes"] // 4), persistent=False)
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         return dict(zip(HEADS, self.linear(features).float().split(list(HEADS.values()), dim=-1)))
 
     def loss(self, features: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The sum of all heads' losses, and figures for the log (their means, and how often the heads are right)."""
-        said = {name: value.flatten(0, 1) for name, value in self(features).items()}  # [n * P, size]
+        """The weighted sum of all heads' losses, and figures for the log: losses, and how often the heads are right."""
+        predicted = {name: value.flatten(0, 1) for name, value in self(features).items()}  # [n * P, size]
         label = targets["class"].flatten()
         thing = label > 0
-        background = said["background"]
-        # There are three times as many background patches as all others: without weights they would be most of the
-        # loss.
+        background = predicted["background"]
+        # Three patches of four are background: without weights they would dominate the loss.
         weight = torch.where(thing, 1.0, 0.25)
 
         def weighted(name: str) -> Tensor:
-            loss = F.cross_entropy(said[name], targets[name].flatten(), reduction="none", ignore_index=NONE)
+            loss = F.cross_entropy(predicted[name], targets[name].flatten(), reduction="none", ignore_index=NONE)
             return (loss * weight).sum() / weight.sum()
 
         parts = {name: weighted(name) for name in ("class", "tint", "order")}
         parts["background"] = F.cross_entropy(background, targets["background"].flatten())
-        parts["total"] = F.cross_entropy(said["total"], targets["total"].flatten())
-        parts["same"] = F.cross_entropy(said["same"][thing], targets["same"].flatten()[thing])
-        off = (said["box"][thing] - targets["box"].flatten(0, 1)[thing]).abs()
+        parts["total"] = F.cross_entropy(predicted["total"], targets["total"].flatten())
+        parts["same"] = F.cross_entropy(predicted["same"][thing], targets["same"].flatten()[thing])
+        off = (predicted["box"][thing] - targets["box"].flatten(0, 1)[thing]).abs()
         parts["box"] = off.mean()
-        parts["mask"] = F.binary_cross_entropy_with_logits(said["mask"][thing], targets["mask"].flatten(0, 1)[thing])
-        letters = said["characters"].unflatten(-1, (2, -1)).flatten(0, 1)
+        parts["mask"] = F.binary_cross_entropy_with_logits(
+            predicted["mask"][thing], targets["mask"].flatten(0, 1)[thing]
+        )
+        letters = predicted["characters"].unflatten(-1, (2, -1)).flatten(0, 1)
         letter = targets["characters"].flatten()
         on_sign = (label == len(world.LABELS)).repeat_interleave(2)
         parts["characters"] = F.cross_entropy(letters[on_sign], letter[on_sign]) if on_sign.any() else letters.sum() * 0
-        waves_off = (said["edges"][thing] - waves(targets["edges"].flatten(0, 1)[thing]).flatten(1)).square()
+        waves_off = (predicted["edges"][thing] - waves(targets["edges"].flatten(0, 1)[thing]).flatten(1)).square()
         parts["edges"] = waves_off.mean()
         code = targets["codes"].flatten(0, 1).flatten()  # [n * P * 4]
         known = code != NONE
-        likely = said["codes"].unflatten(-1, (4, -1)).flatten(0, 1)[known].log_softmax(-1)  # [codes, K]
-        parts["codes"] = -(self.alike[code[known]] * likely).sum() / max(len(likely), 1)
+        logp = predicted["codes"].unflatten(-1, (4, -1)).flatten(0, 1)[known].log_softmax(-1)  # [codes, K]
+        parts["codes"] = -(self.similarity[code[known]] * logp).sum() / max(len(logp), 1)
         loss = (
             parts["class"] + 0.5 * parts["tint"] + 0.25 * parts["background"] + 10 * parts["box"] + parts["mask"]
             + 2 * parts["characters"] + 0.4 * parts["order"] + 0.3 * parts["same"] + 0.2 * parts["total"]
             + 4 * parts["edges"] + 0.5 * parts["codes"]
         )  # fmt: skip
-        with torch.no_grad():
-            figures = {f"loss/{name}": float(value) for name, value in parts.items()}
-            figures["class"] = float((said["class"].argmax(-1) == label)[thing].float().mean())
-            figures["tint"] = float((said["tint"].argmax(-1) == targets["tint"].flatten())[thing].float().mean())
-            figures["order"] = float((said["order"].argmax(-1) == targets["order"].flatten())[thing].float().mean())
-            figures["total"] = float((said["total"].argmax(-1) == targets["total"].flatten()).float().mean())
-            figures["box_px"] = float(off.mean()) * 128
-            figures["codes"] = float((likely.argmax(-1) == code[known]).float().mean()) if known.any() else 0.0
-            written = on_sign & (letter > 0)
-            figures["letters"] = float((letters.argmax(-1) == letter)[written].float().mean()) if written.any() else 0.0
+        figures = {f"loss/{name}": float(value.detach()) for name, value in parts.items()}
+        for name, chosen in (("class", thing), ("tint", thing), ("order", thing), ("total", thing | ~thing)):
+            right = predicted[name].argmax(-1) == targets[name].flatten()
+            figures[name] = float(right[chosen].float().mean())
+        figures["box_px"] = float(off.detach().mean()) * 128
+        figures["codes"] = float((logp.argmax(-1) == code[known]).float().mean()) if known.any() else 0.0
+        written = on_sign & (letter > 0)
+        figures["letters"] = float((letters.argmax(-1) == letter)[written].float().mean()) if written.any() else 0.0
         return loss, figures
 
 
-def targets_of(
+def stored_targets(
     shard: Shard, rows: np.ndarray, mirrored: np.ndarray, codes: np.ndarray | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Pictures uint8 [n, S, S, 3], some of them mirrored (bool [n]), and their patches' targets [n, G * G, ...].
+    """Pictures uint8 [n, S, S, 3] and their patches' targets [n, G * G, ...], mirrored where `mirrored` (bool [n]) is True.
 
-    codes: mask codes of all objects of the shard [objects, 16]; a mirrored picture has others and gets none.
+    codes: mask codes of all objects of the shard [objects, 16]. Mirrored outlines have other codes, so mirrored pictures
+    get none.
     """
     a = shard.arrays
     image = a["image"][rows]
     index = a["index"][rows].astype(np.int64)
     count = np.array([len(shard.facts["objects"][i]) for i in rows])
-    labels = [[thing["label"] for thing in shard.facts["objects"][i]] for i in rows]
-    # lookup[n, k]: what holds for object k - 1; 0 is the background
-    order, same = np.zeros((2, len(rows), 8), np.int64)
-    edges = np.zeros((len(rows), 8, 4), np.float32)  # in sides of the picture
-    for n, names in enumerate(labels):
-        boxes = np.array([thing["box"] for thing in shard.facts["objects"][rows[n]]], np.float32)
-        boxes /= shard.facts["scenes"][rows[n]]["size"]
-        edges[n, 1 : 1 + len(names)] = boxes if not mirrored[n] else np.abs(boxes[:, [2, 1, 0, 3]] - [1, 0, 1, 0])
-        same[n, 1 : 1 + len(names)] = [names.count(name) for name in names]
-        if mirrored[n]:  # then the first from the left is the one whose right edge was last
-            ends = [-thing["box"][2] for thing in shard.facts["objects"][rows[n]]]
-            order[n, 1 : 1 + len(names)] = 1 + np.argsort(np.argsort(ends, kind="stable"))
-        else:
-            order[n, 1 : 1 + len(names)] = 1 + np.arange(len(names))
+    order, same, edges = _facts_by_index(shard, rows, mirrored)
     pick = np.arange(len(rows))[:, None, None]
     targets = {
         "class": a["class"][rows].astype(np.int64),
@@ -170,15 +156,34 @@ def targets_of(
     return image, flat
 
 
+def _facts_by_index(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of object k - 1 of scene n, at [n, k] (k = 0 is the background): its rank from the left, how many objects have
+    its label, and its edges [n, k, 4] in sides of the picture."""
+    order, same = np.zeros((2, len(rows), 8), np.int64)
+    edges = np.zeros((len(rows), 8, 4), np.float32)
+    for n, row in enumerate(rows):
+        things = shard.facts["objects"][row]
+        names, used = [thing["label"] for thing in things], slice(1, 1 + len(things))
+        boxes = np.array([thing["box"] for thing in things], np.float32)
+        boxes /= shard.facts["scenes"][row]["size"]
+        same[n, used] = [names.count(name) for name in names]
+        if mirrored[n]:  # now the first from the left is the one with the rightmost right edge
+            edges[n, used] = np.abs(boxes[:, [2, 1, 0, 3]] - [1, 0, 1, 0])
+            order[n, used] = 1 + np.argsort(np.argsort([-thing["box"][2] for thing in things], kind="stable"))
+        else:
+            edges[n, used] = boxes
+            order[n, used] = 1 + np.arange(len(names))
+    return order, same, edges
+
+
 def codes_of_quarters(shard: Shard, rows: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """The mask code [n, G, G, 4] at the middle of each quarter of a patch (row-major), NONE outside the object's box.
 
-    A code stands for a sixteenth of its object's box: so what a patch is to know depends on the box, as it does for
-    the decoder when it writes codes.
+    A code describes a sixteenth of its object's box, so the right answer for a patch depends on the whole box.
     """
     index = shard.arrays["index"][rows].astype(np.int64)  # [n, G, G]
     of_object = codes[shard.first_object[rows][:, None, None] + index.clip(0)]  # [n, G, G, 16]
-    x0, y0, x1, y1 = np.moveaxis(shard.arrays["box"][rows], -1, 0)  # seen from the patch's middle, in sides
+    x0, y0, x1, y1 = np.moveaxis(shard.arrays["box"][rows], -1, 0)  # relative to the patch's middle, in sides
     quarter = np.array([-0.25, 0.25]) / index.shape[-1]
     with np.errstate(divide="ignore", invalid="ignore"):  # background patches have boxes of no size
         column = (quarter - x0[..., None]) / (x1 - x0)[..., None] * CODES_ACROSS  # [n, G, G, 2]
@@ -192,10 +197,10 @@ def codes_of_quarters(shard: Shard, rows: np.ndarray, codes: np.ndarray) -> np.n
 
 
 def without_color(image: np.ndarray, target: dict[str, np.ndarray], chosen: np.ndarray) -> None:
-    """Greys some pictures, in place, and takes their colours out of the targets.
+    """Make some pictures grey, in place, and remove the colours from their targets.
 
-    A tint that training withholds from a class ("green shirt") would otherwise teach that green things are no shirts.
-    A grey shirt teaches the shape and shows nothing of what is withheld.
+    If a class is never seen in a held-out tint ("green shirt"), a model learns that green things are no shirts. A grey
+    shirt teaches the shape without showing what is held out.
     """
     grey = image[chosen].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     image[chosen] = np.round(grey).astype(np.uint8)[..., None]
@@ -203,18 +208,18 @@ def without_color(image: np.ndarray, target: dict[str, np.ndarray], chosen: np.n
         target[name] = np.where(chosen[:, None], NONE, target[name])
 
 
-def varied(
+def augmented_targets(
     shard: Shard, rows: np.ndarray, codes: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """`targets_of` some scenes, of which some are mirrored (none with a sign, whose letters would be) and some grey."""
+    """`stored_targets` with augmentation: some pictures are mirrored (none with a sign, for its letters), some grey."""
     signs = np.array([any(thing["text"] for thing in shard.facts["objects"][i]) for i in rows], bool)
-    image, target = targets_of(shard, rows, (rng.random(len(rows)) < MIRRORED) & ~signs, codes)
+    image, target = stored_targets(shard, rows, (rng.random(len(rows)) < MIRRORED) & ~signs, codes)
     without_color(image, target, rng.random(len(rows)) < GREY)
     return image, target
 
 
 def waves(place: Tensor) -> Tensor:
-    """[...] in [0, 1] -> [..., 64]: sines and cosines of 32 lengths, from four sides of the picture to three pixels."""
+    """Sinusoidal encoding, [...] in [0, 1] -> [..., 64]: 32 wavelengths from 4 picture sides down to 3 pixels."""
     angles = 2 * math.pi * place[..., None] * 2.0 ** torch.linspace(-2, 5.5, 32)
     return torch.cat([angles.sin(), angles.cos()], -1)
 
@@ -225,10 +230,10 @@ def pixels(image: np.ndarray) -> Tensor:
 
 
 class SceneBatches:
-    """Batches of pictures and their patches' targets, from the shards that are in the folder by now.
+    """Batches of pictures and their patches' targets, from the shards that are in the folder at that time.
 
-    A part of a step takes its scenes from four shards, shuffled together; when they are used up, from four others.
-    Without a codec there are no mask codes to learn.
+    Each process takes its scenes from four shards at a time, shuffled together. Without a codec there are no targets
+    for mask codes.
     """
 
     def __init__(self, folder: Path, size: int, seed: int = 0, mixed: int = 4, codec: MaskCodec | None = None):
@@ -245,7 +250,7 @@ class SceneBatches:
             rng = np.random.default_rng([self.seed, round_, part])
             paths = shard_paths(self.folder)
             if len(paths) < self.mixed:
-                raise FileNotFoundError(f"too few scenes in {self.folder}: python -m paligemma.tiny.recipe.scenes")
+                raise FileNotFoundError(f"too few scenes in {self.folder}: python -m paligemma.tiny.recipe.shards")
             chosen = [paths[i] for i in rng.choice(len(paths), self.mixed, replace=False)]
             self._shards = [Shard.load(path) for path in chosen]
             self._codes = [mask_codes(path, self.codec) if self.codec else None for path in chosen]
@@ -254,13 +259,13 @@ class SceneBatches:
         rng = np.random.default_rng([self.seed, step, part, 1])
         made = []
         for shard, codes, places in zip(self._shards, self._codes, self._places):
-            made.append(varied(shard, places[place * share : (place + 1) * share], codes, rng))
+            made.append(augmented_targets(shard, places[place * share : (place + 1) * share], codes, rng))
         targets = {name: torch.from_numpy(np.concatenate([m[1][name] for m in made])) for name in made[0][1]}
         return {"pixel_values": pixels(np.concatenate([m[0] for m in made])), **targets}
 
 
 class Vision(nn.Module):
-    """The vision model and its heads, trained together."""
+    """The vision model with its patch heads."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -291,16 +296,16 @@ def train_vision(
     start: Path | None = None,
     codec: MaskCodec | None = None,
 ) -> Vision:
-    """Train (or go on training) for `steps` in all; gives the average of the last weights.
+    """Train for `steps` in all, or resume; returns the model.
 
-    start: a checkpoint to begin with, of this stage or of the next, whose vision tower and heads are taken.
+    start: a checkpoint of either stage whose vision tower and heads are the initial weights.
     """
     torch.manual_seed(0)
     vision = Vision(config)
     if start is not None:
         load_weights(vision, vision_part(checkpointing.load(start)["average"]))
     if codec is not None:
-        vision.heads.alike = alike_codes(codec)
+        vision.heads.similarity = code_similarity(codec)
     optimizers = muon_and_adamw(vision, lr=lr, adamw_lr=lr / 2)
     settings = TrainConfig(
         steps=steps, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=20,
@@ -311,7 +316,7 @@ def train_vision(
 
 
 def vision_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of the weights of stage 1 or 2 those of `Vision`."""
+    """The weights of `Vision` among those of a checkpoint of stage 1 or 2."""
     inner = "model.vision_tower."
     both = any(name.startswith(inner) for name in state)
     return {
@@ -322,8 +327,10 @@ def vision_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Weights of an earlier run, which may have had fewer patch heads (what is new keeps its beginning) or fewer
-    key/value heads (copies of them compute the same)."""
+    """Load weights of an earlier run that may have fewer patch heads or fewer key/value heads.
+
+    New patch heads keep their initial values. Key/value heads are repeated, which computes the same.
+    """
     for name, value in module.state_dict().items():
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             value.copy_(state[name].repeat(len(value) // len(state[name]), *[1] * (value.ndim - 1)))
@@ -332,7 +339,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def initialize(model: nn.Module) -> None:
-    """Linear layers as ViTs begin: variance 1 / inputs, biases zero, positions small."""
+    """Initialise linear layers with variance 1 / inputs and zero biases, position embeddings with small values."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)

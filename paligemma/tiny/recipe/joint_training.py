@@ -1,9 +1,9 @@
-"""Stage 2 of the recipe: the model that sees learns to speak.
+"""Stage 2 of the recipe: the whole model learns to answer all prompts.
 
-    python -m paligemma.tiny.recipe.talk --out runs/tiny --minutes 30
+    python -m paligemma.tiny.recipe.joint_training --out runs/tiny --minutes 30
 
-The decoder does not begin from noise. Its words lie where the patches' heads look for them, and its first attention
-already finds what a word names; see `begin_talking`.
+The decoder does not start from random weights. Its word embeddings start as the directions that the patch heads of
+stage 1 detect, and its first attention layer already looks up the patches that a word names; see `initialize_decoder`.
 
 Letters: D width of the decoder, E size of an attention head.
 """
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.tiny import rows, world
-from paligemma.tiny.recipe.batches import TalkBatches, talk_loss
-from paligemma.tiny.recipe.codec import alike_codes
+from paligemma.tiny.recipe.batches import PromptBatches, joint_loss
+from paligemma.tiny.recipe.codec import code_similarity
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
-from paligemma.tiny.recipe.vision_first import (
+from paligemma.tiny.recipe.vision_pretraining import (
     HEADS,
     VISION,
     PatchHeads,
@@ -55,8 +55,8 @@ def model_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
     return PaliGemmaConfig(text, VISION, image_token_index=tokenizer.image_token_id)
 
 
-class Talker(nn.Module):
-    """The model, and the heads that keep its patches honest."""
+class JointModel(nn.Module):
+    """The model, and the patch heads for the auxiliary loss."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
@@ -65,49 +65,50 @@ class Talker(nn.Module):
         self.model.set_explicit_attention(True)
 
 
-def begin_talking(vision: Vision, tokenizer: Tokenizer, config: PaliGemmaConfig, scenes: dict[str, Tensor]) -> Talker:
-    """A model that sees as `vision` does and whose words lie where the patches' heads look for them.
+def initialize_decoder(
+    vision: Vision, tokenizer: Tokenizer, config: PaliGemmaConfig, scenes: dict[str, Tensor]
+) -> JointModel:
+    """A model with the vision tower of `vision` and word embeddings aligned with its patch heads.
 
-    The decoder's embedding is also its output layer. So the word "dog" begins in the direction in which a patch says
-    that it shows a dog: a patch copied to the output already names what it shows, and the word in a prompt resembles
-    what it asks for.
+    The decoder's embedding is also its output layer. The word "dog" starts as the weight row of the class head for
+    "dog". A patch that is copied to the output then already predicts the name of what it shows, and a word in a prompt
+    resembles the patches that it names.
     """
     torch.manual_seed(1)
-    talker = Talker(config)
-    initialize(talker)
+    joint = JointModel(config)
+    initialize(joint)
     text = config.text_config
     D = text.hidden_size
-    decoder = talker.model.language_model.model
+    decoder = joint.model.language_model.model
     for name, parameter in decoder.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.data *= (2 * text.num_hidden_layers) ** -0.5
-    talker.model.vision_tower.load_state_dict(vision.model.state_dict())
-    talker.heads.load_state_dict(vision.heads.state_dict())
-    nn.init.orthogonal_(talker.model.multi_modal_projector.linear.weight)
-    projector = talker.model.multi_modal_projector.linear.weight.data  # [D, vision width]
+    joint.model.vision_tower.load_state_dict(vision.model.state_dict())
+    joint.heads.load_state_dict(vision.heads.state_dict())
+    nn.init.orthogonal_(joint.model.multi_modal_projector.linear.weight)
+    projector = joint.model.multi_modal_projector.linear.weight.data  # [D, vision width]
 
     embedding = torch.randn(text.vocab_size, D)
     directions = dict(zip(HEADS, vision.heads.linear.weight.data.split(list(HEADS.values()))))
-    for token, direction in words_of_heads(tokenizer, directions):
+    for token, direction in directions_of_words(tokenizer, directions):
         direction = projector @ (direction - direction.mean())
         embedding[token] = 0.5 * embedding[token] + direction * (D**0.5 / direction.norm())
-    embedding[tokenizer.first_loc_id : tokenizer.first_loc_id + 1024] = location_words(D) * D**0.5
+    embedding[tokenizer.first_loc_id : tokenizer.first_loc_id + 1024] = location_embeddings(D) * D**0.5
     embedding /= embedding.norm(dim=1, keepdim=True)  # times sqrt(D) on the way in: as large as image features
     decoder.embed_tokens.weight.data.copy_(embedding)
-    look_for_words(talker, tokenizer, scenes, copied=0.7)
-    return talker
+    initialize_lookup(joint, tokenizer, scenes, copied=0.7)
+    return joint
 
 
-def look_for_words(talker: Talker, tokenizer: Tokenizer, scenes: dict[str, Tensor], copied: float) -> None:
-    """The decoder's first attention begins as a look-up: "dog" finds the patches that show one, and copies them.
+def initialize_lookup(joint: JointModel, tokenizer: Tokenizer, scenes: dict[str, Tensor], copied: float) -> None:
+    """Initialise the first attention layer as a look-up: "dog" attends to patches that show a dog and copies them.
 
-    Everything that is asked about a thing (is it there, where, what colour, left or right of another) begins with
-    finding it, and learning to find takes thousands of steps. Here query and key are solved for by least squares: a
-    word says its class, a patch of `scenes` (a batch of `SceneBatches`) says what it shows, a word as key says no.
-    Rotary positions turn the first half of a head's pairs too fast to compare words with patches sixty places away:
-    the look-up lives in the slow half.
+    Every question about an object begins with finding it, and learning to find takes thousands of steps. So the query
+    and key projections are solved for by least squares: the query of a word and the key of a patch of `scenes` (a batch
+    of `SceneBatches`) encode a class, the key of a word encodes none. Rotary position embeddings rotate the first half
+    of a head's pairs too fast to compare words with patches sixty positions away, so the look-up uses the slow half.
     """
-    decoder = talker.model.language_model.model
+    decoder = joint.model.language_model.model
     attention, E = decoder.layers[0].get_submodule("self_attn"), decoder.config.head_dim
     embedding = decoder.embed_tokens.weight.data
     D, classes = embedding.shape[1], len(world.LABELS)
@@ -116,10 +117,10 @@ def look_for_words(talker: Talker, tokenizer: Tokenizer, scenes: dict[str, Tenso
         for word in (label, " " + label, " " + rows.plural(label)):
             token = tokenizer.encode(word)[0]
             named[token, i], importance[token] = 1.0, 10.0
-    words = F.rms_norm(embedding, (D,))  # as the layer's norm hands them on
+    words = F.rms_norm(embedding, (D,))  # what the layer's norm gives
     query = least_squares(words, named, importance)
     with torch.no_grad():
-        patches = F.rms_norm(talker.model.encode_image(scenes["pixel_values"]), (D,)).flatten(0, 1)
+        patches = F.rms_norm(joint.model.encode_image(scenes["pixel_values"]), (D,)).flatten(0, 1)
     shown = F.one_hot(scenes["class"].flatten(), classes + 1)[:, 1:].float()
     inputs, targets = torch.cat([patches, words]), torch.cat([shown, torch.full_like(named, -0.5)])
     weight = 1.0 + 5.0 * shown.sum(1, keepdim=True)  # most patches are background
@@ -146,8 +147,8 @@ def least_squares(inputs: Tensor, targets: Tensor, importance: Tensor) -> Tensor
     return torch.linalg.solve(square, weighted @ targets).T
 
 
-def words_of_heads(tokenizer: Tokenizer, directions: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
-    """(token, row of the heads' matrix [vision width] that speaks of the same thing)."""
+def directions_of_words(tokenizer: Tokenizer, directions: dict[str, Tensor]) -> list[tuple[int, Tensor]]:
+    """(token, sum of the patch heads' weight rows [vision width] for what the token names)."""
     meant: list[tuple[str, Tensor]] = []
     for i, label in enumerate(world.LABELS, 1):
         meant += [(label, directions["class"][i]), (rows.plural(label), directions["class"][i])]
@@ -157,7 +158,7 @@ def words_of_heads(tokenizer: Tokenizer, directions: dict[str, Tensor]) -> list[
         ("total", rows.NUMBERS, 0),
     ):
         meant += [(name, directions[head][i]) for i, name in enumerate(names, first)]
-    letters = directions["characters"]  # first letter of a patch, then second
+    letters = directions["characters"]  # of the first letter in a patch, then of the second
     meant += [(letter, letters[i] + letters[i + len(letters) // 2]) for i, letter in enumerate(world.CHARACTERS, 1)]
     sums: dict[int, Tensor] = {}  # "orange" is a fruit, a tint and, on a sign, letters
     for word, direction in meant:
@@ -170,95 +171,91 @@ def words_of_heads(tokenizer: Tokenizer, directions: dict[str, Tensor]) -> list[
 
 
 def wave_directions(size: int) -> Tensor:
-    """A direction of norm 1 for each of the 64 waves in which locations are written: [64, size]."""
+    """A random direction of norm 1 for each of the 64 values of `waves`: [64, size]."""
     directions = torch.randn(64, size, generator=torch.Generator().manual_seed(2))
     return directions / directions.norm(dim=1, keepdim=True)
 
 
-def location_words(size: int) -> Tensor:
-    """First embeddings of the 1,024 locations, [1024, size] of norm 1: waves, so that neighbours are alike."""
+def location_embeddings(size: int) -> Tensor:
+    """Initial embeddings of the 1,024 locations, [1024, size] of norm 1, sinusoidal, so that neighbours are similar."""
     code = waves(torch.arange(1024) / 1024) @ wave_directions(size)
     return code / code.norm(dim=1, keepdim=True)
 
 
-def train_talking(
+def starting_model(out: Path, tokenizer: Tokenizer, weights: Path | None, vision_weights: Path | None) -> JointModel:
+    """The model that a run of stage 2 starts from: a checkpoint of stage 2 (`weights`), else what stage 1 left in
+    `out`; its vision tower and heads from `vision_weights`, if given."""
+    config = model_config(tokenizer)
+    if weights is not None:
+        joint = JointModel(config)
+        state = checkpointing.load(weights)["average"]
+        if vision_weights is not None:
+            better = vision_part(checkpointing.load(vision_weights)["average"])
+            state |= {name.replace("model.", "model.vision_tower.", 1): value for name, value in better.items()}
+        load_weights(joint, state)
+        return joint
+    vision = Vision(VISION)
+    stage_1 = checkpointing.load_last(out / "vision" / "checkpoints")
+    if stage_1 is not None:
+        load_weights(vision, stage_1["average"])
+    return initialize_decoder(vision, tokenizer, config, SceneBatches(out / "scenes", 256)(0, 0, 1))
+
+
+def train_jointly(
     out: Path,
     minutes: float,
-    folder: str = "talk-01",
+    folder: str = "joint-01",
     weights: Path | None = None,
-    eye: Path | None = None,
+    vision_weights: Path | None = None,
     batch: int = 16,
     lr: float = 2e-3,
     vision_lr: float = 0.2,
     auxiliary: float = 0.4,
     decay_from: float = 0.6,
-    alone: int = 2,
-    extra: int = 2,
-) -> Talker:
-    """Stage 2, for `minutes`. Begins with what stage 1 left in `out/vision`, or with a checkpoint of stage 2.
+    unpacked_every: int = 2,
+    extra_images: int = 2,
+) -> JointModel:
+    """Stage 2, for `minutes`. State and log go to `out / folder`.
 
-    eye:        a checkpoint (of stage 1, mostly) that sees better than `weights` and takes the place of its vision.
-    batch:      pictures a step, with about a dozen rows each. alone, extra: see `TalkBatches`.
-    vision_lr:  share of the learning rate for the vision tower. auxiliary: weight of the patches' loss.
-    decay_from: share of the time after which the learning rate falls to zero.
+    weights:        a checkpoint of stage 2 to start from, instead of what stage 1 left in `out/vision`.
+    vision_weights: a checkpoint with a better vision tower and heads than `weights` has, mostly of stage 1.
+    batch:          pictures a step, with about a dozen rows each.
+    vision_lr:      learning rate of the vision tower as a share of `lr`.
+    auxiliary:      weight of the patch heads' loss.
+    decay_from:     share of the time after which the learning rate falls to zero.
+    unpacked_every, extra_images: see `PromptBatches`.
     """
     tokenizer = build_tokenizer()
-    config = model_config(tokenizer)
-    if weights is not None:
-        talker = Talker(config)
-        state = checkpointing.load(weights)["average"]
-        if eye is not None:
-            better = vision_part(checkpointing.load(eye)["average"])
-            state |= {name.replace("model.", "model.vision_tower.", 1): value for name, value in better.items()}
-        load_weights(talker, state)
-    else:
-        vision = Vision(VISION)
-        seen = checkpointing.load_last(out / "vision" / "checkpoints")
-        if seen is not None:
-            load_weights(vision, seen["average"])
-        talker = begin_talking(vision, tokenizer, config, SceneBatches(out / "scenes", 256)(0, 0, 1))
-    optimizers = muon_and_adamw(talker, lr=lr, adamw_lr=lr / 3, weight_decay=0.1, slower=("vision_tower", vision_lr))
+    joint = starting_model(out, tokenizer, weights, vision_weights)
+    optimizers = muon_and_adamw(joint, lr=lr, adamw_lr=lr / 3, weight_decay=0.1, slower=("vision_tower", vision_lr))
     codec = MaskCodec.load(out / "codec.safetensors")
-    talker.heads.alike = alike_codes(codec)
-    batches = TalkBatches(out / "scenes", tokenizer, codec, batch, alone=alone, extra=extra)
+    joint.heads.similarity = code_similarity(codec)
+    batches = PromptBatches(out / "scenes", tokenizer, codec, batch, unpacked_every, extra_images)
     settings = TrainConfig(
-        steps=10**9,
-        minutes=minutes,
-        warmup=0.01,
-        schedule="linear",
-        decay_from=decay_from,
-        ema=0.998,
-        autocast=bfloat16_where_fast(),
-        log_every=40,
-        save_every=90,
-    )
-    train(
-        talker,
-        batches,
-        settings,
-        out / folder,
-        loss=talk_loss(tokenizer.first_loc_id, auxiliary),
-        optimizers=optimizers,
-    )
-    return talker
+        steps=10**9, minutes=minutes, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998,
+        autocast=bfloat16_where_fast(), log_every=40, save_every=90
+    )  # fmt: skip
+    loss = joint_loss(tokenizer.first_loc_id, auxiliary)
+    train(joint, batches, settings, out / folder, loss=loss, optimizers=optimizers)
+    return joint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Stage 2: train (or go on training) on all prompts.")
+    parser = argparse.ArgumentParser(description="Stage 2: train on all prompts, or resume.")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--folder", default="talk-01")
+    parser.add_argument("--folder", default="joint-01")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--eye", type=Path)
+    parser.add_argument("--vision-weights", type=Path)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vision-lr", type=float, default=0.2)
     parser.add_argument("--auxiliary", type=float, default=0.4)
     parser.add_argument("--decay-from", type=float, default=0.6)
-    parser.add_argument("--alone", type=int, default=2)
-    parser.add_argument("--extra", type=int, default=2)
+    parser.add_argument("--unpacked-every", type=int, default=2)
+    parser.add_argument("--extra-images", type=int, default=2)
     args = parser.parse_args()
-    train_talking(**vars(args))
+    train_jointly(**vars(args))
 
 
 if __name__ == "__main__":
