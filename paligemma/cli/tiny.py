@@ -12,7 +12,7 @@ from paligemma.cli.output import note
 
 
 def scenes(
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist or be empty.")],
     count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 20,
     split: Annotated[
         str,
@@ -23,20 +23,25 @@ def scenes(
     size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 384,
     seed: Seed = 0,
     task: Annotated[
-        str | None, typer.Option(help="count_color: a question about each picture, which the model has yet to learn.")
+        str | None,
+        typer.Option(
+            help="count_color: count the objects of a colour, which the model was not taught. Default: all its tasks."
+        ),
     ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions about each picture, with --task count_color.")] = 1,
+    questions: Annotated[
+        int, typer.Option(min=1, help="How many questions about each picture, with --task count_color.")
+    ] = 1,
     most: Annotated[
-        int, typer.Option(min=1, max=5, help="The most things of the colour asked about, with --task count_color.")
+        int, typer.Option(min=1, max=5, help="Largest count of the colour asked about, with --task count_color.")
     ] = 5,
     apart: Annotated[
-        bool, typer.Option("--apart", help="No thing hides a part of another one, with --task count_color.")
+        bool, typer.Option("--apart", help="No object hides a part of another, with --task count_color.")
     ] = False,
 ) -> None:
     """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
     if task not in (None, "count_color"):
         raise typer.BadParameter(
-            f"--task is {task!r}, expected count_color; or none, for everything that the model knows"
+            f"--task is {task!r}, expected count_color; leave it out for the tasks that the model knows"
         )
     if task == "count_color":
         from paligemma.tiny.color_counts import write_color_counts
@@ -54,10 +59,10 @@ def scenes(
 
 
 def train(
-    minutes: Annotated[float, typer.Option(min=0.1, help="How long to train. The same command again goes on.")] = 30,
-    out: Annotated[Path, typer.Option(help="The folder for its state, log and checkpoint.")] = Path("runs/tiny"),
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long to train. Run the command again to continue.")] = 30,
+    out: Annotated[Path, typer.Option(help="Folder for state, log and the packaged checkpoint.")] = Path("runs/tiny"),
 ) -> None:
-    """Train the embedded model from nothing, or go on where the last run stopped."""
+    """Train the embedded model from scratch, or continue where the last run stopped."""
     from paligemma.tiny.recipe.train import train as train_tiny
 
     train_tiny(minutes, out)

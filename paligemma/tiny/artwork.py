@@ -18,7 +18,10 @@ SPRITES = Path(__file__).with_name("sprites")
 
 # The body of these drawings is white or gray, so the tint replaces pale pixels instead of the dominant hue.
 PALE = {("noto", "bus"), ("twemoji", "bus"), ("noto", "cup"), ("openmoji", "cup"), ("twemoji", "cup")}
-HUES = {("twemoji", "tulip"): 350, ("twemoji", "gift"): 40}  # degrees, where the leaves or the ribbon outweigh the body
+HUES = {
+    ("twemoji", "tulip"): 350,
+    ("twemoji", "gift"): 40,
+}  # degrees, where leaves or a ribbon have more pixels than the body
 
 
 @cache
@@ -77,7 +80,7 @@ def _tinted(image: Image.Image, color: tuple[int, int, int], pale: bool, main_hu
 
 @cache
 def rim_color(style: str, label: str, tint: str | None) -> np.ndarray:
-    """Mean colour along the outline: what has to stand out from the background."""
+    """Mean colour along the outline, which has to stand out from the background."""
     pixels = np.asarray(sprite(style, label, tint)).astype(np.float32)
     return _rim(pixels)
 

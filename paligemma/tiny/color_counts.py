@@ -1,24 +1,24 @@
-"""A task that the model of this world does not know, to show how it is taught: counting by colour.
+"""Counting by colour: a task that the embedded model does not know, for examples of fine-tuning.
 
     write_color_counts(2000, "runs/color/train", split="train")
     folder/images/train_000000.png ...
     folder/rows.jsonl    {"image": "images/train_000000.png", "prefix": "answer en how many red things are there ?",
                           "suffix": "two"}
 
-The model can name the colour of a thing and count the things of a name, but was never asked to put the two together.
+The model can name the colour of an object and count the objects of a class, but it was never trained to do both in one
+question.
 
-Every thing in these scenes is of a class that is always tinted, and there are no signs: nobody can argue whether a red
-apple (whose red is its own) or a red board is meant. A thing counts if its tint is the colour asked for. First the
-answer is drawn, each as likely as the others, then a scene that has it: in the scenes of `render` nearly every answer
-would be "zero" or "one".
+All objects in these scenes are of tinted classes, and there are no signs, so it is never debatable whether a red apple
+(untinted, but red) or a red board counts. An object counts if its tint is the colour asked about. The answer is sampled
+first, uniformly, and then a scene that has it: in ordinary scenes nearly every answer would be "zero" or "one".
 
-With `questions` there are several about each picture, one after the other, each about another colour: more to learn
-from a look that is paid for once (`paligemma train --keep-together`). Of them the first is balanced and the others are
-less so: each count is drawn from what the counts before it leave of the five things, so that small ones are commoner.
-(They cannot all be balanced: three counts of 2.5 on average would be more than five things.)
+With `questions`, a picture has several questions in a row, each about another colour. The picture is encoded only once
+for all of them (`paligemma train --keep-together`). Only the first answer is uniform. Each further count is sampled
+from what the earlier ones leave of five objects, so small counts are more common. (Not all can be uniform: three counts
+with a mean of 2.5 would need more than five objects.)
 
-`most` bounds what is counted, not how much stands around it. Each thing more can be missed: these scenes are fuller
-than those that the model was trained with. With `apart` none of them hides a part of another.
+`most` limits the count, not the number of other objects: these scenes are fuller than those of training. With `apart`
+no object hides a part of another.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from PIL import Image
 from paligemma.files import new_folder_written_whole
 from paligemma.tiny.renderer import MIN_VISIBLE, render
 from paligemma.tiny.rows import NUMBERS, Row
-from paligemma.tiny.scenes import drawing
+from paligemma.tiny.scenes import with_progress
 from paligemma.tiny.world import TINTABLE, TINTS, Scene, generator, has_held_out
 
 MOST = 5  # things in a scene
@@ -42,9 +42,9 @@ QUESTION = "answer en how many {color} things are there ?"
 def color_scene(
     seed: int, split: str = "train", size: int = 256, most: int = MOST, apart: bool = False
 ) -> tuple[Scene, Row]:
-    """A scene of 1 to 5 tinted things, and a question about one colour whose answer is "zero" to "five" (or `most`).
+    """A scene of 1 to 5 tinted objects, and a question about one colour whose answer is "zero" to "five" (or `most`).
 
-    The first of `color_questions`. apart: nothing hides a part of another.
+    The first of `color_questions`. apart: no object hides a part of another.
     """
     scene, rows = color_questions(seed, split, size, 1, most, apart)
     return scene, rows[0]
@@ -53,11 +53,11 @@ def color_scene(
 def color_questions(
     seed: int, split: str = "train", size: int = 256, questions: int = 1, most: int = MOST, apart: bool = False
 ) -> tuple[Scene, list[Row]]:
-    """A scene of 1 to 5 tinted things, and questions about as many colours, answers "zero" to "five" (or `most`).
+    """A scene of 1 to 5 tinted objects, and questions about as many colours, answers "zero" to "five" (or `most`).
 
-    apart: nothing hides a part of another. Of the split "heldout", every scene has a pair that training never shows; of
-    the others, none has. ValueError for fewer questions than one, or so many that no colour is left for things that
-    nobody asks about, and for a `most` that is not 1 to 5.
+    apart: no object hides a part of another. Every scene of the split "heldout" has something that is held out of
+    training, scenes of other splits have nothing held out. Raises ValueError for fewer than one question, for so many
+    that no colour is left for other objects, and for a `most` that is not 1 to 5.
     """
     if not 1 <= questions < len(TINTS):
         raise ValueError(f"questions must be 1 to {len(TINTS) - 1}, got {questions}")
@@ -103,11 +103,10 @@ def write_color_counts(
     *,
     progress: bool = True,
 ) -> Path:
-    """The pictures and questions of the seeds from `seed` on, `count` pictures with so many questions each. Returns the
-    folder, which is whole or isn't there.
+    """Write `count` pictures, from `seed` on, with so many questions each. Returns the folder, written whole.
 
-    Raises FileExistsError if the folder is there already and not empty, and ValueError for a count below 1 and for
-    questions that `color_questions` refuses.
+    Raises FileExistsError if the folder exists and is not empty, and ValueError for a count below 1 and whatever
+    `color_questions` refuses.
     """
     folder = Path(folder)
     if count < 1:
@@ -115,7 +114,7 @@ def write_color_counts(
     seeds = range(seed, seed + count)
     with new_folder_written_whole(folder) as beside, open(beside / "rows.jsonl", "w", encoding="utf-8") as lines:
         (beside / "images").mkdir()
-        for number in drawing(seeds, progress):
+        for number in with_progress(seeds, progress):
             scene, rows = color_questions(number, split, size, questions, most, apart)
             name = f"images/{split}_{number:06d}.png"
             Image.fromarray(scene.image).save(beside / name)

@@ -1,4 +1,4 @@
-"""The small world, measured: its rows as examples, how each task is measured, and what is hoped for.
+"""Evaluation on the small world: its rows as examples, the metrics of each task, and target values.
 
 report = evaluate(pg, tiny_examples(1000), METRICS, targets=targets("test"), out_folder="runs/tiny-test")
 """
@@ -14,7 +14,7 @@ from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import NUMBERS, PLURALS, TASKS, Row, asker, rows
 from paligemma.tiny.world import LABELS, Scene, SceneObject
 
-FIRST_SEED = 10_000_000  # of the scenes to be measured on; training and development take theirs from 0 on
+FIRST_SEED = 10_000_000  # of the scenes for evaluation; training and development use those from 0 on
 ROWS_PER_SCENE = 11.5  # on average over the split "test"; for progress bars
 
 
@@ -27,11 +27,14 @@ def tiny_examples(
     tasks: Sequence[str] = TASKS,
     style: str | None = None,
 ) -> Iterator[Example]:
-    """The rows of `count` scenes, drawn as they are asked for: of every task one where a scene allows it.
+    """The rows of `count` scenes, rendered on demand: one of every task that a scene allows, in canonical wording.
 
-    split: as for `world.render`: "test" is what training shows, "heldout" has withheld pairs and tints in every scene,
-    "twemoji" another artist's drawings. size: side of the pictures in pixels. style: other artwork than the split's.
-    Questions are in their canonical wording. ValueError for a count below 1 or an unknown task or split.
+    split:  "test" has the distribution of training; "heldout" has held-out pairs or tints in every scene; "twemoji" has
+            another artist's drawings.
+    size:   side of the pictures in pixels.
+    style:  other artwork than the split's.
+
+    Raises ValueError for a count below 1 and for an unknown task or split.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -42,7 +45,7 @@ def tiny_examples(
 
 
 def no_codes(masks: Sequence[object]) -> list[list[int]]:
-    """Masks are compared with masks: nobody looks at the codes of the right answer."""
+    """Placeholder codes: predicted masks are compared with true masks, never with the codes of the right answer."""
     return [[0] * 16 for _ in masks]
 
 
@@ -71,7 +74,7 @@ _COUNTS = {"a": 1, "an": 1, **{word: number for number, word in enumerate(NUMBER
 
 def caption_objects(text: str) -> Counter[str]:
     """The objects that a caption names, with their tints: "a red car and two dogs on a blue background" ->
-    {"red car": 1, "dog": 2}. Reads any text: a phrase that is no object of this world is an object that isn't there."""
+    {"red car": 1, "dog": 2}. Any text can be read: a phrase that names nothing in this world is a wrong object."""
     body = re.sub(r"\s+on an? \w+ background\s*$", "", text.strip())
     objects: Counter[str] = Counter()
     for phrase in re.split(r"\s*,\s*|\s+and\s+", body):
@@ -139,9 +142,9 @@ _TARGETS = {
 
 
 def targets(split: str = "test") -> dict[tuple[str, str], float]:
-    """(task, figure) -> the least that the shipped model should reach (the most, for the error rate).
+    """(task, figure) -> the lower bound that the shipped model should reach (for the error rate: the upper bound).
 
-    Withheld pairs and tints: within 5 points of what training shows. Another artist's drawings: captions alone.
+    Held-out pairs and tints: within 5 points of the split "test". Another artist's drawings: only captions.
     """
     if split == "heldout":
         return {key: value + 0.05 * (1 if "error" in key[1] else -1) for key, value in _TARGETS.items()}

@@ -1,11 +1,11 @@
-"""Cuts the pictograms of the small world out of three emoji collections, once; the result is kept in `sprites/`.
+"""Cuts the pictograms of the small world out of emoji collections, once; the result is committed in `sprites/`.
 
     python -m paligemma.tiny.extract_sprites --noto NotoColorEmoji.ttf --openmoji <svg folder> --twemoji <svg folder>
 
 Where the three come from, in which version and under which licence: `ARTWORK.md`. The drawings in SVG need
 `rsvg-convert` (Debian: librsvg2-bin) here, but not at run time. Every sprite is cropped to its opaque pixels, its
-longest side 96 pixels, and all sprites of a style lie in one atlas, `sprites/<style>/atlas.png`, that `index.json`
-beside it maps.
+longest side 96 pixels. All sprites of a style lie in one atlas, `sprites/<style>/atlas.png`; `index.json` beside it
+says where.
 """
 
 import argparse
@@ -21,7 +21,7 @@ SIDE = 96  # longest side of a sprite
 COLUMNS = 9
 FOLDER = Path(__file__).with_name("sprites")
 
-# Faces for the pets and farm animals whose bodies look alike when they are 20 pixels tall.
+# Faces for the pets and farm animals, because their bodies look the same at a height of 20 pixels.
 CODEPOINTS = {
     "dog": "1F436", "cat": "1F431", "horse": "1F40E", "cow": "1F42E", "pig": "1F437", "sheep": "1F411",
     "elephant": "1F418", "rabbit": "1F430", "bird": "1F426", "duck": "1F986", "owl": "1F989", "penguin": "1F427",
@@ -38,9 +38,9 @@ CODEPOINTS = {
     "snowman": "26C4",
 }  # fmt: skip
 
-# Cut off before cropping, as a share of the height: the steam of a cup that would be taken for a part of it.
+# Cut off before cropping, as a share of the height: the steam of a cup, which would count as a part of it.
 CUT_TOP = {("openmoji", "cup"): 0.45}
-TALLER = {("openmoji", "cup"): 1.4}  # or it could be a boat
+TALLER = {("openmoji", "cup"): 1.4}  # otherwise it looks like a boat
 
 SOURCES = {
     "noto": ("Noto Color Emoji 2.042 (Debian fonts-noto-color-emoji 2.042-0+deb12u1)", "OFL-1.1"),
@@ -62,7 +62,7 @@ def read_font(font_file: Path) -> Callable[[str], Image.Image]:
 
 
 def read_svg(folder: Path, upper: bool) -> Callable[[str], Image.Image]:
-    """A reader of drawings, four times as large as they will be kept, so that shrinking smooths them."""
+    """A reader of drawings. They are rendered five times as large as the sprite, so that shrinking smooths them."""
 
     def read(codepoint: str) -> Image.Image:
         file = folder / f"{codepoint if upper else codepoint.lower()}.svg"
@@ -73,7 +73,7 @@ def read_svg(folder: Path, upper: bool) -> Callable[[str], Image.Image]:
 
 
 def tight(image: Image.Image) -> Image.Image:
-    """Cropped to the pixels that are at least half opaque, longest side `SIDE`: what the eye takes for the object."""
+    """Cropped to the pixels that are at least half opaque, and scaled to a longest side of `SIDE`."""
     half = image.getchannel("A").point(lambda a: 255 if a >= 128 else 0)
     image = image.crop(half.getbbox())
     scale = SIDE / max(image.size)

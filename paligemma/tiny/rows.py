@@ -1,15 +1,15 @@
-"""A scene -> prompts and right answers, in the syntax of the official checkpoints.
+"""Turns a scene into prompts and right answers, in the syntax of the official checkpoints.
 
     rows(scene, rng)                     # one row of every task that the scene allows
     sample_row(scene, "count", rng)      # one row of this task, or None
 
-`rng` decides what is asked about (which class, in which order); with `canonical=True` the wording does not vary: that
-form is for measuring. Nothing is asked that could be disputed: left or right only with a clear gap, the largest only
-with a clear margin. Answers are balanced where a guess would pay: yes and no, left and right, the counts.
+`rng` decides what is asked about (which class, in which order). With `canonical=True` the wording does not vary; this
+form is for evaluation. No question has a debatable answer: left or right needs a clear gap, the largest a clear margin.
+Answers are balanced where guessing would otherwise pay: yes and no, left and right, the counts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ T = TypeVar("T")
 EncodeMask = Callable[[Sequence[tuple[np.ndarray, Box]]], Sequence[Sequence[int]]]
 # [(mask bool [H, W], its box)] -> 16 codes for each
 
-# The first wording is the canonical one, the others are for training. {a}: "a dog", {many}: "dogs", {one}: "dog".
+# The first wording is the canonical one, the others are only for training. {a}: "a dog", {many}: "dogs", {one}: "dog".
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "what": (
         "what is this ?",
@@ -120,7 +120,7 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """Objects from left to right by their left edge; equal ones (label and tint) where the first of them is."""
+    """Objects from left to right by their left edge. Equal ones (label and tint) are counted at the first of them."""
     groups: dict[tuple[str | None, str], int] = {}
     for thing in scene.objects:
         groups[thing.tint, thing.label] = groups.get((thing.tint, thing.label), 0) + 1
@@ -135,12 +135,12 @@ def caption(scene: Scene) -> str:
 
 
 def location(coordinate: float, size: int, bin_step: int = 8) -> int:
-    """The <loc> bin of a coordinate in pixels, in multiples of `bin_step`.
+    """The <loc> bin of a coordinate in pixels, a multiple of `bin_step`.
 
-    Readers place bin b at b / 1024 of the side (the default of `parse`), so the bin is round(1024 x coordinate / size),
-    not 1023 x: decoding then returns the coordinate without a shift. bin_step=8 leaves 128 bins, one per pixel of a
-    picture of 128 pixels: no precision that a model of that size could use is lost, and there is an eighth of the words
-    to learn. bin_step=1 uses all 1,024. The last bin is 1024 - bin_step: the far side itself, bin 1024, has no token.
+    `parse` decodes bin b as b / 1024 of the side, so the bin is round(1024 x coordinate / size), not 1023 x: otherwise
+    decoded coordinates would be shifted. bin_step=8 leaves 128 bins, one for each pixel of a picture of 128 pixels, so
+    a model of that size loses no precision and has an eighth of the tokens to learn. bin_step=1 uses all 1,024. The
+    last bin is 1024 - bin_step, because the far side itself, bin 1024, has no token.
     """
     return min(max(round(coordinate / size * 1024 / bin_step), 0) * bin_step, 1024 - bin_step)
 
@@ -170,7 +170,7 @@ def _absent(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _sometimes_absent(asked: list[str], scene: Scene, rng: np.random.Generator) -> list[str]:
-    """A fifth of the time (and up to five classes) one more, which is not in the scene."""
+    """In one case of five, add a class that is not in the scene; never more than five classes."""
     if len(asked) < 5 and rng.random() < 0.2:
         place = int(rng.integers(len(asked) + 1))
         return [*asked[:place], _absent(scene, rng), *asked[place:]]
@@ -198,9 +198,9 @@ def left_right_pairs(scene: Scene) -> list[tuple[SceneObject, SceneObject]]:
 
 
 def left_neighbor(scene: Scene, thing: SceneObject) -> SceneObject | None:
-    """The nearest object to the left of this one; None if there is none or one could argue.
+    """The nearest object to the left of this one; None if there is none or the answer would be debatable.
 
-    One cannot argue if no object is only just left or right of it, and the nearest is so by column and by distance.
+    It is clear if no object is only just left or right of this one, and the same one is nearest in x and in distance.
     """
     gap = CLEAR_GAP * scene.size
     left = []
@@ -222,10 +222,6 @@ def left_neighbor(scene: Scene, thing: SceneObject) -> SceneObject | None:
     return near[2]
 
 
-def _detections(things: Sequence[SceneObject], size: int, bin_step: int) -> str:
-    return " ; ".join(f"{location_tokens(thing.box, size, bin_step)} {thing.label}" for thing in things)
-
-
 def sample_row(
     scene: Scene,
     task: str,
@@ -239,125 +235,170 @@ def sample_row(
 
     canonical:   the first wording of QUESTIONS, with the space before "?"; otherwise any wording, half without.
     bin_step:    see `location`.
-    encode_mask: needed by the task "segment" alone; gets [(mask, box)] in pixels of the scene, gives 16 codes for each.
+    encode_mask: needed only by the task "segment"; [(mask, box)] in pixels of the scene -> 16 codes for each.
 
     Raises ValueError for an unknown task, and for "segment" without `encode_mask`.
     """
-    groups = _by_label(scene)
-
-    def pick(pool: Sequence[T]) -> T:
-        return pool[int(rng.integers(len(pool)))]
-
-    def ask(answer: str, asked: Sequence[str] = (), expected: Sequence[SceneObject] = (), **words: str) -> Row:
-        question = QUESTIONS[task][0] if canonical else pick(QUESTIONS[task])
-        if not canonical and rng.random() < 0.5:
-            question = question.replace(" ?", "?")
-        return Row(task, "answer en " + question.format(**words), answer, tuple(asked), tuple(expected))
-
     if task == "caption":
         return Row(task, "caption en", caption(scene), (), scene.objects)
-
-    if task == "what":
-        return ask(scene.objects[0].label, (), scene.objects) if len(scene.objects) == 1 else None
-
-    if task == "largest":
-        largest = largest_object(scene)
-        if largest and largest.label == "sign" and rng.random() < 0.7:  # or else "sign" would be a good guess
+    if task == "ocr":
+        sign = scene.sign
+        return Row(task, "ocr", sign.text, (), (sign,)) if sign else None
+    if task in QUESTIONS:
+        content = _question(scene, task, rng)
+        if content is None:
             return None
-        return ask(largest.label, (), [largest]) if largest else None
-
-    if task == "color":
-        tinted = [group[0] for label, group in groups.items() if label in TINTABLE and len(group) == 1]
-        if not tinted:
-            return None
-        thing = pick(tinted)
-        return ask(str(thing.tint), [thing.label], [thing], one=thing.label)
-
-    if task == "background":
-        return ask(scene.background)
-
-    if task == "exists":
-        there = bool(rng.random() < 0.5)
-        label = pick(tuple(groups)) if there else _absent(scene, rng)
-        return ask("yes" if there else "no", [label], groups.get(label, ()), a=article(label))
-
-    if task == "count":
-        # First how many, then of what, the rare counts first: "one" would be the answer nearly always.
-        counts = sorted({0} | {len(group) for group in groups.values()})
-        bounds = np.cumsum([(1.0, 1.5)[count] if count < 2 else 4.0 for count in counts])
-        count = counts[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
-        if count:
-            label = pick([label for label, group in groups.items() if len(group) == count])
-        else:
-            label = _absent(scene, rng)
-        return ask(NUMBERS[count], [label], groups.get(label, ()), many=plural(label))
-
-    if task == "count_all":
-        return ask(NUMBERS[len(scene.objects)], (), scene.objects)
-
-    if task == "left_right":
-        pairs = left_right_pairs(scene)
-        if not pairs:
-            return None
-        left, right = pick(pairs)
-        if rng.random() < 0.5:
-            return ask("left", [left.label, right.label], [left, right], one=left.label, two=right.label)
-        return ask("right", [right.label, left.label], [right, left], one=right.label, two=left.label)
-
-    if task == "left_of":
-        single = [group[0] for group in groups.values() if len(group) == 1]
-        neighbors = [(near, thing) for thing in single if (near := left_neighbor(scene, thing)) is not None]
-        if not neighbors:
-            return None
-        near, thing = pick(neighbors)
-        return ask(near.label, [thing.label], [near], one=thing.label)
-
+        wording = QUESTIONS[task][0] if canonical else _pick(rng, QUESTIONS[task])
+        if not canonical and rng.random() < 0.5:
+            wording = wording.replace(" ?", "?")
+        prefix = "answer en " + wording.format(**content.words)
+        return Row(task, prefix, content.answer, tuple(content.asked), tuple(content.expected))
     if task in ("detect_one", "detect_all", "detect_absent"):
-        if task == "detect_one":
-            asked = [pick(tuple(groups))]
-        elif task == "detect_absent":
-            asked = [_absent(scene, rng)]
-        else:
-            asked = [tuple(groups)[i] for i in rng.permutation(len(groups))][:5]
-            if not canonical:  # in training now and then some of them only, or one that is not there among them
-                if rng.random() < 0.3:
-                    asked = asked[: int(rng.integers(1, len(asked) + 1))]
-                asked = _sometimes_absent(asked, scene, rng)
-        things = [thing for label in asked for thing in groups.get(label, ())]
-        suffix = _detections(things, scene.size, bin_step)
-        return Row(task, "detect " + " ; ".join(asked), suffix, tuple(asked), tuple(things))
-
+        return _detect_row(scene, task, rng, canonical, bin_step)
     if task == "segment":
         if encode_mask is None:
             raise ValueError(
                 "the answer to a segment prompt needs the mask codec: pass encode_mask, [(mask, box)] -> 16 codes each"
             )
-        asked = [pick(tuple(groups))]
-        if not canonical:  # in training now and then several, or one that is not there
-            if rng.random() < 0.25:
-                asked = [tuple(groups)[i] for i in rng.permutation(len(groups))][:3]
-            asked = _sometimes_absent(asked, scene, rng)
-            if rng.random() < 0.03:
-                asked = [_absent(scene, rng)]
-        things = [thing for label in asked for thing in groups.get(label, ())]
-        codes = encode_mask([(thing.mask, thing.box) for thing in things]) if things else []
-        parts = [
-            location_tokens(thing.box, scene.size, bin_step)
-            + "".join(f"<seg{int(code):03d}>" for code in row)
-            + f" {thing.label}"
-            for thing, row in zip(things, codes)
-        ]
-        return Row(task, "segment " + " ; ".join(asked), " ; ".join(parts), tuple(asked), tuple(things))
-
-    if task == "ocr":
-        sign = scene.sign
-        return Row(task, "ocr", sign.text, (), (sign,)) if sign else None
-
+        return _segment_row(scene, rng, canonical, bin_step, encode_mask)
     raise ValueError(f"unknown task {task!r}; there is: {', '.join(TASKS)}")
 
 
+def _pick(rng: np.random.Generator, pool: Sequence[T]) -> T:
+    return pool[int(rng.integers(len(pool)))]
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a question is about, before it is put into words."""
+
+    answer: str
+    asked: Sequence[str] = ()  # labels
+    expected: Sequence[SceneObject] = ()
+    words: dict[str, str] = field(default_factory=dict)  # for the wordings of QUESTIONS
+
+
+def _question(scene: Scene, task: str, rng: np.random.Generator) -> _Content | None:
+    """A question of one of the tasks of QUESTIONS about this scene; None if it allows none."""
+    if task == "what":
+        return _Content(scene.objects[0].label, (), scene.objects) if len(scene.objects) == 1 else None
+    if task == "largest":
+        largest = largest_object(scene)
+        if largest and largest.label == "sign" and rng.random() < 0.7:  # otherwise "sign" would be a good guess
+            return None
+        return _Content(largest.label, (), [largest]) if largest else None
+    if task == "color":
+        return _question_color(scene, rng)
+    if task == "background":
+        return _Content(scene.background)
+    if task == "exists":
+        return _question_exists(scene, rng)
+    if task == "count":
+        return _question_count(scene, rng)
+    if task == "count_all":
+        return _Content(NUMBERS[len(scene.objects)], (), scene.objects)
+    if task == "left_right":
+        return _question_left_right(scene, rng)
+    return _question_left_of(scene, rng)
+
+
+def _question_color(scene: Scene, rng: np.random.Generator) -> _Content | None:
+    tinted = [group[0] for label, group in _by_label(scene).items() if label in TINTABLE and len(group) == 1]
+    if not tinted:
+        return None
+    thing = _pick(rng, tinted)
+    return _Content(str(thing.tint), [thing.label], [thing], {"one": thing.label})
+
+
+def _question_exists(scene: Scene, rng: np.random.Generator) -> _Content:
+    groups = _by_label(scene)
+    there = bool(rng.random() < 0.5)
+    label = _pick(rng, tuple(groups)) if there else _absent(scene, rng)
+    return _Content("yes" if there else "no", [label], groups.get(label, ()), {"a": article(label)})
+
+
+def _question_count(scene: Scene, rng: np.random.Generator) -> _Content:
+    """First the count is sampled, then the class, so that rare counts are common: nearly all would be "one"."""
+    groups = _by_label(scene)
+    counts = sorted({0} | {len(group) for group in groups.values()})
+    bounds = np.cumsum([(1.0, 1.5)[count] if count < 2 else 4.0 for count in counts])
+    count = counts[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
+    if count:
+        label = _pick(rng, [label for label, group in groups.items() if len(group) == count])
+    else:
+        label = _absent(scene, rng)
+    return _Content(NUMBERS[count], [label], groups.get(label, ()), {"many": plural(label)})
+
+
+def _question_left_right(scene: Scene, rng: np.random.Generator) -> _Content | None:
+    pairs = left_right_pairs(scene)
+    if not pairs:
+        return None
+    left, right = _pick(rng, pairs)
+    if rng.random() < 0.5:
+        return _Content("left", [left.label, right.label], [left, right], {"one": left.label, "two": right.label})
+    return _Content("right", [right.label, left.label], [right, left], {"one": right.label, "two": left.label})
+
+
+def _question_left_of(scene: Scene, rng: np.random.Generator) -> _Content | None:
+    single = [group[0] for group in _by_label(scene).values() if len(group) == 1]
+    neighbors = [(near, thing) for thing in single if (near := left_neighbor(scene, thing)) is not None]
+    if not neighbors:
+        return None
+    near, thing = _pick(rng, neighbors)
+    return _Content(near.label, [thing.label], [near], {"one": thing.label})
+
+
+# --- boxes and masks ------------------------------------------------------------------------------
+
+
+def _detect_row(scene: Scene, task: str, rng: np.random.Generator, canonical: bool, bin_step: int) -> Row:
+    groups = _by_label(scene)
+    if task == "detect_one":
+        asked = [_pick(rng, tuple(groups))]
+    elif task == "detect_absent":
+        asked = [_absent(scene, rng)]
+    else:
+        asked = [tuple(groups)[i] for i in rng.permutation(len(groups))][:5]
+        if not canonical:  # in training sometimes only some of them, or one more that is absent
+            if rng.random() < 0.3:
+                asked = asked[: int(rng.integers(1, len(asked) + 1))]
+            asked = _sometimes_absent(asked, scene, rng)
+    things = [thing for label in asked for thing in groups.get(label, ())]
+    parts = [f"{location_tokens(thing.box, scene.size, bin_step)} {thing.label}" for thing in things]
+    return Row(task, "detect " + " ; ".join(asked), " ; ".join(parts), tuple(asked), tuple(things))
+
+
+def _segment_row(
+    scene: Scene, rng: np.random.Generator, canonical: bool, bin_step: int, encode_mask: EncodeMask
+) -> Row:
+    groups = _by_label(scene)
+    asked = [_pick(rng, tuple(groups))]
+    if not canonical:  # in training sometimes several, or one that is absent
+        if rng.random() < 0.25:
+            asked = [tuple(groups)[i] for i in rng.permutation(len(groups))][:3]
+        asked = _sometimes_absent(asked, scene, rng)
+        if rng.random() < 0.03:
+            asked = [_absent(scene, rng)]
+    things = [thing for label in asked for thing in groups.get(label, ())]
+    codes = encode_mask([(thing.mask, thing.box) for thing in things]) if things else []
+    parts = [
+        location_tokens(thing.box, scene.size, bin_step)
+        + "".join(f"<seg{int(code):03d}>" for code in row)
+        + f" {thing.label}"
+        for thing, row in zip(things, codes)
+    ]
+    return Row("segment", "segment " + " ; ".join(asked), " ; ".join(parts), tuple(asked), tuple(things))
+
+
+# --- all rows of a scene --------------------------------------------------------------------------
+
+
 def asker(scene: Scene) -> np.random.Generator:
-    """Decides what is asked about a scene, by its seed and not by how it was drawn."""
+    """The random numbers that decide what is asked about a scene. They depend only on its seed and split."""
     return generator(scene.seed, scene.split).spawn(1)[0]
 
 

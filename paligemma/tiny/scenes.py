@@ -65,15 +65,15 @@ def write_scenes(
     progress: bool = True,
     **difficulty: Any,
 ) -> Path:
-    """The `count` scenes from `seed` on, each with one row of every task that it allows. Returns the folder.
+    """The `count` scenes from `seed` on, each with one row for every task that it allows. Returns the folder.
 
-    Everything is written into a folder beside it first, which is then renamed: `folder` is whole or isn't there.
+    Everything is written into a temporary folder that is renamed at the end, so `folder` is complete or does not exist.
 
     style, difficulty:    as for `render`. style="noto" gives pictures without share-alike.
     tasks, canonical, encode_mask: as for `rows`. Segment prompts are left out without `encode_mask`.
     progress:             a progress bar on stderr.
 
-    Raises FileExistsError if the folder is there already and not empty, and ValueError for a count below 1.
+    Raises FileExistsError if the folder exists and is not empty, and ValueError for a count below 1.
     """
     folder = Path(folder)
     if count < 1:
@@ -85,8 +85,8 @@ def write_scenes(
     return folder
 
 
-def drawing(seeds: Sequence[int], progress: bool) -> Iterable[int]:
-    """The seeds one by one, with a bar on a terminal; in a log it would leave an empty line."""
+def with_progress(seeds: Sequence[int], progress: bool) -> Iterable[int]:
+    """The seeds one by one, with a progress bar on a terminal. (In a log file the bar would leave an empty line.)"""
     console = Console(stderr=True)
     show = progress and console.is_terminal
     return track(seeds, "drawing scenes", console=console, disable=not show, transient=True)
@@ -108,7 +108,7 @@ def _write(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as lines:
-        for seed in drawing(seeds, progress):
+        for seed in with_progress(seeds, progress):
             scene = render(seed, split, size, style, **difficulty)
             name = f"images/{split}_{seed:06d}.png"
             Image.fromarray(scene.image).save(folder / name)

@@ -29,7 +29,7 @@ CLASSES = (
 )  # fmt: skip
 LABELS = (*CLASSES, "sign")  # everything an object can be called
 
-# Base colours of the seven tints, by which an object is called "a red car".
+# The seven tints that make a car "a red car".
 TINTS = {
     "red": (222, 32, 38),
     "orange": (250, 136, 12),
@@ -39,14 +39,14 @@ TINTS = {
     "purple": (132, 52, 186),
     "pink": (252, 128, 192),
 }
-# Classes with one dominant hue in every style. They are always tinted, so that their colour always has a name.
+# Classes with one dominant hue in every style. They always have a tint, so that their colour always has a name.
 TINTABLE = (
     "bird", "fish", "butterfly", "car", "bus", "tulip", "star", "heart", "balloon", "gift", "umbrella", "shirt", "book",
     "key", "guitar", "bell", "cup", "chair",
 )  # fmt: skip
 
-# Backgrounds: the middle of a colour, and how far its shades may go from there. No orange: next to brown, yellow and
-# red it could not be named with certainty.
+# Backgrounds: the middle of a colour, and how far its shades may differ from it. No orange: some of its shades could
+# also be called brown, yellow or red.
 BACKGROUNDS = {
     "white": ((244, 244, 242), (10, 10, 10)),
     "gray": ((146, 146, 148), (24, 24, 24)),
@@ -75,7 +75,7 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object as far as it can be seen."""
+    """One object and what is visible of it."""
 
     label: str  # one of LABELS
     tint: str | None  # one of TINTS for the classes of TINTABLE, else None
@@ -123,13 +123,13 @@ class Scene:
 
 
 def _bucket(*names: str) -> int:
-    """A number that depends on the names alone, on every machine, forever."""
+    """A number that depends only on the names, so it is the same on every machine and never changes."""
     return int.from_bytes(hashlib.sha256("|".join(names).encode()).digest()[:8], "big")
 
 
 @cache
 def is_held_out_pair(a: str, b: str) -> bool:
-    """Whether the two classes never meet in training (1 pair of 16). A class may meet itself, and a sign anyone."""
+    """Whether the two classes never appear together in training: 1 pair of 16, never with a sign."""
     return a != b and "sign" not in (a, b) and _bucket("pair", *sorted((a, b))) % 16 == 1
 
 
@@ -159,7 +159,7 @@ def has_held_out(things: Sequence[tuple[str, str | None]]) -> bool:
 
 
 def generator(seed: int, split: str) -> np.random.Generator:
-    """The stream of a scene. The split's name is part of the seed, so splits never share a scene."""
+    """The random numbers of a scene. The split's name is part of the seed, so splits never share a scene."""
     if split not in STYLES:
         raise ValueError(f"unknown split {split!r}; there is: {', '.join(STYLES)}")
     if seed < 0:
@@ -168,7 +168,7 @@ def generator(seed: int, split: str) -> np.random.Generator:
 
 
 def sample_things(rng: np.random.Generator, count: int, split: str) -> list[tuple[str, str | None]]:
-    """(label, tint) of `count` pictograms, some of them twice or more, within what the split may show."""
+    """(label, tint) of `count` pictograms, some of them repeated, within what the split may show."""
     colors = tuple(TINTS)
 
     def tint_of(label: str) -> str | None:
@@ -182,13 +182,13 @@ def sample_things(rng: np.random.Generator, count: int, split: str) -> list[tupl
                 things.append((label, tint_of(label)))
         else:
             things.append(tints[rng.integers(len(tints))])
-    repeating = rng.random() < 0.45  # a scene with repeated classes; they make counting worth asking
+    repeating = rng.random() < 0.45  # only scenes with repeated classes make counting worth asking
     while len(things) < count:
         if things and repeating and rng.random() < 0.6:
             label, tint = things[rng.integers(len(things))]
             thing = (label, tint if rng.random() < 0.6 else tint_of(label))
         else:
-            # Half of the draws go to the tintable quarter of the classes: colours are learned on them alone.
+            # Half of the samples are from the tintable quarter of the classes: colours are learned only from them.
             pool = TINTABLE if rng.random() < 0.3 else CLASSES
             label = pool[rng.integers(len(pool))]
             thing = (label, tint_of(label))

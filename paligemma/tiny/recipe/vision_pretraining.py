@@ -118,10 +118,10 @@ class PatchHeads(nn.Module):
 def stored_targets(
     shard: Shard, rows: np.ndarray, mirrored: np.ndarray, codes: np.ndarray | None = None
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Pictures uint8 [n, S, S, 3] and their patches' targets [n, G * G, ...], mirrored where `mirrored` (bool [n]) is True.
+    """Pictures uint8 [n, S, S, 3], mirrored where `mirrored` [n] is True, and their patches' targets [n, G * G, ...].
 
-    codes: mask codes of all objects of the shard [objects, 16]. Mirrored outlines have other codes, so mirrored pictures
-    get none.
+    codes: mask codes of all objects of the shard [objects, 16]. Mirrored outlines have other codes, so mirrored
+    pictures get none.
     """
     a = shard.arrays
     image = a["image"][rows]
