@@ -328,3 +328,9 @@ assert state() == before, (before, state())
         places[name] = str(home / name)
     assert run(code, json.dumps(module_names()), **places) == ""
     assert files(tmp_path, ROOT) == before
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports test files by their bare name, and would refuse the second one."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))
