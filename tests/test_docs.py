@@ -12,7 +12,9 @@ from typer.main import get_command
 from paligemma.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAP = ROOT / "paligemma" / "README.md"
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), MAP]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -44,14 +46,20 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_map_names_every_file_once():
+    named = re.findall(r"\]\(([^)#]+\.(?:py|cpp|h))\)", MAP.read_text(encoding="utf-8"))
+    present = [path for path in MAP.parent.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    assert sorted(named) == sorted(path.relative_to(MAP.parent).as_posix() for path in present)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_local_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_command_and_option_exists(page):
     top = get_command(cli.app)
     for words in commands(page):
@@ -64,7 +72,7 @@ def test_every_command_and_option_exists(page):
         assert used <= options, f"{page.name}: {used - options} in paligemma {' '.join(words)}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_script_and_module_is_there_and_has_the_options_it_is_given(page):
     called = re.findall(
         r"\b(?:python|torchrun)3?\b([^`\n#]*?)(-m paligemma\.[.\w]+|\w+/\w+\.py)([^`\n#]*)", page.read_text("utf-8")
@@ -77,7 +85,9 @@ def test_every_script_and_module_is_there_and_has_the_options_it_is_given(page):
             assert f'"--{option}"' in source, f"{page.name}: {name} has no --{option}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
 def test_every_snippet_of_python_runs(page):
     for snippet in blocks(page, "python"):
         result = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True)
