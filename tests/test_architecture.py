@@ -7,6 +7,7 @@ exist for the type checker alone and do not count.
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -156,6 +157,13 @@ def test_circles_are_found():
 def test_every_module_and_room_has_its_place():
     rooms = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in sources()} - {"__init__"}
     assert rooms <= set(LEVEL), "give it a place in LAYERS"
+
+
+def test_the_map_names_every_file_once():
+    """`paligemma/README.md` is what a listing of the folder shows: a new file needs a line there."""
+    named = re.findall(r"\]\(([^)#]+\.(?:py|cpp|h))\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    present = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    assert sorted(named) == sorted(present)
 
 
 def test_imports_point_one_way():
