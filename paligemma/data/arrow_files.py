@@ -1,10 +1,17 @@
-"""Parquet and Arrow files, read one row at a time."""
+"""Parquet and Arrow files, read one row at a time.
+
+An Arrow file is memory-mapped, and its values are found by offsets that stand in it: a broken or hostile file would
+lead a reader out of its memory. So every batch is validated in full before a value is read. Text that is not UTF-8 is
+left to the row that it stands in.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +54,39 @@ class ArrowFiles:
         file, k = self.groups[group]
         batch = self.files[file][k] if isinstance(self.files[file], list) else self._unpacked(file, k)
         row = i - self.firsts[group]
-        try:
-            return {name: batch.column(j)[row].as_py() for j, name in enumerate(batch.schema.names)}
-        except UnicodeDecodeError as error:
-            raise RowError(self.where(i), "not UTF-8", f"a text that is not UTF-8: {error}") from None
+        record = {}
+        for j, name in enumerate(batch.schema.names):
+            try:
+                record[name] = batch.column(j)[row].as_py()
+            except UnicodeDecodeError as error:
+                raise RowError(self.where(i), "not UTF-8", f"a text that is not UTF-8: {error}") from None
+            except (ValueError, OverflowError):
+                pass  # a value that Python has no place for, such as a date in the year 300,000: the column is missing
+        return record
 
     def _unpacked(self, file: int, k: int) -> Any:
         if (file, k) not in self.kept:
             while len(self.kept) > 1:
                 del self.kept[next(iter(self.kept))]
-            self.kept[file, k] = self.files[file].read_row_group(k)
+            with _refusing(self.paths[file]):
+                group = self.files[file].read_row_group(k)
+                _validate(group)
+            self.kept[file, k] = group
         return self.kept[file, k]
+
+    @property
+    def class_names(self) -> dict[str, list[str]]:
+        """For columns that hold numbers of classes, the names by number, where Hugging Face `datasets` noted them."""
+        if not self.files:
+            return {}
+        first = self.files[0]
+        schemas = [first[0].schema] if isinstance(first, list) and first else []
+        schemas += [] if isinstance(first, list) else [first.schema_arrow]
+        try:
+            features = json.loads(schemas[0].metadata[b"huggingface"])["info"]["features"]
+            return {column: names for column, feature in features.items() if (names := _names_in(feature))}
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            return {}
 
     def where(self, i: int) -> str:
         file = bisect_right(self.files_first, i) - 1
@@ -70,6 +99,18 @@ class ArrowFiles:
         self.__init__(state["paths"])  # type: ignore[misc]
 
 
+def _names_in(feature: Any) -> list[str] | None:
+    """The names of the first ClassLabel in the description of a column."""
+    if isinstance(feature, list):
+        feature = dict(enumerate(feature))
+    if not isinstance(feature, dict):
+        return None
+    if feature.get("_type") == "ClassLabel":
+        names = feature.get("names")
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+    return next((names for inner in feature.values() if (names := _names_in(inner))), None)
+
+
 def _open_table(path: Path) -> tuple[Any, list[int]]:
     """What gives the groups of a file (a list of record batches, or a ParquetFile), and their lengths."""
     try:
@@ -77,9 +118,11 @@ def _open_table(path: Path) -> tuple[Any, list[int]]:
         import pyarrow.ipc
         import pyarrow.parquet
     except ImportError:
-        raise ImportError(f"reading {path} needs the package pyarrow: pip install pyarrow") from None
+        raise ImportError(
+            f"reading {path} needs the package pyarrow: pip install pyarrow, or pip install 'paligemma[parquet]'"
+        ) from None
 
-    try:
+    with _refusing(path):
         with open(path, "rb") as file:
             magic = file.read(6)
         if magic.startswith(b"PAR1"):
@@ -91,6 +134,46 @@ def _open_table(path: Path) -> tuple[Any, list[int]]:
             batches = [opened.get_batch(k) for k in range(opened.num_record_batches)]
         else:
             batches = list(pyarrow.ipc.open_stream(mapped))
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is not a parquet or Arrow file that can be read: {error}") from None
-    return batches, [batch.num_rows for batch in batches]
+        for batch in batches:
+            _validate(batch)
+        return batches, [batch.num_rows for batch in batches]
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """What pyarrow raises becomes one error that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is not a parquet or Arrow file that can be read: {error}: write or download it again"
+        ) from None
+
+
+def _validate(batch: Any) -> None:
+    """All offsets of a record batch or table, as bytes: text that is not UTF-8 does not refuse the whole file."""
+    for column in batch.columns:
+        for chunk in getattr(column, "chunks", [column]):
+            chunk.view(_as_bytes(chunk.type)).validate(full=True)
+
+
+def _as_bytes(kind: Any) -> Any:
+    """An Arrow type with bytes in the place of text."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_string(kind):
+        return pyarrow.binary()
+    if types.is_large_string(kind):
+        return pyarrow.large_binary()
+    if types.is_struct(kind):
+        return pyarrow.struct([pyarrow.field(one.name, _as_bytes(one.type)) for one in kind])
+    if types.is_list(kind):
+        return pyarrow.list_(_as_bytes(kind.value_type))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(_as_bytes(kind.value_type))
+    return kind

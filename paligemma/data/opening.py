@@ -11,6 +11,7 @@ from paligemma.data.arrow_files import ArrowFiles
 from paligemma.data.folders import in_folder
 from paligemma.data.json_documents import JsonRecords
 from paligemma.data.kinds import KINDS, kind_of_file
+from paligemma.data.objects import ObjectRows
 from paligemma.data.records import RecordReader, RecordRows, Records, check_image_name
 from paligemma.data.rows import Rows
 from paligemma.data.text_files import CsvFile, JsonLines
@@ -38,8 +39,10 @@ def open_data(options: DataOptions, codec: MaskCodec | str | os.PathLike[str] | 
     records = open_records(kind, paths)
     files = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {options.data}"
     note = f"{files}: {NAMES[kind]}, {len(records):,} rows"
-    reader = RecordReader(records, RecordRows(folder, options.language, options.image_name))
-    return Rows(kind, note, len(records), reader, paths)
+    names = records.class_names if isinstance(records, ArrowFiles) else {}
+    boxes = ObjectRows(loc_scale=loc_scale, names=names.get("objects"))
+    make = RecordRows(folder, options.language, options.image_name, names, boxes)
+    return Rows(kind, note, len(records), RecordReader(records, make), paths)
 
 
 def kind_and_files(options: DataOptions) -> tuple[str, list[Path]]:
@@ -49,6 +52,11 @@ def kind_and_files(options: DataOptions) -> tuple[str, list[Path]]:
         raise ValueError(f"there is no kind of data {kind!r}; there are: {', '.join(KINDS)}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    for given in (path, options.annotations):
+        if given is not None and os.path.exists(given) and not (os.path.isfile(given) or os.path.isdir(given)):
+            raise ValueError(
+                f"{given} is a device or a pipe, expected a file or a folder: save what it gives to a file"
+            )
     if options.split is not None and not path.is_dir():
         raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
     found, paths = in_folder(path, kind, options.split) if path.is_dir() else (None, [path])

@@ -55,8 +55,15 @@ def questions(
     questions = answers = JsonFile(file, look)
     if annotations is not None:
         ids["annotations"].clear()
+        asked = len(ids["questions"])
         file = Path(annotations)
         answers = JsonFile(file, look)
+        if answers.count("questions"):
+            raise ValueError(
+                f"{file} holds {answers.count('questions'):,} questions beside {answers.count('annotations'):,} "
+                f"annotations, and {path} has {asked:,} questions of its own: give {file} alone, without annotations= "
+                "(--annotations), or name a file that has the annotations alone"
+            )
     if not questions.count("questions"):
         raise ValueError(f"{path} has no 'questions'")
     if not answers.count("annotations"):

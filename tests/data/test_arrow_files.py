@@ -63,3 +63,49 @@ def test_without_pyarrow_the_error_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
         open_rows(folder / "x.parquet")
+
+
+def test_a_value_that_python_has_no_place_for_does_not_end_the_run(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table(
+        {
+            "image": ["a.png"] * 2,
+            "caption": ["one", "two"],
+            "date": pyarrow.array([10**17, 0], pyarrow.timestamp("s")),
+            "zone": pyarrow.array([1, 2], pyarrow.timestamp("s", tz="Nowhere/Here")),
+        }
+    )
+    with pyarrow.ipc.new_stream(str(folder / "x.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    assert [row.suffix for row in open_rows(folder / "x.arrow")] == ["one", "two"]
+
+
+def test_numbers_of_classes_have_the_names_that_datasets_noted(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    noted = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.table({"image": ["a.png"] * 3, "label": [1, 0, 7]}).replace_schema_metadata(noted)
+    parquet.write_table(table, folder / "x.parquet")
+    rows = open_rows(folder / "x.parquet")
+    assert [row.suffix for row in rows] == ["dog", "cat", "7"] and rows[0].prefix == "answer en what is this?"
+    report = check(rows)
+    assert report.ok and "1 row has a label that is a number without a name" in str(report)
+
+
+@pytest.mark.parametrize("form", ["a dict of lists", "a list of dicts"])
+def test_a_column_of_objects_is_boxes(folder, form):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    objects = {"bbox": [[20, 5, 10, 10], [0, 0, 20, 10]], "category": [0, 1]}
+    column, feature = objects, {"feature": {"category": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}
+    if form == "a list of dicts":
+        column = [dict(zip(objects, values)) for values in zip(*objects.values())]
+        feature = [feature["feature"]]
+    noted = {"huggingface": json.dumps({"info": {"features": {"objects": feature}}})}
+    image = {"bytes": (folder / "a.png").read_bytes(), "path": None}
+    table = pyarrow.table({"image": [image], "objects": [column]}).replace_schema_metadata(noted)
+    parquet.write_table(table, folder / "x.parquet")
+    (row,) = open_rows(folder / "x.parquet")
+    assert (row.prefix, row.size) == ("detect cat ; dog", (40, 20))
+    assert row.suffix == "<loc0256><loc0512><loc0768><loc0768> cat ; <loc0000><loc0000><loc0512><loc0512> dog"

@@ -241,3 +241,47 @@ def test_a_root_category_is_not_asked_for():
     assert [row.prefix for row in rows] == ["detect 7 of clubs ; 8 of clubs"] * 3
     assert "not asked for: 'cards-kXyZ', which no annotation has" in rows.note
     assert check(rows).ok
+
+
+# ------------------------------------------------------------------------------------- 14, 16, 18 files that misbehave
+
+
+def test_an_arrow_file_with_broken_offsets_is_refused(paligemma_command):
+    pytest.importorskip("pyarrow")
+    code, out, err = paligemma_command("data", "check", CASES / "bad-offsets.arrow", "--kind", "arrow")
+    assert (code, out) == (1, "")
+    assert "bad-offsets.arrow is not a parquet or Arrow file that can be read" in " ".join(err.split())
+
+
+def test_annotations_that_have_questions_of_their_own_are_refused():
+    with pytest.raises(
+        ValueError, match=r"both\.json holds 1 questions beside 1 annotations, .*q\.json has 1 questions"
+    ):
+        open_rows(CASES / "vqa" / "q.json", annotations=CASES / "vqa" / "both.json")
+    assert len(open_rows(CASES / "vqa" / "both.json", "vqa")) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device here")
+def test_a_device_is_no_data(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to("/dev/zero")
+    for path in ("/dev/zero", tmp_path / "link.jsonl"):
+        with pytest.raises(ValueError, match="is a device or a pipe, expected a file or a folder"):
+            open_rows(path)
+    with pytest.raises(ValueError, match="is a device or a pipe"):
+        open_rows(CASES / "vqa" / "q.json", annotations="/dev/zero")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match="is a device or a pipe"):
+        open_rows(tmp_path / "x.jsonl")
+
+
+def test_names_of_files_do_not_steer_the_terminal(tmp_path):
+    path = tmp_path / "x\x1b[2J.jsonl"
+    path.write_text(json.dumps({"image": "y\x1b]0;z\x07.png", "prefix": "a", "suffix": "b\x1b"}) + "\n{\n")
+    text = str(check(open_rows(path)))
+    assert "\x1b" not in text and "\x07" not in text
+    assert r"x\x1b[2J.jsonl:1: no picture at" in text and r"y\x1b]0;z\x07.png" in text
