@@ -210,7 +210,7 @@ def test_transformers_and_torchvision_are_not_needed():
 def test_extras_are_imported_where_they_are_used():
     """A package from an extra may be missing: nothing that runs at import may need it."""
     extras = {
-        "accelerate", "peft", "tensorboard", "faster_coco_eval", "pycocotools", "bitsandbytes", "sentencepiece",
+        "accelerate", "peft", "tensorboard", "faster_coco_eval", "pycocotools", "bitsandbytes", "sentencepiece", "pyarrow",
         "matplotlib", "transformers",
     }  # fmt: skip
     for path, tree in sources().items():
