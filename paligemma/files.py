@@ -1,6 +1,7 @@
-"""Files that other programs may break, and that other processes may read: JSON, whole files, locks.
+"""Files that somebody else wrote, and that other processes may read: damage, JSON, whole files, locks.
 
-- *Reading JSON* from somebody else: whatever stands in the file, the result is a value or one ValueError that names it.
+- *Files of somebody else*: whatever stands in one, the result is a value or one ValueError that names the file, in
+  `untrusted` for what a library reads and in `read_json` for JSON.
 - *Writing whole*: a file or folder is written beside its place and renamed at the end, so that nobody ever sees half
   of one, and an error (a full disk, Ctrl-C) leaves what was there before.
 - *Locking a folder* while it is written, with a message that says who writes it.
@@ -23,6 +24,42 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """One ValueError, `what: reason`, in place of whatever a library raises at data that are broken or hostile.
+
+    Libraries have errors of their own, bare Exceptions and, where their code in Rust panics, a PanicException that is
+    no Exception at all. A ValueError, what the system says (OSError), MemoryError and Ctrl-C are passed on.
+    """
+    try:
+        yield
+    except (ValueError, OSError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C and the like
+        raise ValueError(f"{what}: {str(error)[:300] or type(error).__name__}") from None
+
+
+@contextmanager
+def untrusted(path: Path) -> Iterator[None]:
+    """Around a library that reads `path`: whatever is wrong with the file is one ValueError that names it."""
+    try:
+        with library_errors("damaged"):
+            yield
+    except ValueError as error:
+        with path.open("rb") as file:
+            if file.read(64).startswith(b"version https://git-lfs"):
+                raise ValueError(
+                    f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+                ) from None
+        reason = str(error).removeprefix("damaged: ")
+        raise ValueError(f"{path} is truncated or damaged ({reason}): download it again") from None
+
 
 # ------------------------------------------------------------------------------------------------ reading JSON
 

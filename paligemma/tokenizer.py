@@ -16,15 +16,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unicodedata import category
 
 import tokenizers
 
-from paligemma.files import LARGEST_JSON, read_bytes, write_texts
+from paligemma.files import LARGEST_JSON, library_errors, read_bytes, write_texts
 
 if TYPE_CHECKING:
     from paligemma.configuration import PaliGemmaConfig
@@ -90,11 +89,11 @@ class Tokenizer:
         "<bos>" typed by a user) becomes that token, as in transformers."""
         self.backend.no_truncation()  # a transformers tokenizer shares its backend with us and leaves these on
         self.backend.no_padding()
-        try:
-            with _errors_of_the_backend("the tokenizer cannot encode this text"):
+        with library_errors("the tokenizer cannot encode this text"):
+            try:
                 return self.backend.encode(text, add_special_tokens=False).ids
-        except TypeError:
-            raise ValueError(f"expected text in Unicode, got {text[:100]!r}") from None
+            except TypeError:
+                raise ValueError(f"expected text in Unicode, got {text[:100]!r}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` (a list, an array or a tensor of one row). `<locNNNN>` and `<segNNN>` are kept as text;
@@ -131,7 +130,7 @@ class Tokenizer:
         return [i for i in map(int, ids) if i >= 0 and i not in self._dropped]
 
     def _decoded(self, ids: list[int]) -> str:
-        with _errors_of_the_backend("the tokenizer cannot decode these ids"):
+        with library_errors("the tokenizer cannot decode these ids"):
             return self.backend.decode(ids, skip_special_tokens=False)
 
     def files(self) -> dict[str, str]:
@@ -240,7 +239,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         path = found[0]
     backend = _read_sentencepiece(path) if path.suffix == ".model" else _read_json(path)
     try:
-        with _errors_of_the_backend("it cannot be used"):
+        with library_errors("it cannot be used"):
             return Tokenizer(backend)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -249,26 +248,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 def _read_json(path: Path) -> tokenizers.Tokenizer:
     try:
         content = read_bytes(path, LARGEST_JSON)
-        with _errors_of_the_backend("not understood"):
+        with library_errors("not understood"):
             return tokenizers.Tokenizer.from_buffer(content)
     except ValueError as error:
         raise ValueError(f"{path} is not a tokenizer.json that can be read: {error}") from None
-
-
-@contextmanager
-def _errors_of_the_backend(what: str) -> Iterator[None]:
-    """A ValueError in place of what `tokenizers` raises at a file that is broken or hostile.
-
-    Its errors are bare Exceptions. Where its Rust code panics, a PanicException comes, which is no Exception at all.
-    """
-    try:
-        yield
-    except (ValueError, TypeError, MemoryError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # Ctrl-C and the like
-        raise ValueError(f"{what}: {str(error)[:300]}") from None
 
 
 def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:

@@ -65,6 +65,29 @@ def test_what_is_written_is_read(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.json"]
 
 
+# ------------------------------------------------------------------------------------------------ libraries
+
+
+class PanicException(BaseException):
+    """What a panic in Rust becomes: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Exception("bare"), PanicException("bare"), EOFError("bare"), ValueError("bare")])
+def test_whatever_a_library_raises_names_the_file(tmp_path, error):
+    (tmp_path / "a.bin").write_bytes(b"")
+    with (
+        pytest.raises(ValueError, match=r"a\.bin is truncated or damaged \(bare\): download it again"),
+        files.untrusted(tmp_path / "a.bin"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, FileNotFoundError])
+def test_what_is_not_the_files_fault_is_passed_on(tmp_path, error):
+    with pytest.raises(error), files.untrusted(tmp_path / "a.bin"):
+        raise error
+
+
 # ------------------------------------------------------------------------------------------------ whole
 
 

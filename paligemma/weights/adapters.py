@@ -30,15 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from paligemma.files import read_json
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.weights.layouts import EMBEDDING, HEAD, our_name, their_name
-from paligemma.weights.npz import damaged
 from paligemma.weights.opening import PICKLED, Checkpoint
-from paligemma.weights.safetensors_file import Shape
+from paligemma.weights.safetensors_file import MappedFile, Shape
 from paligemma.weights.saving import checkpoint_written_whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -145,19 +144,14 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
         )
     halves: dict[str, dict[str, tuple[str, Shape]]] = {}  # layer -> "A" and "B" -> key and shape
     strange = []
-    try:
-        with safe_open(folder / TENSORS, "pt") as file:
-            for key in file.keys():  # noqa: SIM118  (not a dictionary)
-                shape = tuple(file.get_slice(key).get_shape())
-                name = key.removeprefix(PREFIX)
-                if (half := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)) and len(shape) == 2:
-                    halves.setdefault(half[1], {})[half[2]] = key, shape
-                elif "lora_" in name or our_name(name) in (EMBEDDING, HEAD):
-                    strange.append(key)
-                else:
-                    adapter.whole[our_name(name)], adapter.whole_shapes[our_name(name)] = key, shape
-    except SafetensorError as error:
-        raise damaged(folder / TENSORS, error) from None
+    for key, (shape, _) in MappedFile(folder / TENSORS).tensors.items():
+        name = key.removeprefix(PREFIX)
+        if (half := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)) and len(shape) == 2:
+            halves.setdefault(half[1], {})[half[2]] = key, shape
+        elif "lora_" in name or our_name(name) in (EMBEDDING, HEAD):
+            strange.append(key)
+        else:
+            adapter.whole[our_name(name)], adapter.whole_shapes[our_name(name)] = key, shape
 
     for module, pair in halves.items():
         name = our_name(module + ".weight")

@@ -13,9 +13,7 @@ import glob
 import io
 import math
 import re
-import tokenize
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paligemma.files import untrusted
+
 # NumPy has no bfloat16: big_vision's arrays of it come as two nameless bytes.
 NPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16, "|V2": torch.bfloat16}
-
-# What zipfile and NumPy raise for archives that are not whole. A header of an array is a Python literal, which NumPy
-# gives to Python's own tokenizer and parser.
-DAMAGES = (
-    zipfile.BadZipFile,
-    ValueError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    zlib.error,
-    SyntaxError,
-    tokenize.TokenError,
-)
 
 
 def npz_parts(path: Path) -> list[Path]:
@@ -62,14 +49,6 @@ def npz_parts(path: Path) -> list[Path]:
     return [file for _, file in there]
 
 
-def damaged(path: Path, error: Exception) -> ValueError:
-    """What to raise for a file of weights that cannot be read."""
-    with path.open("rb") as file:
-        if file.read(64).startswith(b"version https://git-lfs"):
-            return ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
-    return ValueError(f"{path} is truncated or damaged ({error}): download it again")
-
-
 class NpzReader:
     """The arrays of an archive: `arrays` says name, shape and dtype of each (a string, where torch has no such
     floating-point dtype), `fill` reads one. A leading `params/` of the names is left out.
@@ -84,12 +63,13 @@ class NpzReader:
         self._open: tuple[str, Any] = "", None
         self._file: Any = parts[0].open("rb") if len(parts) == 1 else io.BufferedReader(_Joined(parts))
         try:
-            self._zip = zipfile.ZipFile(self._file)
-            for member in self._zip.infolist():
-                self._read_header(member)
-        except DAMAGES as error:
+            with untrusted(self.path):
+                self._zip = zipfile.ZipFile(self._file)
+                for member in self._zip.infolist():
+                    self._read_header(member)
+        except BaseException:
             self._file.close()
-            raise damaged(self.path, error) from None
+            raise
 
     def close(self) -> None:
         self._zip.close()
@@ -128,7 +108,7 @@ class NpzReader:
 
     def _fill(self, name: str, start: int, out: Tensor) -> Tensor:
         target = out.view(-1).view(torch.uint8).numpy().data
-        try:
+        with untrusted(self.path):
             if self._open[0] != name:
                 self._open = name, self._zip.open(name)
             member = self._open[1]
@@ -137,8 +117,6 @@ class NpzReader:
                 piece = target[at : at + 2**24]
                 if member.readinto(piece) != len(piece):
                     raise EOFError(f"{name} ends early")
-        except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-            raise damaged(self.path, error) from None
         return out
 
 

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from paligemma.files import read_json
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.weights.expected import check_tensors, expected_shapes
 from paligemma.weights.layouts import EMBEDDING, HEAD, ArrayLayout, bigvision_layout, our_name
-from paligemma.weights.npz import NpzReader, damaged, npz_parts
+from paligemma.weights.npz import NpzReader, npz_parts
 from paligemma.weights.published import config_of_arrays
 from paligemma.weights.safetensors_file import FLOATS, MappedFile, Shape
 
@@ -145,11 +144,7 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
     place: dict[str, tuple[Path, str]] = {}  # our name -> file and its own name there
     found: dict[str, tuple[Shape, torch.dtype | str]] = {}
     for file in files:
-        try:
-            tensors_of_file = MappedFile(file).tensors
-        except SafetensorError as error:
-            raise damaged(file, error) from None
-        for key, (shape, kind) in tensors_of_file.items():
+        for key, (shape, kind) in MappedFile(file).tensors.items():
             name = our_name(key)
             if name in place:
                 raise ValueError(f"{path} holds {name} twice, as {place[name][1]} and as {key}")

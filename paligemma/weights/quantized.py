@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from paligemma.fast.rounding import GROUP
@@ -41,7 +40,6 @@ from paligemma.weights.loading import (
     parse_dtype,
     resample_positions,
 )
-from paligemma.weights.npz import damaged
 from paligemma.weights.opening import INDEX, WEIGHTS, Checkpoint, files_of_index, open_checkpoint
 from paligemma.weights.safetensors_file import DTYPES, MappedFile, Shape
 from paligemma.weights.saving import check_apart, write_folder
@@ -204,11 +202,7 @@ def open_quantized(path: Path) -> QuantizedCheckpoint:
     place: dict[str, Path] = {}
     found: dict[str, tuple[Shape, torch.dtype | str]] = {}
     for file in files:
-        try:
-            tensors = MappedFile(file).tensors
-        except SafetensorError as error:
-            raise damaged(file, error) from None
-        for name, (shape, code) in tensors.items():
+        for name, (shape, code) in MappedFile(file).tensors.items():
             if name in place:
                 raise ValueError(f"{folder} holds {name} twice, in {place[name].name} and in {file.name}")
             place[name] = file

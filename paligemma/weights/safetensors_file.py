@@ -19,13 +19,14 @@ import math
 import mmap
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from paligemma.files import parse_json
+from paligemma.files import parse_json, untrusted
 
 Shape = tuple[int, ...]
 
@@ -39,11 +40,11 @@ MAP_NORESERVE = 0x4000  # of Linux; Python's module has no name for it
 class MappedFile:
     """An open file. tensors: shape and dtype, as the format calls it, by name.
 
-    Raises SafetensorError for a file that is none or is cut off, and OSError.
+    Raises ValueError, naming it, for a file that is none or is cut off, and OSError.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        with safe_open(path, "np"):  # checks the header, and that every byte it speaks of is there
+        with untrusted(Path(path)), safe_open(path, "np"):  # checks the header, and that all of its bytes are there
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
