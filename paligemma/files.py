@@ -37,9 +37,11 @@ def library_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, OSError, MemoryError):
+    except (ValueError, MemoryError):
         raise
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # without a number it is bz2's word for a damaged stream
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise  # Ctrl-C and the like
         raise ValueError(f"{what}: {str(error)[:300] or type(error).__name__}") from None
