@@ -4,11 +4,11 @@
     average_precision(rows, shuffle=generator)    # the same boxes in random order: what a constant score is worth
     coco_metrics(rows)                            # COCO's twelve figures, through faster-coco-eval
 
-A row is one picture: (true regions, predicted regions).
+`rows` has one entry for each picture: (true regions, predicted regions).
 
-COCO's figures come from faster-coco-eval rather than pycocotools, the reference: all twelve figures were equal to 1e-15
-on 488 random data sets of boxes and of masks, 2,000 pictures with 42,000 boxes took 5 s instead of 22, and it takes a
-data set from memory without printing. Apache 2.0; in the extra `evaluate`.
+COCO's figures come from faster-coco-eval instead of pycocotools, the reference. On 488 random data sets of boxes and of
+masks all twelve figures were equal to 1e-15; 2,000 pictures with 42,000 boxes took 5 s instead of 22; and it takes a
+data set from memory without printing. Its licence is Apache 2.0, and it is in the extra `evaluate`.
 """
 
 import math
@@ -20,7 +20,7 @@ import numpy as np
 
 from paligemma.evaluate.regions import Region, match_boxes
 
-Row = tuple[Sequence[Region], Sequence[Region]]
+Picture = tuple[Sequence[Region], Sequence[Region]]  # true and predicted regions of one picture
 
 RECALL_POINTS = np.linspace(0, 1, 101)
 COCO_FIGURES = (
@@ -31,11 +31,11 @@ COCO_FIGURES = (
 
 @dataclass(frozen=True)
 class Ranking:
-    """All predictions of one class, best first: was it right, and in which row does it stand."""
+    """All predictions of one class, highest score first: which are right, and which row each is in."""
 
     right: np.ndarray  # bool [predictions]
     row: np.ndarray  # int [predictions]
-    objects: np.ndarray  # int [objects]: in which row each true object stands
+    objects: np.ndarray  # int [objects]: the row of each true object
 
     def area(self, weights: np.ndarray) -> float:
         """Area under precision over recall, NaN without an object. weights: float [rows], how often a row counts."""
@@ -47,12 +47,12 @@ class Ranking:
         counts = weights[self.row]
         found = np.cumsum(counts * self.right)
         precision = found / np.maximum(np.cumsum(counts), 1e-12)
-        falling = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # beyond the last recall it is 0
+        falling = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)  # 0 beyond the last recall
         return float(falling[np.searchsorted(found / objects, RECALL_POINTS, side="left")].mean())
 
 
-def rank(rows: Sequence[Row], threshold: float = 0.5, shuffle: np.random.Generator | None = None) -> list[Ranking]:
-    """A ranking for each class that has a true object. shuffle: by random numbers instead of the scores."""
+def rank(rows: Sequence[Picture], threshold: float = 0.5, shuffle: np.random.Generator | None = None) -> list[Ranking]:
+    """A ranking for each class that has a true object. shuffle: rank by random numbers instead of the scores."""
     ranked: dict[str, list[tuple[float, bool, int]]] = {}
     objects: dict[str, list[int]] = {}
     for k, (truth, predicted) in enumerate(rows):
@@ -73,12 +73,14 @@ def rank(rows: Sequence[Row], threshold: float = 0.5, shuffle: np.random.Generat
     return rankings
 
 
-def average_precision(rows: Sequence[Row], threshold: float = 0.5, shuffle: np.random.Generator | None = None) -> float:
+def average_precision(
+    rows: Sequence[Picture], threshold: float = 0.5, shuffle: np.random.Generator | None = None
+) -> float:
     """Mean over the classes of the area under precision over recall, in [0, 1]; NaN without any true object.
 
-    As COCO computes it at one IoU threshold: predictions of all pictures in order of their score (equal ones as they
-    come), precision made falling, read at 101 recalls. Classes without a true object do not count, and there is no
-    limit of predictions for a picture (COCO's is 100). shuffle: see `rank`.
+    As COCO computes it at one IoU threshold: the predictions of all pictures in order of their scores, the precision
+    curve made non-increasing and read at 101 values of recall. Classes without a true object do not count. Unlike in
+    COCO (100), the number of predictions in a picture has no limit. shuffle: see `rank`.
     """
     return mean_area(rank(rows, threshold, shuffle), np.ones(len(rows)))
 
@@ -88,12 +90,12 @@ def mean_area(rankings: Sequence[Ranking], weights: np.ndarray) -> float:
     return float(np.mean(areas)) if areas else float("nan")
 
 
-def coco_metrics(rows: Sequence[Row], masks: bool = False) -> dict[str, float]:
-    """COCO's figures: AP (mean over IoU .50 to .95), AP50, AP75, by size, and average recall; each in [0, 1], or -1
-    where there is nothing of that size.
+def coco_metrics(rows: Sequence[Picture], masks: bool = False) -> dict[str, float]:
+    """COCO's figures: AP (mean over IoU .50 to .95), AP50, AP75, AP by size, and average recall. Each is in [0, 1], or
+    -1 where there is no object of that size.
 
-    masks: compare masks instead of boxes, and go by their pixels for the sizes; regions may be `packed`, and
-    predictions without a mask are left out. There are no crowds among the true regions.
+    masks: compare masks instead of boxes, with sizes in pixels of the mask; regions may be `packed`, and predictions
+    without a mask are left out. The true regions have no crowds.
     ImportError without faster-coco-eval; ValueError for masks and a true region without one.
     """
     coco = package()
@@ -103,12 +105,12 @@ def coco_metrics(rows: Sequence[Row], masks: bool = False) -> dict[str, float]:
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for image_id, (truth, predicted) in enumerate(rows, 1):
-        size = [1, 1]  # height and width; asked for with masks, no figure of boxes depends on it
+        size = [1, 1]  # height and width; only masks need them
         for region, true in [*((r, True) for r in truth), *((r, False) for r in predicted)]:
             shape = _shape(region, masks)
             if shape is None and true:
                 raise ValueError("a true region has no mask: COCO's mask figures need one for every object")
-            # A label that no picture shows has no average precision: nothing to compare with.
+            # A label without a true object has no average precision.
             if shape is None or region.label not in ids:
                 continue
             size = shape["segmentation"]["size"] if masks else size
@@ -122,7 +124,7 @@ def coco_metrics(rows: Sequence[Row], masks: bool = False) -> dict[str, float]:
         return dict.fromkeys(COCO_FIGURES, -1.0)
     rest = {"images": images, "categories": [{"id": number, "name": label} for label, number in ids.items()]}
     truth_set = coco.COCO({**rest, "annotations": annotations})
-    # Before faster-coco-eval 1.8 loadRes, like pycocotools', takes no empty list.
+    # Before faster-coco-eval 1.8, loadRes refuses an empty list, as pycocotools does.
     result_set = truth_set.loadRes(results) if results else coco.COCO({**rest, "annotations": []})
     evaluation = coco.COCOeval_faster(
         truth_set, result_set, "segm" if masks else "bbox", print_function=lambda *words: None
@@ -134,7 +136,7 @@ def coco_metrics(rows: Sequence[Row], masks: bool = False) -> dict[str, float]:
 
 
 def packed(region: Region) -> Region:
-    """The region with its mask packed as COCO's tools have it: half a kilobyte instead of a byte for every pixel.
+    """The region with its mask as COCO's compressed run lengths: half a kilobyte instead of a byte for every pixel.
     ImportError without faster-coco-eval."""
     if region.mask is None:
         return region
@@ -143,17 +145,17 @@ def packed(region: Region) -> Region:
 
 
 def _shape(region: Region, masks: bool) -> dict[str, Any] | None:
-    """What COCO's tools take of a region's shape; None for masks if it has none."""
+    """A region's shape for COCO's tools; None for a mask that it does not have."""
     if not masks:
         x0, y0, x1, y1 = map(float, region.box)
         return {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
     runs = packed(region).packed
-    # Without its box: for a result that has one the tools take the box's area, not the mask's, for its size.
+    # Without the box: if there is one, the tools use the area of the box, not of the mask, as the size.
     return None if runs is None else {"segmentation": runs, "area": int(package().mask.area(runs))}
 
 
 def package() -> Any:
-    """faster-coco-eval. ImportError that says what to install."""
+    """The module faster_coco_eval. ImportError that says what to install."""
     try:
         import faster_coco_eval
     except ImportError:

@@ -2,10 +2,11 @@
 
     score = cider_d(["a dog runs"], [["a dog running", "the dog runs"]])       # corpus figure, figure of every caption
 
-Definitions: CIDEr-D, arXiv 1411.5726; BLEU, Papineni et al. 2002; both as computed by https://github.com/tylin/coco-caption,
-on which every published COCO number rests. That code first runs Stanford's PTBTokenizer; `tokenize` stands in for it.
-CIDEr-D is ten times a similarity, so a corpus figure of 1.4 is the "140" of the papers. A word's weight depends on all
-reference captions of the corpus: figures of corpora of different size cannot be compared, and that of one caption is 0.
+Definitions: CIDEr-D, arXiv 1411.5726; BLEU, Papineni et al. 2002; both as in https://github.com/tylin/coco-caption, the
+code behind every published COCO figure. That code first runs Stanford's PTBTokenizer, a Java program; `tokenize`
+replaces it. CIDEr-D is ten times a similarity, so a corpus figure of 1.4 is the "140" of the papers. The weight of a
+word depends on all reference captions of the corpus: figures of corpora of different size cannot be compared, and the
+figure of a single caption is 0.
 """
 
 import math
@@ -33,7 +34,7 @@ _TOKEN = re.compile(
     | \b(?:can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b))
     | '\d0s\b | \b[od]'\w+ | \bma'am\b | '?\bn'(?=\W|r)
     | \w+(?:[-_./&@]\w+)*                     # t-shirt stays whole
-    | !!+ | \?\?+ | [!?]{{2,}}                  # one of them is a mark and goes, more are a word and stay
+    | !!+ | \?\?+ | [!?]{{2,}}                  # a single one is punctuation, several are a word
     | ---+
     | [][(){{}}$#%&@+=*/<>\\^|~£€°]
     """,
@@ -42,13 +43,13 @@ _TOKEN = re.compile(
 
 
 def tokenize(caption: str) -> list[str]:
-    """Words in lower case without punctuation; clitics apart: "the dog's" -> the, dog, 's; "don't" -> do, n't.
+    """Words in lower case without punctuation; clitics are split off: "the dog's" -> the, dog, 's; "don't" -> do, n't.
 
     Follows PTBTokenizer 3.4.1 with `-lowerCase`, and coco-caption, which removes . , : ; ? ! - -- ... and quotes.
-    Brackets stay, as "-lrb-" and so on: it means to remove them, but looks for "-LRB-" in lower-cased text.
+    Brackets stay, as "-lrb-" and so on: coco-caption means to remove them, but looks for "-LRB-" in lower-case text.
 
-    Compared with that pair, 31 of 6,000 English sentences came out differently. Known: a single letter before a full
-    stop (PTB takes it now for an initial, now not), smileys, "£" (PTB: "#"), "2.5K", "'tis", "<tag>", "**".
+    31 of 6,000 English sentences are tokenized differently by the original. Known causes: a single letter before a full
+    stop (which PTB takes for an initial in some places only), smileys, "£" (PTB: "#"), "2.5K", "'tis", "<tag>", "**".
     """
     words = _TOKEN.findall(caption.translate(_MARKS))
     return [_BRACKETS.get(word, word.lower()) for word in words]
@@ -71,8 +72,8 @@ def _tokenized(
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]], max_n: int = 4) -> list[float]:
     """BLEU-1 to BLEU-n of a corpus, each in [0, 1]. Caption i is compared with all of references[i].
 
-    Geometric mean of the clipped n-gram precisions over the whole corpus, times the brevity penalty; of several
-    references the length of the one nearest in length counts (the shorter of two equally near).
+    The geometric mean of the clipped n-gram precisions over the whole corpus, times the brevity penalty. The penalty
+    uses, among several references, the length nearest to the caption's (the shorter of two equally near).
     """
     words, right = _tokenized(captions, references)
     matched, total = [0] * max_n, [0] * max_n
@@ -81,12 +82,12 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]], max_n: in
         length += len(caption)
         right_length += min((abs(len(r) - len(caption)), len(r)) for r in group)[1]
         for n in range(max_n):
-            most: Counter[NGram] = Counter()  # of every n-gram, as often as one reference has it
+            most: Counter[NGram] = Counter()  # each n-gram with its highest count in one reference
             for reference in group:
                 most |= _ngrams(reference, n + 1)
             matched[n] += (_ngrams(caption, n + 1) & most).total()
             total[n] += max(len(caption) - n, 0)
-    # The two tiny numbers are coco-caption's. Without a match they decide the figure: 1e-3 to 1e-5 instead of 0.
+    # Both tiny numbers come from coco-caption. Without any match they give a figure of 1e-3 to 1e-5 instead of 0.
     tiny, small = 1e-15, 1e-9
     ratio = (length + tiny) / (right_length + small)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
@@ -100,11 +101,11 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]], max_n: in
 def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
     """CIDEr-D of a corpus and of each caption, in [0, 10]. Caption i is compared with all of references[i].
 
-    Cosine similarity of tf-idf weighted n-grams, n = 1 to 4, a caption's weights clipped to the reference's, times a
-    Gaussian of the difference in length (sigma 6); mean over n and over references, times 10.
+    The cosine similarity of n-grams weighted by tf-idf, n = 1 to 4, the weights of the caption clipped to those of the
+    reference; times a Gaussian of the difference in length (sigma 6); the mean over n and references, times 10.
     """
     words, right = _tokenized(captions, references)
-    documents: Counter[NGram] = Counter()  # in the references of how many pictures an n-gram stands
+    documents: Counter[NGram] = Counter()  # the number of pictures whose references have an n-gram
     for group in right:
         documents.update({gram for reference in group for n in range(1, 5) for gram in _ngrams(reference, n)})
 
@@ -114,7 +115,7 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tup
         return vector, math.sqrt(sum(w * w for w in vector.values()))
 
     def similarity(caption: list[str], reference: list[str]) -> float:
-        # coco-caption counts bigrams where it means words: one less, except that nothing and one word are alike.
+        # coco-caption means the number of words but counts bigrams: one less, and 0 both for no word and for one.
         shift = max(len(caption) - 1, 0) - max(len(reference) - 1, 0)
         total = 0.0
         for n in range(1, 5):

@@ -1,4 +1,4 @@
-"""A row that went wrong, to look at: the truth on the left, the answer on the right, the words below."""
+"""One row as a picture: the truth on the left, the model's answer on the right, prompt and texts below."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LINE = FONT_SIZE + 5
 
 
 def compare(example: Example, prediction: Prediction) -> Image.Image:
-    """RGB. Boxes and masks are drawn on the first picture, once the true ones and once the answer's; of a row without
-    any all pictures are shown."""
+    """An RGB picture. Boxes and masks are drawn on the row's first picture: the true ones left, those of the answer
+    right. A row without any shows all its pictures."""
     images = [load_image(one) for one in (example.image if isinstance(example.image, tuple) else (example.image,))]
     if example.regions or prediction.regions:
         shown = {"truth": (images[0], example.regions), "answer": (images[0], prediction.regions)}
@@ -38,7 +38,7 @@ def compare(example: Example, prediction: Prediction) -> Image.Image:
     lines = [one_line(line.replace("\n", "\\n")) for line in lines]
     font = font_for("".join(lines), FONT_SIZE)
     wrapped = [part for line in lines for part in _wrap(line, width - 2 * MARGIN, font)[:6]]
-    top = MARGIN + (LINE if any(sides) else 0)  # above it the names, if they have any
+    top = MARGIN + (LINE if any(sides) else 0)  # the names stand above the pictures
     bottom = top + max(side.height for side in sides.values()) + MARGIN
     canvas = Image.new("RGB", (width, bottom + len(wrapped) * LINE + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
@@ -53,5 +53,5 @@ def compare(example: Example, prediction: Prediction) -> Image.Image:
 
 
 def _wrap(line: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """In parts of about `width` pixels, going by the line's mean width of a character."""
+    """Breaks a line into parts of about `width` pixels, using the mean width of its characters."""
     return textwrap.wrap(line, max(10, int(0.95 * width * len(line) / max(font.getlength(line), 1))))

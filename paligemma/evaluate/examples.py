@@ -1,4 +1,4 @@
-"""What is asked, what was answered."""
+"""What is asked of the model, and what it answered."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from paligemma.evaluate.regions import Region
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set. What must be given depends on how its task is measured: see `measures.py`.
+    """One row of a data set. What must be given depends on how its task is measured: see `metrics.py`.
 
     id:      unique among the rows; the key under which the prediction is saved.
     image:   what `PaliGemma.generate` takes: a path, a PIL image, uint8 [H, W, 3], a tuple of these.
-    task:    which measure it is under.
-    answers: right answers, or the answers of several people; for a caption its references.
+    task:    selects the metric.
+    answers: the right answers, or the answers of several people; of a caption, its references.
     regions: the objects that a `detect` or `segment` answer should list, in pixels of the image.
-    group:   rows of one group (of one picture, say) are not independent; "" stands for a group of its own.
-    kind:    which part of the data set, where parts are reported apart ("yes/no", "simple").
+    group:   rows of one group (for example about one picture) are not independent; "" stands for a group of its own.
+    kind:    the part of the data set, where parts are reported separately ("yes/no", "simple").
     """
 
     id: str
@@ -33,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer of the model, as far as measuring needs it. See `inference.Answer`."""
+    """The part of an `inference.Answer` that metrics need."""
 
     text: str
     score: float = 0.0

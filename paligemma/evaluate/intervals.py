@@ -1,6 +1,6 @@
-"""How sure is a figure? 95% intervals.
+"""95% confidence intervals.
 
-A figure is a ratio of sums over the rows: recall is objects found / objects, accuracy is rows right / rows.
+A figure is a ratio of sums over the rows: recall is objects found / objects, accuracy is right rows / rows.
 """
 
 import math
@@ -12,8 +12,8 @@ Z = 1.959963984540054  # 95% of a normal distribution lie within this many stand
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
-    """Interval of a share of n independent rows (Wilson 1927). Unlike mean +- 2 s it stays within [0, 1], and does not
-    shrink to nothing when all rows are right."""
+    """Interval of a share of n independent rows (Wilson 1927). Unlike mean +- 2 standard errors, it stays within [0, 1]
+    and has a width even if all rows are right."""
     if n == 0:
         return 0.0, 1.0
     p = right / n
@@ -25,11 +25,11 @@ def wilson(right: float, n: int) -> tuple[float, float]:
 def bootstrap(
     figure: Callable[[np.ndarray], float], groups: Sequence[Hashable], samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of any figure of rows: draw as many groups as there are, with replacement, again and again.
+    """Bootstrap percentile interval: resample as many groups as there are, with replacement, `samples` times.
 
     figure: weights, float [rows], how often each row was drawn -> the figure; NaN (nothing to divide by) is left out.
-    groups: one key per row. Rows of one picture stand or fall together, so they are drawn together. Of a single group
-    nothing can be said: (NaN, NaN).
+    groups: one key per row. Rows about one picture are not independent, so they are drawn together. One group alone has
+    no interval: (NaN, NaN).
     """
     keys = {key: i for i, key in enumerate(dict.fromkeys(groups))}
     if len(keys) < 2:
@@ -48,9 +48,11 @@ def bootstrap(
 def ratio_interval(
     numerators: Sequence[float], denominators: Sequence[float], groups: Sequence[Hashable]
 ) -> tuple[float, float]:
-    """Of sum(numerators) / sum(denominators), as (low, high): Wilson's where every row is right or wrong and its own
-    group, else the bootstrap over groups. Where all groups are perfect (or all hopeless) a bootstrap sees no variation:
-    then Wilson's with a group as one trial, which is on the wide side."""
+    """The interval (low, high) of sum(numerators) / sum(denominators).
+
+    Wilson's interval if every row is right or wrong and a group of its own, otherwise the bootstrap over groups. If all
+    groups are perfect (or all are wrong), a bootstrap sees no variation: then Wilson's interval with each group as one
+    trial, which is rather too wide than too narrow."""
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
     if np.isin(top, (0, 1)).all() and (bottom == 1).all() and len(set(groups)) == len(groups):
         return wilson(float(top.sum()), len(top))

@@ -1,8 +1,8 @@
-"""How a task is measured.
+"""The metric of each task.
 
-A measure looks at one row at a time and says what the row adds to each figure: a numerator and a denominator. A figure
-is the ratio of the sums over all rows; its interval follows (`intervals.py`). Figures that no ratio of sums can give
-(average precision, BLEU) come from a second function, which sees all rows at once.
+A metric looks at one row at a time and returns what the row adds to each figure: a numerator and a denominator. A
+figure is the ratio of the sums over all rows, and its interval follows from the same numbers (`intervals.py`). Figures
+that are no ratio of sums (average precision, BLEU) come from a second function, which sees all rows at once.
 
     EXACT.score(example, prediction)  ->  {"exact": (1, 1)}
     DETECT.score(example, prediction) ->  {"precision": (2, 3), "recall": (2, 2), "mean IoU of matches": (1.7, 2)}
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from paligemma.answers.mask_codec import MaskCodec
 
 Ratios = Mapping[str, tuple[float, float]]
-Rows = Sequence[tuple[Example, Prediction]]  # without pictures, and their regions as `Metric.keep` leaves them
-Values = dict[str, tuple[float, float, float]]  # value, and the ends of its interval (NaN where there is none)
+Answered = Sequence[tuple[Example, Prediction]]  # without pictures; regions as `Metric.keep` leaves them
+Values = dict[str, tuple[float, float, float]]  # value and the ends of its interval; NaN where there is none
 
 NAN = float("nan")
 
@@ -43,16 +43,16 @@ def without_mask(region: Region) -> Region:
 
 @dataclass(frozen=True)
 class Metric:
-    """score: one row -> what it adds to each figure. corpus: all rows -> more figures.
+    """score: one row -> what it adds to each figure. corpus: all rows -> further figures.
 
-    regions: answers are boxes or masks, so one without any, if it is not empty, is invalid.
+    regions: answers are boxes or masks; a text that is not empty and has none of them is invalid.
     lower_is_better: names of figures.
-    masks: the regions are to have masks.
-    keep: what is kept of a region until `corpus` sees all rows. A mask has a byte for every pixel.
+    masks: the regions need masks.
+    keep: what is kept of a region until `corpus` sees all rows. (A whole mask has a byte for every pixel.)
     """
 
     score: Callable[[Example, Prediction], Ratios]
-    corpus: Callable[[Rows], Values] | None = None
+    corpus: Callable[[Answered], Values] | None = None
     regions: bool = False
     lower_is_better: tuple[str, ...] = ()
     masks: bool = False
@@ -64,7 +64,7 @@ def _exact(example: Example, prediction: Prediction) -> Ratios:
 
 
 def _vqa(example: Example, prediction: Prediction) -> Ratios:
-    """A single answer has nobody to agree with, so its accuracy would be 0: it is right or wrong, once normalised."""
+    """With a single answer no three people can agree, so it is compared directly, after normalisation."""
     if len(example.answers) == 1:
         return {"VQA accuracy": (normalize(prediction.text) == normalize(example.answers[0]), 1)}
     return {"VQA accuracy": (vqa_accuracy(prediction.text, example.answers), 1)}
@@ -98,7 +98,7 @@ def _pope(example: Example, prediction: Prediction) -> Ratios:
     return pope_counts(prediction.text, right)
 
 
-def _captions(rows: Rows) -> Values:
+def _captions(rows: Answered) -> Values:
     texts, references = [p.text for _, p in rows], [e.answers for e, _ in rows]
     cider, each = cider_d(texts, references)
     shares = np.array(each)
@@ -121,17 +121,17 @@ def _detect(example: Example, prediction: Prediction) -> Ratios:
     }
 
 
-def _ranking(rows: Rows, orders: int = 20, samples: int = 200) -> Values:
-    """Average precision at IoU .5 by score; the same boxes with a constant score, that is, in random order (the mean of
-    `orders`); and the difference, whose interval compares the two on the same rows."""
+def _ranking(rows: Answered, orders: int = 20, samples: int = 200) -> Values:
+    """Average precision at IoU .5 ranked by score; the same boxes with a constant score, which means in random order
+    (the mean over `orders` of them); and the difference, whose interval compares both on the same rows."""
     pictures = [(e.regions, p.regions) for e, p in rows]
     by_score = rank(pictures)
     shuffled = [rank(pictures, shuffle=np.random.default_rng(seed)) for seed in range(orders)]
     once = np.ones(len(rows))
     value, constant = mean_area(by_score, once), float(np.mean([mean_area(order, once) for order in shuffled]))
-    turns = cycle(shuffled)
+    order = cycle(shuffled)
     gained = bootstrap(
-        lambda weights: mean_area(by_score, weights) - mean_area(next(turns), weights),
+        lambda weights: mean_area(by_score, weights) - mean_area(next(order), weights),
         [e.group or e.id for e, _ in rows],
         samples,
     )
@@ -142,17 +142,20 @@ def _ranking(rows: Rows, orders: int = 20, samples: int = 200) -> Values:
     }
 
 
-def _coco(rows: Rows, masks: bool = False) -> Values:
+def _coco(rows: Answered, masks: bool = False) -> Values:
     figures = coco_metrics([(e.regions, p.regions) for e, p in rows], masks)
-    return {name: (value, NAN, NAN) for name, value in figures.items() if value >= 0}  # -1: nothing of this size
+    return {name: (value, NAN, NAN) for name, value in figures.items() if value >= 0}  # -1: no object of this size
 
 
 def _segment(example: Example, prediction: Prediction) -> Ratios:
     ious = instance_ious(example.regions, prediction.regions)
     found = sum(iou >= 0.5 for iou in ious)
     return {
-        "mIoU": (sum(ious), len(ious)),  # over objects; missed ones count 0
-        "precision": (found, len(prediction.regions)),  # at mask IoU .5: mIoU forgives what isn't there
+        "mIoU": (sum(ious), len(ious)),  # over the objects; a missed one counts 0
+        "precision": (
+            found,
+            len(prediction.regions),
+        ),  # at mask IoU .5; mIoU ignores wrong extra objects
         "recall": (found, len(ious)),
     }
 
@@ -187,7 +190,8 @@ METRICS: dict[str, Metric] = {
 
 
 def refcoco(codec: MaskCodec) -> Metric:
-    """RefCOCO's: mIoU, and the shares of boxes with an IoU of at least .5 and .75. One region with a mask a row."""
+    """The metric of RefCOCO: mIoU, and the shares of boxes with an IoU of at least .5 and .75. Every row has one region
+    with a mask."""
     from paligemma.evaluate.refcoco import refcoco_ious
 
     def score(example: Example, prediction: Prediction) -> Ratios:

@@ -1,8 +1,8 @@
 """Segmentation of the object that an expression refers to: RefCOCO, RefCOCO+, RefCOCOg.
 
-The mIoU behind PaliGemma's published figures, as big_vision computes it (`transfers/segmentation.py`): one object a
-row, the mean over rows of the mask IoU at the picture's full size, an invalid answer counts 0. (The literature has two
-figures of that name. This is the mean of the rows' IoUs; the other, "oIoU", divides summed areas.)
+The mIoU of PaliGemma's published figures, as big_vision computes it (`transfers/segmentation.py`): one object in each
+row, the mean over rows of the mask IoU at the picture's full size, 0 for an invalid answer. (The literature has two
+figures of that name. This one is the mean of the rows' IoUs; the other, "oIoU", divides summed areas.)
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _MASK = re.compile(r"(<loc\d{4}>){4}(<seg\d{3}>){16}")
 def refcoco_ious(text: str, box: Box, mask: np.ndarray, codec: MaskCodec) -> tuple[float, float, bool]:
     """(mask IoU, box IoU, valid) of one answer. box: the true one, in pixels; mask: bool [H, W].
 
-    Valid are answers that begin with four locations and sixteen codes, y1 > y0 and x1 > x0, also in whole pixels; what
-    follows is ignored.
-    Locations count to 1023, and the mask is pasted by the rule "big_vision" (see `mask_codec.paste`).
+    An answer is valid if it begins with four locations and sixteen codes and y1 > y0 and x1 > x0, also in whole pixels;
+    the rest is ignored. Locations are divided by 1023, and the mask is pasted by the rule "big_vision" (see
+    `mask_codec.paste`).
     """
     head = _MASK.match(text.strip())
     height, width = mask.shape

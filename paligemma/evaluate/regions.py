@@ -14,13 +14,13 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels
 
 @dataclass(frozen=True)
 class Region:
-    """An object of a picture, true or predicted. `grammar.Detection` and `grammar.Segment` serve as well."""
+    """An object in a picture, true or predicted. A `Detection` or `Segment` of an answer can stand in for it."""
 
     label: str
     box: Box
     mask: np.ndarray | None = None  # bool [H, W]
     score: float | None = None  # of a prediction
-    packed: dict[str, Any] | None = None  # the mask as COCO's packed run lengths, where those of all rows are kept
+    packed: dict[str, Any] | None = None  # COCO's run-length encoding of the mask; a small substitute
 
 
 def box_iou(a: Sequence[Box], b: Sequence[Box]) -> np.ndarray:
@@ -47,8 +47,8 @@ def match_boxes(
 ) -> list[tuple[int, int, float]]:
     """[(index of a prediction, index of the object it found, IoU)], at most one prediction for an object.
 
-    COCO's rule: the predictions choose in order of their score (`scores`, or else their own; without one, as listed),
-    each the free object of its label with the largest IoU, if that is at least the threshold.
+    COCO's rule: in order of their scores (`scores`, or else their own; without any, as listed), each prediction takes
+    the free object of its label with the largest IoU, if that is at least the threshold.
     """
     if scores is None:
         scores = [p.score if p.score is not None else 0.0 for p in predicted]
@@ -67,9 +67,9 @@ def match_boxes(
 def instance_ious(truth: Sequence[Region], predicted: Sequence[Region]) -> list[float]:
     """The mask IoU with which each true object was found, 0 where it was missed.
 
-    The pair of equal label with the largest IoU goes together, then the largest of what is left, and so on. Predictions
-    beyond the objects lower nothing here: count them apart. ValueError if a true region has no mask; a predicted one
-    without (an answer of boxes) finds nothing.
+    The pair of equal label with the largest IoU is matched first, then the largest of the rest, and so on. Additional
+    predictions lower nothing here; precision counts them. ValueError if a true region has no mask; a predicted region
+    without one (an answer of boxes) finds nothing.
     """
     if any(t.mask is None for t in truth):
         raise ValueError("a true region has no mask: mask IoU needs one for every object")

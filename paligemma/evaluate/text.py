@@ -1,23 +1,24 @@
 """Short answers: exact match, edit distance, ANLS, relaxed accuracy, character and word error rate.
 
-Every function takes one answer and gives numbers for it; a corpus' figure is their mean or, for the error rates, the
-ratio of the sums. Nothing here normalises text beyond what its metric's definition says.
+Every function scores one answer. The figure of a corpus is the mean of the scores or, for error rates, the ratio of the
+sums. Text is normalised only as the definition of the metric says.
 """
 
 from collections.abc import Sequence
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1.0 if the text is one of the answers, else 0.0. White space around either does not count, case does.
+    """1.0 if the text is one of the answers, else 0.0. White space at both ends is ignored, case is not.
 
-    big_vision, `transfers/vqa.py` ("acc_any"), which does not strip; a tokenizer that writes " yes" should not lose.
+    As in big_vision, `transfers/vqa.py` ("acc_any"), which does not strip white space; but a tokenizer that decodes to
+    " yes" should not lose for it.
     """
     return float(text.strip() in {answer.strip() for answer in answers})
 
 
 def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
-    """Fewest insertions, deletions and replacements that turn a into b (Levenshtein). Strings or lists of words."""
-    row = list(range(len(b) + 1))  # distances of the part of a seen so far to every beginning of b
+    """The fewest insertions, deletions and replacements that turn a into b (Levenshtein). Strings or lists of words."""
+    row = list(range(len(b) + 1))  # distances between the part of a read so far and every prefix of b
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, 1):
@@ -28,14 +29,14 @@ def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
 def character_errors(text: str, answer: str) -> tuple[int, int]:
     """(edits, characters of the answer). CER of a corpus = sum of edits / sum of characters; it can exceed 1.
 
-    White space around both is dropped, inside it counts: `jiwer.cer`.
+    White space at both ends is dropped, white space inside counts: as `jiwer.cer`.
     """
     text, answer = text.strip(), answer.strip()
     return edit_distance(text, answer), len(answer)
 
 
 def word_errors(text: str, answer: str) -> tuple[int, int]:
-    """(edits, words of the answer), words being what white space separates. WER = ratio of the sums: `jiwer.wer`."""
+    """(edits, words of the answer); white space separates words. WER = ratio of the sums: as `jiwer.wer`."""
     words, right = text.split(), answer.split()
     return edit_distance(words, right), len(right)
 
@@ -43,9 +44,9 @@ def word_errors(text: str, answer: str) -> tuple[int, int]:
 def anls(text: str, answers: Sequence[str], threshold: float = 0.5, case_sensitive: bool = False) -> float:
     """Normalised Levenshtein similarity to the nearest answer, in [0, 1]; 0 where half or more has to be changed.
 
-    Scene Text VQA, arXiv 1905.13648, equation 1; the metric of DocVQA, InfographicVQA and ST-VQA, whose papers compare
-    without regard to case. White space around the text is dropped, in it counted. A distance of exactly the threshold
-    gives 0, as in the paper and in big_vision (`anls_metric`); the challenges' server script gives 0.5.
+    Scene Text VQA, arXiv 1905.13648, equation 1; the metric of DocVQA, InfographicVQA and ST-VQA, whose papers ignore
+    upper and lower case. White space at both ends is dropped, white space inside counts. A distance of exactly the
+    threshold gives 0, as in the paper and in big_vision (`anls_metric`); the script of the challenges gives 0.5.
     """
 
     def similarity(answer: str) -> float:
@@ -59,8 +60,8 @@ def anls(text: str, answers: Sequence[str], threshold: float = 0.5, case_sensiti
 def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> float:
     """1.0 if a number is within 5% of the right one, or if a text is the right one; else 0.0.
 
-    ChartQA, arXiv 2203.10244, section 5.1; read as big_vision reads it (`transfers/chartqa.py`): "12%" is 0.12, a right
-    answer of 0 and anything that is not a number need an exact match, case counts.
+    ChartQA, arXiv 2203.10244, section 5.1, as big_vision implements it (`transfers/chartqa.py`): "12%" is 0.12. A right
+    answer of 0, and anything that is not a number, needs an exact match, including upper and lower case.
     """
     number, right = _number(text), _number(answer)
     if number is not None and right:

@@ -1,13 +1,13 @@
-"""POPE: does the model see things that are not there? (arXiv 2305.10355)
+"""POPE: does the model report objects that are not there? (arXiv 2305.10355)
 
-Questions "is there a dog in the image?" with half of the answers "yes". "yes" is the positive class.
+Questions like "is there a dog in the image?"; half of the right answers are "yes", the positive class.
 """
 
 from collections.abc import Sequence
 
 
 def reads_as_yes(text: str) -> bool:
-    """As POPE's own script does: "no" if the first sentence has the word No, no or not; anything else is a yes."""
+    """The rule of POPE's own script: "no" if the first sentence has the word No, no or not; anything else is a yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
@@ -15,9 +15,9 @@ def reads_as_yes(text: str) -> bool:
 def pope_counts(text: str, answer: str) -> dict[str, tuple[float, float]]:
     """What one answer adds to each figure: (numerator, denominator). The figure is the ratio of the sums.
 
-    accuracy, precision, recall, F1, yes ratio; and valid: texts that are "yes" or "no" and nothing else. Since POPE's
-    script takes every text that does not deny for a yes, look at `valid` first. big_vision's "acc"
-    (`transfers/pope.py`) is the exact match, which equals `accuracy` where everything is valid.
+    accuracy, precision, recall, F1, yes ratio; and valid: texts that are exactly "yes" or "no". POPE's script takes
+    every text that does not deny for a yes, so look at `valid` first. big_vision's "acc" (`transfers/pope.py`) is the
+    exact match, which equals `accuracy` if all answers are valid.
     """
     said, right = reads_as_yes(text), answer == "yes"
     both = said and right

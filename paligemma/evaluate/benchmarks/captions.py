@@ -1,6 +1,6 @@
-"""Published captioning data sets -> examples: the prompt is "caption en", all captions of a picture are its answers.
+"""Published captioning data sets -> examples. The prompt is "caption en"; all captions of a picture are its answers.
 
-Formats follow big_vision's conversion scripts (`datasets`). See `benchmark_questions.py`.
+The formats are those that big_vision's conversion scripts read (`datasets`). See `questions.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _caption(source: Source, number: str, image: Any, captions: Sequence[str], l
 
 
 def cococap(source: Source) -> Iterator[Example]:
-    """dataset_coco.json (Karpathy's splits, by which captioning is compared: 5,000 pictures in "val"),
+    """dataset_coco.json (Karpathy's splits, the usual ones for captioning: 5,000 pictures in "val"),
     val2014/COCO_val2014_*.jpg. The splits "val2014" and "val2017" are COCO's own, from captions_val2014.json."""
     if source.split.startswith("val2"):
         yield from _coco(source, f"captions_{source.split}.json", source.split)
@@ -39,7 +39,7 @@ def nocaps(source: Source) -> Iterator[Example]:
 
 
 def _coco(source: Source, name: str, folder: str) -> Iterator[Example]:
-    """COCO's form of captions: "images" and "annotations", joined by image_id."""
+    """COCO's format of captions: "images" and "annotations", joined by image_id."""
     document = source.json(name, f"annotations/{name}")
     captions: dict[Any, list[str]] = {}
     for annotation in document["annotations"]:
@@ -51,7 +51,7 @@ def _coco(source: Source, name: str, folder: str) -> Iterator[Example]:
 
 
 def textcaps(source: Source) -> Iterator[Example]:
-    """TextCaps_0.1_val.json, train_images/*.jpg (those of "val" too; the reference turns none here)."""
+    """TextCaps_0.1_val.json, train_images/*.jpg (also for "val"; unlike in TextVQA, the reference rotates none)."""
     folder = "test_images" if source.split == "test" else "train_images"
     captions: dict[str, list[str]] = {}
     names: dict[str, str] = {}
@@ -67,7 +67,8 @@ def coco35l(source: Source) -> Iterator[Example]:
     """coco_mt_dev.jsonl, dataset_coco.json (for the paths), val2014/*.jpg, train2014/*.jpg. Splits "dev_en", "dev_de",
     ...: English is the source of the translations into German.
 
-    CIDEr of other languages depends on a tokenizer that was made for English; ours is compared with it there alone.
+    CIDEr in other languages depends on a tokenizer made for English; ours was compared with the original for English
+    only.
     """
     split, _, language = source.split.partition("_")
     key, target = ("caption_tokenized", "de") if language == "en" else ("translation_tokenized", language)
@@ -103,7 +104,7 @@ def screen2words(source: Source) -> Iterator[Example]:
 def widgetcap(source: Source) -> Iterator[Example]:
     """widget_captions.csv, split/test.txt, combined/{id}.jpg and {id}.json (RICO).
 
-    What is to be described stands in a red box, one pixel wide in the square that the model sees.
+    The widget to describe is marked by a red box, one pixel wide in the square picture that the model sees.
     """
     chosen = set(source.file(f"split/{source.split}.txt", f"{source.split}.txt").read_text(encoding="utf-8").split())
     with open(source.file("widget_captions.csv"), encoding="utf-8", newline="") as file:
@@ -112,14 +113,14 @@ def widgetcap(source: Source) -> Iterator[Example]:
             if screen in chosen:
                 picture = load_image(source.picture(f"combined/{screen}.jpg"))
                 box = _node_box(source.json(f"combined/{screen}.json"), node)
-                # Bounds are those of a screen 2,560 pixels high.
+                # The bounds refer to a screen 2,560 pixels high.
                 box = [edge * picture.height / 2560 for edge in box]
                 image = _boxed(picture, box, source.side)
                 yield _caption(source, f"{screen}_{node}", image, row["captions"].split("|"))
 
 
 def _node_box(view: dict[str, Any], node: str) -> list[float]:
-    """The bounds of a node of the view hierarchy, named by the way to it: "0.2.1" is the root's child 2's child 1."""
+    """The bounds of a node of the view hierarchy, named by its path: "0.2.1" is child 1 of child 2 of the root."""
     found = view["activity"]["root"]
     for index in node.split(".")[1:]:
         found = found["children"][int(index)]
@@ -127,7 +128,7 @@ def _node_box(view: dict[str, Any], node: str) -> list[float]:
 
 
 def _boxed(picture: Image.Image, box: Sequence[float], side: int) -> Image.Image:
-    """Squashed to the model's square, then a red line: in this order, as TensorFlow's draw_bounding_boxes does it."""
+    """Resized to the model's square first, then the red box, as TensorFlow's draw_bounding_boxes does it."""
     seen = picture.resize((side, side), Image.Resampling.BICUBIC)
     corners = [int(box[k] / picture.size[k % 2] * (side - 1)) for k in range(4)]
     ImageDraw.Draw(seen).rectangle(corners, outline=(255, 0, 0))
@@ -135,7 +136,7 @@ def _boxed(picture: Image.Image, box: Sequence[float], side: int) -> Image.Image
 
 
 def scicap(source: Source) -> Iterator[Example]:
-    """First sentences of captions of figures without parts:
+    """The first sentences of captions, for figures without subfigures:
     List-of-Files-for-Each-Experiments/First-Sentence/No-Subfig/test/file_idx.json, SciCap-Caption-All/test/*.json,
     SciCap-No-Subfig-Img/test/*.png."""
     listed = f"List-of-Files-for-Each-Experiments/First-Sentence/No-Subfig/{source.split}/file_idx.json"

@@ -1,7 +1,7 @@
-"""A benchmark as it was downloaded and unpacked: finding its files in a folder.
+"""Finding the files of a benchmark in the folder where it was unpacked.
 
-Every data set has its own layout, and people unpack archives in different places. A reader names a file by the paths
-under which it may lie, the usual one first; the first that exists is taken.
+Every data set has its own layout, and people unpack archives in different places. A reader lists the paths that a file
+may have, the usual one first; the first that exists is used.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ LARGEST = 2**32  # bytes of one file: the annotations of the largest benchmarks 
 
 @dataclass(frozen=True)
 class Source:
-    """folder: the data set. task: the benchmark's name. split: "val", ... side: of the model's picture in pixels, for
-    the one benchmark that draws into it."""
+    """folder: of the data set. task: the benchmark's name. split: "val", ... side: of the picture that the model sees,
+    in pixels; only `widgetcap` needs it, which draws into the resized picture."""
 
     folder: Path
     task: str
@@ -28,7 +28,7 @@ class Source:
     side: int = 224
 
     def file(self, *names: str) -> Path:
-        """FileNotFoundError, naming all places, if there is none."""
+        """The first of these that exists. FileNotFoundError, naming all of them, if none does."""
         for name in names:
             if (self.folder / name).is_file():
                 return self.folder / name
@@ -42,7 +42,7 @@ class Source:
         return read_json_value(self.file(*names), LARGEST)
 
     def lines(self, *names: str) -> Iterator[Any]:
-        """The objects of a file with one JSON object a line."""
+        """The values in a file with one JSON value on each line."""
         path = self.file(*names)
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -53,7 +53,7 @@ class Source:
                         raise ValueError(f"{path}:{number} is not JSON: {error}") from None
 
     def picture(self, *names: str) -> str:
-        """The path of a picture; the first name where none exists, so that the error of opening it names that."""
+        """The path of a picture. If none exists, the first: the error of opening it will name it."""
         found = next((name for name in names if (self.folder / name).is_file()), names[0])
-        # One object for equal paths: a picture is encoded once for all the questions about it in a batch.
+        # Interned: a batch encodes a picture once for all questions about it if their paths are the same object.
         return sys.intern(str(self.folder / found))

@@ -1,6 +1,6 @@
-"""How benchmarks are measured where no plain measure does: after lower-casing, part by part, by a letter.
+"""Metrics that only a benchmark has: after lower-casing, separately for parts of the data, by the letter of a choice.
 
-Follows big_vision's evaluators (`evaluators/proj/paligemma/transfers`). Built from the measures in `measures.py`.
+They follow big_vision's evaluators (`evaluators/proj/paligemma/transfers`) and are built from `evaluate/metrics.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from paligemma.evaluate.examples import Example, Prediction
-from paligemma.evaluate.metrics import NAN, Metric, Ratios, Rows, Values
+from paligemma.evaluate.metrics import NAN, Answered, Metric, Ratios, Values
 from paligemma.evaluate.text import anls, exact_match, relaxed_match
 from paligemma.evaluate.vqa import agreement, vqa_accuracy
 from paligemma.evaluate.yes_no import pope_counts
@@ -31,15 +31,15 @@ def _scored(score: Score, example: Example, prediction: Prediction, lower: bool)
 
 
 def in_parts(name: str, score: Score, kinds: Sequence[str], *, lower: bool = False, mean: str = "") -> Metric:
-    """The same, and for each kind of rows apart. mean: name of the mean over the kinds (those that occur), if that is
-    what is published."""
+    """The same, and separately for each kind of rows. mean: the name of the mean over the kinds that occur, if that is
+    the published figure."""
 
     def rated(example: Example, prediction: Prediction) -> Ratios:
         value = _scored(score, example, prediction, lower)
         apart = {f"{name}, {kind}": (value, 1) if example.kind == kind else (0, 0) for kind in kinds}
         return {name: (value, 1), **apart}
 
-    def over_kinds(rows: Rows) -> Values:
+    def over_kinds(rows: Answered) -> Values:
         sums = {kind: [_scored(score, e, p, lower) for e, p in rows if e.kind == kind] for kind in kinds}
         parts = [sum(values) / len(values) for values in sums.values() if values]
         return {mean: (sum(parts) / len(parts) if parts else math.nan, NAN, NAN)}
@@ -63,7 +63,7 @@ _NUMBERS = {
 
 
 def same_number(text: str, answers: Sequence[str]) -> float:
-    """Exact match, where a number may be written as a word, up to "twenty"."""
+    """Exact match; a number may be written as a word, up to "twenty"."""
     return exact_match(_NUMBERS.get(text.strip().lower(), text), answers)
 
 
@@ -71,7 +71,7 @@ def same_number(text: str, answers: Sequence[str]) -> float:
 
 
 def letter(text: str) -> str | None:
-    """The "b" of "The answer is B."; None for a text that does not begin so."""
+    """The "b" of "The answer is B."; None for a text that does not begin like this."""
     found = re.match(r"the answer is ([a-z])\.", text.lower())
     return found[1] if found else None
 
@@ -85,8 +85,8 @@ def _science(example: Example, prediction: Prediction) -> Ratios:
 
 
 def _pope(example: Example, prediction: Prediction) -> Ratios:
-    """Accuracy as big_vision counts it: only "yes" and "no" are answers. POPE's own script takes all that does not deny
-    for a yes; F1 and yes ratio are its."""
+    """Accuracy as in big_vision: only "yes" and "no" are answers. F1 and yes ratio as in POPE's own script, which takes
+    everything that does not deny for a yes."""
     text, right = prediction.text.strip().lower(), example.answers[0]
     accuracy = (text == right, 1)
     apart = {
@@ -97,7 +97,7 @@ def _pope(example: Example, prediction: Prediction) -> Ratios:
     return {"accuracy": accuracy, **apart, **{name: by_script[name] for name in ("F1", "yes ratio", "valid")}}
 
 
-# --- the measures ---------------------------------------------------------------------------------
+# --- the metrics ---------------------------------------------------------------------------------
 
 VQA_BY_TYPE = in_parts("VQA accuracy", vqa_accuracy, ("yes/no", "number", "other"))
 AGREEMENT = share("accuracy", agreement)
@@ -113,4 +113,4 @@ REMOTE_SENSING = in_parts(
 )
 SCIENCE = Metric(_science)
 POPE = Metric(_pope)
-NOTHING = Metric(lambda example, prediction: {})  # where answers are kept on a server
+NOTHING = Metric(lambda example, prediction: {})  # for splits whose answers are kept on a server

@@ -1,14 +1,15 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg -> examples: the expression alone is the prompt, one object with its mask the answer.
+"""RefCOCO, RefCOCO+ and RefCOCOg -> examples. The expression is the prompt; the answer is one object with its mask.
 
-The data sets are published as pickles, which this project never reads: a pickle can run code. Two forms in JSON serve.
+The data sets are published as pickles, which this project never reads: a pickle can run code. Two JSON formats are read
+instead.
 
 - MDETR's: finetune_refcoco_val.json and so on (https://github.com/ashkamath/mdetr, `refexp_coco_format.py`): one
-  "image" for each expression. It leaves out the masks; they are looked up by `original_id` in COCO's
+  "image" for each expression. It has no masks; they are looked up by `original_id` in COCO's
   instances_train2014.json.
-- The list in the pickle, refs(unc).json or refs(umd).json, written as JSON by whoever trusts the file, in the folder
+- The list in the pickle, saved as JSON by somebody who trusts the file: refs(unc).json or refs(umd).json, in the folder
   refcoco, refcoco+ or refcocog beside the published instances.json.
 
-Masks come from COCO's polygons by faster-coco-eval, which draws them as pycocotools does.
+faster-coco-eval draws the masks from COCO's polygons, exactly as pycocotools does.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def refcoco(source: Source) -> Iterator[Example]:
     if source.has(mdetr) or source.has(f"{data_set}/{mdetr}"):
         document = source.json(mdetr, f"{data_set}/{mdetr}")
         said = {image["id"]: image["caption"] for image in document["images"]}
-        # An expression and the object it means, in COCO's own numbers.
+        # (expression, COCO's id of the object it means)
         pairs = [(said[a["image_id"]], a["original_id"]) for a in document["annotations"]]
     else:
         refs = source.json(f"{data_set}/refs({by}).json", mdetr)
@@ -58,7 +59,7 @@ def refcoco(source: Source) -> Iterator[Example]:
 
 
 def mask_of(segmentation: Any, width: int, height: int) -> np.ndarray:
-    """COCO's polygons or run lengths -> bool [H, W]. ImportError without faster-coco-eval."""
+    """COCO's polygons or run-length encoding -> bool [H, W]. ImportError without faster-coco-eval."""
     try:
         from faster_coco_eval.core import mask as coco
     except ImportError:

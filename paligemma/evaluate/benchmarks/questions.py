@@ -1,8 +1,8 @@
 """Published question answering data sets -> examples, with the prompts of PaliGemma's transfers.
 
-One reader for each format of annotations. Prompts follow big_vision (`configs/proj/paligemma/transfers`), formats its
-conversion scripts (`datasets`) where it has published one, else what is named at the reader. Splits whose answers are
-kept on a server give examples without answers: predictions can be made, and no figure.
+One reader for each format of annotations. The prompts are those of big_vision (`configs/proj/paligemma/transfers`). The
+formats are those that its conversion scripts read (`datasets`), or else what the reader names. Splits whose answers are
+kept on a server give examples without answers: the model can be run on them, but not measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def choose_from(question: str, choices: Sequence[str]) -> str:
-    """The prompt of multiple choice: two spaces after "en", and a tab between spaces between the choices."""
+    """The prompt for multiple choice: two spaces after "en"; a space, a tab and a space between the choices."""
     return f"answer en  {question} choose from: " + " \t ".join(choices)
 
 
@@ -83,7 +83,7 @@ def _aokvqa(source: Source, entry: dict[str, Any], prompt: str, answers: Sequenc
 
 
 def vizwizvqa(source: Source) -> Iterator[Example]:
-    """annotations/val.json, val/VizWiz_val_*.jpg. Empty answers of people are left out, as in the reference."""
+    """annotations/val.json, val/VizWiz_val_*.jpg. Empty answers are left out, as in the reference."""
     for entry in source.json(f"annotations/{source.split}.json", f"{source.split}.json"):
         yield Example(
             id=entry["image"],
@@ -98,10 +98,10 @@ def vizwizvqa(source: Source) -> Iterator[Example]:
 
 
 def textvqa(source: Source) -> Iterator[Example]:
-    """TextVQA_0.5.1_val.json, train_images/*.jpg (those of "val" too), test_images/*.jpg.
+    """TextVQA_0.5.1_val.json, train_images/*.jpg (also for "val"), test_images/*.jpg.
 
-    Some pictures lie on their side. The reference turns them by the "Rotation" of Open Images (`{train,test}-images-*
-    with-rotation.csv`), if that table lies as rotation.csv in the folder of the pictures; so do we.
+    Some pictures lie on their side. As the reference does, we rotate them by the column "Rotation" of Open Images
+    (`{train,test}-images-*with-rotation.csv`), if that table is in the folder of the pictures as rotation.csv.
     """
     folder = "test_images" if source.split == "test" else "train_images"
     turned: dict[str, int] = {}
@@ -125,7 +125,7 @@ def textvqa(source: Source) -> Iterator[Example]:
 
 
 def docvqa(source: Source) -> Iterator[Example]:
-    """val_v1.0_withQT.json, val/documents/*.png. The question alone is the prompt."""
+    """val_v1.0_withQT.json, val/documents/*.png. The prompt is the question alone."""
     names = [f"{source.split}_v1.0{end}.json" for end in (("",) if source.split == "test" else ("_withQT", ""))]
     for entry in source.json(*names)["data"]:
         yield Example(
@@ -139,8 +139,8 @@ def docvqa(source: Source) -> Iterator[Example]:
 
 
 def infovqa(source: Source) -> Iterator[Example]:
-    """infographicsVQA_val_v1.0_withQT.json, images/*. In "val" an answer of several parts, "a, b", is right in any
-    order of them."""
+    """infographicsVQA_val_v1.0_withQT.json, images/*. In "val" the parts of an answer such as "a, b" may come in any
+    order."""
     end = "_withQT" if source.split == "val" else ""
     for entry in source.json(f"infographicsVQA_{source.split}_v1.0{end}.json")["data"]:
         answers = entry.get("answers", [])
@@ -158,9 +158,9 @@ def infovqa(source: Source) -> Iterator[Example]:
 
 def stvqa(source: Source) -> Iterator[Example]:
     """train_task_3.json, train_images/*; test_task_3.json, test_task3_images/*. The reference takes the pictures of
-    COCO-Text from COCO, where they are larger (train2014/*), and so do we if they are there.
+    COCO-Text from COCO, where they are larger (train2014/*); so do we if they exist.
 
-    It also sets a part of "train" aside as "val", by a list that is not among the files it published.
+    The reference also has a split "val", a part of "train", whose list it has not published.
     """
     folder = "test_task3_images" if source.split == "test" else "train_images"
     for entry in source.json(f"{source.split}_task_3.json")["data"]:
@@ -178,7 +178,7 @@ def stvqa(source: Source) -> Iterator[Example]:
 
 def ocrvqa(source: Source) -> Iterator[Example]:
     """dataset.json, images/{id}.jpg. Format: https://ocr-vqa.github.io, as MMPretrain reads it (`ocr_vqa.py`); the
-    reference's own reader was not published."""
+    reference has not published its reader."""
     number = {"train": 1, "val": 2, "test": 3}[source.split]
     for book, entry in source.json("dataset.json").items():
         if entry["split"] != number:
@@ -194,8 +194,8 @@ def ocrvqa(source: Source) -> Iterator[Example]:
 def ai2d(source: Source) -> Iterator[Example]:
     """questions/*.png.json, annotations/*.png.json, images/*.png, ai2d_test_ids.csv.
 
-    Where the answers are letters, these stand in the picture instead of its own labels. The reference draws them in the
-    font DM Sans; here it is Pillow's own.
+    If the answers are letters, the letters replace the labels in the picture. The reference draws them in the font DM
+    Sans; we use Pillow's own font.
     """
     test = set(source.file("ai2d_test_ids.csv").read_text(encoding="utf-8").split())
     for path in sorted((source.folder / "questions").glob("*.json")):
@@ -218,7 +218,7 @@ def ai2d(source: Source) -> Iterator[Example]:
 
 
 def _relabelled(path: str, texts: dict[str, Any]) -> Image.Image:
-    """White boxes with the replacement of every text, as large as fits."""
+    """Every text is covered by a white box with its replacement, in the largest font that fits."""
     image = load_image(path)
     pen = ImageDraw.Draw(image)
     for text in texts.values():
@@ -234,7 +234,7 @@ def _relabelled(path: str, texts: dict[str, Any]) -> Image.Image:
 
 
 def scienceqa(source: Source) -> Iterator[Example]:
-    """problems.json, test/{id}/image.png; the problems that have a picture."""
+    """problems.json, test/{id}/image.png; only the problems that have a picture."""
     for number, entry in source.json("problems.json").items():
         if entry["split"] != source.split or not entry["image"]:
             continue
@@ -250,7 +250,7 @@ def scienceqa(source: Source) -> Iterator[Example]:
 
 
 def chartqa(source: Source) -> Iterator[Example]:
-    """test/test_human.json, test/test_augmented.json, test/png/*.png. The question alone is the prompt."""
+    """test/test_human.json, test/test_augmented.json, test/png/*.png. The prompt is the question alone."""
     for kind in ("human", "augmented"):
         for number, entry in enumerate(source.json(f"{source.split}/{source.split}_{kind}.json")):
             yield Example(
@@ -283,7 +283,7 @@ def gqa(source: Source) -> Iterator[Example]:
 def nlvr2(source: Source) -> Iterator[Example]:
     """test1.json (one object a line), test1/{identifier}-img0.png and -img1.png: two pictures a row.
 
-    Format and names: https://github.com/lil-lab/nlvr, nlvr2/README.md; the reference's own reader was not published.
+    Format and names: https://github.com/lil-lab/nlvr, nlvr2/README.md; the reference has not published its reader.
     """
     name = {"test": "test1"}.get(source.split, source.split)
     for entry in source.lines(f"{name}.json", f"data/{name}.json"):
@@ -316,8 +316,8 @@ def tallyqa(source: Source) -> Iterator[Example]:
 
 
 def pope(source: Source) -> Iterator[Example]:
-    """coco_pope_random.json, _popular, _adversarial (one object a line), val2014/COCO_val2014_*.jpg. The question alone
-    is the prompt, with its capital letter."""
+    """coco_pope_random.json, _popular, _adversarial (one object a line), val2014/COCO_val2014_*.jpg. The prompt is
+    the question alone, with its capital letter."""
     for kind in ("random", "popular", "adversarial") if source.split == "test" else (source.split,):
         name = f"coco_pope_{kind}.json"
         for number, entry in enumerate(source.lines(name, f"output/coco/{name}")):

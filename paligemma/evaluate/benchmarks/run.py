@@ -2,16 +2,15 @@
 
     report = evaluate_benchmark(pg, "textvqa", "data/textvqa", out_folder="runs/textvqa")
 
-A benchmark's figures depend on its prompt, its decoding and its metric, so these are not options: they are those of
-the transfers in https://github.com/google-research/big_vision (big_vision/configs/proj/paligemma/transfers). Data are
-read as they are published (`questions`, `captions`, `objects`); nothing is downloaded.
+Prompt, decoding and metric are not options; see `table.py`. Data are read as they were published (`questions.py`,
+`captions.py`, `objects.py`); nothing is downloaded.
 
 Known differences from the reference:
-- pictures are resized as transformers does (bicubic; the reference: TensorFlow's bilinear for most tasks);
-- a prompt is never cut. The reference cuts prompt and separator to `max_new_tokens` tokens, which shortens a few;
-- beams follow transformers' rules without a penalty for length. The reference lets every beam end at every step, here
-  an end counts if it is among the likeliest extensions;
-- captions are tokenized by a stand-in for PTBTokenizer (see `captions.py`).
+- Pictures are resized as in transformers (bicubic); the reference uses TensorFlow's bilinear for most tasks.
+- A prompt is never cut. The reference cuts prompt and separator to `max_new_tokens` tokens, which shortens a few.
+- Beam search follows transformers' rules, without a penalty for length. In the reference every beam may end at every
+  step; here an end counts if it is among the likeliest extensions.
+- Captions are tokenized by our own version of PTBTokenizer (see `evaluate/captions.py`).
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ if TYPE_CHECKING:
 def benchmark_examples(
     task: str, folder: str | os.PathLike[str], split: str | None = None, side: int = 224
 ) -> Iterator[Example]:
-    """The rows of a benchmark, read from the folder that its published files were unpacked in.
+    """The examples of a benchmark, read from the folder where its published files were unpacked.
 
-    split: default the first of `BENCHMARKS[task].splits`. side: of the model's picture. ValueError for an unknown task
-    or split and for files that are not in the published format; FileNotFoundError names a missing file.
+    split: default the first of `BENCHMARKS[task].splits`. side: of the picture that the model sees. ValueError for an
+    unknown task or split and for files that are not in the published format; FileNotFoundError names a missing file.
     """
     split = resolved_split(task, split)
     benchmark, folder = BENCHMARKS[task], Path(folder)
@@ -55,7 +54,7 @@ def benchmark_examples(
 
 
 def check_benchmark(task: str, folder: str | os.PathLike[str], split: str | None = None) -> None:
-    """Reads the first row, so that a wrong folder is told before a model is loaded. Raises as `benchmark_examples`."""
+    """Reads the first row, to find a wrong folder before a model is loaded. Raises what `benchmark_examples` raises."""
     next(benchmark_examples(task, folder, split), None)
 
 
@@ -69,23 +68,23 @@ def evaluate_benchmark(
     about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
-    """Measures a model on a benchmark. count: the first rows alone. about, options: as of `runner.evaluate`, but for
-    decoding, which is the benchmark's.
+    """Measures a model on a benchmark. count: only the first rows. about, options: as for `runner.evaluate`, without
+    those for decoding, which the benchmark decides.
 
-    The report has the published figure beside ours where model, resolution and split are the same.
+    The report shows the published figure beside ours if model, resolution and split are the same.
     """
     split = resolved_split(task, split)
     benchmark = BENCHMARKS[task]
-    measure = benchmark.measure
+    metric = benchmark.metric
     if split in benchmark.hidden:
-        measure = NOTHING
-    elif measure is None:
-        measure = refcoco(pg.codec)
+        metric = NOTHING
+    elif metric is None:
+        metric = refcoco(pg.codec)
     rows = benchmark_examples(task, folder, split, pg.processor.image_size)
     return evaluate(
         pg,
         rows if count is None else islice(rows, count),
-        {task: measure},
+        {task: metric},
         about={**(about or {}), "task": task, "split": split},
         constrained=False,
         max_new_tokens=benchmark.max_new_tokens,
@@ -97,18 +96,18 @@ def evaluate_benchmark(
 
 
 def published(task: str, split: str, pg: PaliGemma) -> Mapping[str, float]:
-    """Name -> figure of the same model at the same resolution after its transfer, {} where there is none."""
+    """Name -> figure of the same model at the same resolution, fine-tuned for this task; {} if there is none."""
     return BENCHMARKS[task].published.get(split, {}).get((variant(pg), pg.processor.image_size), {})
 
 
 def variant(pg: PaliGemma) -> str:
-    """The published model that this one has the size of, or "": by the width of its decoder."""
+    """The published model of the same size, by the width of the language model; "" if there is none."""
     widths = {2048: "paligemma-3b", 2304: "paligemma2-3b", 3584: "paligemma2-10b", 4608: "paligemma2-28b"}
     return widths.get(pg.model.config.text_config.hidden_size, "")
 
 
 def resolved_split(task: str, split: str | None) -> str:
-    """The split, or the default one. ValueError for a benchmark or a split that there is not."""
+    """The split, or the default one. ValueError for an unknown benchmark or split."""
     if task not in BENCHMARKS:
         raise ValueError(f"there is no benchmark {task!r}; there are: {', '.join(BENCHMARKS)}")
     splits = BENCHMARKS[task].splits

@@ -32,13 +32,13 @@ Published = Mapping[str, Mapping[tuple[str, int], Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """splits: the first is the default. source: the file in `transfers/`. max_new_tokens: there `text_len`. hidden:
-    splits without published answers, for which there are predictions but no figures. measure: None is RefCOCO's, which
+    """splits: the first is the default. source: the file in `transfers/`. max_new_tokens: `text_len` in that file.
+    hidden: splits without published answers, which give predictions but no figures. metric: None for RefCOCO's, which
     needs the model's mask codec."""
 
     read: Callable[[Source], Iterator[Example]]
     splits: tuple[str, ...]
-    measure: Metric | None
+    metric: Metric | None
     source: str
     max_new_tokens: int
     beams: int = 1
@@ -61,10 +61,10 @@ def _pg2(name: str, *values: float) -> dict[tuple[str, int], dict[str, float]]:
     return {model: {name: value / 100} for model, value in zip(models, values)}
 
 
-# PaliGemma's figures: big_vision/configs/proj/paligemma/README.md, those whose split anybody can measure. (Others come
-# from test servers.) PaliGemma 2's: arXiv 2412.03555, from notes, not compared with the paper a second time.
+# PaliGemma's figures: big_vision/configs/proj/paligemma/README.md, for the splits with published answers. (The others
+# come from test servers.) PaliGemma 2's: arXiv 2412.03555, taken from notes and not checked against the paper again.
 BENCHMARKS: dict[str, Benchmark] = {
-    # questions, ten people's answers
+    # questions with the answers of ten people
     "vqav2": Benchmark(
         questions.vqav2, ("val", "train", "test", "test-dev"), VQA_BY_TYPE, "vqav2.py", 32, hidden=("test", "test-dev")
     ),
@@ -82,7 +82,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         questions.textvqa, ("val", "train", "test"), VQA, "textvqa.py", 32, hidden=("test",),
         published={"val": _pg2("VQA accuracy", 59.6, 64.0, 64.7, 75.2, 76.6, 76.2)},
     ),
-    # questions, one right answer or several spellings of it
+    # questions with one right answer, or several spellings of it
     "aokvqa-mc": Benchmark(
         questions.aokvqa_mc, ("val", "train", "test"), ACCURACY, "aokvqa_mc.py", 128, hidden=("test",)
     ),
@@ -90,7 +90,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         questions.gqa, ("testdev_balanced", "val_balanced", "train_balanced"), ACCURACY, "gqa.py", 32,
         published={"testdev_balanced": _sizes("accuracy", 65.61, 67.03)},
     ),
-    # Upper and lower case alike, as in NLVR2's own script: how the reference spells "True" was not published.
+    # Case is ignored, as in NLVR2's own script: how the reference spells "True" was not published.
     "nlvr2": Benchmark(
         questions.nlvr2, ("test", "dev", "train"), LOWER_ACCURACY, "nlvr2.py", 64,
         published={"test": _sizes("accuracy", 90.02, 88.93) | _pg2("accuracy", 91.4, 93.9, 94.2, 91.6, 93.7, 94.1)},
@@ -102,7 +102,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             _P448: {"accuracy, simple": 0.8486, "accuracy, complex": 0.7227},
         }},
     ),
-    # The question as it is: no "answer en". Measured on a model that was fine-tuned for VQA v2.
+    # The prompt is the question without "answer en". For a model that was fine-tuned for VQA v2.
     "pope": Benchmark(
         questions.pope, ("test", "random", "popular", "adversarial"), POPE, "pope.py", 48,
         published={"test": {
@@ -153,7 +153,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "val": _sizes("CIDEr-D", 141.92, 144.60) | _pg2("CIDEr-D", 141.3, 143.7, 144.0, 143.4, 145.0, 145.2)
         },
     ),
-    # a model fine-tuned for COCO captions
+    # for a model fine-tuned for COCO captions
     "nocaps": Benchmark(
         captions.nocaps, ("val",), CAPTION, "cococap.py", 32, beams=2,
         published={"val": _sizes("CIDEr-D", 121.72, 123.58)},
@@ -164,14 +164,14 @@ BENCHMARKS: dict[str, Benchmark] = {
         ).split())), CAPTION, "coco35l.py", 32,
         published={"dev_en": _sizes("CIDEr-D", 139.2, 141.2)},
     ),
-    # a model fine-tuned for COCO-35L
+    # for a model fine-tuned for COCO-35L
     "xm3600": Benchmark(
         captions.xm3600, ("en", *(
             "ar bn cs da de el es fa fi fil fr he hi hr hu id it ja ko mi nl no pl pt quz ro ru sv sw te th tr uk vi zh"
         ).split()), CAPTION, "coco35l.py", 32,
         published={"en": _sizes("CIDEr-D", 78.1, 80.0)},
     ),
-    # Lower-cased where it was trained; CIDEr lower-cases by itself.
+    # The reference trains on lower-case captions; CIDEr ignores case.
     "textcaps": Benchmark(
         captions.textcaps, ("val", "train", "test"), CAPTION, "textcaps.py", 32, beams=3, hidden=("test",),
         published={"val": _sizes("CIDEr-D", 127.48, 153.94)},
