@@ -18,6 +18,7 @@ What else there is, by what it is for:
     generation     generate, Options, Generated, prefill, decode_one_token, KVCache
     the model      PaliGemmaForConditionalGeneration, GemmaModel, GemmaAttention, GemmaMLP, SiglipVisionModel,
                    SiglipVisionTransformer, PaliGemmaConfig, GemmaConfig, SiglipVisionConfig
+    look inside    explore: explore.look(pg, "photo.png", "caption en"), and what follows from it
 
 A name is imported when it is first used: `import paligemma` alone is instant and does not load torch.
 """
@@ -26,6 +27,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from paligemma import explore
     from paligemma.answers.mask_codec import MaskCodec
     from paligemma.answers.parsing import parse
     from paligemma.answers.results import Answer, Detection, Items, Parsed, Segment
@@ -97,6 +99,7 @@ __all__ = [
     "__version__",
     "convert",
     "decode_one_token",
+    "explore",
     "generate",
     "load",
     "load_hf_model",
@@ -111,6 +114,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "explore":  # a room, whose functions are public
+        return import_module("paligemma.explore")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'paligemma' has no attribute {name!r}")
     value = getattr(import_module(f"paligemma.{_MODULE_OF[name]}"), name)

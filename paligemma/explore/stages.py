@@ -1,0 +1,101 @@
+"""Every tensor on the way from a picture to the first two words, in order: what it is, where it is made, how long."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paligemma import attention_mask, generation, images
+from paligemma.images import Picture
+from paligemma.inference import PaliGemma
+from paligemma.modeling_gemma import GemmaForCausalLM, GemmaModel, PaliGemmaForConditionalGeneration
+from paligemma.modeling_gemma import PaliGemmaMultiModalProjector as Projector
+from paligemma.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
+from paligemma.processing_paligemma import PaliGemmaProcessor
+
+ROOT = Path(images.__file__).parent
+
+
+@dataclass(repr=False)
+class Stage:
+    """One step. file: "path:line" of the code that does it, from the package's folder. calls: what is called, by name.
+    shapes: {name of a tensor: its shape}. ms: milliseconds that it took this time."""
+
+    name: str
+    file: str
+    calls: list[str]
+    shapes: dict[str, tuple[int, ...]]
+    ms: float
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes.items())
+        return f"Stage({self.name}: {shapes}, {self.ms:.1f} ms, {self.file})"
+
+
+@torch.no_grad()
+def flow(pg: PaliGemma, image: Picture, prompt: str) -> list[Stage]:
+    """Runs the model step by step, as `pg.generate` does, up to the second token. Raises what `pg.generate` raises."""
+    model, processor, stages = pg.model, pg.processor, list[Stage]()
+    tower, decoder = model.vision_tower.vision_model, model.language_model.model
+
+    def step(name: str, made: Callable[..., Any], function: Callable[[], Any], **shapes: Callable[[Any], Any]) -> Any:
+        start = time.perf_counter()
+        result = function()
+        ms = 1000 * (time.perf_counter() - start)
+        found = {key: tuple(shape(result)) for key, shape in shapes.items()}
+        lines = inspect.getsourcelines(made)[1]
+        file = f"{Path(inspect.getfile(made)).relative_to(ROOT).as_posix()}:{lines}"
+        stages.append(Stage(name, file, [made.__qualname__], found, ms))
+        return result
+
+    picture = step(
+        "open the picture", images.load_image, lambda: images.load_image(image),
+        picture=lambda p: (p.height, p.width, 3),
+    )  # fmt: skip
+    pixels = step(
+        "resize, scale to [-1, 1]", images.preprocess, lambda: images.preprocess(picture, processor.image_size)[None],
+        pixel_values=_shape,
+    ).to(model.device, model.dtype)  # fmt: skip
+    ids = step(
+        "text to ids, <image> in front", PaliGemmaProcessor.lay_out, lambda: processor.lay_out([prompt], [1]),
+        input_ids=lambda inputs: inputs["input_ids"].shape,
+    )["input_ids"].to(model.device)  # fmt: skip
+    x = step("cut into patches", SiglipVisionEmbeddings.forward, lambda: tower.embeddings(pixels), patches=_shape)
+    x = step("vision layers", SiglipEncoder.forward, lambda: tower.encoder(x), patches=_shape)
+    features = step(
+        "norm and projector", Projector.forward, lambda: model.multi_modal_projector(tower.post_layernorm(x)),
+        image_features=_shape,
+    )  # fmt: skip
+    x = step(
+        "embed, put the picture in", PaliGemmaForConditionalGeneration.embed, lambda: model.embed(ids, features),
+        inputs_embeds=_shape,
+    )  # fmt: skip
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    step(
+        "the prefix mask", attention_mask.prefix_lm_mask,
+        lambda: attention_mask.prefix_lm_mask(torch.zeros_like(ids), valid), mask=_shape,
+    )  # fmt: skip
+    cache = generation.KVCache(model.config.text_config, 1, ids.shape[1] + 1, model.dtype, model.device)
+    hidden = step(
+        "decoder layers (prefill)", GemmaModel.forward,
+        lambda: model.read(inputs_embeds=x, cache=cache, num_outputs=1),
+        hidden=_shape, keys=lambda _: cache.keys[0][:, :, : cache.used].shape,
+    )  # fmt: skip
+    logits = step("head", GemmaForCausalLM.logits, lambda: model.logits(hidden[:, -1]), logits=_shape)
+    token = step("choose", generation.choose, lambda: logits.argmax(-1), token=_shape)
+    step(
+        "one more token", generation.decode_one_token, lambda: generation.decode_one_token(model, token, cache),
+        logits=_shape, keys=lambda _: cache.keys[len(decoder.layers) - 1][:, :, : cache.used].shape,
+    )  # fmt: skip
+    return stages
+
+
+def _shape(tensor: Tensor) -> torch.Size:
+    return tensor.shape

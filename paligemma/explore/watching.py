@@ -1,0 +1,208 @@
+"""One pass over picture, prompt and answer, with everything that it computes between the layers.
+
+The answer is *teacher-forced*: its tokens are given, and each position predicts the one that follows. That is the same
+computation as prefill and cached steps, in one piece, so every layer of every token can be seen at once.
+
+    columns     0 ... P-1     P       P+1 ...      first_answer-1   first_answer ...
+    tokens      <image> ...   <bos>   prompt ...   newline          answer ...
+    predicts                                       answer token 0   answer token 1 ...
+
+The commonest slip in looking at such a pass is to take the column of a token for the column that *predicts* it. The
+query of answer token t stands one column to the left, at first_answer - 1 + t.
+
+Letters: S tokens, A answer tokens, n images, P patches of an image, D hidden, V vocabulary, L layers, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from paligemma.images import ImageInput, Picture, load_image, preprocess
+from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
+
+ROWS_AT_ONCE = 16  # of a batch in which the same picture is tried with many changes
+
+
+@dataclass(repr=False)
+class Look:
+    """What `look` saw.
+
+    picture: a PIL image, or a tuple of them. answer: its text, without eos.
+    input_ids, token_type_ids: int64 [S]: images, bos, prompt, newline, answer. tokens: the text of each.
+    images: n. grid: patches in a row of an image; P = grid * grid, row by row.
+    first_text, first_answer: columns of bos and of the first answer token.
+    features: [n, P, D], the image features after the projector.
+    hidden_states: L + 1 of [S, D]: the input of every layer, and the output of the last one, before the final norm.
+    logprobs: [A], of each answer token among the whole vocabulary.
+    """
+
+    pg: PaliGemma
+    picture: Image.Image | tuple[Image.Image, ...]
+    prompt: str
+    answer: str
+    input_ids: Tensor
+    token_type_ids: Tensor
+    tokens: list[str]
+    images: int
+    grid: int
+    first_text: int
+    first_answer: int
+    features: Tensor
+    hidden_states: list[Tensor] = field(default_factory=list)
+    logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __repr__(self) -> str:
+        return f"Look({self.prompt!r} -> {self.answer!r}, {len(self.input_ids)} tokens, {self.num_layers} layers)"
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.hidden_states) - 1
+
+    @property
+    def answer_ids(self) -> Tensor:
+        """int64 [A]"""
+        return self.input_ids[self.first_answer :]
+
+    @property
+    def image_columns(self) -> Tensor:
+        """int64 [n * P]: the column of each patch."""
+        return (self.input_ids == self.pg.model.config.image_token_index).nonzero()[:, 0]
+
+    def query_of(self, token: int) -> int:
+        """The column that predicts an answer token. Raises ValueError if there is no such token."""
+        if not 0 <= token < len(self.answer_ids):
+            raise ValueError(
+                f"the answer has {len(self.answer_ids)} tokens, numbered from 0; there is no token {token}"
+            )
+        return self.first_answer - 1 + token
+
+    def groups(self, token: int = 0) -> dict[str, list[int]]:
+        """Columns by what stands there, as they are when answer token `token` is predicted; groups may be empty.
+
+        image, bos, prompt, newline, answer so far, and last, the column that predicts. (For token 0, last is the
+        newline.)
+        """
+        last = self.query_of(token)
+        return {
+            "image": self.image_columns.tolist(),
+            "bos": [self.first_text],
+            "prompt": list(range(self.first_text + 1, self.first_answer - 1)),
+            "newline": [self.first_answer - 1],
+            "answer so far": list(range(self.first_answer, last + 1)),
+            "last": [last],
+        }
+
+
+@torch.no_grad()
+def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = None) -> Look:
+    """One teacher-forced pass.
+
+    image: one picture, or a tuple that the row sees together. answer: None for what the model itself writes: greedy,
+    with the default budget, under the grammar for detect and segment, as `paligemma run` does.
+    Raises what `pg.generate` raises.
+    """
+    given: tuple[Picture, ...] = image if isinstance(image, tuple) else (image,)
+    pictures = tuple(load_image(one) for one in given)
+    model, processor = pg.model, pg.processor
+    prefix = processor.lay_out([prompt], [len(pictures)])["input_ids"][0]  # [first_answer]
+    if answer is None:
+        boxes = prompt.strip().partition(" ")[0] in ("detect", "segment")
+        picture: Any = pictures if len(pictures) > 1 else pictures[0]
+        written = pg.generate(picture, prompt, BOX_BUDGET if boxes else TEXT_BUDGET, constrained=boxes)
+        answer, answer_ids = written.text, written.token_ids
+    else:
+        answer_ids = processor.tokenizer.encode(answer)
+    ids = torch.cat([prefix, torch.tensor(answer_ids, dtype=torch.int64)])  # [S]
+    types = (torch.arange(len(ids)) >= len(prefix)).long()
+    pixels = torch.stack([preprocess(one, processor.image_size) for one in pictures])
+    features = model.encode_image(pixels.to(model.device))  # [n, P, D]
+    seen = Look(
+        pg=pg,
+        picture=pictures if isinstance(image, tuple) else pictures[0],
+        prompt=prompt,
+        answer=answer,
+        input_ids=ids,
+        token_type_ids=types,
+        tokens=[_text_of(pg, token) for token in ids.tolist()],
+        images=len(pictures),
+        grid=round(features.shape[1] ** 0.5),
+        first_text=int((ids == processor.tokenizer.bos_token_id).nonzero()[0]),
+        first_answer=len(prefix),
+        features=features.float().cpu(),
+    )
+    states: list[Tensor] = []
+    hidden = run(seen, before_final_norm=states.append, hidden_states=states)
+    # `read` appends what the final norm returns; the lens wants what goes into it, which stands just before.
+    seen.hidden_states = [state[0].float().cpu() for state in states[:-1]]
+    seen.logprobs = logprobs_of_answer(seen, hidden)[0]
+    return seen
+
+
+def _text_of(pg: PaliGemma, token: int) -> str:
+    tokenizer = pg.processor.tokenizer
+    if token == pg.model.config.image_token_index:
+        return "<image>"
+    return "<bos>" if token == tokenizer.bos_token_id else tokenizer.decode([token])
+
+
+# ---------------------------------------------------------------------------------------------- running it again
+
+
+@torch.no_grad()
+def run(
+    look: Look,
+    rows: int = 1,
+    features: Tensor | None = None,
+    layers: dict[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] | None = None,
+    hidden_states: list[Tensor] | None = None,
+    before_final_norm: Callable[[Tensor], Any] | None = None,
+) -> Tensor:
+    """The pass of a look again, for `rows` rows that may differ by changes: hidden states after the final norm
+    [R, S, D], on the model's device.
+
+    features: [R, n * P, D] in place of the look's own. layers: for some layers a function that gets the input
+    [R, S, D] and the mask [R or 1, 1, S, S] of that layer and returns what it shall get instead.
+    """
+    model = look.pg.model
+    ids = look.input_ids[None].expand(rows, -1).to(model.device)
+    types = look.token_type_ids[None].expand(rows, -1).to(model.device)
+    if features is None:
+        features = look.features.flatten(0, 1)[None].expand(rows, -1, -1)
+    x = model.embed(ids, features.to(model.device, model.dtype))
+    decoder = model.language_model.model
+    with ExitStack() as hooks:
+        for layer, change in (layers or {}).items():
+            hooks.enter_context(_hooked(decoder.layers[layer], _changing(change)))
+        if before_final_norm is not None:
+            watch = before_final_norm
+            hooks.enter_context(_hooked(decoder.norm, lambda _, inputs: watch(inputs[0])))
+        return model.read(inputs_embeds=x, token_type_ids=types, hidden_states=hidden_states)
+
+
+@contextmanager
+def _hooked(module: torch.nn.Module, hook: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _changing(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[Any, tuple[Any, ...]], Any]:
+    return lambda _, inputs: (*change(inputs[0], inputs[1]), *inputs[2:])
+
+
+@torch.no_grad()
+def logprobs_of_answer(look: Look, hidden: Tensor) -> Tensor:
+    """Log-probabilities of the answer's tokens, among the whole vocabulary: [R, S, D] -> float32 [R, A]."""
+    predicting = hidden[:, look.first_answer - 1 : -1]  # [R, A, D]
+    targets = look.answer_ids.to(hidden.device)[None, :, None].expand(len(hidden), -1, 1)
+    rows = [look.pg.model.logits(row).float().log_softmax(-1) for row in predicting]  # row by row: V is large
+    return torch.stack(rows).gather(-1, targets)[..., 0].cpu()

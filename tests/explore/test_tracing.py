@@ -1,0 +1,80 @@
+"""Routes and patching: what is true whatever the weights are."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from paligemma import explore
+from paligemma.explore.tracing import _replacing
+from paligemma.explore.watching import run
+
+
+@pytest.fixture
+def looks(random_pg, picture):
+    other = np.random.default_rng(4).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    return [
+        explore.look(random_pg, one, "caption en", answer) for one, answer in ((picture, "a dog"), (other, "a cat"))
+    ]
+
+
+def test_each_route_is_a_cut(looks):
+    look = looks[0]
+    found = explore.routes(look, 1, window=1)
+    assert len(found.names) == len(found.change) and found.change.shape[1] == look.num_layers
+    groups = look.groups(1)
+    for name, queries, keys in (
+        ("image->prompt", groups["prompt"], groups["image"]),
+        ("answer->last", groups["last"], groups["answer so far"][:-1]),
+        ("prompt->last", groups["last"], groups["prompt"]),
+    ):
+        if name not in found.names:
+            continue
+        for layer in range(look.num_layers):
+            cut = explore.cut(look, queries, keys, [layer])
+            expected = 1 - (cut.logprobs[1] - look.logprobs[1]).exp()
+            assert_close(found.change[found.names.index(name), layer], expected, atol=1e-4, rtol=1e-4)
+    assert {"image->prompt", "image->last", "prompt->last", "bos->last"} <= set(found.names)
+
+
+def test_a_window_covers_the_layers_around(looks):
+    look = looks[0]
+    every = explore.routes(look, 0, window=2 * look.num_layers + 1)
+    assert_close(every.change, every.change[:, :1].expand_as(every.change), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="window is 0"):
+        explore.routes(look, 0, window=0)
+
+
+def test_a_row_patched_into_itself_and_everything_into_another(looks):
+    a, b = looks
+    token = next(t for t in range(len(a.answer_ids)) if a.answer_ids[t] != b.answer_ids[t])
+    S = len(a.input_ids)
+    # The answer so far differs as well, so all columns: before layer 0 that is the whole first run.
+    found = explore.patch(a, b, token, groups={"all": range(S), "none": []}, patches=True)
+    assert found.names == ["all"] and found.per_patch.shape == (a.num_layers, 4)
+    assert found.restored[0, 0] == pytest.approx(1.0, abs=1e-3)
+    changes = {layer: _replacing(b, layer, [(range(S), layer)]) for layer in range(b.num_layers)}
+    assert_close(run(b, layers=changes), run(b), atol=1e-5, rtol=0)
+
+
+def test_pictures_that_say_the_same_are_refused(looks):
+    a, b = looks
+    with pytest.raises(ValueError, match="equally likely: there is nothing to restore"):
+        explore.patch(a, explore.look(a.pg, a.picture, a.prompt, b.answer), 1)
+
+
+def test_what_cannot_be_patched_is_refused(looks):
+    a, b = looks
+    with pytest.raises(ValueError, match="in both: there is nothing to restore"):
+        explore.patch(a, a, 0)
+    longer = explore.look(a.pg, a.picture, a.prompt, "a dog and a dog and a dog")
+    with pytest.raises(ValueError, match="patching needs equal"):
+        explore.patch(longer, b, 0)
+
+
+@torch.no_grad()
+def test_one_patch_at_a_time_is_what_a_group_of_one_gives(looks):
+    a, b = looks
+    token = next(t for t in range(len(a.answer_ids)) if a.answer_ids[t] != b.answer_ids[t])
+    found = explore.patch(a, b, token, groups={"patch 2": [2]}, patches=True)
+    assert_close(found.per_patch[:, 2], found.restored[0], atol=1e-4, rtol=1e-4)
