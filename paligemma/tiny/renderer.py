@@ -158,8 +158,5 @@ def _paste(spot: Placed, canvas: Image.Image, tint: str | None, text: str) -> Sc
     """Draw the object into the picture, and say what is visible of it."""
     dx, dy = spot.stamp.corner
     canvas.paste(spot.stamp.image, (spot.x - dx, spot.y - dy), spot.stamp.image)
-    mask = np.zeros((canvas.height, canvas.width), bool)
-    mask[spot.y : spot.y + spot.mask.shape[0], spot.x : spot.x + spot.mask.shape[1]] = spot.mask
-    chars = tuple((a + spot.x, b + spot.y, c + spot.x, d + spot.y) for a, b, c, d in spot.stamp.char_boxes)
-    text = text if spot.label == "sign" else ""
-    return SceneObject(spot.label, tint, spot.bounds, mask, spot.left / spot.area, text, chars)
+    mask, text = spot.whole_mask(canvas.width), text if spot.label == "sign" else ""
+    return SceneObject(spot.label, tint, spot.bounds, mask, spot.left / spot.area, text, spot.char_boxes)

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from paligemma.tiny.world import LABELS, TINTABLE, Box, Scene, SceneObject, generator
+from paligemma.tiny.world import LABELS, Box, Scene, SceneObject, generator
 
 T = TypeVar("T")
 EncodeMask = Callable[[Sequence[tuple[np.ndarray, Box]]], Sequence[Sequence[int]]]
@@ -76,6 +76,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "which object is to the left of the {one} ?",
     ),
 }
+READING = ("ocr", "ocr", "answer en what does the sign say ?", "answer en what is written on the sign?")  # world 2
 TASKS = (
     "caption", "what", "largest", "color", "background", "exists", "count", "count_all", "left_right", "left_of",
     "detect_one", "detect_all", "detect_absent", "segment", "ocr",
@@ -128,7 +129,8 @@ def caption(scene: Scene) -> str:
     for (tint, label), count in groups.items():
         words = (f"{tint} " if tint else "") + (label if count == 1 else plural(label))
         parts.append(article(words) if count == 1 else f"{NUMBERS[count]} {words}")
-    return f"{listed(parts)} on {article(scene.background)} background"
+    where = f" on {article(scene.background)} background" if scene.background else ""
+    return listed(parts) + where
 
 
 # --- locations ------------------------------------------------------------------------------------
@@ -243,7 +245,10 @@ def sample_row(
         return Row(task, "caption en", caption(scene), (), scene.objects)
     if task == "ocr":
         sign = scene.sign
-        return Row(task, "ocr", sign.text, (), (sign,)) if sign else None
+        if sign is None:
+            return None
+        prefix = "ocr" if canonical or scene.world == 1 else _pick(rng, READING)
+        return Row(task, prefix, sign.text, (), (sign,))
     if task in QUESTIONS:
         content = _question(scene, task, rng)
         if content is None:
@@ -293,7 +298,7 @@ def _question(scene: Scene, task: str, rng: np.random.Generator) -> _Content | N
     if task == "color":
         return _question_color(scene, rng)
     if task == "background":
-        return _Content(scene.background)
+        return _Content(scene.background) if scene.background else None
     if task == "exists":
         return _question_exists(scene, rng)
     if task == "count":
@@ -306,11 +311,12 @@ def _question(scene: Scene, task: str, rng: np.random.Generator) -> _Content | N
 
 
 def _question_color(scene: Scene, rng: np.random.Generator) -> _Content | None:
-    tinted = [group[0] for label, group in _by_label(scene).items() if label in TINTABLE and len(group) == 1]
-    if not tinted:
+    single = [group[0] for group in _by_label(scene).values() if len(group) == 1]
+    colored = [thing for thing in single if thing.tint or thing.color]
+    if not colored:
         return None
-    thing = _pick(rng, tinted)
-    return _Content(str(thing.tint), [thing.label], [thing], {"one": thing.label})
+    thing = _pick(rng, colored)
+    return _Content(str(thing.tint or thing.color), [thing.label], [thing], {"one": thing.label})
 
 
 def _question_exists(scene: Scene, rng: np.random.Generator) -> _Content:
@@ -399,7 +405,7 @@ def _segment_row(
 
 def asker(scene: Scene) -> np.random.Generator:
     """The random numbers that decide what is asked about a scene. They depend only on its seed and split."""
-    return generator(scene.seed, scene.split).spawn(1)[0]
+    return generator(scene.seed, scene.split, scene.world).spawn(1)[0]
 
 
 def rows(

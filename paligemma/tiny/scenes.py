@@ -19,14 +19,35 @@ from rich.progress import track
 
 from paligemma.answers.formats import rle_encode
 from paligemma.files import new_folder_written_whole
-from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import TASKS, EncodeMask, asker, rows
+from paligemma.tiny.varied import render_in_world
 from paligemma.tiny.world import LABELS, Scene
 
 ATTRIBUTION = (
     "Pictograms by Google (Noto Color Emoji, OFL 1.1), OpenMoji (CC BY-SA 4.0) or Twemoji (CC BY 4.0): "
     "each image says which. Pictures with OpenMoji's drawings may be shared under CC BY-SA 4.0 only."
 )
+ATTRIBUTION_OF_WORLD_2 = (
+    "Pictograms by Google (noto: OFL 1.1; noto-v1: Apache-2.0), OpenMoji (CC BY-SA 4.0), Twemoji (CC BY 4.0), "
+    "Microsoft (fluent, fluent-flat: MIT) or EmojiOne (CC BY 4.0): each image says which; mixed: several of them. "
+    "Pictures of the styles openmoji and mixed may be shared under CC BY-SA 4.0 only."
+)
+
+
+def coco_image(scene: Scene, name: str, image_id: int) -> dict[str, Any]:
+    """A picture as an image of COCO, with what else is known of it."""
+    image: dict[str, Any] = {
+        "id": image_id,
+        "file_name": name,
+        "width": scene.size,
+        "height": scene.size,
+        "background": scene.background,
+        "style": scene.style,
+        "seed": scene.seed,
+    }
+    if scene.world != 1:
+        image |= {"world": scene.world, "degradations": [list(degradation) for degradation in scene.degradations]}
+    return image
 
 
 def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
@@ -45,6 +66,8 @@ def coco_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[st
         }
         if thing.tint:
             annotation["tint"] = thing.tint
+        if thing.color:
+            annotation["color"] = thing.color
         if thing.text:
             annotation["text"] = thing.text
         annotations.append(annotation)
@@ -59,6 +82,7 @@ def write_scenes(
     seed: int = 0,
     *,
     style: str | None = None,
+    world: int = 1,
     tasks: Sequence[str] = TASKS,
     canonical: bool = True,
     encode_mask: EncodeMask | None = None,
@@ -69,7 +93,8 @@ def write_scenes(
 
     Everything is written into a temporary folder that is renamed at the end, so `folder` is complete or does not exist.
 
-    style, difficulty:    as for `render`. style="noto" gives pictures without share-alike.
+    style, difficulty:    as for `render`, in world 2 for `render_varied`. style="noto" avoids OpenMoji's share-alike.
+    world:                1, or 2 with more artists and variety, see varied.py.
     tasks, canonical, encode_mask: as for `rows`. Segment prompts are left out without `encode_mask`.
     progress:             a progress bar on stderr.
 
@@ -79,9 +104,27 @@ def write_scenes(
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     with new_folder_written_whole(folder) as beside:
-        _write(
-            beside, range(seed, seed + count), split, size, style, tasks, canonical, encode_mask, progress, difficulty
-        )
+        (beside / "images").mkdir()
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        with open(beside / "rows.jsonl", "w", encoding="utf-8") as lines:
+            for number in with_progress(range(seed, seed + count), progress):
+                scene = render_in_world(world, number, split, size, style, **difficulty)
+                name = f"images/{split}_{number:06d}.png"
+                Image.fromarray(scene.image).save(beside / name)
+                for row in rows(scene, asker(scene), tasks=tasks, canonical=canonical, encode_mask=encode_mask):
+                    line = {"image": name, "task": row.task, "prefix": row.prefix, "suffix": row.suffix}
+                    lines.write(json.dumps(line) + "\n")
+                images.append(coco_image(scene, name, len(images) + 1))
+                annotations += coco_annotations(scene, len(images), len(annotations) + 1)
+        attribution = ATTRIBUTION if world == 1 else ATTRIBUTION_OF_WORLD_2
+        data = {
+            "info": {"description": f"scenes of the small world, split {split}", "attribution": attribution},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i, "name": label} for i, label in enumerate(LABELS, 1)],
+        }
+        (beside / "coco.json").write_text(json.dumps(data), encoding="utf-8")
     return folder
 
 
@@ -90,49 +133,3 @@ def with_progress(seeds: Sequence[int], progress: bool) -> Iterable[int]:
     console = Console(stderr=True)
     show = progress and console.is_terminal
     return track(seeds, "drawing scenes", console=console, disable=not show, transient=True)
-
-
-def _write(
-    folder: Path,
-    seeds: range,
-    split: str,
-    size: int,
-    style: str | None,
-    tasks: Sequence[str],
-    canonical: bool,
-    encode_mask: EncodeMask | None,
-    progress: bool,
-    difficulty: dict[str, Any],
-) -> None:
-    (folder / "images").mkdir()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    with open(folder / "rows.jsonl", "w", encoding="utf-8") as lines:
-        for seed in with_progress(seeds, progress):
-            scene = render(seed, split, size, style, **difficulty)
-            name = f"images/{split}_{seed:06d}.png"
-            Image.fromarray(scene.image).save(folder / name)
-            for row in rows(scene, asker(scene), tasks=tasks, canonical=canonical, encode_mask=encode_mask):
-                line = {"image": name, "task": row.task, "prefix": row.prefix, "suffix": row.suffix}
-                lines.write(json.dumps(line) + "\n")
-            image_id = len(images) + 1
-            images.append(
-                {
-                    "id": image_id,
-                    "file_name": name,
-                    "width": size,
-                    "height": size,
-                    "background": scene.background,
-                    "style": scene.style,
-                    "seed": seed,
-                }
-            )
-            annotations += coco_annotations(scene, image_id, len(annotations) + 1)
-    categories = [{"id": i, "name": label} for i, label in enumerate(LABELS, 1)]
-    data = {
-        "info": {"description": f"scenes of the small world, split {split}", "attribution": ATTRIBUTION},
-        "images": images,
-        "annotations": annotations,
-        "categories": categories,
-    }
-    (folder / "coco.json").write_text(json.dumps(data), encoding="utf-8")

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from paligemma.tiny.artwork import SPRITES, Stamp, stamp_of
 from paligemma.tiny.world import Box
 
+RGB = tuple[int, int, int]
+
 WORDS = tuple(
     """
     able area army away baby back bag bake ball band bank bar bath beach bean bed beef best big bike bird bit blue
@@ -82,14 +84,17 @@ class _Board:
     """The measures of a board with its text, in pixels of a drawing twice as large as the sign will be."""
 
     font: ImageFont.FreeTypeFont
-    em: float  # font size
-    pad: float  # between text and border, left and right
+    pad: float  # between text and border
     wide: float
     tall: float
     post: float  # height of the post below the board, 0 for none
+    fill: RGB
+    ink: RGB
+    border: int  # width, 0 for none
+    radius: float  # of the corners
 
 
-def _measure_board(rng: np.random.Generator, text: str, size: int, char_size: tuple[float, float]) -> _Board:
+def _plain_board(rng: np.random.Generator, text: str, size: int, char_size: tuple[float, float], colors: int) -> _Board:
     name = _FONTS[rng.integers(len(_FONTS))]
     em = 2 * size * float(rng.uniform(*char_size))
     width = _font(name, max(8, round(em))).getlength(text)
@@ -101,22 +106,20 @@ def _measure_board(rng: np.random.Generator, text: str, size: int, char_size: tu
     # The height comes from the font's metrics, not from this text's ink: it must not give the letters away.
     tall = ascent + descent + pad
     post = 2 * size * float(rng.uniform(0.04, 0.1)) if rng.random() < 0.5 else 0.0
-    return _Board(font, em, pad, wide, tall, post)
+    return _Board(font, pad, wide, tall, post, *BOARDS[colors], border=max(2, round(em * 0.07)), radius=em * 0.16)
 
 
-def _draw_board(board: _Board, text: str, colors: int, size: int) -> tuple[Image.Image, list[Box]]:
+def _draw_board(board: _Board, text: str, size: int) -> tuple[Image.Image, list[Box]]:
     """The upright sign, and the box of each letter in it."""
-    fill, ink = BOARDS[colors]
-    wide, tall, font = board.wide, board.tall, board.font
+    fill, ink, wide, tall, font = board.fill, board.ink, board.wide, board.tall, board.font
     image = Image.new("RGBA", (math.ceil(wide) + 4, math.ceil(tall + board.post) + 4), (*fill, 0))
     draw = ImageDraw.Draw(image)
     if board.post:
         middle, half = 2 + wide / 2, max(2.0, size * 0.016)
         draw.rectangle((middle - half, tall, middle + half, 2 + tall + board.post), fill=(120, 112, 104, 255))
-    border = max(2, round(board.em * 0.07))
-    draw.rounded_rectangle(
-        (2, 2, 2 + wide, 2 + tall), radius=board.em * 0.16, fill=(*fill, 255), outline=(*ink, 255), width=border
-    )
+    edge = (*ink, 255) if board.border else None
+    corners = (2, 2, 2 + wide, 2 + tall)
+    draw.rounded_rectangle(corners, radius=board.radius, fill=(*fill, 255), outline=edge, width=board.border)
     left, top = 2 + (wide - font.getlength(text)) / 2, 2 + board.pad / 2
     boxes = []
     for i, letter in enumerate(text):  # one letter at a time, so that each box is where its letter is drawn
@@ -132,8 +135,12 @@ def sign(rng: np.random.Generator, text: str, size: int, char_size: tuple[float,
 
     size: side of the picture. char_size: bounds of the font size, as shares of it. colors: index in BOARDS.
     """
-    image, boxes = _draw_board(_measure_board(rng, text, size, char_size), text, colors, size)
-    angle = float(rng.uniform(-8, 8))
+    board = _plain_board(rng, text, size, char_size, colors)
+    return _turned(*_draw_board(board, text, size), float(rng.uniform(-8, 8)))
+
+
+def _turned(image: Image.Image, boxes: list[Box], angle: float) -> Stamp:
+    """The stamp of a sign and its letters, turned by `angle` degrees and halved."""
     turned = image.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     half_size = ((turned.width + 1) // 2, (turned.height + 1) // 2)
     stamp = stamp_of(turned.resize(half_size, Image.Resampling.BOX))
@@ -158,3 +165,58 @@ def turned_box(
     xs = [(cos * x + sin * y + turned[0] / 2) * resized[0] / turned[0] - corner[0] for x, y in corners]
     ys = [(cos * y - sin * x + turned[1] / 2) * resized[1] / turned[1] - corner[1] for x, y in corners]
     return min(xs), min(ys), max(xs), max(ys)
+
+
+# --- world 2: twenty more fonts, boards of any colour, with and without a border --------------------
+
+_VARIED = SPRITES / "fonts" / "varied"
+VARIED_FONTS = tuple(sorted(file.name for file in _VARIED.glob("[0-9][0-9].*")))
+_OLD_STYLE_FIGURES = ("16.ttf", "18.otf")  # their 0 and 1 look like o and I
+BOARD_COLORS: dict[str, RGB] = {  # what the colour of a board is called, and the middle of its shades
+    "white": (248, 248, 246), "gray": (150, 150, 152), "black": (24, 24, 26), "brown": (116, 72, 40),
+    "red": (206, 36, 40), "orange": (248, 138, 20), "yellow": (252, 216, 50), "green": (34, 140, 66),
+    "blue": (36, 96, 206), "purple": (124, 58, 178), "pink": (250, 150, 200),
+}  # fmt: skip
+INKS: tuple[RGB, ...] = ((18, 18, 20), (252, 252, 250), (20, 40, 120), (150, 16, 24), (10, 80, 40), (255, 226, 70))
+MIN_INK_CONTRAST = 110.0  # between board and text, in brightness from 0 to 255
+
+
+@cache
+def _varied_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    if name in _FONTS:
+        return _font(name, size)
+    return ImageFont.truetype(_VARIED / name, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def brightness(color: tuple[float, float, float]) -> float:
+    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+
+
+def varied_sign(rng: np.random.Generator, text: str, size: int, color: str, scale: float) -> Stamp:
+    """A sign of world 2. color: the name of the board's colour, one of BOARD_COLORS. scale: 1, or less to make it fit.
+
+    The font size is a twelfth to a quarter of the picture's side before long texts are shrunk; tilted by up to 15
+    degrees, or not at all.
+    """
+    board = _varied_board(rng, text, size, color, scale)
+    angle = 0.0 if rng.random() < 0.35 else float(rng.uniform(-15, 15))
+    return _turned(*_draw_board(board, text, size), angle)
+
+
+def _varied_board(rng: np.random.Generator, text: str, size: int, color: str, scale: float) -> _Board:
+    names = [*_FONTS, *(name for name in VARIED_FONTS if text.isalpha() or name not in _OLD_STYLE_FIGURES)]
+    name = names[rng.integers(len(names))]
+    em = 2 * size * scale * float(rng.uniform(0.085, 0.25))
+    width = _varied_font(name, max(8, round(em))).getlength(text)
+    em *= min(1.0, 2 * size * scale * float(rng.uniform(0.4, 0.62)) / max(width, 1))
+    font = _varied_font(name, max(8, round(em)))
+    pad = em * float(rng.uniform(0.2, 0.6))
+    wide = max(font.getlength(text) + 2 * pad, 2 * size * scale * float(rng.uniform(0.12, 0.36)))
+    tall = sum(font.getmetrics()) + pad
+    post = 2 * size * scale * float(rng.uniform(0.04, 0.1)) if rng.random() < 0.3 else 0.0
+    red, green, blue = (int(np.clip(shade + rng.uniform(-10, 10), 0, 255)) for shade in BOARD_COLORS[color])
+    fill = (red, green, blue)
+    inks = [ink for ink in INKS if abs(brightness(ink) - brightness(fill)) >= MIN_INK_CONTRAST]
+    ink = inks[rng.integers(len(inks))]
+    border = round(em * rng.uniform(0.04, 0.12)) if rng.random() < 0.5 else 0
+    return _Board(font, pad, wide, tall, post, fill, ink, border, radius=tall * float(rng.choice((0, 0.1, 0.3, 0.5))))

@@ -8,6 +8,10 @@ Splits. "train", "val" and "test" have the same distribution. The seed of a scen
 classes and 1/9 of the pairs of class and tint, chosen by a hash of their names, appear in "heldout" only, where every
 scene has at least one of them. "twemoji" is like "test" in another artist's drawings, which no other split shows.
 
+Two worlds. All of this is world 1, in which the model that ships was trained. World 2 has the same names, prompts and
+rules, but six artists, more variety in everything that is drawn, and degraded pictures (`varied.render_varied`). Its
+splits are "train", "val", "test", "heldout", and "emojione" for the artist that is kept for tests.
+
 Random numbers come from NumPy's PCG64, so a seed gives the same scene on every machine.
 """
 
@@ -67,6 +71,12 @@ STYLES = {  # split -> artwork
     "heldout": ("noto", "openmoji"),
     "twemoji": ("twemoji",),
 }
+ARTISTS = ("noto", "openmoji", "twemoji", "noto-v1", "fluent", "fluent-flat", "emojione")
+VARIED_STYLES = {  # the same for world 2
+    **dict.fromkeys(("train", "val", "test", "heldout"), ARTISTS[:6]),
+    "emojione": ("emojione",),
+}
+STYLES_OF_WORLD = {1: STYLES, 2: VARIED_STYLES}
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # all that signs may say
 
@@ -78,12 +88,13 @@ class SceneObject:
     """One object and what is visible of it."""
 
     label: str  # one of LABELS
-    tint: str | None  # one of TINTS for the classes of TINTABLE, else None
+    tint: str | None  # one of TINTS by which captions name it; in world 1 all of TINTABLE have one and no others
     box: Box  # exact bounds of the mask: x1 and y1 are the first column and row beyond it
     mask: np.ndarray  # bool [H, W], the visible pixels
     visible: float  # visible share of its own pixels, at least what `render` was asked for
     text: str = ""  # what a sign says
     char_boxes: tuple[Box, ...] = ()  # one per character of `text`
+    color: str | None = None  # world 2: its natural colour, if it has no tint but a colour that has a name
 
     @property
     def center(self) -> tuple[float, float]:
@@ -104,11 +115,13 @@ class SceneObject:
 class Scene:
     image: np.ndarray  # uint8 [H, W, 3]
     objects: tuple[SceneObject, ...]  # from left to right by their left edge
-    background: str  # one of BACKGROUNDS
-    pattern: str  # one of PATTERNS
-    style: str
+    background: str | None  # one of BACKGROUNDS; world 2: None if it has no colour with one name
+    pattern: str
+    style: str  # of the drawings; world 2: "mixed" for several, "none" where there is only a sign
     seed: int
     split: str
+    world: int = 1
+    degradations: tuple[tuple[str, float], ...] = ()  # world 2: (name, strength), see degradations.py
 
     @property
     def size(self) -> int:
@@ -158,13 +171,16 @@ def has_held_out(things: Sequence[tuple[str, str | None]]) -> bool:
 # --- what a scene contains ------------------------------------------------------------------------
 
 
-def generator(seed: int, split: str) -> np.random.Generator:
+def generator(seed: int, split: str, world: int = 1) -> np.random.Generator:
     """The random numbers of a scene. The split's name is part of the seed, so splits never share a scene."""
-    if split not in STYLES:
-        raise ValueError(f"unknown split {split!r}; there is: {', '.join(STYLES)}")
+    if world not in STYLES_OF_WORLD:
+        raise ValueError(f"unknown world {world!r}; there is: 1, 2")
+    if split not in STYLES_OF_WORLD[world]:
+        raise ValueError(f"unknown split {split!r}; there is: {', '.join(STYLES_OF_WORLD[world])}")
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([_bucket("split", split), int(seed)])))
+    stream = _bucket("split", split) if world == 1 else _bucket("world", str(world), "split", split)
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([stream, int(seed)])))
 
 
 def sample_things(rng: np.random.Generator, count: int, split: str) -> list[tuple[str, str | None]]:

@@ -22,7 +22,7 @@ from paligemma.fast.swap import MODES
 from paligemma.inference import Answer, PaliGemma, load
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tiny.world import STYLES
+from paligemma.tiny.world import STYLES, VARIED_STYLES
 from paligemma.tokenizer import load_tokenizer
 from paligemma.weights.info import in_units
 from paligemma.weights.loading import DTYPES
@@ -250,7 +250,7 @@ def test_the_names_that_options_know_are_those_of_the_modules():
     for command, option, names in (
         ("run", "dtype", DTYPES),
         ("run", "quantize", MODES),
-        ("scenes", "split", STYLES),
+        ("scenes", "split", {**STYLES, **VARIED_STYLES}),
         ("run", "device", ("cuda", "mps", "cpu")),
     ):
         top = get_command(cli.app)

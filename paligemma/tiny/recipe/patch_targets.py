@@ -14,7 +14,7 @@ def patch_targets(scene: Scene, grid: int = 8, cells: int = 8, least: float = 0.
 
     class       int64   [G, G]        0 background, else 1 + index in LABELS
     tint        int64   [G, G]        0 none, else 1 + index in TINTS
-    background  int64   []            index in BACKGROUNDS
+    background  int64   []            index in BACKGROUNDS, -100 if its colour has no name
     index       int64   [G, G]        -1 background, else index in scene.objects
     box         float32 [G, G, 4]     x0 y0 x1 y1 of its object relative to the patch's middle, in sides of the picture
     mask        bool    [G, G, c, c]  its object's mask inside the patch: cells that are at least half covered
@@ -45,7 +45,7 @@ def patch_targets(scene: Scene, grid: int = 8, cells: int = 8, least: float = 0.
     return {
         "class": np.where(empty, 0, label[index]),
         "tint": np.where(empty, 0, tint[index]),
-        "background": np.array(tuple(BACKGROUNDS).index(scene.background)),
+        "background": np.array(tuple(BACKGROUNDS).index(scene.background) if scene.background else -100),
         "index": np.where(empty, -1, index),
         "box": box,
         "mask": mask,
