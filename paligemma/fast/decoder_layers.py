@@ -25,32 +25,34 @@ from paligemma.fast.rounded_layers import Int4Linear, Int8Linear
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import Gemma2DecoderLayer, GemmaDecoderLayer, GemmaRMSNorm
 
-DecoderLayer: TypeAlias = GemmaDecoderLayer | Gemma2DecoderLayer
 Norms: TypeAlias = Sequence[GemmaRMSNorm | None]  # before attention, after it, before the MLP, after it
 
 
 class FastGemmaDecoderLayer(GemmaDecoderLayer):
     """A layer of Gemma 1, with norms before attention and MLP only."""
 
+    def norms(self) -> Norms:
+        return self.input_layernorm, None, self.post_attention_layernorm, None
+
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        norms = self.input_layernorm, None, self.post_attention_layernorm, None
-        y = in_one_call(self, norms, x, mask, cos, sin, cache)
+        y = in_one_call(self, x, mask, cos, sin, cache)
         return super().forward(x, mask, cos, sin, cache) if y is None else y
 
 
 class FastGemma2DecoderLayer(Gemma2DecoderLayer):
     """A layer of Gemma 2, with all four norms."""
 
+    def norms(self) -> Norms:
+        of_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+        return self.input_layernorm, self.post_attention_layernorm, *of_mlp
+
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        norms_of_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
-        norms = self.input_layernorm, self.post_attention_layernorm, *norms_of_mlp
-        y = in_one_call(self, norms, x, mask, cos, sin, cache)
+        y = in_one_call(self, x, mask, cos, sin, cache)
         return super().forward(x, mask, cos, sin, cache) if y is None else y
 
 
 def in_one_call(
-    layer: DecoderLayer,
-    norms: Norms,
+    layer: FastGemmaDecoderLayer | FastGemma2DecoderLayer,
     x: Tensor,
     mask: Tensor,
     cos: Tensor,
@@ -58,12 +60,12 @@ def in_one_call(
     cache: KVCache | None,
 ) -> Tensor | None:
     """The output of the layer; None where `why_not_in_one_call` has a reason to call its parts one by one."""
-    if why_not_in_one_call(layer, norms, x, mask, cos, cache) is not None:
+    if why_not_in_one_call(layer, x, mask, cos, cache) is not None:
         return None
     assert cache is not None
     attention = layer.self_attn
     weights = [_weights(linear) for linear in _linears(layer)]  # looked up for each call: any of them may be replaced
-    of_norms = [None if norm is None else norm.weight for norm in norms]
+    of_norms = [None if norm is None else norm.weight for norm in layer.norms()]
     eps = layer.input_layernorm.eps  # all norms of a layer have the same
     in_cache = cache.keys[attention.layer], cache.values[attention.layer], cache.used
     return kernels.decoder_layer(
@@ -72,8 +74,7 @@ def in_one_call(
 
 
 def why_not_in_one_call(
-    layer: DecoderLayer,
-    norms: Norms,
+    layer: FastGemmaDecoderLayer | FastGemma2DecoderLayer,
     x: Tensor,
     mask: Tensor,
     cos: Tensor,
@@ -83,7 +84,7 @@ def why_not_in_one_call(
 
     One call bypasses hooks, and whatever replaced a part of the layer, such as LoRA: so there must be none of these.
     """
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp, norms = layer.self_attn, layer.mlp, layer.norms()
     if cache is None:
         return "there is no cache"
     if mask.shape[2] != x.shape[1]:
@@ -115,7 +116,7 @@ def why_not_in_one_call(
     return None
 
 
-def _linears(layer: DecoderLayer) -> tuple[nn.Module, ...]:
+def _linears(layer: FastGemmaDecoderLayer | FastGemma2DecoderLayer) -> tuple[nn.Module, ...]:
     """In the order of `kernels.decoder_layer`."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj

@@ -100,6 +100,47 @@ def test_what_watches_or_changes_a_part_of_a_layer_is_not_passed_by(monkeypatch)
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_a_refusal_names_its_reason(kind, monkeypatch):
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: True)
+    text = make_model(kind).config.text_config
+    cos, _ = rotary_tables(torch.arange(20)[None], text.head_dim, 1e4, torch.bfloat16)
+    x, mask = torch.randn(1, 20, 128).bfloat16(), torch.ones(1, 1, 20, 20, dtype=torch.bool)
+
+    def reason(change=None, tokens=2, queries=2, dtype=torch.bfloat16, cache_dtype=torch.bfloat16, rows=1, cached=True):
+        layer = quantize(make_model(kind, torch.bfloat16), "int8").language_model.model.layers[1]
+        if change is not None:
+            change(layer)
+        given = x[:, :tokens].to(dtype).expand(rows, -1, -1), mask[:, :, :queries, :tokens], cos[:, :, :tokens]
+        cache = KVCache(text, rows, tokens, cache_dtype) if cached else None
+        return decoder_layers.why_not_in_one_call(layer, *given, cache)
+
+    assert reason() is None
+    assert reason(cached=False) == "there is no cache"
+    assert reason(queries=1) == "not all positions are queries"
+    assert "share one row of positions" in reason(rows=2)
+    assert "no row" in reason(rows=0)
+    assert reason(tokens=20, queries=20) == "there are many tokens"
+    assert "not bfloat16 on a CPU" in reason(dtype=torch.float32)
+    assert reason(cache_dtype=torch.float32) == "the cache is not bfloat16"
+    with torch.enable_grad():
+        assert "gradients are enabled" in reason()
+    for change, words in (
+        (lambda layer: setattr(layer.self_attn, "explicit", True), "attention is explicit"),
+        (lambda layer: setattr(layer, "mlp", torch.nn.Identity()), "attention or MLP was replaced"),
+        (lambda layer: layer.input_layernorm.float(), "a norm was replaced"),
+        (lambda layer: setattr(layer.mlp, "up_proj", torch.nn.Identity()), "a linear layer was replaced"),
+        (lambda layer: layer.mlp.up_proj.register_forward_hook(print), "a hook watches a part"),
+    ):
+        assert words in reason(change), words
+    with torch.nn.modules.module.register_module_forward_hook(print):
+        assert reason() == "a hook watches all modules"
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: False)
+    monkeypatch.setattr(linear_kernels, "instructions", lambda: "AVX-512")
+    assert reason() == "PyTorch's attention is the faster"
+
+
+@pytest.mark.usefixtures("kernels")
 def test_a_layer_in_one_call_refuses_what_it_would_misread():
     D, E, wide, KV = 128, 32, 256, 2
     shapes = [(4 * E, D), (KV * E, D), (KV * E, D), (D, 4 * E), (wide, D), (wide, D), (D, wide)]
