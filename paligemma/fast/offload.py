@@ -1,12 +1,12 @@
-"""A model larger than its device: layers that do not fit wait in memory or on disk, and visit the device to compute.
+"""A model larger than its device: layers that do not fit stay in memory or on disk, and are copied when they compute.
 
     load_hf_model(..., device_map="auto")
     offload(model, torch.device("cuda"), {"cuda": 8 * 10**9, "cpu": 16 * 10**9})
 
-One device computes everything, so the cache and the masks stay whole and the model's files know nothing of this: the
-hooks are accelerate's (https://huggingface.co/docs/accelerate/concept_guides/big_model_inference), put on a finished
-model from outside. What stays on the device is chosen by how often it is read: the decoder's layers for every token,
-the eye's once an image. A layer that does not stay costs its bytes over the bus, for every token.
+One device computes everything. So the cache and the masks are whole, and the model's files know nothing of this: the
+hooks are accelerate's (https://huggingface.co/docs/accelerate/concept_guides/big_model_inference), added to a finished
+model. Layers stay on the device by how often they are read: those of the decoder for every token, those of the vision
+tower once an image. Any other layer is copied over the bus each time it is used.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import nn
 
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 
-# Always on the device: the embedding is read in two places (it is the head as well), and the rest is small. `device`
-# and `dtype` of the model are those of its last norm.
+# Always on the device: the embedding, which is the head as well, and what is small. The `device` and `dtype` of the model
+# are those of its last norm.
 KEPT = (
     "language_model.model.embed_tokens",
     "language_model.model.norm",
@@ -58,13 +58,13 @@ def offload(
     """Spreads a model that lies on the CPU over `device`, memory and disk, in place. Returns the model.
 
     max_memory: bytes, or text like "8GB", for the device (by its type or name, "cuda" or "cuda:1") and for "cpu".
-    Default: most of what is free on the device, and any amount of memory, since weights that keep the dtype of their
-    safetensors file are only mapped. Beyond both a layer is copied to a temporary folder, which goes with the model.
+    Default: most of what is free on the device, and any amount of memory, because weights that keep the dtype of their
+    safetensors file are memory-mapped. Layers beyond both limits go to a temporary folder, removed with the model.
     Raises ValueError where the device can't hold the embedding and one layer, or for a key that names neither.
     """
     from accelerate import dispatch_model
 
-    model.requires_grad_(False)  # a layer that comes and goes can't be trained
+    model.requires_grad_(False)  # a layer that is copied in and dropped again can't be trained
     places = device_map_of(model, device, _limits(device, max_memory))
     if set(places.values()) == {str(device)}:
         return model.to(device)
@@ -72,7 +72,7 @@ def offload(
     if "disk" in places.values():
         folder = tempfile.mkdtemp(prefix="paligemma-offload-")
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    logger = logging.getLogger("accelerate.big_modeling")  # it warns that parameters are away, which was asked for
+    logger = logging.getLogger("accelerate.big_modeling")  # it warns of parameters elsewhere, which is intended
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -100,7 +100,7 @@ def device_map_of(
         )
     places = dict.fromkeys(KEPT, here)
     if sum(sizes[name] for name in layers) > free:
-        free -= largest  # room for the layer that visits
+        free -= largest  # room for the layer that is copied in
     left = {here: free, **({} if here == "cpu" else {"cpu": limits["cpu"]})}
     for name in layers:
         places[name] = next((place for place, room in left.items() if sizes[name] <= room), "disk")

@@ -98,7 +98,7 @@ def _describe(
     runs_in, kind, files, stored_in, stored = torch.bfloat16, None, [], None, None
     if isinstance(checkpoint, QuantizedCheckpoint):
         runs_in, kind, stored_in = checkpoint.dtype, "safetensors", checkpoint.mode
-        files = sorted(set(checkpoint.place.values()))
+        files = sorted(set(checkpoint.file_of.values()))
         stored = _bytes_of(stored_tensors(config, checkpoint.mode, checkpoint.dtype))
     elif checkpoint is not None:
         runs_in, kind, stored_in = default_dtype(checkpoint), checkpoint.format, _name(checkpoint.dtype)

@@ -61,10 +61,10 @@ def stored_tensors(config: PaliGemmaConfig, mode: str, dtype: torch.dtype) -> di
 
 
 def rounded_reader(checkpoint: Checkpoint, mode: str, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Reads the tensors of `stored_tensors` by rounding those of a checkpoint, each when it is asked for."""
+    """A function that reads the tensors of `stored_tensors` by name. It rounds those of a checkpoint when asked for."""
     layers = rounded_kinds(empty_model(checkpoint.config), mode)
     source = {part: (name, kind) for name, kind in layers.items() for part in rounded_names(name, kind)}
-    kept: dict[str, Tensor] = {}  # what else the weight just rounded has become: asked for next
+    kept: dict[str, Tensor] = {}  # the other tensors of the weight just rounded, which are asked for next
 
     def read(name: str) -> Tensor:
         if name in kept:
@@ -89,12 +89,12 @@ def quantize_checkpoint(
     max_shard_size: int = 5 * 10**9,
     folders: Sequence[Path] = (),
 ) -> list[Path]:
-    """Writes a quantised checkpoint into a folder, tensor by tensor; `load` maps it and needs no work on it.
+    """Writes a quantised checkpoint into a folder, tensor by tensor. Loading it only maps its files into memory.
 
     source: a folder, a `.safetensors` file, a big_vision `.npz`, or one of these opened. mode: "int8" or "int4".
     dtype: of what is not rounded; default bfloat16 for the published sizes, the checkpoint's own for all others.
-    folders: where tokenizer and the like are taken from, the first that has one; default the source's own.
-    In memory at any time: one matrix, as it was and as it becomes. If anything fails, the folder is as it was.
+    folders: searched in this order for the tokenizer and other files to copy; default the source's own.
+    Only one matrix is in memory at a time, before and after rounding. If anything fails, the folder is as it was.
     Returns the files written. Raises ValueError and OSError as `open_checkpoint` and `convert` do.
     """
     if mode not in STORED:
@@ -117,7 +117,7 @@ def quantize_checkpoint(
 def load_quantizing(
     checkpoint: Checkpoint, mode: str, dtype: torch.dtype | str | None = None, image_size: int | None = None
 ) -> PaliGemmaForConditionalGeneration:
-    """A checkpoint -> the quantised model, rounding matrix by matrix as they are read. mode: "int8" or "int4".
+    """A checkpoint -> the quantised model. Each matrix is rounded as soon as it is read. mode: "int8" or "int4".
 
     dtype, image_size: as for `load_model`.
     """
@@ -129,12 +129,12 @@ def load_quantizing(
 
 
 def stored_mode(path: Path) -> str | None:
-    """The mode of a quantised checkpoint of ours, None for all others. ValueError for one that others quantised."""
+    """The mode of a quantised checkpoint of ours, None for all others. ValueError if another program quantised it."""
     folder = path if path.is_dir() else path.parent
     try:
         given = read_json(folder / "config.json").get("quantization_config")
     except (OSError, ValueError):
-        return None  # whatever is wrong with it, `open_checkpoint` says it better
+        return None  # `open_checkpoint` says what is wrong with it
     if given is None:
         return None
     method = given.get("quant_method") if isinstance(given, dict) else given
@@ -154,42 +154,45 @@ def stored_mode(path: Path) -> str | None:
 
 @dataclass
 class QuantizedCheckpoint:
-    """An opened and checked checkpoint of ours: where each tensor lies. It can be loaded, and nothing else."""
+    """An opened and checked checkpoint with rounded weights. It can be loaded, and nothing else.
+
+    file_of: the file that each tensor is in, by the tensor's name.
+    """
 
     folder: Path
     config: PaliGemmaConfig
     mode: str
     dtype: torch.dtype
-    place: dict[str, Path]
+    file_of: dict[str, Path]
 
     def load(
         self, mode: str | None = None, dtype: torch.dtype | str | None = None, image_size: int | None = None
     ) -> PaliGemmaForConditionalGeneration:
-        """The model, in evaluation mode: its weights are views of the files, read when they are first used.
+        """The model, in evaluation mode. Its weights are views of the files and are read when they are first used.
 
-        mode: what was asked for; ValueError if the files hold something else. dtype, image_size: as for `load_model`.
+        mode: the requested one; ValueError if the files hold another. dtype, image_size: as for `load_model`.
         """
         if mode not in (None, self.mode):
             raise ValueError(f"{self.folder} holds {self.mode} weights, not {mode}: leave out `quantize`")
         kept, config = parse_dtype(dtype) or self.dtype, self.config
         if image_size is not None:
             config = config_at_image_size(config, image_size)
-        maps = {file: MappedFile(file) for file in set(self.place.values())}
+        maps = {file: MappedFile(file) for file in set(self.file_of.values())}
         not_rounded = expected_shapes(config)
 
         def read(name: str) -> Tensor:
-            tensor = maps[self.place[name]].read(name)
+            tensor = maps[self.file_of[name]].read(name)
             if name == POSITIONS and image_size is not None:
                 tensor = resample_positions(tensor, config.vision_config.num_patches).to(tensor.dtype)
             return tensor.to(kept) if name in not_rounded and tensor.is_floating_point() else tensor
 
-        return _assemble(config, self.mode, kept, list(self.place), read)
+        return _assemble(config, self.mode, kept, list(self.file_of), read)
 
 
 def open_quantized(path: Path) -> QuantizedCheckpoint:
     """Opens a folder that `quantize_checkpoint` wrote, and reads headers only.
 
-    Raises ValueError or FileNotFoundError, naming what does not fit, all of it at once.
+    Raises ValueError or FileNotFoundError, which names everything that does not fit at once.
     """
     folder = path if path.is_dir() else path.parent
     config, mode = _config_of(folder), stored_mode(folder)
@@ -199,13 +202,13 @@ def open_quantized(path: Path) -> QuantizedCheckpoint:
         files = files_of_index(folder / INDEX)
     if not files[0].is_file():
         raise FileNotFoundError(f"{folder} holds no weights: expected {WEIGHTS} or {INDEX}")
-    place: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     found: dict[str, tuple[Shape, torch.dtype | str]] = {}
     for file in files:
         for name, (shape, code) in MappedFile(file).tensors.items():
-            if name in place:
-                raise ValueError(f"{folder} holds {name} twice, in {place[name].name} and in {file.name}")
-            place[name] = file
+            if name in file_of:
+                raise ValueError(f"{folder} holds {name} twice, in {file_of[name].name} and in {file.name}")
+            file_of[name] = file
             found[name] = shape, DTYPES.get(code, code)
     norm = found.get("language_model.model.norm.weight", ((), torch.bfloat16))[1]
     dtype = norm if isinstance(norm, torch.dtype) and norm.is_floating_point else torch.bfloat16
@@ -214,12 +217,12 @@ def open_quantized(path: Path) -> QuantizedCheckpoint:
     for name, (_, kind) in expected.items():
         if found[name][1] != kind:
             raise ValueError(f"{folder}: {name} is {found[name][1]}, expected {kind}: write it anew")
-    return QuantizedCheckpoint(folder, config, mode, dtype, {name: place[name] for name in expected})
+    return QuantizedCheckpoint(folder, config, mode, dtype, {name: file_of[name] for name in expected})
 
 
 def _config_of(folder: Path) -> PaliGemmaConfig:
     settings = read_json(folder / "config.json")
-    del settings["quantization_config"]  # read already; the model's own configuration knows nothing of it
+    del settings["quantization_config"]  # `stored_mode` has read it; the model's configuration has no such key
     try:
         return PaliGemmaConfig.from_dict(settings)
     except ValueError as error:
@@ -229,7 +232,7 @@ def _config_of(folder: Path) -> PaliGemmaConfig:
 def _assemble(
     config: PaliGemmaConfig, mode: str, dtype: torch.dtype, names: Iterable[str], read: Callable[[str], Tensor]
 ) -> PaliGemmaForConditionalGeneration:
-    """The quantised model, built empty and filled with one tensor after the other."""
+    """The quantised model: built on the meta device, then filled with one tensor after the other."""
     model, shapes = empty_model(config), expected_shapes(config)
     for name, kind in rounded_kinds(model, mode).items():
         shape = shapes[f"{name}.weight"]
