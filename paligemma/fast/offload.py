@@ -22,8 +22,8 @@ from torch import nn
 
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 
-# Always on the device: the embedding, which is the head as well, and what is small. The `device` and `dtype` of the model
-# are those of its last norm.
+# Always on the device: the embedding, which is the head as well, and what is small. The model takes its `device` and
+# `dtype` from its last norm.
 KEPT = (
     "language_model.model.embed_tokens",
     "language_model.model.norm",
