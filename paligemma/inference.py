@@ -183,11 +183,21 @@ class PaliGemma:
 
     @overload
     def detect(
-        self, image: ImageInput, labels: str | Iterable[str], constrained: bool = ..., max_new_tokens: int = ...
+        self,
+        image: ImageInput,
+        labels: str | Iterable[str],
+        constrained: bool = ...,
+        max_new_tokens: int = ...,
+        forbid_repeats: bool = ...,
     ) -> Items[Detection]: ...
     @overload
     def detect(
-        self, image: list[ImageT], labels: str | Iterable[str], constrained: bool = ..., max_new_tokens: int = ...
+        self,
+        image: list[ImageT],
+        labels: str | Iterable[str],
+        constrained: bool = ...,
+        max_new_tokens: int = ...,
+        forbid_repeats: bool = ...,
     ) -> list[Items[Detection]]: ...
     def detect(
         self,
@@ -195,6 +205,7 @@ class PaliGemma:
         labels: str | Iterable[str],
         constrained: bool = True,
         max_new_tokens: int = BOX_BUDGET,
+        forbid_repeats: bool = False,
     ) -> Items[Detection] | list[Items[Detection]]:
         """Boxes of everything that bears one of the labels, in pixels of the image: a list, which shows itself in a
         notebook. A list of images gives a list of lists.
@@ -202,10 +213,18 @@ class PaliGemma:
         labels: of all the images. (Others for each: `generate` with a list of prompts and `constrained=True`.)
         constrained: decode under the grammar, so that the output always parses and names only what was asked for;
             False gives the reference's free decoding.
+        forbid_repeats: no box may repeat an earlier one with the same label (IoU above 0.9), as young fine-tunes often
+            do until their budget ends.
         """
         _check_pictures(image)
         prompt = "detect " + " ; ".join(_labels(labels))
-        answers = self.generate(image, prompt, max_new_tokens=max_new_tokens, constrained=constrained)
+        answers = self.generate(
+            image,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            constrained=constrained,
+            forbid_repeats=forbid_repeats,
+        )
         if isinstance(answers, list):
             return [Items(answer.detections, answer.picture) for answer in answers]
         return Items(answers.detections, answers.picture)
@@ -218,6 +237,7 @@ class PaliGemma:
         prompt: str | None = ...,
         constrained: bool = ...,
         max_new_tokens: int = ...,
+        forbid_repeats: bool = ...,
     ) -> Items[Segment]: ...
     @overload
     def segment(
@@ -227,6 +247,7 @@ class PaliGemma:
         prompt: str | None = ...,
         constrained: bool = ...,
         max_new_tokens: int = ...,
+        forbid_repeats: bool = ...,
     ) -> list[Items[Segment]]: ...
     def segment(
         self,
@@ -235,6 +256,7 @@ class PaliGemma:
         prompt: str | None = None,
         constrained: bool = True,
         max_new_tokens: int = BOX_BUDGET,
+        forbid_repeats: bool = False,
     ) -> Items[Segment] | list[Items[Segment]]:
         """Masks of everything that bears one of the labels, bool [H, W] at the size of the image. Else as `detect`.
 
@@ -250,13 +272,16 @@ class PaliGemma:
         else:
             text = _check_text(prompt, "the prompt")
             if constrained:
-                grammar = DetectionGrammar(self.processor.tokenizer, labels=None, segments=True)
+                grammar = DetectionGrammar(
+                    self.processor.tokenizer, labels=None, segments=True, forbid_repeats=forbid_repeats
+                )
         answers = self.generate(
             image,
             text,
             max_new_tokens=max_new_tokens,
             constraint=grammar,
             constrained=constrained and grammar is None,
+            forbid_repeats=forbid_repeats and grammar is None,
             codec=codec,
         )
         if isinstance(answers, list):
@@ -282,6 +307,7 @@ class PaliGemma:
         *,
         constraint: Constraint | None = ...,
         constrained: bool = ...,
+        forbid_repeats: bool = ...,
         batch_size: int = ...,
         codec: MaskCodec | None = ...,
         **sampling: Unpack[Sampling],
@@ -295,6 +321,7 @@ class PaliGemma:
         *,
         constraint: Constraint | None = ...,
         constrained: bool = ...,
+        forbid_repeats: bool = ...,
         batch_size: int = ...,
         codec: MaskCodec | None = ...,
         **sampling: Unpack[Sampling],
@@ -308,6 +335,7 @@ class PaliGemma:
         *,
         constraint: Constraint | None = ...,
         constrained: bool = ...,
+        forbid_repeats: bool = ...,
         batch_size: int = ...,
         codec: MaskCodec | None = ...,
         **sampling: Unpack[Sampling],
@@ -320,6 +348,7 @@ class PaliGemma:
         *,
         constraint: Constraint | None = None,
         constrained: bool = False,
+        forbid_repeats: bool = False,
         batch_size: int = 16,
         codec: MaskCodec | None = None,
         **sampling: Unpack[Sampling],
@@ -328,13 +357,17 @@ class PaliGemma:
 
         image: None for a row without a picture.
         constraint: what may come next in every row, see `answers/grammar.py`.
-        constrained: derive it from the prompt, if that is a `detect` or `segment` one.
+        constrained: derive it from the prompt, if that is a `detect` or `segment` one. forbid_repeats: as in `detect`.
         codec: decodes masks; default the checkpoint's own, if it has one.
         sampling: the fields of `Sampling`, as in `paligemma.generate`. A list of seeds has one for each row.
         """
         images, prompts, is_list = _broadcast(image, prompt)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
+        if forbid_repeats and not constrained:
+            raise ValueError("forbid_repeats is a rule of the grammar: it needs constrained=True")
+        grammars = {one: self._grammar(one, forbid_repeats) for one in set(prompts)} if constrained else {}
+        constraints = [constraint or grammars.get(one) for one in prompts]
         seeds = sampling.pop("seed", None)
         if isinstance(seeds, Sequence) and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} rows: give one for all, or one for each")
@@ -347,7 +380,7 @@ class PaliGemma:
                 features = {key: value for key, value in features.items() if key in needed}
             options: Sampling = {**sampling, "seed": seeds[rows] if isinstance(seeds, Sequence) else seeds}
             answers += self._generate_batch(
-                images[rows], prompts[rows], features, max_new_tokens, constraint, constrained, codec, options
+                images[rows], prompts[rows], features, max_new_tokens, constraints[rows], codec, options
             )
         return answers if is_list else answers[0]
 
@@ -378,19 +411,17 @@ class PaliGemma:
         prompts: list[str],
         features: dict[int, Encoded],
         max_new_tokens: int,
-        constraint: Constraint | None,
-        constrained: bool,
+        constraints: list[Constraint | None],
         codec: MaskCodec | None,
         sampling: Sampling,
     ) -> list[Answer]:
         tokenizer = self.processor.tokenizer
         inputs, sizes = self._inputs(images, prompts, features, max_new_tokens)
-        per_row = [constraint or (self._grammar(p) if constrained else None) for p in prompts]
         rows = generate(
             self.model,
             inputs,
             max_new_tokens=max_new_tokens,
-            constraint=per_row if any(per_row) else None,
+            constraint=constraints if any(constraints) else None,
             watch=(tokenizer.first_loc_id, NUM_LOC),
             num_tokens=len(tokenizer),
             **sampling,
@@ -422,13 +453,15 @@ class PaliGemma:
         answer.picture = next(iter(_pictures(image)), None)
         return answer
 
-    def _grammar(self, prompt: str) -> Constraint | None:
+    def _grammar(self, prompt: str, forbid_repeats: bool) -> Constraint | None:
         """The grammar that a `detect` or `segment` prompt asks its answer to follow."""
         task, _, rest = prompt.strip().partition(" ")
         if task not in ("detect", "segment"):
             return None
         labels = _labels([label.strip() for label in rest.split(";")])
-        return DetectionGrammar(self.processor.tokenizer, labels=labels, segments=task == "segment")
+        return DetectionGrammar(
+            self.processor.tokenizer, labels=labels, segments=task == "segment", forbid_repeats=forbid_repeats
+        )
 
     def _inputs(
         self, images: list[Row], prompts: list[str], features: dict[int, Encoded], max_new_tokens: int

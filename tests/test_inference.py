@@ -12,6 +12,7 @@ from make_tokenizer import build_tokenizer
 from PIL import Image
 from reference import randomize, tiny_config
 
+from paligemma.answers.grammar import DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.results import Detection, Segment
 from paligemma.generation import generate
@@ -223,6 +224,21 @@ def test_segments_have_masks_at_the_size_of_the_picture(pg):
         pg.segment(picture(2), "dog", prompt="the dog")
     with pytest.raises(ValueError, match="not both"):
         pg.segment(picture(2))
+
+
+def test_repeated_boxes_can_be_forbidden(pg, monkeypatch):
+    made = []
+    init = DetectionGrammar.__init__
+    monkeypatch.setattr(DetectionGrammar, "__init__", lambda *a, **k: made.append(k["forbid_repeats"]) or init(*a, **k))
+    for forbid in (True, False):
+        pg.detect(picture(0), "dog", max_new_tokens=20, forbid_repeats=forbid)
+        pg.segment(picture(0), "dog", max_new_tokens=30, forbid_repeats=forbid)
+        pg.segment(picture(0), prompt="the dog", max_new_tokens=30, forbid_repeats=forbid)
+        pg.generate([picture(0)] * 2, "detect dog", 20, constrained=True, forbid_repeats=forbid)
+        assert made == [forbid] * 4  # one for two rows with the same prompt
+        made.clear()
+    with pytest.raises(ValueError, match="forbid_repeats is a rule of the grammar"):
+        pg.detect(picture(0), "dog", constrained=False, forbid_repeats=True)
 
 
 def test_free_decoding_is_what_generate_gives(pg, monkeypatch):

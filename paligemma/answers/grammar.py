@@ -1,21 +1,28 @@
-"""What may come next in an answer, token by token, so that generation can write only what can be read.
+"""What may come next in an answer, token by token, so that generation can only write what can be read.
 
-Two grammars: boxes (and masks) with the labels that were asked for, and one of a few given answers. Each is a function
-of what has been written and of the tokens left in the budget; `generation.py` calls it a constraint.
+Two grammars: `DetectionGrammar`, boxes (and masks) with the labels that were asked for, and `ChoiceGrammar`, one of a
+few given answers. Both are constraints in the sense of `constraints.py`: functions of the tokens written so far and of
+the tokens left in the budget.
+
+The allowed texts (labels or choices) are kept as a tree of their tokens. Each place in the tree knows how many tokens
+it takes from there to the end of the answer, so a text is only begun if there is room to finish it.
 """
 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from paligemma.answers.mask_codec import NUM_TOKENS
 from paligemma.answers.parsing import NUM_LOC
+from paligemma.answers.repeats import repeating_edges, repeats
 from paligemma.answers.writing import NUM_SEG, SEPARATOR, check_label, label_text
 
 if TYPE_CHECKING:
@@ -23,23 +30,27 @@ if TYPE_CHECKING:
 
 
 class DetectionGrammar:
-    """What may come next in an answer to `detect` or `segment`, for constrained decoding.
+    """What may come next in an answer to `detect` or `segment`.
 
         grammar = DetectionGrammar(tokenizer, labels=["dog", "cat"])
         allowed = grammar(generated, remaining)       # int64 [n], sorted ids; eos where the answer may end
 
-    A pure function of what has been generated and of how many tokens are left in the budget (eos counts as one), so one
-    object serves all rows and beams. What follows it always parses: y1 > y0, x1 > x0, four locations, sixteen codes if
-    `segments`, and an answer that ends within the budget, since an item is only begun if there is room to finish it,
-    whichever of the labels it gets. An empty answer is always possible. That the budget left no room for another item
-    shows by asking again with a larger one, which is what `generate` does before it calls an answer finished.
+    The result depends on nothing but the tokens generated so far and the number of tokens left in the budget (eos
+    counts as one), so one object serves all rows and beams. What it allows always parses: four locations with y1 > y0
+    and x1 > x0, sixteen codes if `segments`, a label. The answer ends within the budget, since an item is only begun if
+    there is room to finish it with the longest label. An empty answer is always possible. Whether the budget left no
+    room for another item shows when the grammar is asked again with a larger one; `generate` does so before it calls an
+    answer finished.
 
     labels: the labels that may be written, each exactly as the tokenizer writes it in its place. None: any text without
-    ";", "<", ">" and control characters, or no label. [""]: no labels, as in the answers of RefCOCO checkpoints; ""
-    among others makes the label optional. (Of any text the budget may cut off the end: there is no longest label.)
+        ";", "<", ">" and control characters, or no label; the budget may cut it off, since no label is the longest.
+        [""]: no labels, as in the answers of RefCOCO checkpoints; "" among others makes the label optional.
+    forbid_repeats: no box may repeat an earlier one with the same label (see `repeats.py`). With labels=None a box
+        repeats another whatever their labels are. A model that wants to repeat itself then writes other boxes, with low
+        scores. (In the last few bins of the picture there may be no other box left; only there one is repeated.)
 
-    The returned tensors are shared between calls and must not be changed. A sequence that is not of this grammar can
-    only end: eos. ValueError for a label that the tokenizer cannot write.
+    The returned tensors are shared between calls and must not be changed. After tokens that do not follow the grammar
+    only eos is allowed. ValueError for a label that the tokenizer cannot write.
     """
 
     def __init__(
@@ -48,7 +59,9 @@ class DetectionGrammar:
         labels: Iterable[str] | None = None,
         segments: bool = False,
         eos_token_id: int | None = None,
+        forbid_repeats: bool = False,
     ) -> None:
+        self.forbid_repeats = forbid_repeats
         self.first_loc, self.first_seg = tokenizer.first_loc_id, tokenizer.first_seg_id
         self.num_codes = NUM_TOKENS if segments else 0
         eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
@@ -67,55 +80,97 @@ class DetectionGrammar:
             return self.start if remaining >= self.labels.item_cost else self.eos
         # Only the current item matters, and it begins with the last run of locations.
         end = len(generated)
-        while end and not 0 <= generated[end - 1] - self.first_loc < NUM_LOC:
+        while end and not self._is_location(generated[end - 1]):
             end -= 1
         begin = end
-        while begin and end - begin <= 4 and 0 <= generated[begin - 1] - self.first_loc < NUM_LOC:
+        while begin and end - begin <= 4 and self._is_location(generated[begin - 1]):
             begin -= 1
         box = [generated[i] - self.first_loc for i in range(begin, end)]
         rest = list(generated[end:])
         if not box or len(box) > 4 or (len(box) < 4 and rest):
             return self.eos  # not of this grammar
+        earlier = self._boxes_by_label(generated[:begin]) if self.forbid_repeats else {}
         if len(box) < 2:
             return self.locs[:-1]  # y0 and x0 leave room for a y1 and x1 beyond them
         if len(box) < 4:
-            return self.locs[box[len(box) - 2] + 1 :]
+            return self._edges(box, earlier)
         if not all(0 <= code - self.first_seg < NUM_SEG for code in rest[: self.num_codes]):
             return self.eos
         if len(rest) < self.num_codes:
             return self.segs
-        allowed = self.labels.after(rest[self.num_codes :], remaining)
+        forbidden = {label for label, boxes in earlier.items() if repeats(box, boxes)}
+        allowed = self.labels.after(rest[self.num_codes :], remaining, forbidden)
         return self.locs[:-1] if allowed is None else allowed
+
+    def _is_location(self, token: int) -> bool:
+        return 0 <= token - self.first_loc < NUM_LOC
+
+    def _edges(self, box: list[int], earlier: dict[str, list[list[int]]]) -> Tensor:
+        """What y1 or x1 may be, after y0 x0 or y0 x0 y1."""
+        edges = self.locs[box[len(box) - 2] + 1 :]
+        if not self.labels.texts <= earlier.keys():
+            return edges  # some label has no box yet, so with that one no box is a repetition
+        y0, x0, *rest = box
+        y1 = np.array(rest) if rest else np.arange(y0 + 1, NUM_LOC)
+        repeated = [repeating_edges(y0, x0, y1, earlier[label]) for label in self.labels.texts]
+        free = ~np.logical_and.reduce(repeated)[:, x0 + 1 :]  # [n, x1s]
+        left = edges[torch.from_numpy(free[0] if rest else free.any(1))]
+        return left if len(left) else edges
+
+    def _boxes_by_label(self, generated: Sequence[int]) -> dict[str, list[list[int]]]:
+        """The boxes of whole items, in bins, by their labels."""
+        boxes: dict[str, list[list[int]]] = {}
+        begin = 0
+        while begin < len(generated):
+            end = begin + 4
+            while end < len(generated) and not self._is_location(generated[end]):
+                end += 1
+            label = self.labels.written(generated[begin + 4 + self.num_codes : end])
+            boxes.setdefault(label, []).append([token - self.first_loc for token in generated[begin : begin + 4]])
+            begin = end
+        return boxes
 
 
 class ChoiceGrammar:
     """One of a few answers, word for word: `pg.ask(image, question, choices=["yes", "no"])`.
 
     Used as `DetectionGrammar` is. A choice may begin like another one ("red", "red car"). ValueError for no choices,
-    for one that the tokenizer cannot write, and, when decoding begins, for one that does not fit into the budget.
+    for one that the tokenizer cannot write, and, when decoding begins, for one that does not fit into the budget (see
+    `check_budget`).
     """
 
     def __init__(self, tokenizer: Tokenizer, choices: Iterable[str], eos_token_id: int | None = None) -> None:
         self.eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
-        self.tree = _Tree(self.eos)
-        self.costs = {}  # choice -> tokens it takes, eos included
+        self.choices: dict[str, list[int]] = {}  # the tokens of each
         for choice in _check_texts(choices, "choices"):
             ids = tokenizer.encode(choice)
-            if tokenizer.decode(ids) != choice:
+            if (written := tokenizer.decode(ids)) != choice:
                 raise ValueError(
-                    f"the tokenizer cannot write the choice {choice!r}: it gives {tokenizer.decode(ids)!r}"
+                    f"the tokenizer cannot write the choice {reprlib.repr(choice)}: it gives {reprlib.repr(written)}"
                 )
-            self.tree.insert(ids).end = True
-            self.costs[choice] = len(ids) + 1
-        self.tree.finish()
+            self.choices[choice] = ids
+
+    def check_budget(self, budget: int) -> None:
+        """ValueError if a choice and the end of the answer take more tokens than may be generated."""
+        longest = max(self.choices, key=lambda choice: len(self.choices[choice]))
+        if (cost := len(self.choices[longest]) + 1) > budget:
+            raise ValueError(
+                f"the choice {reprlib.repr(longest)} takes {cost} tokens with the end of the answer, "
+                f"and only {budget} may be generated; raise max_new_tokens"
+            )
+
+    @cached_property
+    def tree(self) -> _Tree:
+        """Made when decoding begins: by then the choices are known to fit into the budget, so they are short."""
+        tree = _Tree(self.eos)
+        for choice, ids in self.choices.items():
+            tree.insert(ids, choice).end = True
+        tree.finish()
+        return tree
 
     def __call__(self, generated: Sequence[int], remaining: int) -> Tensor:
-        if not generated and remaining < max(self.costs.values()):
-            longest = max(self.costs, key=lambda choice: self.costs[choice])
-            raise ValueError(
-                f"the choice {longest!r} takes {self.costs[longest]} tokens with the end of the answer, "
-                f"and only {remaining} may be generated; raise max_new_tokens"
-            )
+        if not generated:
+            self.check_budget(remaining)
         node = self.tree.walk(generated)
         return self.tree.allowed(node, remaining) if node else torch.tensor([self.eos])
 
@@ -125,6 +180,8 @@ class _Node:
 
     def __init__(self) -> None:
         self.children: dict[int, _Node] = {}
+        self.texts: set[str] = set()  # those that can still be written from here
+        self.text: str | None = None  # the one that is complete here
         self.end = False  # the answer may end here
         self.restart = False  # here a new item begins
         self.close = 0  # fewest tokens from here to the end of the answer, eos included
@@ -133,22 +190,28 @@ class _Node:
 
 
 class _Tree:
+    """Texts as sequences of tokens that share their beginnings."""
+
     def __init__(self, eos: int) -> None:
         self.eos = eos
         self.root = _Node()
         self.nodes = [self.root]  # parents before children
 
-    def insert(self, ids: Sequence[int]) -> _Node:
+    def insert(self, ids: Sequence[int], text: str) -> _Node:
+        """Adds one way of writing `text`; returns the place where it is complete."""
         node = self.root
+        node.texts.add(text)
         for token in ids:
             if token not in node.children:
                 node.children[token] = _Node()
                 self.nodes.append(node.children[token])
             node = node.children[token]
+            node.texts.add(text)
+        node.text = text
         return node
 
     def finish(self, item_cost: int = 0) -> None:
-        """After the last insert, work out what each place costs. item_cost: of an item and the end of the answer."""
+        """After the last insert, computes the costs of each place. item_cost: of an item and the end of the answer."""
         for node in reversed(self.nodes):
             costs = [1 + child.close for child in node.children.values()]
             node.full_cost = max(costs, default=0)
@@ -156,18 +219,24 @@ class _Tree:
             node.full = torch.tensor(sorted([*node.children, *[self.eos] * node.end]), dtype=torch.int64)
 
     def walk(self, ids: Sequence[int]) -> _Node | None:
+        """The place that these tokens lead to."""
         node: _Node | None = self.root
         for token in ids:
             node = node.children.get(token) if node else None
         return node
 
-    def allowed(self, node: _Node, remaining: int) -> Tensor:
-        if remaining >= node.full_cost:
+    def allowed(self, node: _Node, remaining: int, forbidden: set[str] | None = None) -> Tensor:
+        """The tokens that may follow at a place. forbidden: texts that must not be written, unless all are."""
+        children, end = node.children, node.end
+        if forbidden and not node.texts <= forbidden:
+            children = {token: child for token, child in children.items() if not child.texts <= forbidden}
+            end = end and node.text not in forbidden
+        elif remaining >= node.full_cost:
             return node.full
-        ids = [token for token, child in node.children.items() if 1 + child.close <= remaining]
-        ids += [self.eos] * node.end
+        ids = [token for token, child in children.items() if 1 + child.close <= remaining]
+        ids += [self.eos] * end
         # Nothing can be afforded only if the budget was cut short in between: then by the shortest way.
-        ids = ids or [min(node.children, key=lambda token: node.children[token].close)]
+        ids = ids or [min(children, key=lambda token: children[token].close)]
         return torch.tensor(sorted(ids))
 
 
@@ -183,40 +252,50 @@ class _ListedLabels:
         head_ids = [tokenizer.first_loc_id] * 4 + [tokenizer.first_seg_id] * num_codes
 
         def encode(label: str, tail: str, tail_ids: list[int]) -> list[int]:
-            """The tokens between head and the tail's last ones."""
+            """The tokens between the head and the tail's last ones."""
             text = head + label_text(label) + tail
             ids = tokenizer.encode(text)
             inner = ids[len(head_ids) : len(ids) - len(tail_ids)]
             if head_ids + inner + tail_ids != ids or tokenizer.decode(ids) != text:
-                raise ValueError(
-                    f"the tokenizer cannot write the label {label!r}: {text!r} comes back as {tokenizer.decode(ids)!r}"
-                )
+                written = reprlib.repr(tokenizer.decode(ids[len(head_ids) :]))
+                raise ValueError(f"the tokenizer cannot write the label {reprlib.repr(label)}: it gives {written}")
             return inner
 
+        self.texts = set(labels)
         self.tree = _Tree(eos)
         longest = 0
         for label in labels:
-            check_label(label, f"the label {label!r}")
+            check_label(label, f"the label {reprlib.repr(label)}")
             ids = encode(label, "", [])
-            self.tree.insert(ids).end = True
+            self.tree.insert(ids, label).end = True
             longest = max(longest, len(ids))
         # An item and eos. With room for a shorter label alone, that one would be written in place of the right one.
         self.item_cost = 4 + num_codes + longest + 1
         for label in labels:
             # Nothing can follow at this place but a new item, since no label has the separator's ";".
-            self.tree.insert(encode(label, SEPARATOR + "<loc0000>", head_ids[:1])).restart = True
+            self.tree.insert(encode(label, SEPARATOR + "<loc0000>", head_ids[:1]), label).restart = True
         self.tree.finish(self.item_cost)
 
-    def after(self, rest: list[int], remaining: int) -> Tensor | None:
-        """What may follow `rest`, the tokens since the box or the codes; None: the first location of a new item."""
+    def written(self, rest: Sequence[int]) -> str:
+        """The label that these tokens write, with or without the separator behind it."""
+        node = self.tree.walk(rest)
+        return (node and node.text) or ""
+
+    def after(self, rest: list[int], remaining: int, forbidden: set[str]) -> Tensor | None:
+        """What may follow `rest`, the tokens since the box or the codes; None: the first location of a new item.
+
+        forbidden: labels that must not be written, unless no other is left.
+        """
         node = self.tree.walk(rest)
         if node is None:
             return torch.tensor([self.tree.eos])
-        return None if node.restart else self.tree.allowed(node, remaining)
+        return None if node.restart else self.tree.allowed(node, remaining, forbidden)
 
 
 class _AnyLabel:
     """Any text or none, then eos or the separator and a new item."""
+
+    texts = {""}  # what `written` returns: labels are not told apart
 
     def __init__(self, tokenizer: Tokenizer, eos: int, num_codes: int) -> None:
         self.eos = eos
@@ -236,8 +315,11 @@ class _AnyLabel:
         self.separator = ids[semicolon:-1]
         self.tensors: dict[tuple[bool, bool, bool], Tensor] = {}
 
-    def after(self, rest: list[int], remaining: int) -> Tensor | None:
-        """As in `_ListedLabels`."""
+    def written(self, rest: Sequence[int]) -> str:
+        return ""
+
+    def after(self, rest: list[int], remaining: int, forbidden: set[str]) -> Tensor | None:
+        """As in `_ListedLabels`. A repetition is prevented by its box alone."""
         if self.separator[0] in rest:
             written = rest[rest.index(self.separator[0]) :]
             if written == self.separator:
@@ -253,7 +335,8 @@ class _AnyLabel:
         return self.tensors[state]
 
 
-_UNFIT = re.compile(r"[;<>\x00-\x1f\x7f-\x9f]")  # for a label: what ends it, what could look like a token, control
+# Not in a free label: what ends it, what could look like a token, control characters.
+_UNFIT = re.compile(r"[;<>\x00-\x1f\x7f-\x9f]")
 
 
 @lru_cache(maxsize=2)
@@ -267,5 +350,5 @@ def _token_texts(tokenizer: Tokenizer) -> list[str]:
 def _check_texts(texts: Iterable[str], name: str) -> list[str]:
     given = [] if isinstance(texts, str) else list(texts)
     if not given or not all(isinstance(text, str) for text in given):
-        raise ValueError(f"{name} must be a list of one or more strings, got {texts!r}")
+        raise ValueError(f"{name} must be a list of one or more strings, got {reprlib.repr(texts)}")
     return list(dict.fromkeys(text.strip() if name == "labels" else text for text in given))
