@@ -168,7 +168,10 @@ class PaliGemma:
         for one in questions:
             _check_text(one, "a question")
         prompts = [f"answer {language} {one}" for one in questions]
-        constraint = ChoiceGrammar(self.processor.tokenizer, choices) if choices is not None else None
+        constraint = None
+        if choices is not None:
+            constraint = ChoiceGrammar(self.processor.tokenizer, choices)
+            constraint.check_budget(TEXT_BUDGET)  # before the image is looked at
         if isinstance(question, list):
             return self.generate(image, prompts, constraint=constraint)
         return self.generate(image, prompts[0], constraint=constraint)

@@ -12,6 +12,7 @@ from make_tokenizer import build_tokenizer
 from PIL import Image
 from reference import randomize, tiny_config
 
+from paligemma.answers import grammar
 from paligemma.answers.grammar import DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.results import Detection, Segment
@@ -173,6 +174,15 @@ def test_tasks_write_the_prompts_of_the_official_checkpoints(pg, monkeypatch):
 def test_choices_leave_nothing_else_to_say(pg):
     answers = {pg.ask(picture(seed), "what is it?", choices=["yes", "no"]).text for seed in range(12)}
     assert answers <= {"yes", "no"}
+
+
+def test_a_choice_too_long_for_the_budget_is_refused_before_any_work(pg, monkeypatch):
+    """Making a tree of its tokens took seconds, and the error repeated all of it."""
+    monkeypatch.setattr(pg.model, "encode_image", lambda pixels: pytest.fail("encoded"))
+    monkeypatch.setattr(grammar, "_Tree", lambda eos: pytest.fail("a tree was made"))
+    with pytest.raises(ValueError, match=r"the choice .* takes .* only 128 may be generated") as caught:
+        pg.ask(picture(0), "what ?", choices=["yes", "no" * 50_000])
+    assert len(str(caught.value)) < 300
 
 
 def test_a_string_is_no_list_of_choices(pg):
