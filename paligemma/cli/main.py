@@ -44,6 +44,7 @@ data_app.command("show")(data.data_show)
 app.add_typer(tiny_app, name="tiny")
 tiny_app.command()(tiny.scenes)
 tiny_app.command()(tiny.train)
+tiny_app.command()(tiny.evaluate)
 
 
 def version(show: bool) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from paligemma.cli.options import Seed, one_of
-from paligemma.cli.output import note
+from paligemma.cli.options import Device, Dtype, Model, Revision, Seed, one_of
+from paligemma.cli.output import echo_json, hint_at_float32, note, print_table
 
 
 def scenes(
@@ -77,3 +77,37 @@ def train(
     from paligemma.tiny.recipe.train import train as train_tiny
 
     train_tiny(minutes, out)
+
+
+def evaluate(
+    model: Model = "tiny",
+    count: Annotated[int, typer.Option(min=1, help="How many scenes in each part.")] = 1000,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this part; can be repeated: test, heldout, emojione, clean, or a degradation."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for predictions, figures and the worst rows; a run continues there.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many rows are answered at a time.")] = 16,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as one JSON object.")] = False,
+) -> None:
+    """Measure how well a model generalizes in world 2: held-out pairs, an unseen artist, each degradation alone."""
+    from paligemma.inference import load
+    from paligemma.tiny.generalization import check_names, evaluate_parts, table, to_dict
+
+    try:
+        check_names(part)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    pg = load(model, device=device, dtype=dtype, revision=revision)
+    hint_at_float32(pg)
+    about = {"model": model, "dtype": dtype}
+    reports = evaluate_parts(pg, count, part, out, about, batch_size=batch_size)
+    if as_json:
+        echo_json(to_dict(reports))
+    else:
+        print_table(table(reports))

@@ -418,8 +418,11 @@ def rows(
     encode_mask: EncodeMask | None = None,
 ) -> list[Row]:
     """One row of each of `tasks` that the scene allows, see `sample_row`; none of "segment" without `encode_mask`."""
+    # In world 2 each task has random numbers of its own, so that scenes are asked the same before and after they lost
+    # their colours.
+    own = dict(zip(TASKS, rng.spawn(len(TASKS)))) if scene.world == 2 else {}
     made = [
-        sample_row(scene, task, rng, canonical=canonical, bin_step=bin_step, encode_mask=encode_mask)
+        sample_row(scene, task, own.get(task, rng), canonical=canonical, bin_step=bin_step, encode_mask=encode_mask)
         for task in tasks
         if task != "segment" or encode_mask is not None
     ]

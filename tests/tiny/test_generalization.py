@@ -1,0 +1,81 @@
+"""The table over several sets of scenes: what is in it, what counts as lost, and that a run continues."""
+
+import json
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import paligemma
+from paligemma.cli.main import app
+from paligemma.evaluate import Figure, Report
+from paligemma.tiny import generalization
+from paligemma.tiny.degradations import DEGRADATIONS
+from paligemma.tiny.evaluation import METRICS, targets, tiny_examples
+from paligemma.tiny.generalization import FIGURES, PARTS, evaluate_parts, largest_loss, table, to_dict
+
+
+def test_the_parts_are_the_renderer_s_own_scenes_what_is_new_and_each_degradation_alone():
+    assert [part.name for part in PARTS] == ["test", "heldout", "emojione", "clean", *DEGRADATIONS]
+    for part in PARTS[3:]:
+        examples = list(tiny_examples(3, part.split, world=2, degradations=part.degradations))
+        clean = list(tiny_examples(3, world=2, degradations=()))
+        assert {example.id for example in examples} <= {example.id for example in clean}
+        assert {example.task for example in examples} <= set(METRICS)
+
+
+def test_aims_are_those_of_own_scenes_and_of_the_unseen_artist():
+    assert targets("test", 2)["caption", "exact"] == 0.78 and targets("emojione", 2)["caption", "exact"] == 0.35
+    assert targets("heldout", 2)["ocr", "character error rate"] == pytest.approx(0.13)
+    assert targets("test")["caption", "exact"] == 0.75, "world 1 keeps its own"
+    assert set(targets("test", 2)) == set(targets("emojione", 2)) == set(FIGURES)
+
+
+def report(value, error, target=None):
+    return Report(
+        [
+            Figure("caption", "exact", value, None, None, 10, target=target),
+            Figure("ocr", "character error rate", error, None, None, 10, lower_is_better=True),
+        ],
+        {},
+        {},
+    )
+
+
+def test_a_degradation_may_cost_four_points():
+    reports = {
+        "test": report(0.8, 0.3, 0.78),
+        "clean": report(0.8, 0.3),
+        "jpeg": report(0.77, 0.4),
+        "blur": report(0.7, 0.2),
+    }
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(table(reports))
+    lines = [line for line in shown.get().splitlines() if "exact" in line or "error" in line]
+    exact, error = (line for line in lines if "0." in line)
+    assert "0.800 ✓" in exact and "0.770 " in exact and "0.770 ✗" not in exact and "0.700 ✗" in exact
+    assert "0.400 ✗" in error and "0.200 ✗" not in error
+    assert largest_loss(reports, "jpeg") == ("ocr: character error rate", pytest.approx(0.1))
+    assert to_dict(reports)["largest_loss"]["blur"] == {"figure": "caption: exact", "loss": pytest.approx(0.1)}
+    assert largest_loss({"jpeg": report(1, 0)}, "jpeg") is None
+
+
+def test_the_embedded_model_is_measured_and_a_run_continues(tmp_path, monkeypatch):
+    pg = paligemma.load("tiny", device="cpu", dtype="float32")
+    options = {"count": 2, "names": ["emojione", "gray"], "out_folder": tmp_path, "progress": False}
+    first = evaluate_parts(pg, **options)
+    assert list(first) == ["emojione", "gray"]
+    saved = json.loads((tmp_path / "table.json").read_text())
+    assert saved["figures"]["emojione"]["caption: object F1"] == first["emojione"]["caption", "object F1"].value
+    assert (tmp_path / "gray" / "results.json").is_file()
+    monkeypatch.setattr(pg, "generate", None)  # nothing is answered again
+    again = evaluate_parts(pg, **options)
+    assert to_dict(again) == to_dict(first)
+
+
+def test_an_unknown_part_is_wrong_usage_before_the_model_is_loaded():
+    result = CliRunner().invoke(app, ["tiny", "evaluate", "--part", "rain"])
+    assert result.exit_code == 2 and "unknown part 'rain'; there is: test, heldout" in " ".join(result.output.split())
+    with pytest.raises(ValueError, match="unknown part 'rain'"):
+        generalization.check_names(["test", "rain"])
