@@ -1,6 +1,8 @@
 """The compiled library: how it is kept, and that everything works without it."""
 
 import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +70,161 @@ def test_no_compiler_at_all(fresh, monkeypatch, capfd):
 def test_another_cpu(fresh, monkeypatch, capfd):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     answers_still(capfd, "AVX2" if KERNEL else "")
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def small(fresh, monkeypatch, tmp_path):
+    """A source with all functions, each empty, that compiles at once. Returns the folder of the libraries."""
+    source = tmp_path / "small.cpp"
+    source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in library.FUNCTIONS))
+    monkeypatch.setattr(library, "SOURCES", {"AVX-512": source, "AVX2": source})
+    monkeypatch.setattr(library, "HEADERS", [])
+    return fresh / "paligemma"
+
+
+def start_again():
+    """As another process would: the library, or None."""
+    library._library.cache_clear()
+    return library.library()
+
+
+@needs_kernel
+def test_what_is_compiled_once_is_kept_and_named_by_its_content(small, capfd):
+    before = os.umask(0o002)  # as on systems where each user has a group
+    try:
+        assert start_again() is not None and start_again() is not None
+    finally:
+        os.umask(before)
+    assert capfd.readouterr().err.count("compiling the kernels") == 1
+    (file,) = small.iterdir()  # and nothing of the work is left
+    assert file.stem.endswith(library._hash(file.read_bytes()))
+    assert stat.S_IMODE(small.stat().st_mode) == stat.S_IMODE(file.stat().st_mode) == 0o700
+
+
+@needs_kernel
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda _: b"", lambda _: b"x" * 99])
+def test_a_damaged_library_is_never_loaded_and_compiled_again(small, capfd, damage):
+    """One that was cut off would end each start by a signal (SIGBUS)."""
+    assert start_again() is not None
+    (file,) = small.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    capfd.readouterr()
+    assert start_again() is not None
+    assert "compiling the kernels" in capfd.readouterr().err and file.read_bytes() == whole
+
+
+@needs_kernel
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_library_that_others_can_write_is_not_loaded(small, capfd, mode):
+    assert start_again() is not None
+    (file,) = small.iterdir()
+    file.chmod(mode)
+    capfd.readouterr()
+    assert start_again() is not None
+    assert "compiling the kernels" in capfd.readouterr().err and stat.S_IMODE(file.stat().st_mode) == 0o700
+
+
+@needs_kernel
+def test_a_link_and_a_pipe_are_not_loaded(small, capfd, tmp_path):
+    assert start_again() is not None
+    (file,) = small.iterdir()
+    for make in (lambda: file.symlink_to(file.rename(tmp_path / "elsewhere")), lambda: os.mkfifo(file)):
+        make()
+        capfd.readouterr()
+        assert start_again() is not None
+        assert "compiling the kernels" in capfd.readouterr().err and stat.S_ISREG(file.lstat().st_mode)
+        file.unlink()
+
+
+@needs_kernel
+def test_somebody_elses_library_and_folder_are_not_used(small, capfd, monkeypatch):
+    """Root would run the code of whoever owns the folder."""
+    assert start_again() is not None
+    (file,) = small.iterdir()
+    real, other = os.fstat, os.geteuid() + 1
+    owned = lambda file: os.stat_result((*real(file)[:4], other, *real(file)[5:]))  # noqa: E731
+    monkeypatch.setattr(os, "fstat", owned)
+    assert library.open_checked(file) is None
+    monkeypatch.setattr(os, "fstat", real)
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    capfd.readouterr()
+    assert start_again() is None
+    assert "belongs to another user, whose code is not run: set TORCH_EXTENSIONS_DIR" in capfd.readouterr().err
+
+
+@needs_kernel
+def test_a_folder_that_others_can_write_is_closed_to_them(small):
+    small.mkdir(parents=True)
+    small.chmod(0o777)
+    assert start_again() is not None
+    assert stat.S_IMODE(small.stat().st_mode) == 0o700
+
+
+@needs_kernel
+def test_a_library_gets_its_name_when_it_is_on_the_disk(small, monkeypatch):
+    done, replace, fsync = [], Path.replace, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("fsync") or fsync(file))
+    monkeypatch.setattr(Path, "replace", lambda self, to: done.append("replace") or replace(self, to))
+    assert start_again() is not None
+    assert done == ["fsync", "replace"]
+
+
+@needs_kernel
+def test_a_missing_function_is_noted_once_and_done_without(small, capfd, tmp_path):
+    (tmp_path / "small.cpp").write_text('extern "C" void linear_bf16() {}')
+    answers_still(capfd, "undefined symbol")
+
+
+@needs_kernel
+def test_a_compiler_that_writes_no_utf8_is_noted_once_and_done_without(small, capfd, monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_bytes(b"#!/bin/sh\nprintf 'erreur: \\351\\n' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    answers_still(capfd, "erreur: \N{REPLACEMENT CHARACTER}")
+
+
+@needs_kernel
+@pytest.mark.parametrize("place", ["a file", "full"])
+def test_a_cache_that_cannot_be_written_is_noted_once_and_done_without(small, capfd, monkeypatch, place, tmp_path):
+    if place == "a file":
+        (tmp_path / "extensions").write_text("")
+    else:
+        monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    answers_still(capfd, "No space left" if place == "full" else "extensions")
+    assert place == "a file" or list(small.iterdir()) == []
+
+
+@needs_kernel
+def test_no_home_folder_is_noted_once_and_done_without(small, capfd, monkeypatch):
+    """As in a container for a user without a name."""
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    import pwd
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    answers_still(capfd, "no home folder to keep them in: set TORCH_EXTENSIONS_DIR")
+
+
+@needs_kernel
+def test_the_file_that_was_checked_is_the_one_that_is_loaded(small):
+    """Whatever its path means by now; and the next file is not taken for it."""
+    assert start_again() is not None
+    (file,) = small.iterdir()
+    checked = library.open_checked(file)
+    file.unlink()
+    file.write_text("another")
+    assert library.load(checked).linear_bf16
+
+
+# ---------------------------------------------------------------------------------------------- the model that ships
 
 
 def test_nothing_is_compiled_for_the_model_that_ships_unless_asked(monkeypatch):
