@@ -111,7 +111,9 @@ def test_a_damaged_library_is_never_loaded_and_compiled_again(small, capfd, dama
     assert start_again() is not None
     (file,) = small.iterdir()
     whole = file.read_bytes()
+    file.unlink()  # this process has loaded it: a new file, so that it stays whole here
     file.write_bytes(damage(whole))
+    file.chmod(0o700)
     capfd.readouterr()
     assert start_again() is not None
     assert "compiling the kernels" in capfd.readouterr().err and file.read_bytes() == whole
