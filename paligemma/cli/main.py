@@ -32,7 +32,7 @@ data_app = typer.Typer(help="Check and show your data before training.", no_args
 app.command()(run.run)
 app.command()(evaluate.evaluate)
 app.command()(bench.bench)
-app.command("train")(train.finetune)
+app.command("train", cls=train.WithHeadings)(train.finetune)
 app.command()(weights.info)
 app.command()(weights.convert)
 app.command()(weights.merge)

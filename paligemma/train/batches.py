@@ -16,7 +16,7 @@ into the same batch; `keep_together` shuffles pictures instead, with all of thei
 A picture that cannot be read (a disk that went away, a file that was moved) need not end a run of hours: with `on_skip`
 its row is left out and told of. Only when many rows in a row are lost there is something wrong with more than a row.
 
-`Ahead` decodes the pictures of the next step while this one is computed.
+`Prefetched` decodes the pictures of the next step while this one is computed.
 """
 
 from __future__ import annotations
@@ -174,11 +174,11 @@ class RowBatches:
         return int(self._order[place])
 
 
-class Ahead:
+class Prefetched:
     """`batches`, but the pictures of the next step are decoded in a thread while the caller works on this one.
 
-        with Ahead(batches, steps=1000) as ahead:
-            train(model, ahead, TrainConfig(steps=1000), out)
+        with Prefetched(batches, steps=1000) as prefetched:
+            train(model, prefetched, TrainConfig(steps=1000), out)
 
     It gives what `batches` gives; errors and skipped rows show in the step that they belong to, since the thread only
     loads (`RowBatches.load`) and all else happens when a batch is asked for. One batch more lies in memory. Until the
@@ -212,7 +212,7 @@ class Ahead:
     def _load(self, step: int, part: int, parts: int) -> Future[Loaded]:
         return self._thread.submit(self.batches.load, step, part, parts, self._stop)
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetched:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -52,14 +52,14 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def same_everywhere(model: nn.Module) -> None:
+def broadcast_weights(model: nn.Module) -> None:
     """Give every process the parameters and buffers of the first one."""
     if dist.is_initialized():
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
-def add_up(parameters: Iterable[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in place.
 
     A parameter without a gradient (a text-only part leaves the vision tower alone) has one of zero, also where there is
@@ -78,7 +78,7 @@ def add_up(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(summed.view_as(gradient))
 
 
-def sums_of(figures: Mapping[str, float]) -> dict[str, float]:
+def all_reduce_figures(figures: Mapping[str, float]) -> dict[str, float]:
     """Sum numbers by their names over all processes. One that had no rows knows fewer names."""
     if not dist.is_initialized():
         return dict(figures)
@@ -95,7 +95,7 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
     if not any(map(is_sharded, parameters)):
         return float(nn.utils.clip_grad_norm_(parameters, most))
     gradients = [own_rows(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm = math.sqrt(sums_of({"square": float(nn.utils.get_total_norm(gradients)) ** 2})["square"])
+    norm = math.sqrt(all_reduce_figures({"square": float(nn.utils.get_total_norm(gradients)) ** 2})["square"])
     if norm > most:
         for gradient in gradients:
             gradient.mul_(most / norm)
@@ -119,14 +119,14 @@ def together(action: Callable[[], None]) -> None:
         action()
     except Exception as failed:
         error = failed
-    failures = sums_of({"failures": float(error is not None)})["failures"]
+    failures = all_reduce_figures({"failures": float(error is not None)})["failures"]
     if error is not None:
         raise error
     if failures:
         raise OSError(f"{failures:.0f} of {dist.get_world_size()} processes failed, see what they say")
 
 
-def from_the_first(number: float) -> float:
+def broadcast(number: float) -> float:
     """The first process's number, for what all have to decide alike and clocks would decide differently."""
     if not dist.is_initialized():
         return number
@@ -135,6 +135,6 @@ def from_the_first(number: float) -> float:
     return tensor.item()
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

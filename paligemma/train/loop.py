@@ -47,6 +47,7 @@ from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
 from paligemma.train.optimizer import decays_in_reference
 from paligemma.train.run_folder import LOG, append_to_log, read_log
+from paligemma.train.schedule import SCHEDULES, learning_rate_factor
 
 
 def bfloat16_where_fast() -> torch.dtype | None:
@@ -69,9 +70,6 @@ class Batches(Protocol):
 # (model, batch) -> sum of the losses, how many tokens (or what else it is the sum of), and figures for the log, sums
 # too
 LossFunction = Callable[[Any, Batch], tuple[Tensor, float, dict[str, float]]]
-
-
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -106,21 +104,6 @@ class TrainConfig:
             raise ValueError(f"minutes must be more than 0, got {self.minutes:g}")
 
 
-def learning_rate_factor(progress: float, config: TrainConfig) -> float:
-    """What the peak learning rates are multiplied with at `progress` in [0, 1]: linear warm-up from 0, then decay.
-
-    A warm-up shorter than a step is none: all it would do is make that step learn nothing, and it may be the only one.
-    """
-    warmup = config.warmup if config.warmup * config.steps >= 1 else 0.0
-    if progress < warmup:
-        return progress / warmup
-    start = max(warmup, config.decay_from)
-    rest = min(1.0, max(0.0, (progress - start) / max(1e-9, 1 - start)))
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * rest))
-    return 1 - rest if config.schedule == "linear" else 1.0
-
-
 def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
     """The prefix-LM loss: cross-entropy of every suffix token and the end, given all before it."""
 
@@ -130,7 +113,7 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
         first = int(labelled.any(0).int().argmax())  # position that predicts anything; 0 if none does
         hidden = model.read(
             batch["input_ids"],
-            **what_is_seen(model, batch),
+            **vision_inputs(model, batch),
             attention_mask=batch["attention_mask"],
             token_type_ids=batch["token_type_ids"],
             num_outputs=batch["labels"].shape[1] - first,
@@ -147,7 +130,7 @@ def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
     return loss
 
 
-def what_is_seen(model: Any, batch: Batch) -> dict[str, Tensor]:
+def vision_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     """The pictures of a batch for `model.forward`. One that several rows see is encoded once, and its gradient is the
     sum of theirs."""
     if "pictures" not in batch:
@@ -239,7 +222,7 @@ def train(
         (out / LOG).unlink(missing_ok=True)
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     if not shard:
-        distributed.same_everywhere(model)
+        distributed.broadcast_weights(model)
     log = Log(out, step, on_log) if rank == 0 else None
 
     def save(finished: bool = False) -> None:
@@ -274,7 +257,7 @@ def train(
             progress = step / config.steps
             if config.minutes is not None:
                 spent = (elapsed + time.monotonic() - begun) / 60
-                progress = distributed.from_the_first(max(progress, spent / config.minutes))
+                progress = distributed.broadcast(max(progress, spent / config.minutes))
                 if progress >= 1:
                     break
             factor = learning_rate_factor(progress, config)
@@ -284,7 +267,7 @@ def train(
                     group["lr"] = lr * factor
             here = add_gradients(model, batches, loss, config, step, rank, world)
             here["stop"] = float(asked_to_stop())
-            here = distributed.sums_of(here)
+            here = distributed.all_reduce_figures(here)
             if not math.isfinite(here["loss"]):
                 raise NotFinite("loss", here["loss"], step)
             stop, tokens = here.pop("stop"), here.pop("tokens")
@@ -324,7 +307,7 @@ def train(
                 before = time.monotonic()
                 last |= look(step)
                 logged += time.monotonic() - before  # no time of training
-            if stop or distributed.from_the_first(now - saved) > config.save_every:
+            if stop or distributed.broadcast(now - saved) > config.save_every:
                 save()
                 saved = time.monotonic()
             if stop:
@@ -370,7 +353,7 @@ def add_gradients(
 def divide_and_clip(trained: Sequence[nn.Parameter], weight: float, most: float) -> float:
     """Of the gradients' sums over all processes their mean, and that with a norm of at most `most`. Returns the norm
     of the mean."""
-    distributed.add_up(trained)
+    distributed.all_reduce_gradients(trained)
     for parameter in trained:
         if parameter.grad is not None:
             parameter.grad /= weight

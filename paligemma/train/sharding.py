@@ -54,7 +54,7 @@ def shard(model: PaliGemmaForConditionalGeneration) -> PaliGemmaForConditionalGe
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    distributed.same_everywhere(model)
+    distributed.broadcast_weights(model)
     sharded = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     mesh = init_device_mesh(model.device.type, (dist.get_world_size(),))
     sharded.read = partial(_with_the_vision_tower, sharded.read, sharded)  # type: ignore[method-assign]

@@ -19,8 +19,8 @@ from paligemma.data.rows import Row
 from paligemma.evaluate.own_rows import evaluate_rows, examples_of, metric_of_task
 from paligemma.inference import Answer, load
 from paligemma.tiny.scenes import write_scenes
-from paligemma.train.finetune import Options
-from paligemma.train.sight import budget_for
+from paligemma.train.options import TrainOptions
+from paligemma.train.validation import token_budget
 
 
 class Says:
@@ -223,7 +223,7 @@ def test_an_answer_may_be_as_long_as_the_longest_right_one():
     row = Row("a.png", "caption en", "a dog", 0, "rows:1")
     longer = 20 * "long "
     for more, longest in ({}, 2), ({"answers": ("a dog", longer)}, 20), ({"suffixes": ("a dog", longer)}, 20):
-        assert budget_for([row, replace(row, **more)], words) == 2 * longest + 8
+        assert token_budget([row, replace(row, **more)], words) == 2 * longest + 8
 
 
 @pytest.mark.parametrize("metric", ["coco", "coco-masks"])
@@ -233,7 +233,7 @@ def test_a_package_that_a_metric_needs_is_missed_before_the_first_answer(folder:
     with pytest.raises(ImportError, match="faster-coco-eval: pip install"):
         evaluate_rows(pg, rows, metric, progress=False)
     with pytest.raises(ImportError, match="faster-coco-eval"):
-        Options("tiny", str(folder / "test.jsonl"), str(folder / "run"), validation="test.jsonl", metric=metric)
+        TrainOptions("tiny", str(folder / "test.jsonl"), str(folder / "run"), validation="test.jsonl", metric=metric)
     assert pg.asked == []
 
 

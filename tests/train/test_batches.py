@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from test_train import SMALL, losses, make_model, make_processor, make_rows
 
-from paligemma.train.batches import MOST_SKIPPED, Ahead, RowBatches
+from paligemma.train.batches import MOST_SKIPPED, Prefetched, RowBatches
 from paligemma.train.loop import TrainConfig, train
 
 
@@ -64,7 +64,7 @@ def test_batches_that_are_loaded_ahead_are_the_same(processor, world, accumulate
     for rank in range(world):
         for begin in (0, 3):
             rows = Rows()
-            with Ahead(RowBatches(rows, processor, 4, seed=3), steps=7, world=world) as ahead:
+            with Prefetched(RowBatches(rows, processor, 4, seed=3), steps=7, world=world) as ahead:
                 for step in range(begin, 7):
                     for part in range(rank, parts, world):
                         assert same(ahead(step, part, parts), plain(step, part, parts))
@@ -74,7 +74,7 @@ def test_batches_that_are_loaded_ahead_are_the_same(processor, world, accumulate
 
 def test_the_next_step_is_loaded_while_the_caller_works(processor):
     batches = in_order(processor)
-    with Ahead(batches, steps=3) as ahead:
+    with Prefetched(batches, steps=3) as ahead:
         ahead(0)
         assert batches.rows.wait_for(8)
         before = list(batches.rows.read)
@@ -84,7 +84,7 @@ def test_the_next_step_is_loaded_while_the_caller_works(processor):
 
 def test_out_of_order_it_is_loaded_when_it_is_asked_for(processor):
     plain = in_order(processor)
-    with Ahead(in_order(processor), steps=3) as ahead:
+    with Prefetched(in_order(processor), steps=3) as ahead:
         for step in (0, 2, 1, 1, 0):
             assert same(ahead(step), plain(step))
 
@@ -97,7 +97,7 @@ def test_skipped_rows_are_told_in_their_step(processor):
         told.append((now, step, source, threading.current_thread() is threading.main_thread()))
 
     batches = in_order(processor, gone=(2, 4, 5, 6, 7, 9), on_skip=skip)
-    with Ahead(batches, steps=3) as ahead:
+    with Prefetched(batches, steps=3) as ahead:
         now = 0
         assert len(ahead(0)["input_ids"]) == 3
         assert batches.rows.wait_for(8)
@@ -113,7 +113,7 @@ def test_a_disk_that_went_away_is_noticed_too(processor):
     told = []
     batches = in_order(processor, gone=range(12), on_skip=lambda *skipped: told.append(skipped))
     lost = pytest.raises(OSError, match=f"{MOST_SKIPPED} rows one after the other .* the last: rows:3: gone.png")
-    with lost, Ahead(batches, steps=1000) as ahead:
+    with lost, Prefetched(batches, steps=1000) as ahead:
         for step in range(1000):
             assert ahead(step) is None
     assert len(told) == MOST_SKIPPED and not threads()
@@ -123,7 +123,7 @@ def test_an_error_shows_in_its_step(processor):
     """And the thread ends with the run, however that ends."""
     batches = in_order(processor, gone=(6,))
     missing = pytest.raises(FileNotFoundError, match=r"^step 2, rows:6: gone.png: no such file$")
-    with missing, Ahead(batches, steps=3) as ahead:
+    with missing, Prefetched(batches, steps=3) as ahead:
         assert len(ahead(0)["input_ids"]) == 4
         assert batches.rows.wait_for(7) and threads()
         ahead(1)
@@ -139,7 +139,7 @@ def test_who_stops_waits_for_a_picture_and_not_for_a_step(processor):
             return row if i < 5 or go_on.wait(timeout=60) else None
 
     batches.rows = Slow()
-    with Ahead(batches, steps=3) as ahead:
+    with Prefetched(batches, steps=3) as ahead:
         ahead(0)
         assert batches.rows.wait_for(6)
         threading.Timer(0.2, go_on.set).start()  # after the end has begun
@@ -151,7 +151,7 @@ def test_training_is_the_same_with_batches_loaded_ahead(processor, tmp_path):
 
     def run(name, stop=None, ahead=True):
         batches = RowBatches(make_rows(), processor, batch_size=4)
-        with Ahead(batches, SMALL["steps"]) as loaded:
+        with Prefetched(batches, SMALL["steps"]) as loaded:
 
             def until(step, part, parts):
                 if step == stop:

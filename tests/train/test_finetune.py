@@ -30,7 +30,11 @@ from paligemma.evaluate.own_rows import evaluate_rows, merge_captions, metric_of
 from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, run_folder, run_report
 from paligemma.train.batches import MOST_SKIPPED, RowBatches
-from paligemma.train.finetune import Options, both_rows_of, finetune, plan_of, prepare
+from paligemma.train.finetune import finetune
+from paligemma.train.options import TrainOptions
+from paligemma.train.planning import plan_of
+from paligemma.train.setup import open_rows as open_both_rows
+from paligemma.train.setup import prepare
 from paligemma.weights.opening import open_checkpoint
 from paligemma.weights.saving import save_pretrained
 
@@ -69,7 +73,7 @@ SMALL = {"steps": 6, "batch": 4, "lr": 3e-3, "save_every": 0.0}  # a checkpoint 
 def run(base: str, data: str, out: Path, **others) -> list[str]:
     """What was said."""
     said: list[str] = []
-    finetune(Options(model=base, data=data, out=str(out), **{**SMALL, **others}), said.append)
+    finetune(TrainOptions(model=base, data=data, out=str(out), **{**SMALL, **others}), said.append)
     return said
 
 
@@ -164,7 +168,7 @@ def test_validation_measures_captions_as_evaluate_does(base, tmp_path):
 
 def test_validation_whose_pictures_are_gone_does_not_end_the_run(base, data, tmp_path):
     more = {"validation": write_data(tmp_path / "validation"), "validate_every": 1, "steps": 2}
-    options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, **more})
+    options = TrainOptions(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, **more})
     said: list[str] = []
 
     def say(line: str) -> None:
@@ -209,7 +213,7 @@ def test_a_finished_run_is_left_alone(finished, base):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     options = json.loads((out / "settings.json").read_text())["settings"]
     said: list[str] = []
-    again = finetune(Options(**{**options, "freeze": (), "lora": ()}), said.append)
+    again = finetune(TrainOptions(**{**options, "freeze": (), "lora": ()}), said.append)
     assert "finished already" in said[0] and again["summary"]["steps"] == 60
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
@@ -225,7 +229,7 @@ def test_frozen_parts_stay(base, data, tmp_path):
 
 def test_nothing_is_kept_for_the_gradient_of_a_frozen_vision_tower(base):
     model = paligemma.load(base).model.train()
-    prepare(model, Options(model=base, data="d", out="o", freeze=("vision",)))
+    prepare(model, TrainOptions(model=base, data="d", out="o", freeze=("vision",)))
     pixels = torch.zeros(1, 3, 28, 28)
     assert model.vision_tower(pixels).grad_fn is None and model.encode_image(pixels).grad_fn is not None
 
@@ -357,7 +361,7 @@ def test_lora_learns_beside_rounded_weights(base, data, tmp_path, monkeypatch, m
 
 
 def test_without_the_package_that_rounds_it_is_said_before_anything_is_loaded(base, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("paligemma.train.finetune.find_spec", lambda name: None)
+    monkeypatch.setattr("paligemma.train.checks.find_spec", lambda name: None)
     monkeypatch.setattr("paligemma.train.finetune.load", None)
     arguments = ["train", "--model", base, "--data", data, "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(app, [*arguments, "--lora", "decoder", "--quantize", "nf4"])
@@ -369,7 +373,7 @@ def test_without_the_package_that_rounds_it_is_said_before_anything_is_loaded(ba
 def test_how_to_round_is_told_to_load(base, data, tmp_path, monkeypatch):
     """Also where the package that does it is not installed."""
     asked = []
-    monkeypatch.setattr("paligemma.train.finetune.find_spec", lambda name: name)
+    monkeypatch.setattr("paligemma.train.checks.find_spec", lambda name: name)
     monkeypatch.setattr("paligemma.train.finetune.load", lambda *given: asked.extend(given) or paligemma.load(base))
     run(base, data, tmp_path / "run", lora=("decoder",), quantize="nf4", steps=1)
     assert asked == [base, None, None, "nf4", None, None]
@@ -391,7 +395,7 @@ def test_lora_beside_an_adapter_is_refused_before_the_run(base, data, tmp_path):
     pytest.importorskip("peft")
     adapter, out = tmp_path / "adapter", tmp_path / "run"
     run(base, data, adapter, lora=("decoder",), steps=1)
-    options = Options(model=str(adapter), data=data, out=str(out), lora=("decoder",), steps=1)
+    options = TrainOptions(model=str(adapter), data=data, out=str(out), lora=("decoder",), steps=1)
     tensors = adapter / "adapter_model.safetensors"
     tensors.rename(aside := tmp_path / "aside")  # of one on the hub only the settings are there at that time
     for refusing in (finetune, plan_of):
@@ -441,7 +445,7 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
     data = str(tmp_path / "scenes" / "coco.json")
     said = run("tiny", data, tmp_path / "run", kind="coco-segment", steps=1, batch=2)
     assert any("2 rows" in line for line in said)
-    row = both_rows_of(Options(model="tiny", data=data, out="", kind="coco-segment"))[0][0]
+    row = open_both_rows(TrainOptions(model="tiny", data=data, out="", kind="coco-segment"))[0][0]
     assert row.prefix.startswith("segment ") and row.suffix.count("<seg") % 16 == 0 and "<seg" in row.suffix
 
 
@@ -482,7 +486,7 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
 )
 def test_options_that_cannot_work_are_refused(wrong, named):
     with pytest.raises(ValueError, match=re.escape(named)):
-        Options(**{"model": "tiny", "data": "d", "out": "o", "steps": 3, **wrong})
+        TrainOptions(**{"model": "tiny", "data": "d", "out": "o", "steps": 3, **wrong})
 
 
 @pytest.mark.parametrize(
@@ -495,13 +499,13 @@ def test_options_that_cannot_work_are_refused(wrong, named):
     ],
 )
 def test_and_those_that_can_are_not(fine):
-    Options(**{"model": "tiny", "data": "d", "out": "o", "steps": 3, **fine})
+    TrainOptions(**{"model": "tiny", "data": "d", "out": "o", "steps": 3, **fine})
 
 
 @pytest.mark.parametrize("wrong", [{"annotations": "answers.json"}, {"every_label": True}])
 def test_options_of_another_kind_of_data_are_refused(base, data, tmp_path, wrong):
     name = next(iter(wrong)).replace("_", "-")
-    options = Options(model=base, data=data, out=str(tmp_path / "run"), **wrong)
+    options = TrainOptions(model=base, data=data, out=str(tmp_path / "run"), **wrong)
     for refusing in (finetune, plan_of):
         with pytest.raises(ValueError, match=rf"is jsonl: leave out .*--{name}"):
             refusing(options)
@@ -534,7 +538,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(base, data, tmp_path, monkeyp
 
 def test_stopped_while_the_next_batch_is_loaded(base, data, tmp_path, monkeypatch):
     """At once, as by a second Ctrl-C. A picture of the step after is missing, which is told when that comes: once."""
-    options = Options(model=base, data=data, out="", **{**SMALL, "batch": 8, "dropout": 0.2})
+    options = TrainOptions(model=base, data=data, out="", **{**SMALL, "batch": 8, "dropout": 0.2})
     finetune(replace(options, out=str(tmp_path / "whole")), during((Path(data).parent / "3.png").unlink))
     shutil.copy(Path(data).parent / "7.png", Path(data).parent / "3.png")  # which is checked before the first step
 
@@ -588,11 +592,11 @@ def test_data_and_validation_have_splits_of_their_own(base, data, tmp_path):
     lines = both.read_text().splitlines(keepends=True)
     both.with_name("val.jsonl").write_text("".join(lines[:3]))
     folder = str(both.parent)
-    options = Options(model=base, data=folder, split="train", out=str(tmp_path), validation=folder)
-    assert [len(rows) for rows in both_rows_of(replace(options, validation_split="val"))] == [8, 3]
-    assert [len(rows) for rows in both_rows_of(replace(options, validation=str(both)))] == [8, 8]
+    options = TrainOptions(model=base, data=folder, split="train", out=str(tmp_path), validation=folder)
+    assert [len(rows) for rows in open_both_rows(replace(options, validation_split="val"))] == [8, 3]
+    assert [len(rows) for rows in open_both_rows(replace(options, validation=str(both)))] == [8, 8]
     with pytest.raises(ValueError, match=r"train.*val"):
-        both_rows_of(options)
+        open_both_rows(options)
 
 
 def test_data_and_validation_have_answers_of_their_own(base, data, tmp_path):
@@ -602,11 +606,11 @@ def test_data_and_validation_have_answers_of_their_own(base, data, tmp_path):
             key = "questions" if name == "questions" else "annotations"
             Path(data).with_name(f"{name}{number}.json").write_text(json.dumps({key: [content]}))
     names = [str(Path(data).with_name(f"{name}{n}.json")) for n in (0, 1) for name in ("questions", "answers")]
-    options = Options(
+    options = TrainOptions(
         base, names[0], str(tmp_path), annotations=names[1], validation=names[2], validation_annotations=names[3],
         image_name="{image_id}.png",
     )  # fmt: skip
-    rows, measured = both_rows_of(options)
+    rows, measured = open_both_rows(options)
     assert (rows[0].suffix, measured[0].suffix) == ("yes", "no")
 
 
@@ -681,11 +685,11 @@ sys.path[:0] = {tests!r}
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from test_finetune import Options, SMALL, finetune
+from test_finetune import TrainOptions, SMALL, finetune
 from paligemma.train import checkpointing
 
 base, data, out = sys.argv[1:]
-options = Options(model=base, data=data, out=out, **{{**SMALL, "steps": 40, "dropout": 0.1, "ema": 0.9}})
+options = TrainOptions(model=base, data=data, out=out, **{{**SMALL, "steps": 40, "dropout": 0.1, "ema": 0.9}})
 moments, kills = random.Random(7), 0
 for attempt in range(200):
     child = os.fork()
@@ -772,7 +776,7 @@ def test_the_plan_is_told_and_nothing_done(data, tmp_path):
 def test_the_longest_of_all_rows_makes_the_plan(base, data, tmp_path, monkeypatch):
     """It stands where a sample would hardly look, has two pictures, and is no longer than it will be trained on."""
     asked: dict[str, int] = {}
-    monkeypatch.setattr("paligemma.train.plan.estimate", lambda config, **options: asked.update(options))
+    monkeypatch.setattr("paligemma.train.planning.estimate", lambda config, **options: asked.update(options))
     lines = [json.dumps({"image": "0.png", "prefix": f"answer en {i} ?", "suffix": "red"}) for i in range(1000)]
     lines[333] = json.dumps({"image": ["0.png", "1.png"], "prefix": "caption en", "suffix": "red " * 40})
     Path(data).write_text("\n".join(lines))
@@ -780,11 +784,11 @@ def test_the_longest_of_all_rows_makes_the_plan(base, data, tmp_path, monkeypatc
     answer = len(encode("red " * 40)) + 1
     length = 2 * 4 + 1 + len(encode("caption en\n")) + answer
     for options, cut in (({}, 0), ({"max_length": length - 5}, 5)):
-        plan_of(Options(model=base, data=data, out=str(tmp_path / "run"), **options))
+        plan_of(TrainOptions(model=base, data=data, out=str(tmp_path / "run"), **options))
         assert (asked["length"], asked["answer"], asked["images"]) == (length - cut, answer - cut, 2)
         assert asked["shortest_prefix"] == 4 + 1 + len(encode("answer en 1 ?\n"))
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: pictures and prompt take \d+ tokens, and 6 is the most"):
-        plan_of(Options(model=base, data=data, out=str(tmp_path / "run"), max_length=6))
+        plan_of(TrainOptions(model=base, data=data, out=str(tmp_path / "run"), max_length=6))
 
 
 # ------------------------------------------------------------------------------------------------------- bad data
@@ -801,7 +805,7 @@ def during(action):
 
 
 def test_a_picture_that_vanishes_is_skipped_and_counted(base, data, tmp_path):
-    options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 8, "steps": 3})
+    options = TrainOptions(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 8, "steps": 3})
     result = finetune(options, during((Path(data).parent / "3.png").unlink))
     assert result["summary"]["rows skipped"] == 3  # once in each epoch
     skipped = [entry for entry in log_of(tmp_path / "run") if "skipped" in entry]
@@ -811,7 +815,7 @@ def test_a_picture_that_vanishes_is_skipped_and_counted(base, data, tmp_path):
 
 
 def test_or_it_is_an_error_with_strict(base, data, tmp_path):
-    options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 8}, strict=True)
+    options = TrainOptions(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 8}, strict=True)
     with pytest.raises(FileNotFoundError, match=r"3\.png"):
         finetune(options, during((Path(data).parent / "3.png").unlink))
 
@@ -839,7 +843,7 @@ def test_pictures_that_are_all_missing_are_an_error(base, data, tmp_path):
 
 def test_a_run_that_could_read_no_picture_is_no_success(base, data, tmp_path):
     """All of them vanish after they were seen, and there are too few rows for `MOST_SKIPPED`."""
-    options = Options(model=base, data=data, out=str(tmp_path / "run"), **SMALL)
+    options = TrainOptions(model=base, data=data, out=str(tmp_path / "run"), **SMALL)
 
     def vanish():
         for picture in Path(data).parent.glob("*.png"):
@@ -875,7 +879,7 @@ def test_single_rows_may_be_missing_for_ever(base, tmp_path):
 
 
 def test_a_step_without_any_readable_row_is_passed_over(base, data, tmp_path):
-    options = Options(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 1, "steps": 8})
+    options = TrainOptions(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, "batch": 1, "steps": 8})
     finetune(options, during((Path(data).parent / "3.png").unlink))
     steps = [entry["step"] for entry in log_of(tmp_path / "run") if "loss" in entry]
     assert len(steps) == 7 and checkpointing.load_last(tmp_path / "run" / "checkpoints")["step"] == 8
@@ -994,7 +998,7 @@ def loaded(*arguments):
 
 finetune.load = loaded
 base, data, out = sys.argv[1:]
-finetune.finetune(finetune.Options(model=base, data=data, out=out, steps=100, batch=4))
+finetune.finetune(finetune.TrainOptions(model=base, data=data, out=out, steps=100, batch=4))
 print(memory("VmHWM"))
 """
 

@@ -79,7 +79,7 @@ def test_leaving_ends_the_threads_of_the_group():
 
 def leave_after_work(rank: int) -> None:
     torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])  # imports what may hold on to the group
-    assert distributed.sums_of({"rank": rank}) == {"rank": 1}
+    assert distributed.all_reduce_figures({"rank": rank}) == {"rank": 1}
     assert threads_called("gloo")
     distributed.leave()
     assert not threads_called("gloo")

@@ -51,7 +51,7 @@ def train(minutes: float, out: str | Path = "runs/tiny", resume: bool = True) ->
         if not codec.exists():
             log("mask codec")
             train_codec(scenes, codec, steps=min(2000, 20 * round(minutes)), log=log)
-    distributed.wait_for_all()
+    distributed.barrier()
     runs = sorted(out.glob("joint-[0-9][0-9]"))
     if not runs:
         log("vision pretraining")
