@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PROBLEMS = {
     "not UTF-8": "save the file in the encoding UTF-8",
     "not JSON": "write each row with json.dumps, one a line",
+    "not XML": "write the annotation again: an XML file of <annotation> for each picture",
     "half a character": "an emoji that was cut in two, as by taking the first so many characters: write it whole",
     "missing key": "each row needs image, prefix and suffix (or question and answer, or caption)",
     "wrong type": "prefix and suffix are text, image is a path or a list of them",

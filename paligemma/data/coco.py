@@ -19,7 +19,7 @@ import math
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from paligemma.data.objects import Object, ObjectRows, corners, four_numbers
 from paligemma.data.rows import Row, RowError, Rows, short
 
 if TYPE_CHECKING:
-    from paligemma.answers.mask_codec import Box, MaskCodec
+    from paligemma.answers.mask_codec import Box
 
 OWN_CROWDS = 900_000_000_000  # COCO's own crowds have ids from here on
 MOST_PIXELS = 1 << 28  # of a picture: half as much again as Pillow opens
@@ -131,22 +131,15 @@ def _all_known(path: Path, key: str, ids: Sequence[Any], known: dict[Any, Any], 
 # -- boxes and masks --
 
 
-def objects(
-    path: Path,
-    folder: str,
-    kind: str,
-    every_label: bool,
-    codec: MaskCodec | None,
-    loc_scale: int,
-) -> Rows:
-    """`detect` or `segment` rows."""
+def objects(path: Path, folder: str, kind: str, make: ObjectRows) -> Rows:
+    """`detect` or `segment` rows. make: without names, which the file has."""
     index = read_index(path, with_categories=True)
     usable = np.flatnonzero(~index.crowd)
     order = usable[np.argsort(index.image_of[usable], kind="stable")]  # annotations, picture by picture
     counts = np.bincount(index.image_of[usable], minlength=index.file.count("images"))
-    images = np.arange(len(counts)) if every_label else np.flatnonzero(counts)
+    images = np.arange(len(counts)) if make.every_label else np.flatnonzero(counts)
     names = [name for name in index.categories.values() if name not in index.roots]
-    make = ObjectRows(kind == "coco-segment", every_label, codec, loc_scale, names)
+    make = replace(make, names=names)
     reader = ObjectReader(index, images, order, np.cumsum(counts), folder, make)
     left_out = [f"{len(counts) - len(images):,} pictures without objects"] if len(images) < len(counts) else []
     left_out += [f"{int(index.crowd.sum()):,} crowds"] if index.crowd.any() else []
@@ -154,7 +147,7 @@ def objects(
     note += f" ({' and '.join(left_out)} left out)" if left_out else ""
     if index.single:
         note += f"; {index.single:,} single objects among those marked as crowds (iscrowd): taken"
-    if every_label and index.roots:
+    if make.every_label and index.roots:
         named = ", ".join(map(repr, index.roots))
         note += f"; not asked for: {named}, which no annotation has and other categories stand below"
     return Rows(kind, note, len(images), reader, [path])

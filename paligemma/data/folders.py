@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from paligemma.files import read_json
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+TABLES = (("csv", (".csv", ".tsv")), ("jsonl", (".jsonl", ".ndjson")), (None, (".json",)))
 
 
 def in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | None, list[Path]]:
@@ -15,7 +19,7 @@ def in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | 
     saved = folder / "dataset_dict.json"  # several data sets that `datasets` has saved together
     if saved.is_file():
         splits = {name: [folder / name] for name in read_json(saved)["splits"]}
-        return in_folder(_of_one_split(splits, folder, split)[0], kind, None)
+        return in_folder(of_one_split(splits, folder, split)[0], kind, None)
     state = folder / "state.json"
     if state.is_file() and kind in (None, "arrow"):
         if split is not None:
@@ -23,19 +27,39 @@ def in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | 
         files = read_json(state)["_data_files"]
         # Names out of a file, so they must not lead elsewhere.
         return "arrow", [folder / Path(file["filename"]).name for file in files]
+    yaml = [folder / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (folder / name).is_file()]
+    if yaml and (kind is None or kind.startswith("yolo")):
+        return kind or "yolo-detect", yaml[:1]  # which has the splits
 
     parquet = sorted(file for file in folder.rglob("*.parquet") if file.is_file())  # Spark calls folders so too
     if parquet and kind in (None, "parquet"):
-        return "parquet", _of_one_split(splits_of(parquet, folder), folder, split)
+        return "parquet", of_one_split(splits_of(parquet, folder), folder, split)
+    if found := _annotations(folder, kind, split) or _table(folder, kind, split):
+        return found
+    if below := _splits_below(folder, kind):
+        return in_folder(of_one_split(below, folder, split)[0], kind, None)
+    if others := [file for _, files in _tables(folder, kind) for file in files]:
+        return None, of_one_split(splits_of(others, folder), folder, split)  # which says what there is
+    if split is None and kind in (None, "class-folders") and (pictures := _pictures_of_classes(folder)):
+        return "class-folders", pictures
+    raise ValueError(
+        f"{folder} is a folder without a CSV file that says what its pictures show (nor JSON lines, JSON, parquet, a "
+        "data set of Hugging Face, YOLO, VOC or LabelMe, or a folder for each class): write a CSV with the columns "
+        "image, prefix, suffix"
+    )
 
-    others: list[Path] = []  # files that are no rows of this split
-    for name, endings in (("csv", (".csv", ".tsv")), ("jsonl", (".jsonl", ".ndjson")), (None, (".json",))):
-        if kind is not None and name not in (None, kind):
-            continue
-        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in endings and file.is_file())
-        if split is not None:
-            others += found
-            found = splits_of(found, folder).get(split, [])
+
+def _tables(folder: Path, kind: str | None) -> Iterator[tuple[str | None, list[Path]]]:
+    """Files of rows right in the folder, kind by kind."""
+    for name, endings in TABLES:
+        if kind is None or name in (None, kind):
+            yield name, sorted(file for file in folder.iterdir() if file.suffix.lower() in endings and file.is_file())
+
+
+def _table(folder: Path, kind: str | None, split: str | None) -> tuple[str | None, list[Path]] | None:
+    """The one file of rows in the folder (of the split)."""
+    for name, files in _tables(folder, kind):
+        found = files if split is None else splits_of(files, folder).get(split, [])
         if len(found) > 1:
             raise ValueError(
                 f"{folder} has {len(found)} files that could be meant ({', '.join(file.name for file in found[:5])}"
@@ -43,12 +67,51 @@ def in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | 
             )
         if found:
             return kind or name, found
-    if others:
-        return None, _of_one_split(splits_of(others, folder), folder, split)  # which says what there is
-    raise ValueError(
-        f"{folder} is a folder without a CSV file that says what its pictures show (nor JSON lines, JSON, parquet or a "
-        "data set of Hugging Face): write a CSV with the columns image, prefix, suffix"
-    )
+    return None
+
+
+def _annotations(folder: Path, kind: str | None, split: str | None) -> tuple[str, list[Path]] | None:
+    """Files that annotate one picture each: VOC's XML, LabelMe's JSON."""
+    if kind in (None, "voc"):
+        places = [folder / "Annotations", folder / "annotations", folder]
+        found = next((files for place in places if (files := sorted(place.glob("*.xml")))), [])
+        found = found if kind or (found and _begins_with(found[0], b"<annotation")) else []
+        chosen = folder / "ImageSets" / "Main" / f"{split}.txt"
+        if found and split is not None and chosen.is_file():
+            names = {line.split()[0] for line in chosen.read_text(encoding="utf-8").splitlines() if line.strip()}
+            return "voc", [file for file in found if file.stem in names]
+        if found and split is None:
+            return "voc", found
+    if split is None and (kind is None or kind.startswith("labelme")):
+        found = sorted(folder.glob("*.json"))
+        if found and (kind is not None or _begins_with(found[0], b'"shapes"')):
+            return kind or "labelme-detect", found
+    return None
+
+
+def _begins_with(file: Path, word: bytes) -> bool:
+    """Whether a word stands in the beginning of a file."""
+    with open(file, "rb") as content:
+        return word in content.read(1 << 16)
+
+
+def _splits_below(folder: Path, kind: str | None) -> dict[str, list[Path]]:
+    """Folders called after splits, as "train" and "valid", with data in them."""
+    splits = {}
+    for name in SPLITS:
+        below = folder / name
+        if not below.is_dir():
+            continue
+        try:
+            in_folder(below, kind, None)
+        except ValueError:
+            continue
+        splits[name] = [below]
+    return splits
+
+
+def _pictures_of_classes(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in PICTURES and file.is_file())
 
 
 # What numbers the files that belong together: all of the name, all that Spark writes, or the end of it.
@@ -100,7 +163,7 @@ def _without_shard_numbers(names: Sequence[str]) -> list[str]:
     return ["".join(parts) for parts in pieces]
 
 
-def _of_one_split(splits: dict[str, list[Path]], folder: Path, split: str | None) -> list[Path]:
+def of_one_split(splits: dict[str, list[Path]], folder: Path, split: str | None) -> list[Path]:
     """The files of the split that is asked for, or of the only one. "train" is "en/train" too, if no other is."""
     names = list(splits) if split is None else [name for name in splits if split in name.split("/")]
     if split in splits:

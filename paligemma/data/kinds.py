@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 from paligemma.data.json_documents import elements_of
+from paligemma.data.records import IMAGE, OTHER_IMAGE
 from paligemma.data.text_files import BOM
 
-KINDS = ("jsonl", "json", "csv", "parquet", "arrow", "coco-detect", "coco-segment", "coco-captions", "vqa")
+KINDS = (
+    "jsonl", "json", "csv", "parquet", "arrow", "coco-detect", "coco-segment", "coco-captions", "vqa", "yolo-detect",
+    "yolo-segment", "voc", "labelme-detect", "labelme-segment", "class-folders",
+)  # fmt: skip
 
 
 def kind_of_file(path: Path) -> str:
@@ -22,6 +26,8 @@ def kind_of_file(path: Path) -> str:
     if head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")):
         raise ValueError(f"{path} is compressed: unpack it first, since rows are read at their places in the file")
     start = head.lstrip()
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return "yolo-detect"
     if not start:
         raise ValueError(f"{path} is empty")
     if start.startswith(b"["):
@@ -35,8 +41,11 @@ def kind_of_file(path: Path) -> str:
         if path.suffix.lower() in (".jsonl", ".ndjson") or not document:
             return "jsonl"
         return _document(path)
+    if start.startswith(b"<") and b"<annotation" in start:
+        return "voc"
     line = start.split(b"\n", 1)[0].decode("utf-8", "replace")
-    if {"image", "file_name"} & {name.strip(' "\r') for name in max((line.split(c) for c in ",;\t"), key=len)}:
+    columns = {name.strip(' "\r').lower() for name in max((line.split(c) for c in ",;\t"), key=len)}
+    if columns & {*IMAGE, *OTHER_IMAGE}:
         return "csv"
     raise ValueError(
         f"{path} is no data that is known here. There are {', '.join(KINDS)}; a table needs a header with the columns "
@@ -44,7 +53,7 @@ def kind_of_file(path: Path) -> str:
     )
 
 
-_DOCUMENT = ("images", "annotations", "questions", "data", "categories")
+_DOCUMENT = ("images", "annotations", "questions", "data", "categories", "shapes")
 
 
 def _document(path: Path) -> str:
@@ -56,6 +65,8 @@ def _document(path: Path) -> str:
         if keys.get("annotations") and ("images" in keys or "questions" in keys):
             break  # enough seen, without going through the whole file
     annotation = keys.get("annotations", set())
+    if "shapes" in keys:
+        return "labelme-detect"
     if "questions" in keys and not {"answer", "answers"} & keys["questions"]:
         return "vqa"
     if "images" in keys and "caption" in annotation:

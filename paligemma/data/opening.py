@@ -6,22 +6,24 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paligemma.data import coco, vqa
+from paligemma.data import class_folders, coco, labelme, voc, vqa, yolo
 from paligemma.data.arrow_files import ArrowFiles
+from paligemma.data.conversations import Questions, is_conversation
 from paligemma.data.folders import in_folder
 from paligemma.data.json_documents import JsonRecords
 from paligemma.data.kinds import KINDS, kind_of_file
 from paligemma.data.objects import ObjectRows
 from paligemma.data.records import RecordReader, RecordRows, Records, check_image_name
-from paligemma.data.rows import Rows
+from paligemma.data.rows import RowError, Rows
 from paligemma.data.text_files import CsvFile, JsonLines
 
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import MaskCodec
     from paligemma.data.options import DataOptions
 
+ANNOTATED = tuple(kind for kind in KINDS if kind.endswith(("-detect", "-segment")) or kind == "voc")
 # Which kinds of data an option is for, where it is not for all.
-ONLY_FOR = {"annotations": ("vqa",), "every_label": ("coco-detect", "coco-segment")}
+ONLY_FOR = {"annotations": ("vqa",), "every_label": ANNOTATED}
 NAMES = {"jsonl": "JSON lines", "json": "a JSON list", "csv": "CSV", "parquet": "parquet", "arrow": "Arrow"}
 
 
@@ -32,17 +34,47 @@ def open_data(options: DataOptions, codec: MaskCodec | str | os.PathLike[str] | 
     folder = str(options.images if options.images is not None else paths[0].parent)
     if kind == "coco-captions":
         return coco.captions(paths[0], folder, options.language)
-    if kind in ("coco-detect", "coco-segment"):
-        return coco.objects(paths[0], folder, kind, options.every_label, opened_codec(kind, codec), loc_scale)
+    if kind in ANNOTATED:
+        make = ObjectRows(kind.endswith("-segment"), options.every_label, opened_codec(kind, codec), loc_scale)
+        return open_annotated(kind, paths, options, make, folder)
     if kind == "vqa":
         return vqa.questions(paths[0], options.annotations, folder, options.image_name, options.language)
+    if kind == "class-folders":
+        return class_folders.pictures(paths, options.language)
+    return open_table(kind, paths, options, folder, loc_scale)
+
+
+def open_annotated(kind: str, paths: list[Path], options: DataOptions, make: ObjectRows, folder: str) -> Rows:
+    """Boxes or masks."""
+    images = None if options.images is None else str(options.images)
+    if kind.startswith("coco"):
+        return coco.objects(paths[0], folder, kind, make)
+    if kind.startswith("yolo"):
+        return yolo.objects(paths[0], kind, images, options.split, make)
+    if kind == "voc":
+        return voc.objects(paths, images, make)
+    return labelme.objects(paths, kind, images, make)
+
+
+def open_table(kind: str, paths: list[Path], options: DataOptions, folder: str, loc_scale: int) -> Rows:
+    """Records, each of which is a row (or a conversation of several)."""
     records = open_records(kind, paths)
     files = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {options.data}"
     note = f"{files}: {NAMES[kind]}, {len(records):,} rows"
     names = records.class_names if isinstance(records, ArrowFiles) else {}
+    if starts_with_conversation(records):
+        conversations, records = records, Questions(records)
+        note = f"{files}: {NAMES[kind]}, {len(records):,} questions of {len(conversations):,} conversations"
     boxes = ObjectRows(loc_scale=loc_scale, names=names.get("objects"))
     make = RecordRows(folder, options.language, options.image_name, names, boxes)
     return Rows(kind, note, len(records), RecordReader(records, make), paths)
+
+
+def starts_with_conversation(records: Records) -> bool:
+    try:
+        return len(records) > 0 and is_conversation(records[0])
+    except RowError:
+        return False
 
 
 def kind_and_files(options: DataOptions) -> tuple[str, list[Path]]:
@@ -57,7 +89,7 @@ def kind_and_files(options: DataOptions) -> tuple[str, list[Path]]:
             raise ValueError(
                 f"{given} is a device or a pipe, expected a file or a folder: save what it gives to a file"
             )
-    if options.split is not None and not path.is_dir():
+    if options.split is not None and not path.is_dir() and path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
     found, paths = in_folder(path, kind, options.split) if path.is_dir() else (None, [path])
     return kind or found or kind_of_file(paths[0]), paths

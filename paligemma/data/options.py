@@ -12,12 +12,17 @@
 | `parquet`       | parquet files, or a folder of them                                                             |
 | `arrow`         | a folder that Hugging Face `datasets` saved                                                    |
 | `coco-detect`   | COCO annotations: `detect a ; b` -> boxes, a row for each picture                              |
-| `coco-segment`  | the same with masks: `segment a ; b` (never guessed: COCO files with masks have boxes too)     |
+| `coco-segment`  | the same with masks: `segment a ; b`                                                           |
 | `coco-captions` | COCO captions: `caption en`, a row for each caption                                            |
 | `vqa`           | VQA questions, with the file of annotations that goes with them                                |
+| `yolo-detect`   | YOLO: a `data.yaml` (or its folder) and text files of labels                                   |
+| `yolo-segment`  | the same with polygons as masks                                                                |
+| `voc`           | Pascal VOC: an XML file for each picture                                                       |
+| `labelme-detect`, `labelme-segment` | LabelMe: a JSON file for each picture                                      |
+| `class-folders` | a folder of pictures for each class                                                            |
 
-In the first five each record says what the model reads and writes: see `records.py`. Rows are read when they are asked
-for, and asking for a row twice gives the same row.
+In the first five each record says what the model reads and writes: see `records.py`. Masks are never guessed, since
+their annotations have boxes too. Rows are read when they are asked for, and asking for a row twice gives the same row.
 """
 
 from __future__ import annotations
@@ -43,8 +48,8 @@ class DataOptions:
         "COCO_val2014_{image_id:012d}.jpg", which is the default in files of VQA v2.
     split: "train", "test", ...: which one, in a folder with several. An error where there is none to choose.
     language: of questions and captions, in the prompts made of them.
-    every_label: COCO: ask for all labels of the data set in every row, also in pictures without any (whose answer is
-        empty), instead of those in the picture.
+    every_label: of annotated boxes and masks: ask for all labels of the data set in every row, also in pictures without
+        any (whose answer is empty), instead of those in the picture.
     """
 
     data: str | os.PathLike[str]

@@ -1,0 +1,113 @@
+"""Conversations about a picture, as ShareGPT, LLaVA and chat templates write them -> a record for each question.
+
+    {"image": "7.jpg", "conversations": [{"from": "human", "value": "<image>\\nwhat is it?"},
+                                         {"from": "gpt", "value": "a dog"}, ...]}
+    {"images": ["7.jpg"], "messages": [{"role": "user", "content": "<image>what is it?"},
+                                       {"role": "assistant", "content": "a dog"}, ...]}
+
+PaliGemma reads one prompt and writes one answer, so each question is asked alone, with the picture. `<image>` marks
+where the picture stood; the processor puts it in front.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from paligemma.data.records import NOTES_KEY, Records
+from paligemma.data.rows import RowError, short
+
+KEYS = ("conversations", "messages")
+ASKS = {"human", "user"}
+ANSWERS = {"gpt", "assistant", "model"}
+
+
+def is_conversation(record: dict[str, Any]) -> bool:
+    return any(isinstance(record.get(key), list) for key in KEYS) and not {"prefix", "question"} & set(record)
+
+
+class Questions:
+    """Records with a question each, of records with a conversation each. All are read once, to count the questions."""
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+        counts = []
+        for i in range(len(records)):
+            try:
+                counts.append(max(1, len(questions_of(records[i], ""))))
+            except RowError:
+                counts.append(1)  # says what is wrong when it is read
+        self.ends = np.cumsum(counts) if counts else np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        record, k = self._place(i)
+        found = questions_of(self.records[record], self.records.where(record))
+        return found[k]
+
+    def where(self, i: int) -> str:
+        record, k = self._place(i)
+        several = int(self.ends[record]) - (int(self.ends[record - 1]) if record else 0) > 1
+        return self.records.where(record) + (f" question {k}" if several else "")
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """The record that question i is of, and which of its questions."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"there are {len(self)} rows")
+        record = int(np.searchsorted(self.ends, i, side="right"))
+        return record, i - (int(self.ends[record - 1]) if record else 0)
+
+
+def questions_of(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """RowError for a conversation that is not question, answer, question, answer, ..."""
+    turns = next((record[key] for key in KEYS if isinstance(record.get(key), list)), None)
+    if turns is None:
+        return [record]  # another form of record in the same file
+    pictures: list[Any] = []
+    found: list[dict[str, Any]] = []
+    asked: str | None = None
+    marks, notes = 0, []
+    for k, turn in enumerate(turns):
+        speaker, text, inside = _turn(turn, f"turn {k}", where)
+        pictures += inside
+        marks += text.count("<image>")
+        if speaker == "system":
+            notes.append("system message")
+        elif speaker in ASKS and asked is None:
+            asked = text.replace("<image>", "").strip()
+        elif speaker in ANSWERS and asked is not None:
+            found.append({"question": asked, "answer": text.strip()})
+            asked = None
+        else:
+            raise RowError(where, "wrong type", f"turn {k} is by {speaker!r}: expected question and answer in turn")
+    if not found or asked is not None:
+        raise RowError(where, "missing key", "a question without an answer" if found else "no question with an answer")
+    given = next((record[key] for key in ("image", "images") if record.get(key)), None)
+    pictures = pictures or (given if isinstance(given, list) else [given] if given is not None else [])
+    if marks and marks != len(pictures):
+        raise RowError(where, "missing picture", f"{marks} times <image>, but {len(pictures)} pictures")
+    image = pictures[0] if len(pictures) == 1 else pictures or None
+    return [{**one, "image": image, NOTES_KEY: notes} for one in found]
+
+
+def _turn(turn: Any, name: str, where: str) -> tuple[str, str, list[Any]]:
+    """Who speaks, the text, and the pictures that stand in it."""
+    if not isinstance(turn, dict):
+        raise RowError(where, "wrong type", f"{name} is {short(turn)}, expected an object")
+    speaker = turn.get("from", turn.get("role"))
+    content = turn.get("value", turn.get("content"))
+    pictures: list[Any] = []
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            if isinstance(part, dict) and part.get("type") == "text":
+                texts.append(str(part.get("text", "")))
+            elif isinstance(part, dict) and part.get("image") is not None:
+                pictures.append(part["image"])
+        content = "\n".join(texts)
+    if not isinstance(speaker, str) or not isinstance(content, str):
+        raise RowError(where, "wrong type", f"{name} is {short(turn)}, expected who speaks and a text")
+    return speaker, content, pictures
