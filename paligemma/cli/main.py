@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from paligemma.cli import bench, data, evaluate, run, tiny, train, weights
+from paligemma.cli import bench, data, evaluate, explore, run, tiny, train, weights
 from paligemma.cli.output import print_error
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ tiny_app = typer.Typer(
 data_app = typer.Typer(help="Check and show your data before training.", no_args_is_help=True, rich_markup_mode=None)
 
 app.command()(run.run)
+app.command()(explore.explore)
 app.command()(evaluate.evaluate)
 app.command()(bench.bench)
 app.command("train", cls=train.WithHeadings)(train.finetune)

@@ -1,0 +1,138 @@
+"""`paligemma explore`: look inside the model while it answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import Progress
+from rich.text import Text
+
+from paligemma.cli.options import Device, Dtype, Model, Revision, one_of
+from paligemma.cli.output import echo_json, note, notes
+
+if TYPE_CHECKING:
+    from paligemma.explore import KnockOut, Look
+
+
+def explore(
+    prompt: Annotated[str, typer.Argument(help="'caption en', 'answer en what is this ?', 'detect dog', ...")],
+    image: Annotated[str, typer.Argument(help="The picture.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write, such as look.html.")] = None,
+    model: Model = "tiny",
+    answer: Annotated[str | None, typer.Option(help="Look at this answer instead of the model's own.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Another picture for the same prompt: what makes the answers differ?")
+    ] = None,
+    knock_out: Annotated[
+        bool | None,
+        typer.Option(
+            "--knock-out/--no-knock-out",
+            help="Find out what each patch is needed for, a pass of the model each. Default: for small models.",
+        ),
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Patches and layers that are changed together; odd.")] = 3,
+    max_mb: Annotated[float, typer.Option(min=0.1, help="Size of the page at most; a larger one is made coarser.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing a page.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Round the weights at load: int8, int4.", callback=one_of("int8", "int4"))
+    ] = None,
+    revision: Revision = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU. Default: PyTorch's choice.")] = None,
+) -> None:
+    """Write a page that shows how the model came to its answer to PROMPT about IMAGE.
+
+    Attention, what each patch would say, what each word needs, where box edges are, which way the answer comes. The
+    page is one file that needs no network.
+    """
+    if (out is None) != as_json:
+        raise typer.BadParameter("give --out page.html, or --json for the numbers, one of them")
+    if window % 2 == 0:
+        raise typer.BadParameter(f"--window is {window}, expected an odd number: it lies around a patch")
+    if as_json and compare is not None:
+        raise typer.BadParameter("--compare adds a screen to the page: leave it out with --json")
+
+    import torch
+
+    from paligemma.explore import look, page
+    from paligemma.inference import load
+    from paligemma.weights.published import published_name
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with notes.status(Text(f"loading {model}")):
+        # The embedded model is small enough for float32, in which two runs give the same numbers.
+        wanted = "float32" if dtype is None and quantize is None and model == "tiny" else dtype
+        pg = load(model, device, wanted, quantize, revision, image_size)
+    found = look(pg, image, prompt, answer)
+    small = published_name(pg.model.config) is None or pg.model.device.type == "cuda"
+    if knock_out is None and not small:
+        count = found.images * found.grid**2
+        note(f"note: no knock-outs, which take {count:,} passes of the model; --knock-out asks for them")
+    wants_knock_out = small if knock_out is None else knock_out
+    with Progress(console=notes, transient=True) as bar:
+        task = bar.add_task("knock-outs", total=None, visible=wants_knock_out)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if out is None:
+            from paligemma.explore import knock_out as knock_out_patches
+
+            drops = knock_out_patches(found, window, progress=progress) if wants_knock_out else None
+            numbers = as_numbers(found, drops, window)
+        else:
+            other = look(pg, compare, prompt) if compare is not None else None
+            left_out = page(found, out, int(max_mb * 1e6), other, wants_knock_out, window, progress)
+    if out is None:
+        echo_json(numbers)
+        return
+    for what, why in left_out.items():
+        note(f"note: {what}: {why}")
+    note(f"written: {out}, {out.stat().st_size / 1000:,.0f} KB; answer: {found.answer}")
+
+
+def as_numbers(found: Look, drops: KnockOut | None, window: int) -> dict[str, Any]:
+    """What `--json` prints: the results of the functions of `paligemma.explore`, under their names."""
+    from paligemma.explore import attention, lens, locations, routes
+
+    attended, read = attention(found, "answer"), lens(found)
+    traced = [routes(found, token, window) for token in range(min(1, len(found.answer_ids)))]
+    return {
+        "look": {
+            "prompt": found.prompt,
+            "answer": found.answer,
+            "input_ids": found.input_ids.tolist(),
+            "token_type_ids": found.token_type_ids.tolist(),
+            "tokens": found.tokens,
+            "images": found.images,
+            "grid": found.grid,
+            "first_text": found.first_text,
+            "first_answer": found.first_answer,
+            "logprobs": found.logprobs.tolist(),
+        },
+        "attention": {
+            "queries": attended.queries.tolist(),
+            "share": attended.share().tolist(),
+            "on_image": attended.on_image().mean(1).tolist(),  # mean of the heads
+        },
+        "lens": {
+            "columns": read.columns.tolist(),
+            "ids": read.ids.tolist(),
+            "logprobs": read.logprobs.tolist(),
+            "ranks": read.ranks.tolist(),
+        },
+        "knock_out": None if drops is None else {"drop": drops.drop.tolist(), "base": drops.base.tolist()},
+        "locations": [
+            {"token": e.token, "name": e.name, "mass": e.mass.tolist(), "mean": e.mean, "spread": e.spread,
+             "pixels": e.pixels, "pixel_spread": e.pixel_spread}
+            for e in locations(found)
+        ],
+        "routes": [{"token": 0, "names": found.names, "change": found.change.tolist()} for found in traced],
+    }  # fmt: skip

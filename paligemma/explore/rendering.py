@@ -1,0 +1,225 @@
+"""A look as one HTML file that needs nothing else: no network, no server, no build step.
+
+The numbers go into the file as they are, deflated and in base64; `view.js` draws them. Attention weights are kept as
+the square root in 8 bits: an error of at most .004, where small weights keep their digits. What makes a page too large
+are the weights on patches: then 2 x 2 or 4 x 4 patches share one number, and then only the mean of the heads and the
+eight that look at the picture in the most different ways are kept. The page says so.
+
+Letters: L layers, H heads, A answer tokens, n images, g grid, P patches of an image, T text columns.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from paligemma.explore.attending import attention
+from paligemma.explore.changing import knock_out as knock_out_patches
+from paligemma.explore.reading import lens, locations
+from paligemma.explore.stages import flow
+from paligemma.explore.tracing import patch, routes
+from paligemma.explore.watching import Look, look
+from paligemma.files import write_text
+
+HERE = Path(__file__).parent
+PICTURE_SIDE = 448  # pixels of the longer side in the page
+MOST_ROUTES = 3  # answer tokens whose routes are computed
+BEST_HEADS = 8
+
+# Which screen shows what a stage makes.
+SCREENS = {
+    "vision layers": "words",
+    "norm and projector": "words",
+    "decoder layers (prefill)": "attention",
+    "head": "routes",
+    "choose": "locations",
+    "embed, put the picture in": "knock-out",
+}
+
+Arrays = dict[str, np.ndarray]
+
+
+def page(
+    look: Look,
+    path: str | Path,
+    max_bytes: int = 8_000_000,
+    compare: Look | None = None,
+    knock_out: bool = True,
+    window: int = 3,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, str]:
+    """Writes the page. Returns what was left out or made coarser, and why: {what: why}, empty if nothing was.
+
+    compare: a look at another picture with the same prompt; adds the screen that puts hidden states of `look` into it.
+    knock_out: compute what each patch is needed for, one pass for each. window: of patches and of layers.
+    progress: called with (patches done, all). Raises ValueError where even the coarsest page is larger than max_bytes.
+    """
+    left_out: dict[str, str] = {}
+    meta, arrays = _what_never_changes(look, window)
+    if knock_out:
+        arrays["drop"] = knock_out_patches(look, window, progress=progress).drop.numpy()
+    else:
+        left_out["knock-out"] = "not computed: it takes a pass of the model for every patch"
+    _add_routes(look, meta, arrays, window)
+    if compare is not None:
+        _add_comparison(look, compare, meta, arrays)
+    weights = attention(look, "answer").weights  # [L, H, A, S]
+    for pool, all_heads in ((1, True), (2, True), (4, True), (2, False), (4, False)):
+        if look.grid % pool:
+            continue
+        found = dict(left_out)
+        heads = list(range(weights.shape[1])) if all_heads else _best_heads(weights, look)
+        if pool > 1:
+            found["attention"] = f"{pool} x {pool} patches share one number, to keep the page small"
+        if len(heads) < weights.shape[1]:
+            found["heads"] = f"{len(heads)} of {weights.shape[1]} heads are kept, and their mean stands for all"
+        arrays["attention"] = _as_bytes(_keys(weights[:, heads], look, pool))
+        kept = {"heads": heads, "pool": pool, "attention_patches": look.images * (look.grid // pool) ** 2}
+        text = _fill_in({**meta, **kept, "left_out": found}, arrays, compare is not None, look)
+        if len(text.encode()) <= max_bytes:
+            write_text(Path(path), text)
+            return found
+    raise ValueError(f"the page would have {len(text.encode()):,} bytes, at most {max_bytes:,} were asked for")
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+
+def _what_never_changes(look: Look, window: int) -> tuple[dict[str, Any], Arrays]:
+    pictures = look.picture if isinstance(look.picture, tuple) else (look.picture,)
+    on_patches = lens(look, k=1, columns=look.image_columns.tolist())  # [L + 1, n * P, 1]
+    ids = on_patches.ids[..., 0]
+    used = ids.unique()
+    edges = locations(look)
+    decode = look.pg.processor.tokenizer.decode
+    text = [token for token, id in zip(look.tokens, look.input_ids.tolist()) if token != "<image>"]
+    meta = {
+        "answer": look.tokens[look.first_answer :],
+        "text": text,
+        "layers": look.num_layers,
+        "grid": look.grid,
+        "images": look.images,
+        "patches": look.images * look.grid**2,
+        "window": window,
+        "pictures": [_data_url(picture) for picture in pictures],
+        "words": [decode([id]) for id in used.tolist()],
+        "edges": [
+            {"box": i // 4, "name": e.name, "mean": e.mean, "pixels": e.pixels, "pixel_spread": e.pixel_spread}
+            for i, e in enumerate(edges)
+        ],
+        "flow": [
+            {"name": s.name, "file": s.file, "calls": s.calls, "shapes": s.shapes, "ms": s.ms,
+             "screen": SCREENS.get(s.name, "flow")}
+            for s in flow(look.pg, pictures[0], look.prompt)
+        ],
+        "compare": None,
+    }  # fmt: skip
+    mass = torch.stack([edge.mass for edge in edges]) if edges else torch.empty(0, 1024)
+    arrays = {
+        "logprobs": look.logprobs.numpy(),
+        "words": torch.searchsorted(used, ids).numpy().astype(np.uint16),
+        "word_probability": _as_bytes(on_patches.logprobs[..., 0].exp()),
+        "mass": _as_bytes(mass),
+    }
+    return meta, arrays
+
+
+def _add_routes(look: Look, meta: dict[str, Any], arrays: Arrays, window: int) -> None:
+    """Of the answer tokens that need the picture most; without knock-outs, of the first."""
+    need = torch.from_numpy(arrays["drop"]).amax(0) if "drop" in arrays else -torch.arange(len(look.answer_ids)).float()
+    chosen = need.topk(min(MOST_ROUTES, len(need))).indices.sort().values.tolist() if len(need) else []
+    found = [routes(look, token, window) for token in chosen]
+    meta["routes"] = [{"token": token, "names": route.names} for token, route in zip(chosen, found)]
+    flat = [route.change.flatten() for route in found]
+    arrays["routes"] = (torch.cat(flat) if flat else torch.empty(0)).numpy()
+
+
+def _add_comparison(a: Look, b: Look, meta: dict[str, Any], arrays: Arrays) -> None:
+    """Hidden states of a put into b, at the first answer token in which they differ."""
+    ids_a, ids_b = a.answer_ids.tolist(), b.answer_ids.tolist()
+    differs = [token for token, (one, other) in enumerate(zip(ids_a, ids_b)) if one != other]
+    if not differs:
+        raise ValueError(f"both pictures are answered {a.answer!r}: there is nothing to compare")
+    token, decode = differs[0], a.pg.processor.tokenizer.decode
+    picture_a: Any = a.picture
+    picture_b: Any = b.picture
+    cut_a = look(a.pg, picture_a, a.prompt, decode(ids_a[: token + 1]))
+    cut_b = look(b.pg, picture_b, b.prompt, decode(ids_b[: token + 1]))
+    found = patch(cut_a, cut_b, token, patches=True)
+    assert found.per_patch is not None
+    one, other = cut_a.tokens[-1], cut_b.tokens[-1]
+    said = f"This picture says {one!r}, the other {other!r}: how much of {one!r} comes back in the other one"
+    meta["compare"] = {"names": found.names, "said": said + "."}
+    arrays["restored"] = found.restored.numpy()
+    arrays["per_patch"] = found.per_patch.numpy()
+
+
+def _keys(weights: Tensor, look: Look, pool: int) -> Tensor:
+    """[L, H, A, S] -> [L, H, A, patches / pool^2 + T]: pooled patches are summed; text columns follow."""
+    columns = look.image_columns
+    g = look.grid // pool
+    on_patches = weights[..., columns].unflatten(-1, (look.images, g, pool, g, pool)).sum((-1, -3)).flatten(-3)
+    is_text = torch.ones(weights.shape[-1], dtype=torch.bool)
+    is_text[columns] = False
+    return torch.cat([on_patches, weights[..., is_text]], dim=-1)
+
+
+def _best_heads(weights: Tensor, look: Look) -> list[int]:
+    """Those whose share on the picture varies most over layers and tokens."""
+    share = weights[..., look.image_columns].sum(-1)  # [L, H, A]
+    return (
+        share.transpose(0, 1).flatten(1).std(-1).topk(min(BEST_HEADS, weights.shape[1])).indices.sort().values.tolist()
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the file
+
+
+def _as_bytes(shares: Tensor) -> np.ndarray:
+    """Numbers in [0, 1] as the square root in 8 bits."""
+    return (255 * shares.clamp(0, 1).sqrt()).round().to(torch.uint8).numpy()
+
+
+def _data_url(picture: Image.Image) -> str:
+    small = picture.copy()
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    buffer = io.BytesIO()
+    small.convert("RGB").save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _fill_in(meta: dict[str, Any], arrays: Arrays, compares: bool, look: Look) -> str:
+    packed, table = bytearray(), {}
+    for name, array in arrays.items():
+        packed += b"\0" * (-len(packed) % 4)  # a float32 array begins at a multiple of 4
+        table[name] = {"dtype": str(array.dtype), "shape": array.shape, "offset": len(packed), "bytes": array.nbytes}
+        packed += np.ascontiguousarray(array).tobytes()
+    # "<" in a token or prompt could end the script; as an escape it is the same JSON.
+    as_json = json.dumps({**meta, "arrays": table}).replace("<", "\\u003c")
+    about = f"{look.pg!r}. Answer: {look.answer!r}."
+    if meta["left_out"]:
+        about += " Left out: " + "; ".join(f"{what}: {why}" for what, why in meta["left_out"].items()) + "."
+    values = {
+        "title": html.escape(f"{look.prompt} \N{RIGHTWARDS ARROW} {look.answer}"[:120]),
+        "about": html.escape(about),
+        "css": (HERE / "view.css").read_text(encoding="utf-8"),
+        "js": (HERE / "view.js").read_text(encoding="utf-8"),
+        "window": str(meta["window"]),
+        "compare_link": '<a href="#compare" data-screen="compare">Compare</a>' if compares else "",
+        "compare_section": (HERE / "compare.html").read_text(encoding="utf-8") if compares else "",
+        "meta": as_json,
+        "arrays": base64.b64encode(zlib.compress(bytes(packed), 9)).decode(),
+    }
+    parts = (HERE / "view.html").read_text(encoding="utf-8").split("{{")  # one pass: no value is looked into
+    return parts[0] + "".join(values[name] + rest for name, rest in (part.split("}}", 1) for part in parts[1:]))

@@ -1,0 +1,120 @@
+"""The page in a real browser: every screen by mouse and keyboard, no request beyond the file, an empty console."""
+
+import shutil
+
+import pytest
+
+from paligemma import explore
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("chromedriver") is None, reason="needs chromium and chromedriver"),
+]
+QUIET = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+
+
+@pytest.fixture
+def browser(tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    for argument in (*QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    looks = {}
+    for name, prompt in (("caption", "caption en"), ("detect", "detect book ; house")):
+        looks[name] = explore.look(tiny, "examples/scene.png", prompt)
+        explore.page(looks[name], folder / f"{name}.html", knock_out=name == "caption")
+    return folder, looks
+
+
+def opened(browser, path, link=""):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get("about:blank")
+    browser.get(f"file://{path}{link}")
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script("return document.documentElement.dataset.ready") == "1")
+
+
+def shown(browser):
+    return [s.get_attribute("id") for s in browser.find_elements("tag name", "section") if s.is_displayed()]
+
+
+def press(browser, *keys):
+    from selenium.webdriver import ActionChains
+
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def test_every_screen_by_mouse_and_keyboard(browser, pages):
+    from selenium.webdriver.common.keys import Keys
+
+    folder, looks = pages
+    opened(browser, folder / "caption.html")
+    assert shown(browser) == ["flow"]
+    for screen in ("attention", "words", "knock-out", "locations", "routes"):
+        browser.find_element("css selector", f'nav a[data-screen="{screen}"]').click()
+        assert shown(browser) == [screen]
+        assert float(browser.execute_script("return document.documentElement.dataset.ms")) < 200
+    browser.find_element("css selector", 'nav a[data-screen="attention"]').click()
+    buttons = "return [...document.querySelectorAll('#attention-tokens button')].map(b => b.firstChild.textContent)"
+    assert browser.execute_script(buttons) == looks["caption"].tokens[looks["caption"].first_answer :]
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_UP, "2")
+    link = browser.current_url
+    assert "token=2&layer=4&head=1" in link and "head 2" in browser.find_element("id", "attention-said").text
+    # A view is a link.
+    opened(browser, folder / "caption.html", "#" + link.split("#")[1])
+    assert shown(browser) == ["attention"] and "layer 5, head 2" in browser.find_element("id", "attention-said").text
+    browser.find_element("css selector", 'td[data-layer="0"][data-head="-1"]').click()
+    assert "layer 1, mean of the heads" in browser.find_element("id", "attention-said").text
+
+    browser.find_element("css selector", 'nav a[data-screen="knock-out"]').click()
+    browser.find_element("id", "knock-out-map").click()
+    assert "Without the marked window" in browser.find_element("id", "knock-out-said").text
+
+
+def test_the_numbers_that_it_decodes_are_those_of_the_library(browser, pages):
+    folder, looks = pages
+    opened(browser, folder / "caption.html", "#attention?token=2&layer=4&head=-1")
+    share = explore.attention(looks["caption"]).of(2)[4, :, looks["caption"].image_columns].sum(-1).mean()
+    shown_share = browser.find_element("id", "attention-said").text.split(". ")[-1].split("%")[0]
+    assert float(shown_share) == pytest.approx(100 * float(share), abs=1.0)
+    decoded = browser.execute_script("return Array.from(arrays.drop.slice(0, 20))")
+    assert decoded == pytest.approx(explore.knock_out(looks["caption"]).drop.flatten()[:20].tolist(), abs=1e-5)
+    opened(browser, folder / "detect.html", "#locations")
+    edges = explore.locations(looks["detect"])
+    rows = [row.text for row in browser.find_elements("css selector", "#locations-table tr")][1:]
+    assert rows == [f"{e.name} {e.pixels:.1f} {e.pixel_spread:.1f}" for e in edges[:4]]
+
+
+def test_nothing_is_asked_of_the_network_and_the_console_is_empty(browser, pages):
+    import json
+
+    folder, _ = pages
+    opened(browser, folder / "caption.html")
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [request["request"]["url"] for request in sent if request["documentURL"].startswith("file://")]
+    assert asked and all(url.startswith(("file://", "data:", "about:")) for url in asked)
+    assert browser.get_log("browser") == []
+
+
+def test_it_fits_a_telephone(browser, pages):
+    folder, _ = pages
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    )
+    for screen in ("flow", "attention", "words", "knock-out", "locations", "routes"):
+        opened(browser, folder / "caption.html", "#" + screen)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360, screen

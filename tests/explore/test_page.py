@@ -1,0 +1,154 @@
+"""The page: one file that needs nothing else, whose numbers are those of the library."""
+
+import base64
+import json
+import re
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from typer.testing import CliRunner
+
+from paligemma import explore
+from paligemma.cli.main import app
+from paligemma.tiny.renderer import render
+
+SCENE = "examples/scene.png"
+
+
+def opened(path):
+    """(meta, arrays) of a page, decoded as `view.js` does."""
+    text = path.read_text(encoding="utf-8")
+
+    def script(name):
+        return re.search(f'<script type="[^"]*" id="{name}">(.*?)</script>', text, re.S)[1]
+
+    meta, packed = json.loads(script("meta")), zlib.decompress(base64.b64decode(script("arrays")))
+    arrays = {
+        name: np.frombuffer(packed, a["dtype"], offset=a["offset"], count=a["bytes"] // np.dtype(a["dtype"]).itemsize)
+        .reshape(a["shape"])
+        for name, a in meta["arrays"].items()
+    }  # fmt: skip
+    return text, meta, arrays
+
+
+def weights_of(stored):
+    return torch.from_numpy((stored.astype(np.float32) / 255) ** 2)
+
+
+@pytest.fixture(scope="module")
+def look(tiny):
+    return explore.look(tiny, SCENE, "caption en")
+
+
+@pytest.fixture(scope="module")
+def whole_page(look, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "look.html"
+    assert explore.page(look, path) == {}
+    return path
+
+
+def test_its_numbers_are_those_of_the_library(look, whole_page):
+    _, meta, arrays = opened(whole_page)
+    weights = explore.attention(look).weights
+    S = len(look.input_ids)
+    order = [*look.image_columns.tolist(), *range(look.first_text, S)]
+    assert_close(weights_of(arrays["attention"]), weights[..., order], atol=0.004, rtol=0)
+    assert meta["answer"] == look.tokens[look.first_answer :] and meta["text"] == look.tokens[look.first_text :]
+    assert_close(torch.tensor(arrays["logprobs"]), look.logprobs)
+    assert_close(torch.tensor(arrays["drop"]), explore.knock_out(look).drop, atol=1e-5, rtol=0)
+    words = explore.lens(look, k=1, columns=look.image_columns.tolist())
+    decode = look.pg.processor.tokenizer.decode
+    assert meta["words"][arrays["words"][5, 27]] == decode([int(words.ids[5, 27, 0])])
+    first = meta["routes"][0]
+    found = explore.routes(look, first["token"])
+    assert_close(torch.tensor(arrays["routes"][: found.change.numel()]), found.change.flatten(), atol=1e-5, rtol=1e-5)
+    assert whole_page.stat().st_size < 150_000
+
+
+def test_it_needs_no_network(whole_page):
+    text = whole_page.read_text(encoding="utf-8")
+    assert not re.search(r"https?://", text) and "fetch(" not in text and "XMLHttpRequest" not in text
+    screens = re.findall(r'<section id="([a-z-]+)">', text)
+    assert screens == ["flow", "attention", "words", "knock-out", "locations", "routes"]
+    for section in re.findall(r"<section.*?</section>", text, re.S):
+        assert section.count('class="what"') == 1 and section.count('class="not"') == 1  # and what it does not prove
+
+
+def test_tokens_and_prompts_are_inert(tiny, tmp_path):
+    evil = '</script><img src=x onerror="alert(1)">{{arrays}}'
+    look = explore.look(tiny, SCENE, "caption en " + evil, "a " + evil)
+    explore.page(look, tmp_path / "look.html", knock_out=False)
+    text, meta, _ = opened(tmp_path / "look.html")
+    assert "<img" not in text and "".join(meta["answer"]) == "a " + evil
+    assert text.count("<script") == text.count("</script>") == 3
+    assert meta["left_out"] == {"knock-out": "not computed: it takes a pass of the model for every patch"}
+
+
+def test_too_large_a_page_is_made_coarser_and_says_so(look, tmp_path):
+    path = tmp_path / "look.html"
+    explore.page(look, path, knock_out=False)
+    left_out = explore.page(look, path, max_bytes=path.stat().st_size - 1, knock_out=False)
+    text, meta, arrays = opened(path)
+    assert meta["pool"] == 2 and "2 x 2 patches share one number" in left_out["attention"]
+    assert meta["left_out"] == left_out and "2 x 2 patches" in text
+    weights = explore.attention(look).weights[..., look.image_columns].sum(-1)
+    # Sixteen numbers, each rounded by .004 at most.
+    assert_close(weights_of(arrays["attention"])[..., : meta["attention_patches"]].sum(-1), weights, atol=0.03, rtol=0)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"the page would have .* bytes, at most 1,000 were asked for"):
+        explore.page(look, path, max_bytes=1000, knock_out=False)
+    assert path.read_bytes() == before  # an old page is as it was
+
+
+def test_comparing_two_pictures_adds_a_screen(tiny, tmp_path):
+    twins = [
+        Image.fromarray(render(5, "val", things=[("car", tint)], sign=0.0, sign_only=0.0).image)
+        for tint in ("red", "blue")
+    ]
+    a, b = [explore.look(tiny, twin, "answer en what color is the car ?") for twin in twins]
+    explore.page(a, tmp_path / "look.html", compare=b, knock_out=False)
+    text, meta, arrays = opened(tmp_path / "look.html")
+    assert '<section id="compare">' in text and meta["compare"]["names"][0] == "image"
+    assert arrays["restored"][0, 0] == pytest.approx(1, abs=0.05) and arrays["per_patch"].shape == (6, 64)
+    with pytest.raises(ValueError, match="both pictures are answered 'red': there is nothing to compare"):
+        explore.page(a, tmp_path / "look.html", compare=a, knock_out=False)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["explore", *arguments], catch_exceptions=False)
+
+
+def test_the_command_writes_a_page(tmp_path):
+    done = command("caption en", SCENE, "--out", str(tmp_path / "look.html"), "--answer", "a green book")
+    assert done.exit_code == 0 and done.stdout == ""
+    assert "written: " in done.stderr and (tmp_path / "look.html").stat().st_size < 150_000
+
+
+def test_the_command_prints_numbers():
+    done = command("detect book", SCENE, "--json", "--no-knock-out")
+    numbers = json.loads(done.stdout)
+    assert numbers["look"]["tokens"][64] == "<bos>" and numbers["knock_out"] is None
+    assert [edge["name"] for edge in numbers["locations"]] == ["y0", "x0", "y1", "x1"]
+    assert len(numbers["routes"][0]["names"]) == len(numbers["routes"][0]["change"])
+    assert np.allclose(np.sum(numbers["attention"]["share"], -1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give --out page.html, or --json for the numbers"),
+        (["--out", "a.html", "--json"], "give --out page.html, or --json for the numbers"),
+        (["--out", "a.html", "--window", "2"], "--window is 2, expected an odd number"),
+        (["--json", "--compare", "b.png"], "--compare adds a screen to the page"),
+    ],
+)
+def test_wrong_usage_is_told_at_once(arguments, message):
+    done = command("caption en", SCENE, *arguments)
+    assert done.exit_code == 2 and message in " ".join(done.stderr.split()).replace("│ ", "")
