@@ -14,7 +14,7 @@ import torch
 
 from paligemma.devices import pick_device
 from paligemma.fast.offload import check_device_map, offload
-from paligemma.fast.swap import STORED, check_mode
+from paligemma.fast.swap import STORED, check_mode, check_package
 from paligemma.fast.swap import quantize as quantize_model
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
@@ -50,7 +50,7 @@ def load_hf_model(
     """
     device, wanted = pick_device(device), parse_dtype(dtype)
     if quantize is not None:
-        check_mode(quantize, device)
+        check_mode(quantize, device, wanted)
     check_device_map(device_map, quantize)
     if max_memory is not None and device_map is None:
         raise ValueError("max_memory is for device_map='auto', which is not asked for")
@@ -60,8 +60,9 @@ def load_hf_model(
     check_tokenizer(tokenizer, checkpoint.config)
     if isinstance(checkpoint, QuantizedCheckpoint):
         check_device_map(device_map, checkpoint.mode)
-        check_mode(checkpoint.mode, device)
-        return checkpoint.load(quantize, wanted, image_size), tokenizer
+        return checkpoint.load(quantize, wanted, image_size, device), tokenizer
+    if quantize is not None:
+        check_package(quantize)
     if quantize is not None and quantize in STORED:
         return load_quantizing(checkpoint, quantize, wanted, image_size), tokenizer
     model = load_model(checkpoint, "cpu" if device_map else device, wanted, image_size)

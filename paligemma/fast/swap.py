@@ -18,6 +18,7 @@ The modes "bnb-int8" and "nf4" are those of bitsandbytes, for CUDA.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ from paligemma.modeling_gemma import (
 from paligemma.modeling_siglip import SiglipAttention, SiglipMLP
 
 STORED = ("int8", "int4")  # modes that a checkpoint on disk can have
-MODES = ("bf16", *STORED, "bnb-int8", "nf4")
+WITH_BITSANDBYTES = ("bnb-int8", "nf4")
+MODES = ("bf16", *STORED, *WITH_BITSANDBYTES)
 
 # What stands between the linear layers, and the class that takes its place.
 FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -64,12 +66,25 @@ FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 FAST_LINEAR_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastLinear, GemmaEmbedding: FastEmbedding}
 
 
-def check_mode(mode: str, device: torch.device) -> None:
-    """ValueError for a mode that does not exist, or not on this device."""
+def check_mode(mode: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """ValueError for a mode that does not exist, or not on this device or in this dtype."""
     if mode not in MODES:
         raise ValueError(f"quantize is {mode!r}, expected one of {', '.join(MODES)}")
     if mode in ("bf16", *STORED) and device.type != "cpu":
         raise ValueError(f"quantize={mode!r} is for the CPU, not for {device}: use bnb-int8 or nf4 there")
+    check_compute_dtype(mode, dtype)
+
+
+def check_compute_dtype(mode: str, dtype: torch.dtype | None) -> None:
+    """ValueError for a dtype in which layers with rounded weights do not compute."""
+    if mode in STORED and dtype == torch.float16:
+        raise ValueError(f"{mode} layers compute in bfloat16 or float32, not in float16: choose one of these as dtype")
+
+
+def check_package(mode: str) -> None:
+    """ImportError for a mode of bitsandbytes where that is not installed."""
+    if mode in WITH_BITSANDBYTES and find_spec("bitsandbytes") is None:
+        raise ImportError(f"quantize={mode!r} needs bitsandbytes: pip install bitsandbytes")
 
 
 def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaForConditionalGeneration:
@@ -78,12 +93,14 @@ def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaFo
     mode: "bf16" changes how bfloat16 layers are computed, not what; "int8" and "int4" round the weights (see the head
     of this file); "bnb-int8" and "nf4" use bitsandbytes. Rounded weights can't be trained. (LoRA beside those of
     bitsandbytes can.)
-    Raises ValueError for an unknown mode, a model that is quantised already or is not on the CPU.
+    Raises ValueError for an unknown mode, for a model that is quantised already, and, but for bitsandbytes, for one
+    that is not on the CPU or (int8, int4) is in float16; ImportError without bitsandbytes.
     """
-    check_mode(mode, model.device)
+    check_mode(mode, model.device, model.dtype)
     if is_quantized(model):
         raise ValueError("the model is quantised already: load it anew to choose another mode")
-    if mode in ("bnb-int8", "nf4"):
+    check_package(mode)
+    if mode in WITH_BITSANDBYTES:
         return _quantize_with_bitsandbytes(model, mode)
     if mode == "bf16":
         _change_classes(model, FAST_LINEAR_CLASSES)
@@ -175,10 +192,8 @@ def _quantize_with_bitsandbytes(
     model: PaliGemmaForConditionalGeneration, mode: str
 ) -> PaliGemmaForConditionalGeneration:
     """LLM.int8() (arXiv 2208.07339) or nf4 (arXiv 2305.14314), for every linear layer; the tied embedding stays."""
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise ImportError(f"quantize={mode!r} needs bitsandbytes: pip install bitsandbytes") from None
+    import bitsandbytes
+
     device, dtype = model.device, model.dtype
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, old in linears.items():

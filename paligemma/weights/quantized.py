@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from paligemma.fast.rounding import GROUP
 from paligemma.fast.swap import (
     STORED,
+    check_compute_dtype,
     put_rounded,
     round_weight,
     rounded_kinds,
@@ -105,6 +106,7 @@ def quantize_checkpoint(
     folders = folders or [checkpoint.folder]
     check_apart(folder, [checkpoint.folder, *folders])
     kept = parse_dtype(dtype) or default_dtype(checkpoint)
+    check_compute_dtype(mode, kept)
     settings = {
         **checkpoint.config.to_dict(),
         "torch_dtype": str(kept).removeprefix("torch."),
@@ -124,6 +126,7 @@ def load_quantizing(
     if image_size is not None:
         checkpoint = at_image_size(checkpoint, image_size)
     kept = parse_dtype(dtype) or default_dtype(checkpoint)
+    check_compute_dtype(mode, kept)
     names = stored_tensors(checkpoint.config, mode, kept)
     return _assemble(checkpoint.config, mode, kept, names, rounded_reader(checkpoint, mode, kept))
 
@@ -166,15 +169,26 @@ class QuantizedCheckpoint:
     file_of: dict[str, Path]
 
     def load(
-        self, mode: str | None = None, dtype: torch.dtype | str | None = None, image_size: int | None = None
+        self,
+        mode: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        image_size: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> PaliGemmaForConditionalGeneration:
         """The model, in evaluation mode. Its weights are views of the files and are read when they are first used.
 
-        mode: the requested one; ValueError if the files hold another. dtype, image_size: as for `load_model`.
+        mode: the requested one; ValueError if the files hold another. dtype, image_size: as for `load_model`. device:
+        ValueError for any but the CPU.
         """
         if mode not in (None, self.mode):
             raise ValueError(f"{self.folder} holds {self.mode} weights, not {mode}: leave out `quantize`")
+        if torch.device(device).type != "cpu":
+            raise ValueError(
+                f"{self.folder} holds {self.mode} weights, which are for the CPU, not for {device}: choose the device "
+                "cpu, or the checkpoint that they were made of"
+            )
         kept, config = parse_dtype(dtype) or self.dtype, self.config
+        check_compute_dtype(self.mode, kept)
         if image_size is not None:
             config = config_at_image_size(config, image_size)
         maps = {file: MappedFile(file) for file in set(self.file_of.values())}
