@@ -72,11 +72,27 @@ def scenes(
 def train(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long to train. Run the command again to continue.")] = 30,
     out: Annotated[Path, typer.Option(help="Folder for state, log and the packaged checkpoint.")] = Path("runs/tiny"),
+    world: Annotated[
+        int, typer.Option(min=1, max=2, help="1: the recipe of the model that ships. 2: the recipe for world 2.")
+    ] = 1,
+    in_all: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="Minutes of one long training that this run is a piece of; the learning rate follows all of it. "
+            "Default: each run is whole.",
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda or mps. A GPU gets larger batches.", callback=one_of("cuda", "mps", "cpu")),
+    ] = "cpu",
 ) -> None:
-    """Train the embedded model from scratch, or continue where the last run stopped."""
+    """Train an embedded model from scratch, or continue where the last run stopped."""
+    from paligemma.tiny.recipe.settings import RECIPES
     from paligemma.tiny.recipe.train import train as train_tiny
 
-    train_tiny(minutes, out)
+    train_tiny(minutes, out, recipe=RECIPES[world], device=device, in_all=in_all)
 
 
 def evaluate(

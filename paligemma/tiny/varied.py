@@ -75,6 +75,8 @@ def render_varied(
     style: str | None = None,
     *,
     degradations: Sequence[tuple[str, float]] | None = None,
+    sign: float = 0.3,
+    sign_only: float = 0.07,
 ) -> Scene:
     """The scene of a seed in world 2: the same picture on every call.
 
@@ -82,6 +84,8 @@ def render_varied(
     size:          side of the picture in pixels.
     style:         this artist alone, instead of those of the split.
     degradations:  [(name, strength)] instead of those that the seed chooses; () for none. See degradations.py.
+    sign:          probability of a sign beside one to five pictograms of the usual sizes.
+    sign_only:     probability of a sign and nothing else.
 
     Raises ValueError for an unknown split, style or degradation, a negative seed, or a size below 64.
     """
@@ -92,7 +96,7 @@ def render_varied(
     chosen = tuple(sample_degradations(after) if degradations is None else degradations)
 
     kind = ("huge", "crowd", "usual")[int(np.searchsorted((0.1, 0.25), rng.random()))]
-    with_sign, drawings = _contents(rng, split, style, kind)
+    with_sign, drawings = _contents(rng, split, style, kind, sign, sign_only)
     text = signs.sign_text(rng) if with_sign else ""
     board = tuple(signs.BOARD_COLORS)[rng.integers(len(signs.BOARD_COLORS))]
     colors = _background_colors(rng, drawings, board if with_sign else None)
@@ -133,12 +137,14 @@ def _gray_name(color: str) -> str | None:
 # --- what is in a scene ---------------------------------------------------------------------------
 
 
-def _contents(rng: np.random.Generator, split: str, style: str | None, kind: str) -> tuple[bool, list[Drawing]]:
+def _contents(
+    rng: np.random.Generator, split: str, style: str | None, kind: str, sign: float, sign_only: float
+) -> tuple[bool, list[Drawing]]:
     """Whether there is a sign, and the pictograms."""
     chance = float(rng.random())
-    if chance < 0.07 and split != "heldout":
+    if chance < sign_only and split != "heldout":
         return True, []
-    with_sign = chance < 0.37 and kind == "usual"
+    with_sign = chance < sign_only + sign and kind == "usual"
     if kind == "huge":
         count = 1
     elif kind == "crowd":

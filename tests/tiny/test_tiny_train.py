@@ -16,7 +16,8 @@ from paligemma.tiny import rows, world
 from paligemma.tiny.recipe.batches import BIN_STEP, PromptBatches, joint_loss, packed_mask, soft_cross_entropy
 from paligemma.tiny.recipe.codec import WIDTHS, code_similarity
 from paligemma.tiny.recipe.joint_training import JointModel, initialize_decoder, location_embeddings
-from paligemma.tiny.recipe.shards import SIDE, Shard, pack, picture, shard_path, training_scene, write_shard
+from paligemma.tiny.recipe.settings import FIRST
+from paligemma.tiny.recipe.shards import Shard, pack, picture, shard_path, training_scene, write_shard
 from paligemma.tiny.recipe.tokenizer import build_tokenizer, world_words
 from paligemma.tiny.recipe.train import train
 from paligemma.tiny.recipe.vision_pretraining import (
@@ -31,6 +32,7 @@ from paligemma.tiny.recipe.vision_pretraining import (
 from paligemma.tiny.renderer import render
 
 torch.set_num_threads(1)
+SIDE = FIRST.image_size
 
 
 @pytest.fixture(scope="module")

@@ -41,13 +41,13 @@ from paligemma.answers.mask_codec import MaskCodec
 from paligemma.tiny import rows as world_rows
 from paligemma.tiny import world
 from paligemma.tiny.recipe.codec import code_similarity, mask_codes
-from paligemma.tiny.recipe.shards import SHARD, Shard, shard_paths
-from paligemma.tiny.recipe.vision_pretraining import augmented_targets, pixels, stored_targets
+from paligemma.tiny.recipe.settings import FIRST
+from paligemma.tiny.recipe.shards import SHARD, Shard, pixels, shard_paths
+from paligemma.tiny.recipe.vision_pretraining import augmented_targets, stored_targets
 from paligemma.tokenizer import Tokenizer
 from paligemma.train.loop import LossFunction
 
 BIN_STEP = 8
-NUM_PATCHES = 64  # image tokens of a picture
 PACKED_TOKENS = 208  # text tokens beside a picture
 ROWS_UNPACKED = 3  # rows of a picture in a step that is not packed
 
@@ -89,9 +89,10 @@ class PromptBatches:
         unpacked_every: int = 2,
         extra_images: int = 2,
         seed: int = 0,
+        num_patches: int = FIRST.num_patches,
     ):
         self.folder, self.tokenizer, self.codec, self.size, self.seed = folder, tokenizer, codec, size, seed
-        self.unpacked_every, self.extra_images = unpacked_every, extra_images
+        self.unpacked_every, self.extra_images, self.num_patches = unpacked_every, extra_images, num_patches
         self.mixed = 4
         self.encode = lru_cache(maxsize=4096)(tokenizer.encode)
         self.letters = [tokenizer.encode(character)[0] for character in world.CHARACTERS]
@@ -180,7 +181,7 @@ class PromptBatches:
     def _tensors(
         self, sequences: list[list[tuple[list[int], list[int]]]], packed: bool, rng: np.random.Generator
     ) -> dict[str, Tensor]:
-        P = NUM_PATCHES
+        P = self.num_patches
         longest = max(sum(len(p) + len(s) for p, s in rows) for rows in sequences)
         B, S = len(sequences), P + longest
         ids = np.zeros((B, S), np.int64)
@@ -239,7 +240,7 @@ def soft_cross_entropy(
     logp = logits.float().log_softmax(-1)
     losses = -logp.gather(-1, targets[:, None])[:, 0]
     is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
-    reach = torch.arange(-3, 4)
+    reach = torch.arange(-3, 4, device=logits.device)
     near = (targets[is_loc, None] - first_loc) // BIN_STEP + reach  # [locations, 7] in used bins
     share = torch.exp(-0.5 * (reach / sigma) ** 2) * ((near >= 0) & (near < 1024 // BIN_STEP))
     share = share / share.sum(-1, keepdim=True)
@@ -269,7 +270,7 @@ def joint_loss(first_loc: int, auxiliary: float = 0.3, sigma: float = 0.8) -> Lo
         labelled = targets != -100
         targets, weights = targets[labelled], weights[labelled]
         logits = model.language_model.logits(hidden[:, :-1][labelled])  # [tokens, V]
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(patches.device.type, enabled=False):
             total = (soft_cross_entropy(logits, targets, first_loc, sigma, joint.heads.similarity) * weights).sum()
             patch_loss, figures = joint.heads.loss(patches.float(), batch)
         weight = float(weights.sum())

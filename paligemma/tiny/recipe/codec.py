@@ -41,7 +41,7 @@ def mask_codes(path: Path, codec: MaskCodec) -> np.ndarray:
         return np.load(place)
     masks = outlines(Shard.load(path))
     with torch.no_grad():
-        codes = torch.cat([codec.encode(part) for part in masks.split(256)]).numpy().astype(np.uint8)
+        codes = torch.cat([codec.encode(part) for part in masks.split(256)]).cpu().numpy().astype(np.uint8)
     with written_whole(place) as beside:
         np.save(beside, codes)
     return codes
@@ -85,18 +85,20 @@ def train_codec(
     lr: float = 2e-3,
     log: Callable[[str], None] = print,
     weights: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> MaskCodec:
     """Train and save the codec; the last shard's masks are kept for validation."""
+    device = torch.device(device)
     torch.manual_seed(0)
     paths = shard_paths(scenes)
-    unseen = in_bytes(outlines(Shard.load(paths[-1]))).float() / 255
+    unseen = (in_bytes(outlines(Shard.load(paths[-1]))).float() / 255).to(device)
     masks = torch.cat([in_bytes(outlines(Shard.load(path))) for path in paths[:-1][:12]])
     codec = MaskCodec(**WIDTHS) if weights is None else MaskCodec.load(weights).train()
-    codec.requires_grad_(True)
+    codec.to(device).requires_grad_(True)
     optimizer = torch.optim.AdamW(codec.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     begun = time.monotonic()
     for step in range(steps):
-        x = masks[torch.randint(len(masks), (batch,))].float() / 255
+        x = masks[torch.randint(len(masks), (batch,))].to(device).float() / 255
         if torch.rand(()) < 0.5:
             x = x.flip(-1)
         if step >= steps // 3:  # a quarter of the batch is what the codec itself decodes: this must be a fixed point
@@ -108,7 +110,7 @@ def train_codec(
         progress = step / steps
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * min(1.0, 2 * (1 - progress))
-        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
             loss = codec.training_loss(x)["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -119,10 +121,9 @@ def train_codec(
             now = f"loss {float(loss.detach()):.4f}, {time.monotonic() - begun:.0f} s"
             log(f"codec step {step + 1}: {now}, {measure(codec, unseen[:512])}")
             codec.train()
-            codec.save(out)
     codec.eval()
     log(f"codec: {measure(codec, unseen)} on {len(unseen)} unseen masks")
-    codec.save(out)
+    codec.cpu().save(out)
     return codec
 
 
@@ -132,8 +133,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    train_codec(args.scenes, args.out, args.steps, weights=args.weights)
+    train_codec(args.scenes, args.out, args.steps, weights=args.weights, device=args.device)
 
 
 if __name__ == "__main__":

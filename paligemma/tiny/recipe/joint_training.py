@@ -13,23 +13,27 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma.answers.mask_codec import MaskCodec
-from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.tiny import rows, world
+from paligemma.tiny.recipe.ahead import Ahead
 from paligemma.tiny.recipe.batches import PromptBatches, joint_loss
 from paligemma.tiny.recipe.codec import code_similarity
+from paligemma.tiny.recipe.pieces import until
+from paligemma.tiny.recipe.settings import FIRST, RECIPES, Recipe, autocast_dtype
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.vision_pretraining import (
     HEADS,
-    VISION,
     PatchHeads,
     SceneBatches,
     Vision,
+    explicit_attention_on_cpu,
     initialize,
     load_weights,
     vision_part,
@@ -37,22 +41,8 @@ from paligemma.tiny.recipe.vision_pretraining import (
 )
 from paligemma.tokenizer import Tokenizer
 from paligemma.train import checkpointing
-from paligemma.train.loop import TrainConfig, bfloat16_where_fast, train
+from paligemma.train.loop import TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
-
-
-def model_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
-    text = GemmaConfig(
-        vocab_size=64 * math.ceil(len(tokenizer) / 64),
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=1024,
-    )
-    return PaliGemmaConfig(text, VISION, image_token_index=tokenizer.image_token_id)
 
 
 class JointModel(nn.Module):
@@ -62,7 +52,7 @@ class JointModel(nn.Module):
         super().__init__()
         self.model = PaliGemmaForConditionalGeneration(config)
         self.heads = PatchHeads(config.vision_config.hidden_size)
-        self.model.set_explicit_attention(True)
+        explicit_attention_on_cpu(self)
 
 
 def initialize_decoder(
@@ -182,10 +172,12 @@ def location_embeddings(size: int) -> Tensor:
     return code / code.norm(dim=1, keepdim=True)
 
 
-def starting_model(out: Path, tokenizer: Tokenizer, weights: Path | None, vision_weights: Path | None) -> JointModel:
+def starting_model(
+    out: Path, recipe: Recipe, tokenizer: Tokenizer, weights: Path | None, vision_weights: Path | None
+) -> JointModel:
     """The model that a run of stage 2 starts from: a checkpoint of stage 2 (`weights`), else what stage 1 left in
     `out`; its vision tower and heads from `vision_weights`, if given."""
-    config = model_config(tokenizer)
+    config = recipe.model_config(tokenizer)
     if weights is not None:
         joint = JointModel(config)
         state = checkpointing.load(weights)["average"]
@@ -194,7 +186,7 @@ def starting_model(out: Path, tokenizer: Tokenizer, weights: Path | None, vision
             state |= {name.replace("model.", "model.vision_tower.", 1): value for name, value in better.items()}
         load_weights(joint, state)
         return joint
-    vision = Vision(VISION)
+    vision = Vision(config.vision_config)
     stage_1 = checkpointing.load_last(out / "vision" / "checkpoints")
     if stage_1 is not None:
         load_weights(vision, stage_1["average"])
@@ -207,55 +199,70 @@ def train_jointly(
     folder: str = "joint-01",
     weights: Path | None = None,
     vision_weights: Path | None = None,
-    batch: int = 16,
+    *,
+    recipe: Recipe = FIRST,
     lr: float = 2e-3,
     vision_lr: float = 0.2,
     auxiliary: float = 0.4,
     decay_from: float = 0.6,
     unpacked_every: int = 2,
     extra_images: int = 2,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    end: float = math.inf,
 ) -> JointModel:
     """Stage 2, for `minutes`. State and log go to `out / folder`.
 
     weights:        a checkpoint of stage 2 to start from, instead of what stage 1 left in `out/vision`.
     vision_weights: a checkpoint with a better vision tower and heads than `weights` has, mostly of stage 1.
-    batch:          pictures a step, with about a dozen rows each.
     vision_lr:      learning rate of the vision tower as a share of `lr`.
     auxiliary:      weight of the patch heads' loss.
     decay_from:     share of the time after which the learning rate falls to zero.
     unpacked_every, extra_images: see `PromptBatches`.
+    workers:        processes that make batches ahead.
+    end:            stop when `time.monotonic()` passes it, and raise PieceOver; see pieces.py.
     """
-    tokenizer = build_tokenizer()
-    joint = starting_model(out, tokenizer, weights, vision_weights)
-    optimizers = muon_and_adamw(joint, lr=lr, adamw_lr=lr / 3, weight_decay=0.1, slower=("vision_tower", vision_lr))
+    tokenizer = build_tokenizer(recipe.world)
+    joint = starting_model(out, recipe, tokenizer, weights, vision_weights)
     codec = MaskCodec.load(out / "codec.safetensors")
     joint.heads.similarity = code_similarity(codec)
-    batches = PromptBatches(out / "scenes", tokenizer, codec, batch, unpacked_every, extra_images)
+    joint.to(device)
+    explicit_attention_on_cpu(joint)
+    optimizers = muon_and_adamw(joint, lr=lr, adamw_lr=lr / 3, weight_decay=0.1, slower=("vision_tower", vision_lr))
     settings = TrainConfig(
         steps=10**9, minutes=minutes, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998,
-        autocast=bfloat16_where_fast(), log_every=40, save_every=90
+        autocast=autocast_dtype(torch.device(device)), log_every=40, save_every=90
     )  # fmt: skip
     loss = joint_loss(tokenizer.first_loc_id, auxiliary)
-    train(joint, batches, settings, out / folder, loss=loss, optimizers=optimizers)
+    arguments = {"folder": out / "scenes", "world": recipe.world, "codec": codec, "size": recipe.joint_batch}
+    arguments |= {"unpacked_every": unpacked_every, "extra_images": extra_images, "num_patches": recipe.num_patches}
+    with Ahead(workers, prompt_batches, **arguments) as batches, until(end) as limited:
+        train(joint, limited(batches), settings, out / folder, loss=loss, optimizers=optimizers)
     return joint
+
+
+def prompt_batches(world: int, **arguments: Any) -> PromptBatches:
+    """`PromptBatches` with the tokenizer of a world, which cannot be sent from one process to another."""
+    return PromptBatches(tokenizer=build_tokenizer(world), **arguments)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stage 2: train on all prompts, or resume.")
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder with what stage 1 left")
     parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--folder", default="joint-01")
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--vision-weights", type=Path)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--folder", default="joint-01", help="of this run, inside --out")
+    parser.add_argument("--weights", type=Path, help="checkpoint of stage 2 to start from")
+    parser.add_argument("--vision-weights", type=Path, help="checkpoint with a better vision tower")
+    parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--vision-lr", type=float, default=0.2)
-    parser.add_argument("--auxiliary", type=float, default=0.4)
-    parser.add_argument("--decay-from", type=float, default=0.6)
+    parser.add_argument("--vision-lr", type=float, default=0.2, help="as a share of --lr")
+    parser.add_argument("--auxiliary", type=float, default=0.4, help="weight of the patch heads' loss")
+    parser.add_argument("--decay-from", type=float, default=0.6, help="share of the time after which the rate falls")
     parser.add_argument("--unpacked-every", type=int, default=2)
     parser.add_argument("--extra-images", type=int, default=2)
-    args = parser.parse_args()
-    train_jointly(**vars(args))
+    parser.add_argument("--device", default="cpu")
+    given = vars(parser.parse_args())
+    train_jointly(recipe=RECIPES[given.pop("world")], **given)
 
 
 if __name__ == "__main__":

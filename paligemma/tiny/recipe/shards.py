@@ -12,30 +12,41 @@ because users have pictures of both kinds. A third has more signs than usual, an
 number `SIGNS` on have only such scenes: reading is learned last and needs the practice.
 """
 
+import functools
 import json
+import math
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from paligemma.files import written_whole
 from paligemma.tiny import world
 from paligemma.tiny.recipe.patch_targets import patch_targets
+from paligemma.tiny.recipe.settings import FIRST, RECIPES, Recipe
 from paligemma.tiny.renderer import render
+from paligemma.tiny.varied import render_in_world
 
 SHARD = 512
-SIDE = 128  # pixels of the model's pictures
-GRID = 8  # patches in a row
 SIGNS = 5000  # from this shard on, most scenes have a sign
 
 
-def training_scene(seed: int, split: str = "train") -> world.Scene:
+def training_scene(seed: int, split: str = "train", recipe: Recipe = FIRST) -> world.Scene:
     """The scene of a seed, with the mixture of sizes and signs described above."""
-    size = SIDE if seed % 2 else 2 * SIDE
+    size = recipe.image_size if seed % 2 else 2 * recipe.image_size
     kind = seed // 2 % (7 if seed < SIGNS * SHARD else 2)
+    if recipe.world == 2:
+        more_signs: dict[str, Any] = {"sign": 0.75, "sign_only": 0.2} if kind < 2 else {}
+        return render_in_world(2, seed, split, size, **more_signs)
     if kind == 0:  # large letters
         return render(seed, split, size, sign=0.7, sign_only=0.25, text_length=(1, 3), char_size=(0.14, 0.3))
     if kind == 1:
@@ -43,16 +54,16 @@ def training_scene(seed: int, split: str = "train") -> world.Scene:
     return render(seed, split, size)
 
 
-def picture(scene: world.Scene) -> np.ndarray:
-    """The scene at the model's size: uint8 [128, 128, 3]."""
-    if scene.size == SIDE:
+def picture(scene: world.Scene, side: int = FIRST.image_size) -> np.ndarray:
+    """The scene at the model's size: uint8 [side, side, 3]."""
+    if scene.size == side:
         return scene.image
-    return np.asarray(Image.fromarray(scene.image).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(scene.image).resize((side, side), Image.Resampling.BICUBIC))
 
 
-def pack(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
+def pack(scenes: list[world.Scene], recipe: Recipe = FIRST) -> dict[str, np.ndarray]:
     """The arrays of a shard."""
-    targets = [patch_targets(scene, GRID) for scene in scenes]
+    targets = [patch_targets(scene, recipe.grid) for scene in scenes]
     arrays = {name: np.stack([t[name] for t in targets]) for name in targets[0]}
     objects: list[list[dict[str, Any]]] = []
     masks = []
@@ -61,8 +72,14 @@ def pack(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
         for thing in scene.objects:
             x0, y0, x1, y1 = (int(edge) for edge in thing.box)
             masks.append(np.packbits(thing.mask[y0:y1, x0:x1]))
-            facts = {"label": thing.label, "tint": thing.tint, "box": thing.box, "visible": thing.visible}
-            objects[-1].append(facts | {"text": thing.text, "chars": thing.char_boxes})
+            facts: dict[str, Any] = {
+                "label": thing.label,
+                "tint": thing.tint,
+                "box": thing.box,
+                "visible": thing.visible,
+            }
+            facts |= {"text": thing.text, "chars": thing.char_boxes}
+            objects[-1].append(facts | ({"color": thing.color} if scene.world == 2 else {}))
     facts_of_scenes = [
         {
             "size": s.size,
@@ -71,11 +88,12 @@ def pack(scenes: list[world.Scene]) -> dict[str, np.ndarray]:
             "style": s.style,
             "seed": s.seed,
             "split": s.split,
+            **({"world": 2} if s.world == 2 else {}),
         }
         for s in scenes
     ]
     return {
-        "image": np.stack([picture(scene) for scene in scenes]),
+        "image": np.stack([picture(scene, recipe.image_size) for scene in scenes]),
         "class": arrays["class"].astype(np.int8),
         "tint": arrays["tint"].astype(np.int8),
         "background": arrays["background"].astype(np.int8),
@@ -123,14 +141,33 @@ class Shard:
             chars = tuple(tuple(box) for box in thing["chars"])
             things.append(
                 world.SceneObject(
-                    thing["label"], thing["tint"], tuple(thing["box"]), mask, thing["visible"], thing["text"], chars
+                    thing["label"],
+                    thing["tint"],
+                    tuple(thing["box"]),
+                    mask,
+                    thing["visible"],
+                    thing["text"],
+                    chars,
+                    thing.get("color"),
                 )
             )
         # `Scene.size` is the size of the picture, so this one has the size that boxes and masks are measured in.
         image = np.broadcast_to(np.uint8(0), (facts["size"], facts["size"], 3))
         return world.Scene(
-            image, tuple(things), facts["background"], facts["pattern"], facts["style"], facts["seed"], facts["split"]
+            image,
+            tuple(things),
+            facts["background"],
+            facts["pattern"],
+            facts["style"],
+            facts["seed"],
+            facts["split"],
+            facts.get("world", 1),
         )
+
+
+def pixels(image: np.ndarray) -> Tensor:
+    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S] in [-1, 1], as the processor makes them."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -142,27 +179,49 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*[0-9].npz"))
 
 
-def write_shard(folder: Path, number: int, split: str = "train") -> None:
+def write_shard(folder: Path, number: int, split: str = "train", recipe: Recipe = FIRST) -> None:
     """Render shard `number`, unless the file exists."""
     path = shard_path(folder, number)
     if path.exists():
         return
-    arrays = pack([training_scene(number * SHARD + i, split) for i in range(SHARD)])
+    arrays = pack([training_scene(number * SHARD + i, split, recipe) for i in range(SHARD)], recipe)
     with written_whole(path) as beside:
         np.savez(beside, **arrays)  # type: ignore[arg-type]
+
+
+def write_shards(
+    folder: Path, numbers: Sequence[int], recipe: Recipe, processes: int = 1, minutes: float = math.inf
+) -> int:
+    """Render these shards, in several processes; none is begun after `minutes`. Returns how many exist then."""
+    missing = [number for number in numbers if not shard_path(folder, number).exists()]
+    end = time.monotonic() + 60 * minutes
+    folder.mkdir(parents=True, exist_ok=True)
+    if processes == 1 or len(missing) < 2:
+        for number in missing:
+            if time.monotonic() > end:
+                break
+            write_shard(folder, number, recipe=recipe)
+    else:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            for first in range(0, len(missing), processes):
+                if time.monotonic() > end:
+                    break
+                group = missing[first : first + processes]
+                list(pool.map(functools.partial(write_shard, folder, recipe=recipe), group))
+    return len(shard_paths(folder))
 
 
 def main() -> None:
     import argparse
 
     parser = argparse.ArgumentParser(description="Render scenes ahead of training.")
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--shards", type=int, default=200)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--split", default="train")
+    parser.add_argument("--folder", type=Path, required=True, help="where the shards are written")
+    parser.add_argument("--shards", type=int, default=200, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="number of the first")
+    parser.add_argument("--world", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
-    for number in range(args.first, args.first + args.shards):
-        write_shard(args.folder, number, args.split)
+    write_shards(args.folder, range(args.first, args.first + args.shards), RECIPES[args.world], args.processes)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,22 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CHARACTERS = ["▁", *(c for c in string.printable if not c.isspace())]
 
 
-def world_words() -> tuple[list[str], list[str]]:
+def world_words(world_number: int = 1) -> tuple[list[str], list[str]]:
     """(words that may begin a text, words that may follow a space)."""
     colors = [*world.TINTS, *world.BACKGROUNDS]
     names = [*world.LABELS, *colors, *rows.NUMBERS, "yes", "no", "left", "right", "a", "an"]
     begin = [*names, "caption", "answer", "detect", "segment", "ocr"]
     questions = " ".join(q for wordings in rows.QUESTIONS.values() for q in wordings)
+    if world_number == 2:
+        questions = " ".join([questions, *rows.READING])
     inside = [word for word in questions.replace("?", " ").split() if "{" not in word]
     many = [rows.plural(label) for label in world.LABELS]
     return begin, [*names, *many, *inside, "en", "and", "on", "background", "objects", "things", "both", ";", "?"]
 
 
-def build_tokenizer() -> Tokenizer:
+def build_tokenizer(world_number: int = 1) -> Tokenizer:
     """Built from the words of the world only, so it is the same on every machine."""
-    begin, inside = (sorted(set(words)) for words in world_words())
+    begin, inside = (sorted(set(words)) for words in world_words(world_number))
     learner = tokenizers.Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
     learner.pre_tokenizer = pre_tokenizers.Split(Regex("▁"), "merged_with_next")

@@ -1,7 +1,9 @@
-"""The whole recipe of the model that ships: tokenizer, mask codec, vision pretraining, joint training.
+"""The whole recipe of an embedded model: scenes, tokenizer, mask codec, vision pretraining, joint training.
 
     paligemma tiny train --minutes 60                      # or: python -m paligemma.tiny.recipe.train --minutes 60
     torchrun --nproc-per-node 2 -m paligemma.tiny.recipe.train --minutes 60
+    paligemma tiny train --world 2 --minutes 55 --in-all 600 --out runs/second     # the first of eleven pieces
+    paligemma tiny train --world 2 --minutes 60 --out runs/second --device cuda
 
 Every stage keeps its state in the output folder and resumes where it stopped; running the command again continues the
 training. docs/tiny.md says what was tried and what it gave.
@@ -15,80 +17,166 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.devices import cpu_count, pick_device
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tiny.recipe.codec import train_codec
-from paligemma.tiny.recipe.joint_training import JointModel, model_config, train_jointly
-from paligemma.tiny.recipe.shards import write_shard
+from paligemma.tiny.recipe.codec import mask_codes, train_codec
+from paligemma.tiny.recipe.joint_training import JointModel, train_jointly
+from paligemma.tiny.recipe.pieces import PieceOver
+from paligemma.tiny.recipe.settings import FIRST, RECIPES, Recipe, for_device, remember
+from paligemma.tiny.recipe.shards import shard_paths, write_shards
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
-from paligemma.tiny.recipe.vision_pretraining import VISION, train_vision
+from paligemma.tiny.recipe.vision_pretraining import train_vision
 from paligemma.train import checkpointing, distributed
 from paligemma.weights.saving import save_pretrained
 
 
-def train(minutes: float, out: str | Path = "runs/tiny", resume: bool = True) -> Path:
+def train(
+    minutes: float,
+    out: str | Path = "runs/tiny",
+    resume: bool = True,
+    *,
+    recipe: Recipe = FIRST,
+    device: str | None = "cpu",
+    in_all: float | None = None,
+) -> Path:
     """All stages within `minutes`; run it again to continue. Returns the folder of the packaged checkpoint.
 
-    The first run gives a tenth of its time to the codec and a third to vision pretraining. Later runs only do joint
-    training, each starting from the weights of the last one, with a learning rate that ends at zero. resume=False
-    deletes the folder first.
+    Without `in_all` a run is whole: the first gives a tenth of its time to the codec and a third to vision pretraining;
+    later ones only do joint training, each starting from the weights of the last one, with a learning rate that ends
+    at zero. With it, this run is a piece of a training of `in_all` minutes, and the learning rate falls at its end
+    only. What a piece leaves is packaged as well.
+
+    resume=False deletes the folder first. device: None for the best there is; a GPU gets larger batches.
+
+    Raises ValueError if the folder was begun with another recipe.
     """
-    out = Path(out)
-    begun = time.monotonic()
-    scenes, codec, vision = out / "scenes", out / "codec.safetensors", out / "vision"
-    rank, _ = distributed.start()
-    if not resume and rank == 0:
+    run = _Run(Path(out), minutes, recipe, pick_device(device))
+    if not resume and run.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
-
-    def log(words: str) -> None:
-        if rank == 0:
-            print(f"[{(time.monotonic() - begun) / 60:.0f} of {minutes:g} min] {words}", file=sys.stderr)
-
-    if rank == 0:
-        log("rendering scenes")
-        for number in range(min(60, 4 + round(minutes))):
-            write_shard(scenes, number)
-        if not codec.exists():
-            log("mask codec")
-            train_codec(scenes, codec, steps=min(2000, 20 * round(minutes)), log=log)
+    if run.rank == 0:
+        remember(run.recipe, run.out)
+        run.prepare()
     distributed.barrier()
-    runs = sorted(out.glob("joint-[0-9][0-9]"))
-    if not runs:
-        log("vision pretraining")
-        train_vision(VISION, scenes, vision, steps=10**9, minutes=0.35 * minutes, codec=MaskCodec.load(codec))
-    last = checkpointing.load_last(runs[-1] / "checkpoints") if runs else None
-    left = max(0.05 * minutes, minutes - (time.monotonic() - begun) / 60)  # rendering may have taken it all
-    log("joint training")
-    if last is not None and not last["finished"]:
-        folder = runs[-1].name
-        train_jointly(out, minutes=last["elapsed"] / 60 + left, folder=folder)
-    else:
+    folder = run.whole() if in_all is None else run.piece(in_all)
+    if run.rank == 0 and folder is not None:
+        package(checkpointing.checkpoints(folder / "checkpoints")[-1], run.out, run.recipe)
+        run.log(f"the checkpoint is in {run.out / 'package'}")
+    return run.out / "package"
+
+
+class _Run:
+    """One call of `train`: its time, its device, and the stages."""
+
+    def __init__(self, out: Path, minutes: float, recipe: Recipe, device: torch.device):
+        self.begun, self.minutes, self.out = time.monotonic(), minutes, out
+        self.recipe, self.device = for_device(recipe, device), device
+        self.scenes, self.codec = out / "scenes", out / "codec.safetensors"
+        self.workers = 0 if device.type == "cpu" else max(1, cpu_count() - 2)
+        self.rank, _ = distributed.start()
+
+    def log(self, words: str) -> None:
+        if self.rank == 0:
+            print(f"[{self.spent:.0f} of {self.minutes:g} min] {words}", file=sys.stderr)
+
+    @property
+    def spent(self) -> float:
+        return (time.monotonic() - self.begun) / 60
+
+    def prepare(self) -> None:
+        """Scenes and codec, as far as they are missing. A third of the time at most goes to more scenes."""
+        self.log("rendering scenes")
+        wanted = self.recipe.shards if self.recipe.world == 2 else min(self.recipe.shards, 4 + round(self.minutes))
+        processes = max(1, self.workers)
+        write_shards(self.scenes, range(4), self.recipe, processes)
+        write_shards(self.scenes, range(wanted), self.recipe, processes, self.minutes / 3 - self.spent)
+        if not self.codec.exists():
+            self.log("mask codec")
+            steps = (
+                min(self.recipe.codec_steps, 20 * round(self.minutes))
+                if self.recipe.world == 1
+                else (self.recipe.codec_steps)
+            )
+            train_codec(self.scenes, self.codec, steps=steps, log=self.log, device=self.device)
+        if self.workers:  # otherwise each of them would make the same codes
+            codec = MaskCodec.load(self.codec).to(self.device)
+            for path in shard_paths(self.scenes):
+                mask_codes(path, codec)
+
+    def vision(self, minutes: float, end: float = float("inf")) -> None:
+        self.log("vision pretraining")
+        codec = MaskCodec.load(self.codec)
+        train_vision(
+            self.recipe, self.scenes, self.out / "vision", minutes, codec,
+            device=self.device, workers=self.workers, end=end,
+        )  # fmt: skip
+
+    def joint(self, minutes: float, folder: str, weights: Path | None = None, end: float = float("inf")) -> None:
+        self.log("joint training")
+        train_jointly(
+            self.out, minutes, folder, weights,
+            recipe=self.recipe, device=self.device, workers=self.workers, end=end,
+        )  # fmt: skip
+
+    def whole(self) -> Path:
+        """A run with a schedule of its own; returns its folder."""
+        runs = sorted(self.out.glob("joint-[0-9][0-9]"))
+        if not runs:
+            self.vision(self.recipe.vision_share * self.minutes)
+        last = checkpointing.load_last(runs[-1] / "checkpoints") if runs else None
+        left = max(0.05 * self.minutes, self.minutes - self.spent)  # rendering may have taken it all
+        if last is not None and not last["finished"]:
+            self.joint(last["elapsed"] / 60 + left, runs[-1].name)
+            return runs[-1]
         folder = f"joint-{int(runs[-1].name[-2:]) + 1 if runs else 1:02d}"
         weights = checkpointing.checkpoints(runs[-1] / "checkpoints")[-1] if last is not None else None
-        train_jointly(out, minutes=left, folder=folder, weights=weights)
-    if rank == 0:
-        package(checkpointing.checkpoints(out / folder / "checkpoints")[-1], codec, out / "package")
-        log(f"the checkpoint is in {out / 'package'}")
-    return out / "package"
+        self.joint(left, folder, weights)
+        return self.out / folder
+
+    def piece(self, in_all: float) -> Path | None:
+        """A piece of one long schedule; returns the folder of stage 2, None if that has not begun."""
+        end = self.begun + 60 * self.minutes
+        folder = self.out / "joint-01"
+        try:
+            if not _finished(self.out / "vision"):
+                self.vision(self.recipe.vision_share * in_all, end)
+            if not _finished(folder):
+                self.joint((1 - self.recipe.vision_share) * in_all, folder.name, end=end)
+        except PieceOver:
+            self.log("this piece is over; the same command goes on")
+        return folder if checkpointing.checkpoints(folder / "checkpoints") else None
 
 
-def package(state: Path, codec: Path, folder: Path) -> None:
+def _finished(stage: Path) -> bool:
+    last = checkpointing.load_last(stage / "checkpoints")
+    return last is not None and bool(last["finished"])
+
+
+def package(state: Path, out: Path, recipe: Recipe) -> None:
     """Write the files that ship from a checkpoint of stage 2: the averaged weights in bfloat16, without the heads."""
-    tokenizer = build_tokenizer()
-    joint = JointModel(model_config(tokenizer))
+    tokenizer = build_tokenizer(recipe.world)
+    joint = JointModel(recipe.model_config(tokenizer))
     joint.load_state_dict(checkpointing.load(state)["average"])
-    processor = PaliGemmaProcessor(tokenizer, VISION.num_patches, VISION.image_size)
-    save_pretrained(joint.model.bfloat16(), folder, processor)
-    MaskCodec.load(codec).save(folder / "mask_codec.npz")
+    processor = PaliGemmaProcessor(tokenizer, recipe.num_patches, recipe.image_size)
+    save_pretrained(joint.model.bfloat16(), out / "package", processor)
+    MaskCodec.load(out / "codec.safetensors").save(out / "package" / "mask_codec.npz")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model from scratch, or resume.")
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--minutes", type=float, default=60.0, help="time of this run")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder for state, log and checkpoint")
+    parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
+    parser.add_argument("--in-all", type=float, help="minutes of the whole training that this run is a piece of")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--from-nothing", action="store_true", help="delete the folder first")
     args = parser.parse_args()
-    train(args.minutes, args.out, resume=not args.from_nothing)
+    train(
+        args.minutes, args.out, not args.from_nothing,
+        recipe=RECIPES[args.world], device=args.device, in_all=args.in_all,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,12 +24,16 @@ from torch import Tensor, nn
 
 from paligemma.answers.mask_codec import GRID as CODES_ACROSS
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.modeling_gemma import GemmaAttention
 from paligemma.modeling_siglip import SiglipAttention, SiglipVisionConfig, SiglipVisionModel
 from paligemma.tiny import world
+from paligemma.tiny.recipe.ahead import Ahead
 from paligemma.tiny.recipe.codec import code_similarity, mask_codes
-from paligemma.tiny.recipe.shards import SHARD, Shard, shard_paths
+from paligemma.tiny.recipe.pieces import until
+from paligemma.tiny.recipe.settings import RECIPES, Recipe, autocast_dtype
+from paligemma.tiny.recipe.shards import SHARD, Shard, pixels, shard_paths
 from paligemma.train import checkpointing
-from paligemma.train.loop import TrainConfig, bfloat16_where_fast, train
+from paligemma.train.loop import TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
 
 # What a patch predicts, and how many numbers that takes.
@@ -49,10 +53,6 @@ HEADS = {
 NONE = -100  # no target here
 GREY = 0.15  # share of the pictures that lose their colours
 MIRRORED = 0.3  # share of the pictures without a sign that are mirrored
-
-VISION = SiglipVisionConfig(
-    hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, image_size=128, patch_size=16
-)
 
 
 class PatchHeads(nn.Module):
@@ -108,7 +108,7 @@ class PatchHeads(nn.Module):
         for name, chosen in (("class", thing), ("tint", thing), ("order", thing), ("total", thing | ~thing)):
             right = predicted[name].argmax(-1) == targets[name].flatten()
             figures[name] = float(right[chosen].float().mean())
-        figures["box_px"] = float(off.detach().mean()) * 128
+        figures["box_px"] = float(off.detach().mean()) * 128  # at a side of 128 pixels
         figures["codes"] = float((logp.argmax(-1) == code[known]).float().mean()) if known.any() else 0.0
         written = on_sign & (letter > 0)
         figures["letters"] = float((letters.argmax(-1) == letter)[written].float().mean()) if written.any() else 0.0
@@ -220,13 +220,8 @@ def augmented_targets(
 
 def waves(place: Tensor) -> Tensor:
     """Sinusoidal encoding, [...] in [0, 1] -> [..., 64]: 32 wavelengths from 4 picture sides down to 3 pixels."""
-    angles = 2 * math.pi * place[..., None] * 2.0 ** torch.linspace(-2, 5.5, 32)
+    angles = 2 * math.pi * place[..., None] * 2.0 ** torch.linspace(-2, 5.5, 32, device=place.device)
     return torch.cat([angles.sin(), angles.cos()], -1)
-
-
-def pixels(image: np.ndarray) -> Tensor:
-    """uint8 [n, S, S, 3] -> float32 [n, 3, S, S] in [-1, 1], as the processor makes them."""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 class SceneBatches:
@@ -271,47 +266,61 @@ class Vision(nn.Module):
         super().__init__()
         self.model, self.heads = SiglipVisionModel(config), PatchHeads(config.hidden_size)
         initialize(self)
-        for module in self.modules():
-            if isinstance(module, SiglipAttention):
-                module.explicit = True
+        explicit_attention_on_cpu(self)
+
+
+def explicit_attention_on_cpu(model: nn.Module) -> None:
+    """Written-out attention trains faster on a CPU, fused attention on a GPU."""
+    explicit = next(model.parameters()).device.type == "cpu"
+    for module in model.modules():
+        if isinstance(module, (SiglipAttention, GemmaAttention)):
+            module.explicit = explicit
 
 
 def vision_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, float, dict[str, float]]:
     features = model.model(batch["pixel_values"])
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(features.device.type, enabled=False):
         loss, figures = model.heads.loss(features.float(), batch)
     n = len(features)
     return loss * n, n, {name: value * n for name, value in figures.items()}
 
 
 def train_vision(
-    config: SiglipVisionConfig,
+    recipe: Recipe,
     scenes: Path,
     out: Path,
-    steps: int,
-    batch: int = 128,
+    minutes: float,
+    codec: MaskCodec | None = None,
+    *,
     lr: float = 3e-3,
-    minutes: float | None = None,
     decay_from: float = 0.6,
     start: Path | None = None,
-    codec: MaskCodec | None = None,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    end: float = math.inf,
 ) -> Vision:
-    """Train for `steps` in all, or resume; returns the model.
+    """Stage 1 for `minutes` in all, or resume; returns the model.
 
-    start: a checkpoint of either stage whose vision tower and heads are the initial weights.
+    start:   a checkpoint of either stage whose vision tower and heads are the initial weights.
+    workers: processes that make batches ahead.
+    end:     stop when `time.monotonic()` passes it, and raise PieceOver; see pieces.py.
     """
     torch.manual_seed(0)
-    vision = Vision(config)
+    vision = Vision(recipe.vision_config())
     if start is not None:
         load_weights(vision, vision_part(checkpointing.load(start)["average"]))
     if codec is not None:
         vision.heads.similarity = code_similarity(codec)
+    vision.to(device)
+    explicit_attention_on_cpu(vision)
     optimizers = muon_and_adamw(vision, lr=lr, adamw_lr=lr / 2)
     settings = TrainConfig(
-        steps=steps, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=20,
-        save_every=90, autocast=bfloat16_where_fast()
+        steps=10**9, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=20,
+        save_every=90, autocast=autocast_dtype(torch.device(device))
     )  # fmt: skip
-    train(vision, SceneBatches(scenes, batch, codec=codec), settings, out, loss=vision_loss, optimizers=optimizers)
+    ahead = Ahead(workers, SceneBatches, folder=scenes, size=recipe.vision_batch, codec=codec)
+    with ahead as batches, until(end) as limited:
+        train(vision, limited(batches), settings, out, loss=vision_loss, optimizers=optimizers)
     return vision
 
 
@@ -351,19 +360,20 @@ def initialize(model: nn.Module) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the vision model on what every patch shows.")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--scenes", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10**9)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--out", type=Path, required=True, help="folder for state and log")
+    parser.add_argument("--scenes", type=Path, required=True, help="folder with shards")
+    parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
+    parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--minutes", type=float)
     parser.add_argument("--decay-from", type=float, default=0.6)
-    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--weights", type=Path, help="checkpoint to start from")
     parser.add_argument("--codec", type=Path)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    codec = MaskCodec.load(args.codec) if args.codec else None
     train_vision(
-        VISION, args.scenes, args.out, args.steps, args.batch, args.lr, args.minutes, args.decay_from, args.weights,
-        MaskCodec.load(args.codec) if args.codec else None,
+        RECIPES[args.world], args.scenes, args.out, args.minutes, codec,
+        lr=args.lr, decay_from=args.decay_from, start=args.weights, device=args.device,
     )  # fmt: skip
 
 

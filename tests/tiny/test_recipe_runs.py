@@ -1,0 +1,195 @@
+"""How a recipe runs: its settings, world 2 in files, batches made ahead, pieces of a long training, any device."""
+
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import paligemma
+from paligemma.answers.mask_codec import MaskCodec
+from paligemma.tiny.recipe.ahead import Ahead
+from paligemma.tiny.recipe.batches import joint_loss
+from paligemma.tiny.recipe.codec import WIDTHS, mask_codes
+from paligemma.tiny.recipe.joint_training import JointModel, prompt_batches
+from paligemma.tiny.recipe.pieces import PieceOver, until
+from paligemma.tiny.recipe.settings import FIRST, SECOND, Recipe, for_device, remember
+from paligemma.tiny.recipe.shards import Shard, picture, shard_path, training_scene, write_shard
+from paligemma.tiny.recipe.tokenizer import build_tokenizer
+from paligemma.tiny.recipe.train import train
+from paligemma.tiny.recipe.vision_pretraining import SceneBatches, Vision, vision_loss
+from paligemma.tiny.rows import READING
+from paligemma.tiny.varied import render_varied
+from paligemma.train.loop import TrainConfig
+from paligemma.train.loop import train as train_loop
+
+torch.set_num_threads(1)
+SMALL = replace(SECOND, image_size=80, vision_width=64, vision_layers=1, text_width=64, text_layers=1,
+                codec_steps=2, shards=4, vision_batch=8, joint_batch=4)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four shards of 16 scenes of world 2."""
+    patch = pytest.MonkeyPatch()
+    for module in ("shards", "batches", "vision_pretraining"):
+        patch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 16)
+    folder = tmp_path_factory.mktemp("scenes")
+    for number in range(4):
+        write_shard(folder, number, recipe=SMALL)
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def codec(folder):
+    torch.manual_seed(0)
+    codec = MaskCodec(**WIDTHS).eval()
+    for number in range(4):
+        mask_codes(shard_path(folder, number), codec)
+    return codec
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+
+def test_the_first_recipe_is_that_of_the_model_that_ships():
+    config, shipped = FIRST.model_config(build_tokenizer()), paligemma.load("tiny", device="cpu").model.config
+    assert config.vision_config == shipped.vision_config
+    assert config.text_config == shipped.text_config
+
+
+def test_the_second_model_fits_into_30_megabytes():
+    with torch.device("meta"):
+        model = JointModel(SECOND.model_config(build_tokenizer(2))).model
+    codec = sum(value.numel() for value in MaskCodec(**WIDTHS).parameters())
+    assert 2 * sum(value.numel() for value in model.parameters()) + 4 * codec < 30e6
+
+
+def test_a_folder_keeps_to_the_recipe_it_was_begun_with(tmp_path):
+    remember(SECOND, tmp_path / "run")
+    remember(for_device(SECOND, torch.device("cuda")), tmp_path / "run")  # other batches are no other recipe
+    with pytest.raises(
+        ValueError, match=r"another recipe \(image_size 160; now image_size 192\): choose another folder"
+    ):
+        remember(replace(SECOND, image_size=192), tmp_path / "run")
+
+
+# --- world 2 in files -------------------------------------------------------------------------------
+
+
+def test_a_shard_of_world_2_gives_back_its_scenes(folder):
+    shard = Shard.load(shard_path(folder, 1))
+    for i in range(16):
+        drawn, kept = training_scene(16 + i, recipe=SMALL), shard.scene(i)
+        assert np.array_equal(shard.arrays["image"][i], picture(drawn, 80)) and kept.world == 2
+        assert (kept.size, kept.background) == (drawn.size, drawn.background)
+        for a, b in zip(drawn.objects, kept.objects, strict=True):
+            assert (a.label, a.tint, a.color, a.box, a.text) == (b.label, b.tint, b.color, b.box, b.text)
+            assert np.array_equal(a.mask, b.mask)
+
+
+def test_world_2_is_drawn_at_the_recipe_s_size_and_twice_that_with_more_signs():
+    scenes = [training_scene(seed, recipe=SMALL) for seed in range(120)]
+    assert {scene.size for scene in scenes} == {80, 160} and all(scene.world == 2 for scene in scenes)
+    usual = np.mean([render_varied(seed, size=80).sign is not None for seed in range(120)])
+    assert np.mean([scene.sign is not None for scene in scenes]) > usual + 0.05
+
+
+def test_words_of_world_2_are_one_token_and_world_1_keeps_its_tokenizer():
+    tokenizer = build_tokenizer(2)
+    for prompt in READING:
+        words = prompt.replace("?", " ?").split()
+        assert len(tokenizer.encode(prompt)) == len(words)
+    assert len(build_tokenizer(1)) == 2088 < len(tokenizer)
+
+
+# --- batches ----------------------------------------------------------------------------------------
+
+
+def counted_batches(start):
+    """Batches for another process; what it is told arrives there."""
+
+    def batch(step, part, parts):
+        image = (torch.arange(48).view(1, 3, 4, 4) * step % 256) / 127.5 - 1
+        return {"pixel_values": image, "step": torch.tensor([start + step, part, parts])}
+
+    return batch
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_batches_made_ahead_are_the_same(processes):
+    here = counted_batches(100)
+    with Ahead(processes, counted_batches, start=100) as ahead:
+        for step in (0, 1, 2, 5):
+            made, expected = ahead(step, 0, 1), here(step, 0, 1)
+            assert torch.equal(made["step"], expected["step"])
+            torch.testing.assert_close(made["pixel_values"], expected["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_losses_make_no_tensor_on_a_device_of_their_own(folder, codec):
+    """Whatever is created without naming a device would be on the meta device here, and mixing devices is an error."""
+    tokenizer = build_tokenizer(2)
+    vision, joint = Vision(SMALL.vision_config()), JointModel(SMALL.model_config(tokenizer))
+    scenes = SceneBatches(folder, 8, codec=codec)(0, 0, 1)
+    arguments = {"world": 2, "folder": folder, "codec": codec, "size": 4, "num_patches": SMALL.num_patches}
+    prompts = prompt_batches(**arguments)(0, 0, 1)
+    assert SMALL.num_patches == 25 and (prompts["row"][0] == 0).sum() == 25
+    loss = joint_loss(tokenizer.first_loc_id)
+    with torch.device("meta"):
+        losses = [vision_loss(vision, scenes)[0], loss(joint, prompts)[0]]
+    for value in losses:
+        assert value.device.type == "cpu" and torch.isfinite(value)
+        value.backward()
+
+
+# --- pieces -----------------------------------------------------------------------------------------
+
+
+def toy_batches(step, part, parts):
+    time.sleep(0.01)
+    return {"x": torch.full((1,), float(step))}
+
+
+def toy_loss(model, batch):
+    return model(batch["x"]).square().sum(), 1.0, {}
+
+
+def test_a_piece_ends_saved_and_the_next_goes_on_with_the_schedule_of_the_whole(tmp_path):
+    def piece(seconds):
+        model = torch.nn.Linear(1, 1)
+        config = TrainConfig(steps=10**9, minutes=0.02, schedule="linear", log_every=1, autocast=None)
+        with until(time.monotonic() + seconds) as limited:
+            train_loop(model, limited(toy_batches), config, tmp_path, loss=toy_loss)
+
+    with pytest.raises(PieceOver):
+        piece(0.3)
+    first = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert first[-1]["lr"] > 0.2  # far from the end of the schedule
+    piece(60)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1)) and log[-1]["lr"] < 0.1
+
+
+def test_ctrl_c_is_not_taken_for_the_end_of_a_piece():
+    with pytest.raises(KeyboardInterrupt), until(time.monotonic() + 60):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_the_second_recipe_in_pieces(tmp_path, monkeypatch):
+    """Three pieces of a quarter of a minute in all, then a package that opens; another recipe is refused."""
+    for module in ("shards", "batches", "vision_pretraining"):
+        monkeypatch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 64)
+    logs = []
+    for _ in range(3):
+        package = train(0.12, tmp_path, recipe=SMALL, in_all=0.3)
+        logs.append(sorted(path.name for path in tmp_path.iterdir() if path.is_dir()))
+    assert "joint-01" in logs[-1] and "joint-02" not in logs[-1]
+    pg = paligemma.load(str(package), device="cpu")
+    assert pg.processor.image_size == 80
+    assert isinstance(pg.caption(render_varied(0).image).text, str)
+    with pytest.raises(ValueError, match="another recipe"):
+        train(0.01, tmp_path, recipe=Recipe())
