@@ -39,6 +39,7 @@ from paligemma.answers.results import Answer, Detection, Items, Segment
 from paligemma.generation import Generated, check_length, generate, stream
 from paligemma.images import ImageInput, ImageT, Picture, load_image, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.terminal import error_line, printable
 from paligemma.utils import load_hf_model
 from paligemma.weights.finding import first_with, open_model, resolve
 
@@ -591,12 +592,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pg = load(options.model_path, device="cpu" if options.only_cpu else None)
         pieces = pg.stream(options.image_file_path, options.prompt, options.max_tokens_to_generate, **sampling)
-        answer = shown(pieces, lambda piece: print(piece, end="", flush=True))
+        plain = printable if sys.stdout.isatty() else str
+        answer = shown(pieces, lambda piece: print(plain(piece), end="", flush=True))
         if not answer.finished:
             note = f"stopped after {options.max_tokens_to_generate} tokens; --max_tokens_to_generate allows more"
             print(f"note: {note}", file=sys.stderr)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {error_line(error, doing='python -m paligemma.inference')}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from paligemma.cli.output import note, notes, print_table
+from paligemma.cli.output import note, notes, print_table, say
 
 
 def bench(
@@ -56,7 +56,7 @@ def bench(
         )
     print_table(table(record))
     for line in growth_lines(record):
-        typer.echo(line)
+        say(line)
     for failed in record["failed"]:
         note(f"failed: {failed['what']}: {failed['why']}")
     note(f"record: {path}")

@@ -20,7 +20,7 @@ from paligemma.cli.options import (
     Revision,
     Split,
 )
-from paligemma.cli.output import drawing_paths, note, notes, save_picture
+from paligemma.cli.output import drawing_paths, note, notes, save_picture, say
 from paligemma.data.options import DataOptions
 
 
@@ -57,7 +57,7 @@ def data_check(
             rows, processor, max_length, open_pictures, show,
             progress=lambda done: status.update(Text(f"{done:,} of {len(rows):,} rows")),
         )  # fmt: skip
-    typer.echo(str(result))
+    say(str(result))
     if not result.ok:
         raise typer.Exit(1)
 

@@ -7,14 +7,18 @@ Each command imports what it needs when it runs, so that `--help` answers at onc
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from paligemma.cli import bench, data, evaluate, explore, run, tiny, train, weights
 from paligemma.cli.output import print_error
+from paligemma.terminal import printable
+
+UsageError: Any = typer.BadParameter.__bases__[0]  # typer has no public name for it
 
 app = typer.Typer(
     name="paligemma",
@@ -75,9 +79,14 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter still shows the rest
     try:
-        app(arguments, standalone_mode=True)
+        code = app(arguments, standalone_mode=False)
+    except UsageError as error:
+        error.message = printable(error.message)  # it may quote the name of a file
+        error.show()
+        sys.exit(error.exit_code)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
         if debug:
             raise
-        print_error(error)
+        print_error(error, doing=shlex.join(["paligemma", *arguments])[:200])
         sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+
+from paligemma.terminal import error_line, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,16 +23,25 @@ notes = Console(stderr=True, highlight=False)
 
 
 def note(text: str) -> None:
-    """A line on stderr, as it is: brackets in a file name are not markup, and a long line is not broken."""
-    notes.print(text, style="dim", markup=False, soft_wrap=True)
+    """A line on stderr. Brackets in a file name are not markup, and a long line is not broken."""
+    notes.print(printable(text), style="dim", markup=False, soft_wrap=True)
 
 
-def print_error(error: BaseException) -> None:
-    """One line on stderr that begins with "error:"."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and text.startswith("[Errno"):  # what the system refused, without its number
-        text = f"{error.strerror}" if error.filename is None else f"{error.filename}: {error.strerror}"
-    notes.print(f"error: {text}", style="bold red", markup=False, soft_wrap=True)
+def print_error(error: BaseException, doing: str = "") -> None:
+    """One line on stderr that begins with "error:". doing: see `error_line`."""
+    notes.print(f"error: {error_line(error, doing)}", style="bold red", markup=False, soft_wrap=True)
+
+
+def say(text: str, newline: bool = True) -> None:
+    """Writes to stdout. A terminal gets no control characters; a file or pipe gets the text as it is."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        text = printable(text)
+    try:
+        typer.echo(text, nl=newline)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # `paligemma ... | head`: the reader has seen enough
+            raise
+        raise OSError(error.errno, error.strerror, "stdout") from error
 
 
 def echo_json(value: Any) -> None:
@@ -39,7 +51,7 @@ def echo_json(value: Any) -> None:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(value)
-    typer.echo(text)
+    say(text)
 
 
 def print_table(table: Table) -> None:

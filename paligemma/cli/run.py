@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import typer
 from rich.text import Text
 
 from paligemma.cli.options import Device, Dtype, Free, MaxNewTokens, Model, Revision, one_of
-from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture
+from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +29,13 @@ TINY_PROMPTS = ("caption en", "answer en QUESTION", "ocr", "detect THIS ; THAT",
 
 def run(
     prompt: Annotated[str, typer.Argument(help="'caption en', 'answer en what is this ?', 'detect dog ; cat', ...")],
-    images: Annotated[list[str], typer.Argument(help="Pictures; '-' reads one from stdin.", metavar="IMAGE")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures, folders of pictures, or patterns such as '*.jpg'; '-' reads one from stdin.",
+            metavar="IMAGE",
+        ),
+    ],
     model: Model = "tiny",
     max_new_tokens: MaxNewTokens = None,
     temperature: Annotated[float | None, typer.Option(help="Sample, with this temperature. Default: greedy.")] = None,
@@ -68,6 +76,7 @@ def run(
     """Answer PROMPT about one or more pictures.
 
     A line on stdout for a sentence, one for each box or mask; of several pictures, each line begins with its picture.
+    A folder stands for the pictures in it.
     A picture that cannot be read is named on stderr; the others are answered all the same, and the exit code is 1.
     """
     sampling = sampling_options(temperature, top_k, top_p, beams, seed)
@@ -77,8 +86,13 @@ def run(
         raise typer.BadParameter("--free is for detect and segment: other answers follow no grammar")
     if loc_scale not in (1023, 1024):
         raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
+    if os.path.isfile(prompt) and not any(os.path.exists(name) for name in images):
+        raise typer.BadParameter(f"the prompt comes first, then the picture: paligemma run {images[0]!r} {prompt}")
     if images.count("-") > 1:
         raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
+    several = len(images) > 1 or os.path.isdir(images[0])
+    images = expanded(images)
+    several |= len(images) > 1
     drawings = drawing_paths(save, images) if save is not None else []
     note_unusual_prompt(prompt, task, model)
 
@@ -96,9 +110,9 @@ def run(
                     loc_scale=loc_scale, device_map=device_map,
                 )  # fmt: skip
         terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
-        if terminal and not as_json and save is None and not boxes and len(images) == 1 and beams == 1:
+        if terminal and not as_json and save is None and not boxes and not several and beams == 1:
             pieces = pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling)
-            note_spent_budget(images[0], shown(pieces, lambda piece: typer.echo(piece, nl=False)), budget)
+            note_spent_budget(images[0], shown(pieces, lambda piece: say(piece, newline=False)), budget)
             return
         codec = pg.codec if task == "segment" else None
         answers = pg.generate(pictures, prompt, max_new_tokens=budget, constrained=not free, codec=codec, **sampling)
@@ -108,7 +122,7 @@ def run(
                 echo_json(answer_as_json(name, prompt, answer))
             else:
                 for line in describe(answer, boxes):
-                    typer.echo(line if len(images) == 1 else f"{name}: {line}")
+                    say(f"{name}: {line}" if several else line)
                 if boxes and answer.finished and not answer.text:
                     note(f"note: {name}: nothing found")
             note_spent_budget(name, answer, budget)
@@ -139,9 +153,15 @@ def sampling_options(
 
 def note_unusual_prompt(prompt: str, task: str, model: str) -> None:
     """A hint where the prompt differs from those that the model was trained on. It is answered all the same."""
+    boxes = task in ("detect", "segment")
     labels = [label.strip() for label in prompt.strip().removeprefix(task).split(";")]
     spaced = f"{task} {' ; '.join(labels)}"
-    if task in ("detect", "segment") and len(labels) > 1 and all(labels) and prompt.strip() != spaced:
+    if boxes and any("," in label for label in labels):
+        separated = f"{task} {' ; '.join(part.strip() for part in ','.join(labels).split(',') if part.strip())}"
+        note(
+            f"note: a comma does not separate labels, this asks for one thing of that name: {separated!r} asks for each"
+        )
+    elif boxes and len(labels) > 1 and all(labels) and prompt.strip() != spaced:
         note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
     if model == "tiny" and task not in [known.partition(" ")[0] for known in TINY_PROMPTS]:
         note(f"note: {prompt!r} is no prompt that the embedded model learned: {', '.join(map(repr, TINY_PROMPTS))}")
@@ -158,6 +178,27 @@ def note_embedded_model(model: str) -> None:
             "note: this is the embedded model; it knows only its small world of pictograms. "
             "For photographs use official weights: --model google/paligemma2-3b-mix-224"
         )
+
+
+def expanded(images: list[str]) -> list[str]:
+    """Every picture that is named: a folder stands for the pictures in it, a pattern for the files that match."""
+    paths: list[str] = []
+    for name in images:
+        if os.path.isdir(name):
+            from PIL import Image
+
+            known = Image.registered_extensions()
+            found = [os.path.join(name, file) for file in os.listdir(name) if Path(file).suffix.lower() in known]
+            if not found:
+                raise ValueError(f"{name}: there is no picture in this folder")
+        elif glob.has_magic(name) and not os.path.exists(name):
+            found = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+            if not found:
+                raise ValueError(f"{name}: no file matches this pattern")
+        else:
+            found = [name]
+        paths += sorted(found)
+    return paths
 
 
 def opened(images: list[str]) -> Iterator[tuple[list[int], list[Image.Image]]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from paligemma.cli.options import Dtype, Revision
-from paligemma.cli.output import note
+from paligemma.cli.output import note, say
 
 
 def info(
@@ -19,7 +19,7 @@ def info(
     from paligemma.weights.info import describe as describe_checkpoint
     from paligemma.weights.info import render
 
-    typer.echo(render(describe_checkpoint(model, revision)))
+    say(render(describe_checkpoint(model, revision)))
 
 
 def convert(
@@ -84,7 +84,7 @@ def download(
     """Fetch a checkpoint into the hub's cache and print where it lies."""
     from paligemma.weights.finding import resolve
 
-    typer.echo(resolve(model, revision=revision))
+    say(str(resolve(model, revision=revision)))
 
 
 def note_written(target: Path, files: list[Path]) -> None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from paligemma.data.lengths import Lengths
 from paligemma.data.picture_checks import PictureChecks
 from paligemma.data.row_checks import text_problems
-from paligemma.data.rows import RowError, Rows, printable
+from paligemma.data.rows import RowError, Rows
+from paligemma.terminal import printable
 
 if TYPE_CHECKING:
     from paligemma.processing_paligemma import PaliGemmaProcessor

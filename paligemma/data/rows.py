@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+from paligemma.terminal import printable
+
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import Box
 
@@ -85,17 +87,6 @@ class RowError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
-
-
-def printable(text: str) -> str:
-    """Text that any terminal may be sent: halves of characters, which cannot be encoded, and control characters, with
-    which a file's name could steer a terminal, are spelled out: "\\ud83d", "\\x1b"."""
-    if not text.isascii():
-        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if text.isprintable() else _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # not tab and line break
 
 
 def short(value: object) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -54,8 +55,7 @@ def resolve(
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
     if isinstance(model_path, os.PathLike) or not is_id or path.suffix in (".npz", ".safetensors"):
         raise FileNotFoundError(
-            f"{name}: no such file or folder"
-            + (f". Did you mean google/{name} on the hub?" if name.startswith("paligemma") and "/" not in name else "")
+            f"{name}: no such file or folder" + (f". Did you mean {meant}?" if (meant := _meant(name)) else "")
         )
     # A mistyped path must not download somebody's repository. The names that Google published are no mistakes.
     if path.parent.is_dir() and not name.startswith("google/paligemma"):
@@ -64,6 +64,13 @@ def resolve(
             "repository of this name start from another folder"
         )
     return _download(name, revision, parse_dtype(dtype), weights)
+
+
+def _meant(name: str) -> str | None:
+    """What a mistyped name may stand for."""
+    if name.startswith("paligemma") and "/" not in name:
+        return f"google/{name} on the hub"
+    return "tiny, the embedded model" if difflib.get_close_matches(name.lower(), ["tiny"], cutoff=0.75) else None
 
 
 def _download(name: str, revision: str | None, dtype: torch.dtype | None, weights: bool) -> Path:

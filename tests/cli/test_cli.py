@@ -281,11 +281,11 @@ def test_what_the_system_refuses_is_named_without_its_number(paligemma, folder):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is always full")
-def test_a_full_disk_is_told_without_a_number(folder):
+def test_a_full_disk_is_told_without_a_number_and_named(folder):
     command = [sys.executable, "-m", "paligemma", "run", "ocr", "a.png", "--model", "model", "--max-new-tokens", "1"]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")
+    assert (result.returncode, result.stderr) == (1, "error: stdout: No space left on device\n")
 
 
 def test_a_large_picture_is_answered_without_a_warning(folder):

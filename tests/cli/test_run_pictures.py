@@ -1,0 +1,71 @@
+"""`paligemma run`: which pictures are meant, and what is probably a mistake."""
+
+import sys
+
+import pytest
+from PIL import Image
+
+from paligemma.cli import main as cli
+from paligemma.cli.run import expanded
+from paligemma.inference import Answer, PaliGemma
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "album" / "more").mkdir(parents=True)
+    for name in ("album/b.png", "album/a.JPG", "album/more/c.png", "alone.png", "odd[1].png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "album" / "notes.txt").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """The command in this process; the model answers every picture by "seen"."""
+    monkeypatch.setattr(
+        PaliGemma, "generate", lambda self, images, prompt, **_: [Answer("seen", [], [], 0.5, True) for _ in images]
+    )
+
+    def command(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["paligemma", "run", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return command
+
+
+def test_folders_and_patterns_stand_for_their_pictures_in_order(folder):
+    assert expanded(["album"]) == ["album/a.JPG", "album/b.png"]
+    assert expanded(["album/*.png", "alone.png"]) == ["album/b.png", "alone.png"]
+    assert expanded(["album/**/*.png"]) == ["album/b.png", "album/more/c.png"]
+    assert expanded(["odd[1].png", "-", "missing.png"]) == ["odd[1].png", "-", "missing.png"]  # as they are named
+    with pytest.raises(ValueError, match="empty: there is no picture in this folder"):
+        expanded(["empty"])
+    with pytest.raises(ValueError, match="x\\*: no file matches"):
+        expanded(["x*"])
+
+
+def test_every_line_of_a_folder_names_its_picture(run, folder):
+    assert run("ocr", "album")[:2] == (0, "album/a.JPG: seen\nalbum/b.png: seen\n")
+    assert run("ocr", "album/more")[1] == "album/more/c.png: seen\n"  # also where there is only one
+    assert run("ocr", "alone.png")[1] == "seen\n"
+
+
+def test_a_prompt_and_a_picture_in_the_wrong_order_are_told(run):
+    code, out, err = run("alone.png", "caption en")
+    assert (code, out) == (2, "")
+    assert "the prompt comes first, then the picture: paligemma run 'caption en' alone.png" in " ".join(err.split())
+
+
+def test_commas_between_labels_get_a_note(run):
+    assert "'detect dog ; book' asks for each" in run("detect dog, book", "alone.png")[2]
+    assert "comma" not in run("detect dog ; book", "alone.png")[2]
+
+
+def test_a_mistyped_name_of_the_embedded_model_is_told(run):
+    code, out, err = run("ocr", "alone.png", "--model", "tinny")
+    assert (code, out) == (1, "") and "tinny: no such file or folder. Did you mean tiny, the embedded model?" in err
+    assert "Did you mean" not in run("ocr", "alone.png", "--model", "whale")[2]
