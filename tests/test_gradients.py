@@ -10,7 +10,8 @@ import pytest
 import torch
 from reference import make_inputs, make_pair, make_theirs, their_name
 
-from paligemma.train.loop import TrainConfig, suffix_loss, train
+from paligemma.train.loop import TrainConfig, train
+from paligemma.train.loss import suffix_loss
 
 KINDS = ("gemma", "gemma2")
 

@@ -3,18 +3,17 @@
     batches = RowBatches(rows, pg.processor, batch_size=32)
     train(pg.model, batches, TrainConfig(steps=1000, lr=1e-5), out="runs/mine")
 
-Run the same line again after an interruption and it goes on where it was, with the losses it would have had. Under
-`torchrun --nproc-per-node N` every process takes its part of each batch, and with `shard` keeps only its part of the
-model as well.
+Run the same lines again after an interruption and training continues where it was, with the losses it would have had.
+Under `torchrun --nproc-per-node N` every process works on its part of each batch, and with `shard` it holds only its
+part of the model as well.
 
 What is unusual:
-- a batch is a function of the step (`batches(step, part, parts)`), and so is what dropout draws: resuming needs
-  neither a sampler's state nor a generator's;
-- parts of a batch add up *sums* of losses and gradients, and the total is divided by the number of answer tokens of
-  the whole batch. The mean of the means of parts would weigh short answers more; so accumulation and processes change
-  nothing;
-- the loss is computed on answer tokens alone: the head is 257,216 wide, and on every position it would need more
-  memory than everything else together.
+- a batch is a function of the step (`batches(step, part, parts)`), and so are the random numbers of dropout. Resuming
+  needs no state of a sampler or a generator;
+- the parts of a batch add up *sums* of losses and gradients, and the total is divided by the number of answer tokens in
+  the whole batch. A mean of means would weigh short answers more. So neither accumulation nor the number of processes
+  changes the result;
+- the loss is computed on answer tokens only (`loss.py`).
 
 Follows the fine-tuning recipe of big_vision (`configs/proj/paligemma/transfers`): Adam, clipping at 1, 5% warm-up,
 cosine to 0.
@@ -22,54 +21,80 @@ cosine to 0.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import rich.console
-import rich.progress
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma.devices import multiplies_bfloat16
-from paligemma.files import write_text
 from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
-from paligemma.train.optimizer import decays_in_reference
-from paligemma.train.run_folder import LOG, append_to_log, read_log
+from paligemma.train.interruption import stop_signals
+from paligemma.train.loss import LossFunction, suffix_loss
+from paligemma.train.optimizer import decayed_apart
+from paligemma.train.progress import Log, progress_bar
+from paligemma.train.run_folder import LOG
 from paligemma.train.schedule import SCHEDULES, learning_rate_factor
-
-
-def bfloat16_where_fast() -> torch.dtype | None:
-    """For `TrainConfig.autocast` on a CPU: bfloat16, or None (float32) where it has no fast products of it."""
-    return torch.bfloat16 if multiplies_bfloat16() else None
-
-
-class NotFinite(FloatingPointError):
-    """A loss or gradient that is no number, in step `step` (counted from 0)."""
-
-    def __init__(self, what: str, value: float, step: int) -> None:
-        super().__init__(f"the {what} of step {step} is {value}: try a lower learning rate")
-        self.step = step
 
 
 class Batches(Protocol):
     def __call__(self, step: int, part: int, parts: int) -> Batch | None: ...
 
 
-# (model, batch) -> sum of the losses, how many tokens (or what else it is the sum of), and figures for the log, sums
-# too
-LossFunction = Callable[[Any, Batch], tuple[Tensor, float, dict[str, float]]]
+Validate = Callable[[nn.Module, int], dict[str, Any]]
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    loss: LossFunction | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
+    validate: Validate | None = None,
+    resume: bool = True,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place; returns the last entry of the log.
+
+    batches:    see `Batches`; None for a part that has nothing to do.
+    out:        folder for `checkpoints/` and `log.jsonl` (one line every `log_every` steps).
+    loss:       default `suffix_loss`.
+    optimizers: with their peak learning rates; default AdamW as in the reference.
+    validate:   is called with the model (averaged, if `ema`) in evaluation mode; its figures go to the log.
+    resume:     continue from the last checkpoint in `out`, if there is one; otherwise old checkpoints are removed.
+    on_log:     is called with every entry of the log, on the first process.
+
+    Checkpoints hold what is trained. Frozen parameters are the caller's, also when a run continues.
+    With `shard` the model is whole again on the first process when `validate` is called and at the end. On the others,
+    and after an exception, it has no weights left. A run may continue with another number of processes.
+    Ctrl-C (or SIGTERM) finishes the step, saves and raises KeyboardInterrupt; a second Ctrl-C stops at once.
+
+    Raises NotFinite at the first loss or gradient that is not a finite number; the last checkpoint is from before it.
+    """
+    run = Run(model, config, Path(out), loss, optimizers, validate, resume, on_log)
+    with progress_bar(run.rank) as show_progress, stop_signals() as stop_requested:
+        while (progress := run.progress()) < 1:
+            rate = run.set_learning_rates(progress)
+            sums = run.compute_gradients(batches, stop_requested)
+            run.update_weights(sums)
+            run.log_step(sums, rate)
+            show_progress(run.progress_of_steps(progress), run.note)
+            if run.validation_is_due():
+                run.validate_now()
+            if run.stopping or run.checkpoint_is_due():
+                run.save()
+            if run.stopping:
+                raise KeyboardInterrupt(f"stopped after step {run.step}, which is saved")
+            run.step_ended = time.monotonic()
+    return run.finish()
 
 
 @dataclass(frozen=True)
@@ -104,231 +129,205 @@ class TrainConfig:
             raise ValueError(f"minutes must be more than 0, got {self.minutes:g}")
 
 
-def suffix_loss(label_smoothing: float = 0.0) -> LossFunction:
-    """The prefix-LM loss: cross-entropy of every suffix token and the end, given all before it."""
-
-    def loss(model: Any, batch: Batch) -> tuple[Tensor, float, dict[str, float]]:
-        targets = batch["labels"][:, 1:]
-        labelled = targets != -100
-        first = int(labelled.any(0).int().argmax())  # position that predicts anything; 0 if none does
-        hidden = model.read(
-            batch["input_ids"],
-            **vision_inputs(model, batch),
-            attention_mask=batch["attention_mask"],
-            token_type_ids=batch["token_type_ids"],
-            num_outputs=batch["labels"].shape[1] - first,
-        )
-        targets, labelled = targets[:, first:], labelled[:, first:]
-        logits = model.logits(hidden[:, :-1][labelled]).float()  # [tokens, V]
-        targets = targets[labelled]
-        # The reference shares s among the *other* V - 1 tokens, torch shares it among all V.
-        V = logits.shape[-1]
-        total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing * V / (V - 1))
-        right = float((logits.argmax(-1) == targets).sum())
-        return total, float(len(targets)), {"accuracy": right}
-
-    return loss
+def bfloat16_where_fast() -> torch.dtype | None:
+    """For `TrainConfig.autocast` on a CPU: bfloat16, or None (float32) where it has no fast products of it."""
+    return torch.bfloat16 if multiplies_bfloat16() else None
 
 
-def vision_inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
-    """The pictures of a batch for `model.forward`. One that several rows see is encoded once, and its gradient is the
-    sum of theirs."""
-    if "pictures" not in batch:
-        return {"pixel_values": batch["pixel_values"]} if "pixel_values" in batch else {}
-    if distributed.is_sharded(next(model.parameters())):  # whose weights are not there outside of `forward`
-        return {"pixel_values": batch["pixel_values"][batch["pictures"]]}
-    features = model.encode_image(batch["pixel_values"])  # [pictures, P, D]
-    return {"image_features": features.index_select(0, batch["pictures"])}
+class NotFinite(FloatingPointError):
+    """A loss or gradient that is not a finite number, in step `step` (counted from 0)."""
+
+    def __init__(self, what: str, value: float, step: int) -> None:
+        super().__init__(f"the {what} of step {step} is {value}: try a lower learning rate")
+        self.step = step
 
 
-def decayed_apart(
-    model: nn.Module, weight_decay: float, lr: float = 1e-5, vision_lr: float = 1.0
-) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW with weight decay as in the reference (`optimizer.decays_in_reference`).
+class Run:
+    """What a run knows between two steps, and the parts of a step, in the order of `train`."""
 
-    vision_lr: the vision tower's share of the learning rate. It decays as without it: there decay is added to the step
-    behind its `lr_mults`. Torch multiplies it with the group's own rate, so here it is divided by the share.
-    """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            share = vision_lr if name.startswith("vision_tower") else 1.0
-            groups.setdefault((decays_in_reference(name, parameter), share), []).append(parameter)
-    return [
-        {"params": group, "lr": lr * share, "weight_decay": weight_decay / share if decays else 0.0}
-        for (decays, share), group in groups.items()
-    ]
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        out: Path,
+        loss: LossFunction | None,
+        optimizers: Sequence[torch.optim.Optimizer] | None,
+        validate: Validate | None,
+        resume: bool,
+        on_log: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.config, self.out, self.validate = config, out, validate
+        self.rank, self.world = distributed.start()
+        self.whole, self.sharded = model, config.shard and self.world > 1
+        if self.sharded:
+            if optimizers is not None:
+                raise ValueError(
+                    "optimizers of your own hold the parameters of the whole model: leave them out, or shard"
+                )
+            model = sharding.shard(model)  # type: ignore[arg-type]  # says so if it is another model
+        self.model = model
+        self.loss = loss or suffix_loss(config.label_smoothing)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if optimizers is None:
+            groups = decayed_apart(model, config.weight_decay, config.lr, config.vision_lr)
+            optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8)]
+        self.optimizers = optimizers
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        self.average = {name: value.clone() for name, value in trained_state(model).items()} if config.ema else None
 
+        self.step = 0
+        self.elapsed = 0.0  # seconds of the run before this process
+        self.sums: dict[str, float] = {}  # since the last entry of the log
+        self.last: dict[str, Any] = {}  # that entry
+        self.pace = 0.0  # tokens a second, a running mean
+        self.stopping, self.note = False, ""
+        if resume:
+            self._load_checkpoint()
+        elif self.rank == 0:
+            (out / LOG).unlink(missing_ok=True)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        if not self.sharded:
+            distributed.broadcast_weights(model)
+        self.log = Log(out, self.step, on_log) if self.rank == 0 else None
+        self.began = self.saved = self.logged = self.step_ended = time.monotonic()
+        model.train()
 
-def train(
-    model: nn.Module,
-    batches: Batches,
-    config: TrainConfig,
-    out: str | Path,
-    *,
-    loss: LossFunction | None = None,
-    optimizers: Sequence[torch.optim.Optimizer] | None = None,
-    validate: Callable[[nn.Module, int], dict[str, Any]] | None = None,
-    resume: bool = True,
-    on_log: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """Train `model` in place; returns what was last logged.
-
-    batches:    see `Batches`; None for a part that has nothing to do.
-    out:        folder for `checkpoints/` and `log.jsonl` (one line every `log_every` steps).
-    loss:       default `suffix_loss`.
-    optimizers: with their peak learning rates; default AdamW as in the reference.
-    validate:   is called with the model (averaged, if `ema`) in evaluation mode; its figures go to the log.
-    resume:     go on from the last checkpoint in `out`, if there is one; otherwise what is there is removed.
-    on_log:     is called with everything that goes to the log, on the first process.
-
-    Checkpoints hold what is trained; frozen parameters are as the caller has them, also when a run goes on.
-    With `shard` the model is whole again on the first process when `validate` is called and at the end; elsewhere, and
-    after an exception, it has no weights left. A run may go on with another number of processes.
-    Ctrl-C (or SIGTERM) finishes the step, saves and raises KeyboardInterrupt; a second one stops at once.
-
-    Raises NotFinite at the first loss or gradient that is not a finite number; the last checkpoint is from
-    before it.
-    """
-    out = Path(out)
-    rank, world = distributed.start()
-    device = next(model.parameters()).device
-    whole, shard = model, config.shard and world > 1
-    if shard:
-        if optimizers is not None:
-            raise ValueError("optimizers of your own hold the parameters of the whole model: leave them out, or shard")
-        model = sharding.shard(model)  # type: ignore[arg-type]  # says so if it is another model
-    loss = loss or suffix_loss(config.label_smoothing)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if optimizers is None:
-        groups = decayed_apart(model, config.weight_decay, config.lr, config.vision_lr)
-        optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8)]
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    average = {name: value.clone() for name, value in trained_state(model).items()} if config.ema else None
-
-    step, elapsed, last = 0, 0.0, {}
-    sums: dict[str, float] = {}
-    mesh = sharding.mesh_of(model) if shard else None
-    state = checkpointing.load_last(out / "checkpoints", mesh) if resume else None
-    if state is not None:
-        load_trained(model, state["model"])
-        for optimizer, values in zip(optimizers, state["optimizers"]):
+    def _load_checkpoint(self) -> None:
+        mesh = sharding.mesh_of(self.model) if self.sharded else None
+        state = checkpointing.load_last(self.out / "checkpoints", mesh)
+        if state is None:
+            return
+        load_trained(self.model, state["model"])
+        for optimizer, values in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(values)
-        if average is not None and state["average"] is not None:
-            average = {name: value.to(device) for name, value in state["average"].items()}
-        step, elapsed, sums = state["step"], state["elapsed"], state.get("sums", {})
-        state = None  # a second copy of the weights
-    elif rank == 0 and not resume:
-        (out / LOG).unlink(missing_ok=True)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    if not shard:
-        distributed.broadcast_weights(model)
-    log = Log(out, step, on_log) if rank == 0 else None
+        if self.average is not None and state["average"] is not None:
+            device = next(self.model.parameters()).device
+            self.average = {name: value.to(device) for name, value in state["average"].items()}
+        self.step, self.elapsed, self.sums = state["step"], state["elapsed"], state.get("sums", {})
 
-    def save(finished: bool = False) -> None:
-        values = [optimizer.state_dict() for optimizer in optimizers]  # on all ranks: a sharded one gathers here
-        if rank == 0 or shard:
+    def progress(self) -> float:
+        """The share of the run that is done: of its steps or of its minutes, whichever is larger."""
+        progress = self.step / self.config.steps
+        if self.config.minutes is None:
+            return progress
+        minutes = (self.elapsed + time.monotonic() - self.began) / 60
+        return distributed.broadcast(max(progress, minutes / self.config.minutes))  # clocks differ
+
+    def progress_of_steps(self, progress: float) -> float:
+        """`progress`, with the step that has just been made."""
+        return max(progress, self.step / self.config.steps)
+
+    def set_learning_rates(self, progress: float) -> float:
+        """Returns what the peak rates are multiplied by."""
+        factor = learning_rate_factor(progress, self.config)
+        for optimizer, peaks in zip(self.optimizers, self.peaks):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * factor
+        return factor
+
+    def compute_gradients(self, batches: Batches, stop_requested: Callable[[], bool]) -> dict[str, float]:
+        """Forward and backward. Returns the sums over all processes: of the loss, its weight (the number of answer
+        tokens), the loss function's own figures, and all tokens. Whether to stop is agreed on in the same message."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        sums = add_gradients(self.model, batches, self.loss, self.config, self.step, self.rank, self.world)
+        sums = distributed.all_reduce_figures({**sums, "stop": float(stop_requested())})
+        if not math.isfinite(sums["loss"]):
+            raise NotFinite("loss", sums["loss"], self.step)
+        self.stopping = bool(sums.pop("stop"))
+        return sums
+
+    def update_weights(self, sums: dict[str, float]) -> None:
+        """The optimizers' step, with the mean of the gradients, clipped. Without any readable row nothing is learned.
+        Adds the gradient's norm to the sums, weighted as they are."""
+        norm = 0.0
+        if sums["weight"]:
+            norm = divide_and_clip(self.trained, sums["weight"], self.config.clip)
+            if not math.isfinite(norm):
+                raise NotFinite("gradient", norm, self.step)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        sums["gradient"] = sums["weight"] * norm
+        self.step += 1
+        if self.average is not None:
+            update_average(self.average, self.model, min(self.config.ema, self.step / (self.step + 10)))
+
+    def log_step(self, sums: dict[str, float], rate: float) -> None:
+        """Count a step, and write to the log every `log_every` steps."""
+        now = time.monotonic()
+        pace = sums.pop("tokens") / (now - self.step_ended)
+        self.pace = 0.9 * self.pace + 0.1 * pace if self.pace else pace
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        steps = self.config.steps
+        if (self.step % self.config.log_every == 0 or self.step == steps) and self.sums["weight"]:
+            weight = self.sums["weight"]
+            self.last = {name: value / weight for name, value in self.sums.items() if name != "weight"}
+            self.last |= {"step": self.step, "weight": weight, "lr": rate, "seconds": now - self.logged}
+            self.last |= {"tokens_per_second": self.pace} if self.pace else {}
+            self.sums, self.logged = {}, now
+            if self.log is not None:
+                self.log.write(self.last | {"time": time.time()})
+        loss = sums["loss"] / max(sums["weight"], 1e-9)
+        of = f"/{steps}" if self.config.minutes is None else ""
+        self.note = f"step {self.step}{of}  loss {loss:.3f}  {self.pace:,.0f} tokens/s"
+
+    def validation_is_due(self) -> bool:
+        """Before saving: a run that is killed between the two validates again."""
+        every = self.config.validate_every
+        return self.validate is not None and bool(every) and self.step % every == 0 and self.step < self.config.steps
+
+    def validate_now(self) -> None:
+        before = time.monotonic()
+        if self.sharded:
+            sharding.gather(self.model, self.whole, self.average)
+            self.last |= self._validated(self.whole, None)
+            sharding.empty(self.whole)
+        else:
+            self.last |= self._validated(self.model, self.average)
+        self.logged += time.monotonic() - before  # which is no time of training
+
+    def _validated(self, model: nn.Module, average: dict[str, Tensor] | None) -> dict[str, Any]:
+        if self.validate is None or self.rank:
+            return {}
+        return validated(model, average, self.validate, self.step, self.log)
+
+    def checkpoint_is_due(self) -> bool:
+        return distributed.broadcast(time.monotonic() - self.saved) > self.config.save_every
+
+    def save(self, finished: bool = False) -> None:
+        values = [optimizer.state_dict() for optimizer in self.optimizers]  # on all ranks: a sharded one gathers here
+        if self.rank == 0 or self.sharded:
             state = {
-                "model": trained_state(model),
+                "model": trained_state(self.model),
                 "optimizers": values,
-                "average": average,
-                "sums": sums,  # since the last entry of the log
-                "step": step,
-                "elapsed": elapsed + time.monotonic() - begun,
+                "average": self.average,
+                "sums": self.sums,
+                "step": self.step,
+                "elapsed": self.elapsed + time.monotonic() - self.began,
                 "finished": finished,
             }
-            checkpointing.save(out / "checkpoints", step, state)
+            checkpointing.save(self.out / "checkpoints", self.step, state)
+        self.saved = time.monotonic()
 
-    def look(step: int) -> dict[str, Any]:
-        assert validate is not None
-        if not shard:
-            return validated(model, average, validate, step, log) if rank == 0 else {}
-        sharding.gather(model, whole, average)
-        figures = validated(whole, None, validate, step, log) if rank == 0 else {}
-        sharding.empty(whole)
-        return figures
-
-    begun = saved = logged = ended = time.monotonic()
-    pace = 0.0  # tokens a second, lately
-    model.train()
-    with progress_bar(rank) as bar, stop_signals() as asked_to_stop:
-        task = bar.add_task("training", total=1000, completed=1000 * step // config.steps, note="")
-        while step < config.steps:
-            progress = step / config.steps
-            if config.minutes is not None:
-                spent = (elapsed + time.monotonic() - begun) / 60
-                progress = distributed.broadcast(max(progress, spent / config.minutes))
-                if progress >= 1:
-                    break
-            factor = learning_rate_factor(progress, config)
-            for optimizer, lrs in zip(optimizers, peaks):
-                optimizer.zero_grad(set_to_none=True)
-                for group, lr in zip(optimizer.param_groups, lrs):
-                    group["lr"] = lr * factor
-            here = add_gradients(model, batches, loss, config, step, rank, world)
-            here["stop"] = float(asked_to_stop())
-            here = distributed.all_reduce_figures(here)
-            if not math.isfinite(here["loss"]):
-                raise NotFinite("loss", here["loss"], step)
-            stop, tokens = here.pop("stop"), here.pop("tokens")
-            norm = 0.0
-            if here["weight"]:  # otherwise no row of this step could be read, and nothing is learned
-                norm = divide_and_clip(trained, here["weight"], config.clip)
-                if not math.isfinite(norm):
-                    raise NotFinite("gradient", norm, step)
-                for optimizer in optimizers:
-                    optimizer.step()
-            here["gradient"] = here["weight"] * norm
-            step += 1
-            if average is not None:
-                update_average(average, model, min(config.ema, step / (step + 10)))
-
-            for name, value in here.items():
-                sums[name] = sums.get(name, 0.0) + value
-            now = time.monotonic()
-            pace = tokens / (now - ended) if not pace else 0.9 * pace + 0.1 * tokens / (now - ended)
-            if (step % config.log_every == 0 or step == config.steps) and sums["weight"]:
-                last = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
-                last |= {"step": step, "weight": sums["weight"], "lr": factor, "seconds": now - logged}
-                last |= {"tokens_per_second": pace} if pace else {}
-                sums, logged = {}, now
-                if log is not None:
-                    log.write(last | {"time": time.time()})
-            average_loss = here["loss"] / max(here["weight"], 1e-9)
-            known = f"/{config.steps}" if config.minutes is None else ""
-            bar.update(
-                task,
-                completed=1000 * max(progress, step / config.steps),
-                note=f"step {step}{known}  loss {average_loss:.3f}  {pace:,.0f} tokens/s",
-            )
-            # Before saving: a run that is killed in between makes it up.
-            due = bool(config.validate_every) and step % config.validate_every == 0 and step < config.steps
-            if validate and due:
-                before = time.monotonic()
-                last |= look(step)
-                logged += time.monotonic() - before  # no time of training
-            if stop or distributed.broadcast(now - saved) > config.save_every:
-                save()
-                saved = time.monotonic()
-            if stop:
-                raise KeyboardInterrupt(f"stopped after step {step}, which is saved")
-            ended = time.monotonic()
-    save(finished=True)
-    if average is not None:
-        load_trained(model, average)
-        average = None
-    if shard:
-        sharding.gather(model, whole)
-    if validate and rank == 0 and config.validate_last:
-        last |= validated(whole, None, validate, step, log)
-    return last
+    def finish(self) -> dict[str, Any]:
+        """Save, leave the (averaged) weights in the caller's model, and validate them."""
+        self.save(finished=True)
+        if self.average is not None:
+            load_trained(self.model, self.average)
+            self.average = None
+        if self.sharded:
+            sharding.gather(self.model, self.whole)
+        if self.config.validate_last:
+            self.last |= self._validated(self.whole, None)
+        return self.last
 
 
 def add_gradients(
     model: nn.Module, batches: Batches, loss: LossFunction, config: TrainConfig, step: int, rank: int, world: int
 ) -> dict[str, float]:
-    """Forward and backward through this process's parts of a step, which adds to the gradients. Returns the sums over
-    these parts of the loss and its figures, of its weight and of all tokens."""
+    """Forward and backward through this process's parts of a step; gradients are added to those of the parts before.
+    Returns sums over these parts: of the loss and its figures, of its weight, and of all tokens."""
     first = next(model.parameters())
     device, shard = first.device, distributed.is_sharded(first)
     sums: dict[str, float] = {"loss": 0.0, "weight": 0.0, "tokens": 0.0}
@@ -351,8 +350,8 @@ def add_gradients(
 
 
 def divide_and_clip(trained: Sequence[nn.Parameter], weight: float, most: float) -> float:
-    """Of the gradients' sums over all processes their mean, and that with a norm of at most `most`. Returns the norm
-    of the mean."""
+    """Sum the gradients over all processes, divide them by the weight, and clip them to a norm of at most `most`.
+    Returns the norm before clipping."""
     distributed.all_reduce_gradients(trained)
     for parameter in trained:
         if parameter.grad is not None:
@@ -361,14 +360,14 @@ def divide_and_clip(trained: Sequence[nn.Parameter], weight: float, most: float)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The `state_dict` without frozen parameters, and without what bitsandbytes puts there beside them."""
+    """The `state_dict` without frozen parameters, and without what bitsandbytes adds beside them."""
     changing = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     changing |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     return {name: value.detach() for name, value in model.state_dict().items() if name in changing}
 
 
 def load_trained(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """What `trained_state` gave. ValueError if it is of a model of which other parts are trained."""
+    """Load what `trained_state` returned. ValueError if it is from a model of which other parts were trained."""
     differing = set(trained_state(model)) ^ set(state)
     if differing:
         name = min(differing)
@@ -392,7 +391,7 @@ def validated(
     step: int,
     log: Log | None,
 ) -> dict[str, Any]:
-    """What `validate` says of the averaged model, or of the model itself; goes to the log."""
+    """The figures of the averaged model (or of the model itself, without an average), which also go to the log."""
     own = {name: value.clone() for name, value in trained_state(model).items()} if average is not None else None
     if average is not None:
         load_trained(model, average)
@@ -408,51 +407,3 @@ def validated(
     if log is not None:
         log.write({"step": step, "validation": figures, "time": time.time()})
     return figures
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed (or SIGTERM came). A second one stops at once."""
-    asked: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only there signals may be handled
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Log:
-    """One JSON object a line. What a resumed run will write again is cut off first."""
-
-    def __init__(self, out: Path, step: int, on_log: Callable[[dict[str, Any]], None] | None = None):
-        out.mkdir(parents=True, exist_ok=True)
-        self.out, self.on_log = out, on_log
-        if (out / LOG).exists():
-            kept = [entry for entry in read_log(out) if entry["step"] <= step]
-            write_text(out / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))
-
-    def write(self, entry: dict[str, Any]) -> None:
-        append_to_log(self.out, entry)
-        if self.on_log is not None:
-            self.on_log(entry)
-
-
-def progress_bar(rank: int) -> rich.progress.Progress:
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.fields[note]}"),
-        rich.progress.TimeRemainingColumn(),
-    )
-    console = rich.console.Console(file=sys.stderr)
-    return rich.progress.Progress(*columns, console=console, disable=rank != 0 or not console.is_terminal)

@@ -18,8 +18,27 @@ def decays_in_reference(name: str, parameter: nn.Parameter) -> bool:
 
     (Its mask is `.*/kernel$`, and no parameter of its language model is called kernel.)
     """
-    eye = name.startswith(("vision_tower", "multi_modal_projector"))
-    return eye and parameter.ndim > 1 and "embedding.weight" not in name.replace("patch_embedding", "")
+    decays = name.startswith(("vision_tower", "multi_modal_projector"))
+    return decays and parameter.ndim > 1 and "embedding.weight" not in name.replace("patch_embedding", "")
+
+
+def decayed_apart(
+    model: nn.Module, weight_decay: float, lr: float = 1e-5, vision_lr: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW with weight decay as in the reference (`decays_in_reference`).
+
+    vision_lr: the vision tower's share of the learning rate. Weight decay does not depend on it, as in the reference.
+    PyTorch multiplies it by the group's learning rate, so we divide it out here.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            share = vision_lr if name.startswith("vision_tower") else 1.0
+            groups.setdefault((decays_in_reference(name, parameter), share), []).append(parameter)
+    return [
+        {"params": group, "lr": lr * share, "weight_decay": weight_decay / share if decays else 0.0}
+        for (decays, share), group in groups.items()
+    ]
 
 
 def muon_and_adamw(

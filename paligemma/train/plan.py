@@ -38,8 +38,7 @@ from paligemma.attention_mask import prefix_lm_mask
 from paligemma.devices import on_meta_device
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.train import parts
-from paligemma.train.loop import decayed_apart
-from paligemma.train.optimizer import muon_and_adamw
+from paligemma.train.optimizer import decayed_apart, muon_and_adamw
 
 WEIGHTS, CAST, GRADIENTS = "weights", "weights, rounded for the products", "gradients"
 OPTIMIZER, AVERAGE, MESSAGE = "optimizer", "running average", "gradients in one message"

@@ -11,7 +11,8 @@ from reference import make_inputs, make_pair
 from paligemma.fast.swap import quantize
 from paligemma.generation import generate
 from paligemma.kv_cache import KVCache
-from paligemma.train.loop import TrainConfig, suffix_loss, train
+from paligemma.train.loop import TrainConfig, train
+from paligemma.train.loss import suffix_loss
 from paligemma.train.parts import add_lora, checkpoint_gradients, freeze, set_dropout, suit_cpu
 from paligemma.weights.expected import empty_model
 from paligemma.weights.published import published_config

@@ -27,8 +27,9 @@ from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
 from paligemma.train import checkpointing, optimizer
 from paligemma.train.batches import RowBatches, runs_of_pictures
-from paligemma.train.loop import TrainConfig, decayed_apart, suffix_loss, train
-from paligemma.train.optimizer import muon_and_adamw
+from paligemma.train.loop import TrainConfig, train
+from paligemma.train.loss import suffix_loss
+from paligemma.train.optimizer import decayed_apart, muon_and_adamw
 from paligemma.train.schedule import learning_rate_factor
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220), "black": (10, 10, 10)}

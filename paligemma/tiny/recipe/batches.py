@@ -45,7 +45,7 @@ from paligemma.tiny.recipe.settings import FIRST
 from paligemma.tiny.recipe.shards import SHARD, Shard, pixels, shard_paths
 from paligemma.tiny.recipe.vision_pretraining import augmented_targets, stored_targets
 from paligemma.tokenizer import Tokenizer
-from paligemma.train.loop import LossFunction
+from paligemma.train.loss import LossFunction
 
 BIN_STEP = 8
 PACKED_TOKENS = 208  # text tokens beside a picture
