@@ -1,4 +1,5 @@
-"""Boxes and masks for the tools that people already use: plain dicts, COCO results, YOLO labels, supervision.
+"""Boxes and masks for the tools that people already use: plain dicts, COCO results, YOLO labels, Pascal VOC,
+supervision.
 
 All take a list of `Detection` and `Segment`, in the pixels of the original picture. Formats that number their classes
 have no place for a label outside of them: where classes are given, items with another label are left out.
@@ -6,6 +7,7 @@ have no place for a label outside of them: where classes are given, items with a
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -82,6 +84,25 @@ def to_yolo(items: Sequence[Item], image_size: tuple[int, int], names: Sequence[
             values = np.concatenate([corners.mean(0), corners[1] - corners[0]])
         lines.append(" ".join([str(number[item.label]), *(f"{value:.6f}" for value in values)]))
     return lines
+
+
+def to_voc(items: Sequence[Item], image_size: tuple[int, int], file_name: str) -> str:
+    """The XML file of Pascal VOC for one picture; image_size is (W, H). It has no place for masks and scores: a segment
+    is its box. Corners are whole pixels, counted from 0, as most tools write them."""
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = file_name
+    size = ElementTree.SubElement(root, "size")
+    for name, value in zip(("width", "height", "depth"), (*image_size, 3)):
+        ElementTree.SubElement(size, name).text = str(value)
+    for item in items:
+        element = ElementTree.SubElement(root, "object")
+        ElementTree.SubElement(element, "name").text = item.label
+        box = ElementTree.SubElement(element, "bndbox")
+        limits = (*image_size, *image_size)
+        for name, edge, limit in zip(("xmin", "ymin", "xmax", "ymax"), item.box, limits):
+            ElementTree.SubElement(box, name).text = str(min(max(round(edge), 0), limit))
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def to_supervision(items: Sequence[Item], names: Sequence[str] | None = None) -> Any:

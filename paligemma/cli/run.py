@@ -163,6 +163,9 @@ def note_unusual_prompt(prompt: str, task: str, model: str) -> None:
         )
     elif boxes and len(labels) > 1 and all(labels) and prompt.strip() != spaced:
         note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
+    if task in ("detect", "segment") and (comma := next((label for label in labels if "," in label), None)):
+        several = " ; ".join(part.strip() for part in comma.split(",") if part.strip())
+        note(f"note: {comma!r} is asked for as one label; labels are parted by semicolons: '{task} {several}'")
     if model == "tiny" and task not in [known.partition(" ")[0] for known in TINY_PROMPTS]:
         note(f"note: {prompt!r} is no prompt that the embedded model learned: {', '.join(map(repr, TINY_PROMPTS))}")
     elif task not in TASKS:

@@ -18,9 +18,9 @@ LINE = FONT_SIZE + 5
 
 def compare(example: Example, prediction: Prediction) -> Image.Image:
     """An RGB picture. Boxes and masks are drawn on the row's first picture: the true ones left, those of the answer
-    right. A row without any shows all its pictures."""
-    images = [load_image(one) for one in (example.image if isinstance(example.image, tuple) else (example.image,))]
-    if example.regions or prediction.regions:
+    right. A row without any shows all its pictures, and one without a picture only its texts."""
+    images = [load_image(one) for one in example.images]
+    if images and (example.regions or prediction.regions):
         shown = {"truth": (images[0], example.regions), "answer": (images[0], prediction.regions)}
     else:
         names = [f"picture {k}" for k in range(1, len(images) + 1)] if len(images) > 1 else [""]
@@ -39,7 +39,7 @@ def compare(example: Example, prediction: Prediction) -> Image.Image:
     font = font_for("".join(lines), FONT_SIZE)
     wrapped = [part for line in lines for part in _wrap(line, width - 2 * MARGIN, font)[:6]]
     top = MARGIN + (LINE if any(sides) else 0)  # the names stand above the pictures
-    bottom = top + max(side.height for side in sides.values()) + MARGIN
+    bottom = top + max((side.height for side in sides.values()), default=0) + MARGIN
     canvas = Image.new("RGB", (width, bottom + len(wrapped) * LINE + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
     x = MARGIN

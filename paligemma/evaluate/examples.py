@@ -13,7 +13,7 @@ class Example:
     """One row of a data set. What must be given depends on how its task is measured: see `metrics.py`.
 
     id:      unique among the rows; the key under which the prediction is saved.
-    image:   what `PaliGemma.generate` takes: a path, a PIL image, uint8 [H, W, 3], a tuple of these.
+    image:   what `PaliGemma.generate` takes: a path, a PIL image, uint8 [H, W, 3], a tuple of these, or None.
     task:    selects the metric.
     answers: the right answers, or the answers of several people; of a caption, its references.
     regions: the objects that a `detect` or `segment` answer should list, in pixels of the image.
@@ -29,6 +29,11 @@ class Example:
     regions: Sequence[Region] = ()
     group: str = ""
     kind: str = ""
+
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """One by one: none, one or several."""
+        return self.image if isinstance(self.image, tuple) else () if self.image is None else (self.image,)
 
 
 @dataclass(frozen=True)

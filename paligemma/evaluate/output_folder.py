@@ -203,10 +203,10 @@ def fingerprint(pg: PaliGemma) -> str | None:
 
 
 def fingerprint_of_picture(image: Any) -> str:
-    """A hash of one picture or a tuple: of the bytes of a file, of the pixels of anything else. The name does not
-    count: a picture may be replaced under its name, and a data set may be moved."""
+    """A hash of one picture, of a tuple or of none: of the bytes of a file, of the pixels of anything else. The name
+    does not count: a picture may be replaced under its name, and a data set may be moved."""
     digest = hashlib.blake2b(digest_size=8)
-    for one in image if isinstance(image, tuple) else (image,):
+    for one in image if isinstance(image, tuple) else () if image is None else (image,):
         if isinstance(one, (str, os.PathLike)):
             digest.update(hashlib.blake2b(Path(one).read_bytes()).digest())
         else:

@@ -89,13 +89,10 @@ def examples_of(rows: Rows, metric: str, pg: PaliGemma, count: int | None = None
 
 
 def _example(row: Row, measure: str, pg: PaliGemma) -> Example:
-    if not row.pictures:
-        raise ValueError(f"{row.source}: a row without a picture cannot be measured")
     try:
-        picture = load_pictures(row)
+        return to_example(row, measure, load_pictures(row), pg)
     except (OSError, ValueError) as error:
         raise type(error)(f"{row.source}: {error}") from None
-    return to_example(row, measure, picture, pg)
 
 
 # --------------------------------------------------------------------------------------------------- what is measured
@@ -138,7 +135,10 @@ def right_answers(row: Row) -> tuple[str, ...]:
 
 
 def picture_key(row: Row) -> str:
-    """Equal for rows with the same pictures: a hash of their paths or bytes, so that the bytes need not be kept."""
+    """Equal for rows with the same pictures: a hash of their paths or bytes, so that the bytes need not be kept. Rows
+    without a picture have nothing in common."""
+    if not row.pictures:
+        return f"row {row.number}"
     digest = hashlib.blake2b(digest_size=16)
     for picture in row.pictures:
         digest.update(hashlib.blake2b(picture if isinstance(picture, bytes) else os.fsencode(picture)).digest())
@@ -166,17 +166,19 @@ def merge_captions(some: list[Row], rows: Rows, metric: str) -> list[Row]:
 
 
 def load_pictures(row: Row) -> Any:
-    """The picture of a row, or a tuple of its pictures. Raises what `load_image` raises."""
+    """The picture of a row, a tuple of its pictures, or None for a row without. Raises what `load_image` raises."""
     pictures = tuple(load_image(picture) for picture in row.pictures)
-    return pictures if len(pictures) > 1 else pictures[0]
+    return pictures if len(pictures) > 1 else next(iter(pictures), None)
 
 
 def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
     """A row and its picture as an example. Boxes and masks in its suffix become regions; where boxes are measured, the
     box of a mask counts too. Rows about one picture are one group, since their answers are not independent: a
-    confidence interval must know."""
+    confidence interval must know. ValueError for boxes without a picture."""
     regions: list[Region] = []
     if METRICS[measure].regions:
+        if picture is None:
+            raise ValueError(f"boxes and masks of {row.prefix!r} need a picture, and the row has none")
         masks = METRICS[measure].masks
         size = (picture[0] if isinstance(picture, tuple) else picture).size
         parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)

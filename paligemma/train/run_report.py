@@ -212,9 +212,9 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 def card(example: Example, prediction: Prediction, side: int = 360) -> str:
     """Prompt, truth and answer under the pictures; with boxes or masks the first one twice."""
-    images = [load_image(one) for one in (example.image if isinstance(example.image, tuple) else (example.image,))]
+    images = [load_image(one) for one in example.images]
     shown: list[tuple[str, Image.Image, Sequence[Any]]] = [("", image, ()) for image in images]
-    if example.regions or prediction.regions:
+    if images and (example.regions or prediction.regions):
         shown = [("truth", images[0], example.regions), ("answer", images[0], prediction.regions)]
     pictures = ""
     for name, image, regions in shown:

@@ -37,16 +37,12 @@ DRAWN = 12  # rows that are drawn at every validation
 LARGEST_BATCH = 16
 
 
-def validation_of(options: TrainOptions, pg: PaliGemma, rows: Rows, say: Callable[[str], None]) -> Validation | None:
-    """rows: those for validation; without any, those to train on, of which a few are shown in the report. None, which
-    is said, where none of the rows chosen has a picture."""
+def validation_of(options: TrainOptions, pg: PaliGemma, rows: Rows, say: Callable[[str], None]) -> Validation:
+    """rows: those for validation; without any, those to train on, of which a few are shown in the report."""
     own = options.validation is not None
-    sample = [row for row in random_sample(rows, options.validation_rows if own else DRAWN) if row.pictures]
+    sample = random_sample(rows, options.validation_rows if own else DRAWN)
     if own:
         sample = merge_captions(sample, rows, options.metric)
-    if not sample:
-        say("note: no picture in the rows to look at, so no answers are generated and measured")
-        return None
     folder = Path(options.out) / "validation"
     batch_size = min(LARGEST_BATCH, options.batch)
     return Validation(pg, sample, options.metric, folder, batch_size, token_budget(sample, pg), say)
@@ -127,11 +123,10 @@ class Validation:
         to_draw = {row.number for row in self.rows[:: max(1, len(self.rows) // DRAWN)][:DRAWN]}
         for row in self.rows:
             try:
-                picture = load_pictures(row)
+                example = to_example(row, metric_of_prompt(row.prefix, self.metric), load_pictures(row), self.pg)
             except (OSError, ValueError):
                 unreadable.append(row.source)
                 continue
-            example = to_example(row, metric_of_prompt(row.prefix, self.metric), picture, self.pg)
             if row.number in to_draw:
                 drawn[example.id] = example
             yield example

@@ -18,6 +18,7 @@ from paligemma.answers.formats import (
     to_coco_results,
     to_dicts,
     to_supervision,
+    to_voc,
     to_yolo,
 )
 from paligemma.answers.results import Detection, Segment
@@ -198,3 +199,37 @@ def test_the_real_supervision_takes_them():
     assert len(detections[detections.confidence > 0.6]) == 0
     assert len(detections.with_nms(0.5)) == 1
     assert len(to_supervision([])) == 0
+
+
+def test_voc_is_read_back(tmp_path):
+    """By the reader of training data: what was predicted can be corrected in a tool and trained on."""
+    from paligemma.data.options import open_rows
+
+    ghost = Detection("a & b <c>", (-10.0, 20.4, 300.0, 80.0))
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    (tmp_path / "a.xml").write_text(to_voc([DOG, CAT, ghost], (200, 100), "a.png"))
+    assert "<name>a &amp; b &lt;c&gt;</name>" in (tmp_path / "a.xml").read_text()
+    (tmp_path / "a.xml").write_text(to_voc([DOG, CAT], (200, 100), "a.png"))
+    (row,) = open_rows(tmp_path / "a.xml")
+    assert (row.prefix, row.size, row.image) == ("detect cat ; dog", (200, 100), str(tmp_path / "a.png"))
+    assert row.boxes == ((50, 20, 90, 40), (10, 20, 60, 80))
+
+
+def test_yolo_and_coco_are_read_back(tmp_path):
+    from paligemma.data.options import open_rows
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    Image.new("RGB", (200, 100)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "labels" / "a.txt").write_text("\n".join(to_yolo([DOG, CAT], (200, 100), ["cat", "dog"])))
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [cat, dog]\n")
+    (row,) = open_rows(tmp_path)
+    coco = {
+        "images": [{"id": 1, "file_name": "images/a.png", "width": 200, "height": 100}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": to_coco_results([DOG, CAT], 1, {"cat": 1, "dog": 2}),
+    }
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    (same,) = open_rows(tmp_path / "coco.json")
+    assert (row.prefix, row.suffix) == (same.prefix, same.suffix)
+    assert row.suffix == "<loc0205><loc0256><loc0410><loc0461> cat ; <loc0205><loc0054><loc0819><loc0310> dog"

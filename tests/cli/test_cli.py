@@ -312,6 +312,13 @@ def test_labels_without_spaces_around_the_semicolon_get_a_note(paligemma):
     assert "detect dog ; cat" not in paligemma("run", "detect dog ; cat", *asked)[2]
 
 
+def test_labels_parted_by_commas_get_a_note(paligemma):
+    asked = ("a.png", "--model", "model", "--max-new-tokens", "8")
+    err = " ".join(paligemma("run", "detect dog, book", *asked)[2].split())
+    assert "'dog, book' is asked for as one label; labels are parted by semicolons: 'detect dog ; book'" in err
+    assert "as one label" not in paligemma("run", "detect dog ; book", *asked)[2]
+
+
 def test_a_prompt_of_no_known_task_is_answered_with_a_note_on_stderr(paligemma):
     asked = ("a.png", "--model", "model", "--max-new-tokens", "4")
     for prompt in ("wo ist der Hund", "", "Caption en"):

@@ -243,8 +243,21 @@ def test_a_row_that_cannot_be_measured_is_named(folder: Path):
             write(folder, {"prefix": "x", "suffix": "y"}, {"image": "gone.png", "prefix": "x", "suffix": "y"})
         )
         evaluate_rows(Says({"x": "y"}), rows, progress=False)
-    with pytest.raises(ValueError, match=r"test.jsonl:1: a row without a picture"):
-        evaluate_rows(Says({}), open_rows(write(folder, {"image": None, "prefix": "x", "suffix": "y"})), progress=False)
+    with pytest.raises(ValueError, match=r"test.jsonl:1: boxes and masks of 'detect dog' need a picture"):
+        rows = open_rows(write(folder, {"image": None, "prefix": "detect dog", "suffix": ""}))
+        evaluate_rows(Says({}), rows, progress=False)
+
+
+def test_rows_without_a_picture_are_measured(folder: Path):
+    lines = [{"image": None, "prefix": f"what is {i} ?", "suffix": str(i)} for i in range(3)]
+    lines.append({"image": None, "prefix": "caption en", "suffix": "one"})
+    pg = Says({"what is 0 ?": "0", "what is 1 ?": "wrong", "what is 2 ?": "2", "caption en": "one"})
+    rows = open_rows(write(folder, *lines))
+    for _ in range(2):  # the second time from the folder
+        report = evaluate_rows(pg, rows, out_folder=folder / "run", progress=False)
+        assert report["exact", "exact"].value == pytest.approx(2 / 3) and report.counts["caption"].rows == 1
+    assert len(pg.asked) == 4 and (folder / "run" / "worst").is_dir()
+    assert [example.group for example in examples_of(rows, "exact", pg)] == ["row 0", "row 1", "row 2", "row 3"]
 
 
 def test_vqa_files_keep_all_ten_answers(folder: Path):

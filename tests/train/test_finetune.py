@@ -166,6 +166,15 @@ def test_validation_measures_captions_as_evaluate_does(base, tmp_path):
         assert (entry["rows"], entry["baseline"]) == (figure.rows, figure.baseline), entry["name"]
 
 
+def test_rows_without_a_picture_are_trained_and_measured(base, tmp_path):
+    lines = [{"image": None, "prefix": f"answer en what is {i} ?", "suffix": "red"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = str(tmp_path / "rows.jsonl")
+    run(base, data, tmp_path / "run", steps=40, lr=1e-2, validation=data, save_every=100.0)
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    assert finished["figures of"] == "validation" and finished["figures"][0]["value"] == 1.0
+
+
 def test_validation_whose_pictures_are_gone_does_not_end_the_run(base, data, tmp_path):
     more = {"validation": write_data(tmp_path / "validation"), "validate_every": 1, "steps": 2}
     options = TrainOptions(model=base, data=data, out=str(tmp_path / "run"), **{**SMALL, **more})
