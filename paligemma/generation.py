@@ -314,13 +314,16 @@ def _watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[f
 
 # ---------------------------------------------------------------------------------------------- generate, stream
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def _takes_the_fields_of(
-    options: Callable[P, Options],
-) -> Callable[[Callable[..., R]], Callable[Concatenate[PaliGemmaForConditionalGeneration, Mapping[str, Any], P], R]]:
+    options: Callable[Parameters, Options],
+) -> Callable[
+    [Callable[..., Result]],
+    Callable[Concatenate[PaliGemmaForConditionalGeneration, Mapping[str, Any], Parameters], Result],
+]:
     """The parameters after the first two are the fields of `Options`, for type checkers and for `help` alike."""
 
     def decorate(function: Any) -> Any:

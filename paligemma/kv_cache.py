@@ -10,10 +10,13 @@ together:
     row 0     i i p p s s        1 1 1 1 1 1   6
     row 1     . i i p s .        0 1 1 1 1 0   4
 
-For every pass, `extend` opens columns once, then `update` fills them, layer by layer.
+A column that is not valid, because of padding or because its row has ended, holds numbers too, but no query of a real
+token ever looks at them. Rows that are no longer needed leave with `select`.
 
-Its price per token is layers x 2 x kv heads x head size x bytes; in bfloat16 18 KB for PaliGemma 1, 104 KB for
-PaliGemma 2 3b.
+In every pass `extend` opens the new columns once, for all layers. Then each layer's `update` writes its keys and values
+into them.
+
+A token takes layers x 2 x K x E numbers: in bfloat16 18 KB for PaliGemma 1, 104 KB for PaliGemma 2 3b.
 
 Letters: B batch, S new tokens, T columns, K key/value heads, E head size.
 """
