@@ -91,7 +91,8 @@ def test_tokens_and_prompts_are_inert(tiny, tmp_path):
 def test_too_large_a_page_is_made_coarser_and_says_so(look, tmp_path):
     path = tmp_path / "look.html"
     explore.page(look, path, knock_out=False)
-    left_out = explore.page(look, path, max_bytes=path.stat().st_size - 1, knock_out=False)
+    # Half a kilobyte less: the times of the first screen have other digits in each run.
+    left_out = explore.page(look, path, max_bytes=path.stat().st_size - 500, knock_out=False)
     text, meta, arrays = opened(path)
     assert meta["pool"] == 2 and "2 x 2 patches share one number" in left_out["attention"]
     assert meta["left_out"] == left_out and "2 x 2 patches" in text
