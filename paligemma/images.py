@@ -6,12 +6,14 @@ the picture that boxes and masks refer to. `preprocess` brings it to the model's
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import math
 import os
 import re
-from pathlib import Path
+import urllib.parse
+from collections.abc import Iterator
 from typing import IO, TypeAlias, TypeVar
 
 import numpy as np
@@ -28,48 +30,88 @@ ImageT = TypeVar("ImageT", bound=ImageInput)
 def load_image(source: Picture | bytearray | memoryview | IO[bytes]) -> Image.Image:
     """Any picture as 8-bit RGB, upright.
 
-    `source`: a path, a `PIL.Image`, uint8 [H, W, 3] (also [H, W], and [H, W, C] with C = 1 grey, 2 grey + alpha, 4 RGB
-    + alpha), the bytes of a picture file, or an open binary file (such as `sys.stdin.buffer`). Of a file with several
-    pictures (GIF, TIFF) the first.
+    `source`: a path, a `data:` URL, a `PIL.Image`, uint8 [H, W, 3] (also [H, W], and [H, W, C] with C = 1 grey, 2 grey
+    + alpha, 4 RGB + alpha), the bytes of a picture file, or an open binary file (such as `sys.stdin.buffer`). Of a file
+    with several pictures (GIF, TIFF) the first. HEIC, the format of many phones, is read where the package pillow-heif
+    is installed.
 
     The EXIF orientation is applied, alpha is composited on white, palettes are expanded, 16 bits are scaled to 8 and
     CMYK is converted.
 
     Raises FileNotFoundError, IsADirectoryError, OSError for a damaged or truncated file, and ValueError for what is
     not a picture, has no pixels, has too many (`PIL.Image.MAX_IMAGE_PIXELS`: Pillow warns above it, and what is beyond
-    twice that, 179 million, is an error here as it is there), or has values whose range nobody knows (floats).
+    twice that, 179 million, is an error here as it is there), or has values whose range nobody knows (floats); also
+    for a pipe or a device, which could be read for ever, and for HEIC without pillow-heif.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the picture")
+        return _to_rgb(source, "the picture", ours=False)
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source), "the array")
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _open(io.BytesIO(_data_of_url(source)), "the data: URL")
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if not path.exists():
-            scheme = re.match(r"([A-Za-z][\w+.-]+):/", str(source))  # of two letters or more: C:/ is a disk
-            if scheme:
-                way_out = "leave out 'file://'" if scheme[1].lower() == "file" else "download it first"
-                raise FileNotFoundError(f"{source} is a URL, and pictures are read from files: {way_out}")
-            raise FileNotFoundError(f"{path}: no such file")
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, expected a picture")
-        with path.open("rb") as file:
-            return _open(file, str(path))
+        return _load_file(os.fspath(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _open(io.BytesIO(source), "the data")
     if hasattr(source, "read"):
-        data = source.read()  # whole, since a pipe cannot seek
+        data = source.read(LARGEST_STREAM + 1)  # whole, since a pipe cannot seek
         if not isinstance(data, bytes):
             raise TypeError("the file is open in text mode; open it with 'rb' (for stdin: sys.stdin.buffer)")
-        return _open(io.BytesIO(data), str(getattr(source, "name", "the data")))
+        name = _shortened(str(getattr(source, "name", "the data")))
+        if len(data) > LARGEST_STREAM:
+            raise ValueError(f"{name} has more than {LARGEST_STREAM:,} bytes, too many for a picture")
+        return _open(io.BytesIO(data), name)
     raise TypeError(
         f"expected a picture (a path, a PIL.Image, uint8 [H, W, 3], bytes or an open file), got {type(source).__name__}"
     )
 
 
-def _open(file: IO[bytes], name: str) -> Image.Image:
+# More bytes than any picture has that is within Pillow's limit of pixels, in RGB and uncompressed.
+LARGEST_STREAM = 600 * 2**20
+
+
+def _load_file(path: str) -> Image.Image:
+    name = _shortened(path)
+    if not os.path.exists(path):
+        scheme = re.match(r"([A-Za-z][\w+.-]+):/", path)  # of two letters or more: C:/ is a disk
+        if scheme:
+            way_out = "leave out 'file://'" if scheme[1].lower() == "file" else "download it first"
+            raise FileNotFoundError(f"{name} is a URL, and pictures are read from files: {way_out}")
+        raise FileNotFoundError(f"{name}: no such file")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{name} is a folder, expected a picture")
+    if not os.path.isfile(path):  # before it is opened: that alone may wait for ever
+        raise ValueError(f"{name} is a pipe or a device, which may never end: pass the bytes ('-' of `run` is stdin)")
+    with open(path, "rb") as file:
+        return _open(file, name)
+
+
+def _data_of_url(url: str) -> bytes:
+    """The bytes in `data:[type][;base64],...` (RFC 2397)."""
+    head, comma, data = url.partition(",")
+    if not comma:
+        raise ValueError(f"{_shortened(url, 40)} is no data: URL: expected data:image/png;base64,...")
+    content = urllib.parse.unquote_to_bytes(data)
+    if not head.lower().rstrip().endswith(";base64"):
+        return content
     try:
-        image = Image.open(file)
+        # Mail and some programs break the lines; others leave the padding out, or use the alphabet for URLs.
+        content = bytes(content.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n")).rstrip(b"=")
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+    except ValueError as error:
+        raise ValueError(f"the data: URL is not in base64, as it says: {error}") from None
+
+
+def _open(file: IO[bytes], name: str) -> Image.Image:
+    """The picture in an open file. `name` is what errors call it."""
+    try:
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:
+            if not _is_heic(file):
+                raise
+            _let_pillow_read_heic(name)
+            image = Image.open(file)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in any format that Pillow reads") from None
     except Image.DecompressionBombError as error:
@@ -77,11 +119,41 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
             f"{name} is too large: {str(error).rstrip('.')}. Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if "
             "you trust it"
         ) from None
-    except (MemoryError, Warning):
+    except (MemoryError, Warning, _NoHeic):
         raise
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, EOFError, struct.error, ...
-        raise OSError(f"{name} is damaged or truncated: {error}") from None
+        raise OSError(f"{name} is damaged or truncated: {_shortened(str(error))}") from None
     return _to_rgb(image, name)
+
+
+class _NoHeic(ValueError):
+    pass
+
+
+def _is_heic(file: IO[bytes]) -> bool:
+    file.seek(0)
+    return re.match(rb".{4}ftyp(hei[cfmsx]|hev[cmsx]|mif1|msf1)", file.read(12), re.DOTALL) is not None
+
+
+def _let_pillow_read_heic(name: str) -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise _NoHeic(
+            f"{name} is a HEIC picture, which Pillow reads with the help of pillow-heif: pip install pillow-heif "
+            "(or export it as JPEG)"
+        ) from None
+    pillow_heif.register_heif_opener()
+
+
+def _shortened(text: str, most: int = 200) -> str:
+    """For an error, which must not repeat input of any length."""
+    return text if len(text) <= most else f"{text[: most - 20]}...{text[-17:]}"
+
+
+def looks_swapped(image: object, prompt: str) -> bool:
+    """Whether picture and prompt may have changed places: the one is no file and the other is."""
+    return isinstance(image, str) and not os.path.exists(image) and os.path.isfile(prompt)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -102,7 +174,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, ours: bool = True) -> Image.Image:
+    """ours: nobody else holds this picture, so it is turned in place. A copy of 179 million pixels takes 700 MB."""
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: {image.width} x {image.height}")
     try:
@@ -110,9 +183,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as above
-        raise OSError(f"{name} is damaged or truncated: {error}") from None
+        raise OSError(f"{name} is damaged or truncated: {_shortened(str(error))}") from None
     with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
-        image = ImageOps.exif_transpose(image)
+        if ours:
+            ImageOps.exif_transpose(image, in_place=True)
+        else:
+            image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _to_8_bits(image, name).convert("RGB")
     if image.mode == "F":
@@ -121,29 +197,43 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image.convert("LA")
     try:
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return _on_white(image)
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"{name} has the mode {image.mode}, which cannot be made RGB: {error}") from None
 
 
+def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """The picture as boxes of about a million pixels, from top to bottom: what is done to one takes little memory."""
+    width, height = size
+    rows = max(1, 2**20 // width)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Alpha composited on white."""
+    opaque = Image.new("RGB", image.size)
+    for box in _strips(image.size):
+        strip = image.crop(box).convert("RGBA")
+        opaque.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), box)
+    return opaque
+
+
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """16 bits of grey, scaled: Pillow would clip them at 255. A strip at a time, so that it takes little memory.
+    """16 bits of grey, scaled: Pillow would clip them at 255.
 
     Mode "I" is what Pillow makes of some 16-bit files (PGM, TIFF); more bits than 16 have no agreed range.
     """
-    width, height = image.size
     grey = Image.new("L", image.size)
     lowest, highest = math.inf, -math.inf
-    rows = max(1, 2**20 // width)
-    for top in range(0, height, rows):
-        values = np.asarray(image.crop((0, top, width, min(top + rows, height)))).astype(np.int64)
+    for box in _strips(image.size):
+        values = np.asarray(image.crop(box)).astype(np.int64)
         lowest, highest = min(lowest, values.min()), max(highest, values.max())
         strip = (values + 128) // 257
         if (transparent := image.info.get("transparency")) is not None:  # one grey level, in PNG files
             strip[values == transparent] = 255
-        grey.paste(Image.fromarray(strip.astype(np.uint8)), (0, top))
+        grey.paste(Image.fromarray(strip.astype(np.uint8)), box)
     if lowest < 0 or highest > 65535:
         raise ValueError(f"{name} has values from {lowest} to {highest}, beyond 16 bits: scale it first")
     return grey

@@ -37,7 +37,7 @@ from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
 from paligemma.generation import Generated, check_length, generate, stream
-from paligemma.images import ImageInput, ImageT, Picture, load_image, preprocess
+from paligemma.images import ImageInput, ImageT, Picture, load_image, looks_swapped, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.terminal import error_line, printable
 from paligemma.utils import load_hf_model
@@ -475,6 +475,9 @@ class PaliGemma:
         features: what is encoded already, by the identity of the image; filled with what is new, so that an image with
         many prompts is opened, resized and encoded once.
         """
+        for image, prompt in zip(images, prompts):
+            if looks_swapped(image, prompt):
+                raise ValueError(f"the prompt, {prompt!r}, is a file: the image comes first, then the prompt")
         rows = [_pictures(image) for image in images]
         inputs = self.processor.lay_out(prompts, [len(row) for row in rows])
         check_length(self.model.config, inputs["attention_mask"], max_new_tokens)  # before the images are encoded

@@ -1,16 +1,23 @@
 """Every form of picture that people have becomes the same upright RGB, and the same numbers as in the reference."""
 
+import base64
 import io
+import os
+import re
 import struct
+import sys
 import tracemalloc
+import urllib.parse
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from paligemma import images
 from paligemma.images import load_image, preprocess
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -292,6 +299,114 @@ def test_a_url():
     refused("file:///tmp/a.png", FileNotFoundError, "file:///tmp/a.png is a URL", "leave out 'file://'")
     refused(Path("https://example.com/a.png"), FileNotFoundError, "is a URL")
     refused("C:/pictures/a.png", FileNotFoundError, "a.png: no such file")
+
+
+def test_a_data_url():
+    array = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    unpadded = base64.urlsafe_b64encode(file.getvalue()).decode().rstrip("=")
+    for url in (
+        f"data:image/png;base64,{text}",
+        f"DATA:;BASE64,{text}",
+        f"data:image/png;name=a.png;base64,{text[:50]}\n {text[50:]}",
+        f"data:image/png;base64,{unpadded}",
+        f"data:image/png;base64,{urllib.parse.quote(text)}",
+        f"data:image/png,{urllib.parse.quote(file.getvalue())}",
+    ):
+        assert np.array_equal(np.asarray(load_image(url)), array), url[:40]
+
+
+def test_broken_data_urls_are_never_repeated():
+    for url, words in (
+        ("data:image/png;base64," + "x" * 10_000, "the data: URL is not a picture"),
+        ("data:image/png;base64," + "*" * 10_000, "not in base64"),
+        ("data:image/png;base64," + "x" * 10_001, "not in base64"),
+        ("data:," + "x" * 10_000, "the data: URL is not a picture"),
+        ("data:image/png;" + "x" * 10_000, "is no data: URL: expected data:image/png;base64,..."),
+        ("data:", "is no data: URL"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)) as caught:
+            load_image(url)
+        assert len(str(caught.value)) < 200
+
+
+def test_no_error_repeats_a_name_of_any_length(tmp_path):
+    for name in ("x" * 10_000, "https://example.com/" + "x" * 10_000, "\0" + "x" * 10_000):
+        with pytest.raises(FileNotFoundError) as caught:
+            load_image(name)
+        assert len(str(caught.value)) < 400
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        refused(path, ValueError, str(path), "is a pipe or a device")
+
+
+def test_an_open_file_that_never_ends(monkeypatch):
+    monkeypatch.setattr(images, "LARGEST_STREAM", 2**20)
+    with open("/dev/zero", "rb") as file:
+        refused(file, ValueError, "/dev/zero has more than 1,048,576 bytes")
+
+
+HEIC = b"\x00\x00\x00\x1cftypheic" + b"\x00" * 50
+
+
+def test_heic_names_the_package_that_reads_it(tmp_path, monkeypatch):
+    (tmp_path / "IMG_1.HEIC").write_bytes(HEIC)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    refused(tmp_path / "IMG_1.HEIC", ValueError, "IMG_1.HEIC is a HEIC picture", "pip install pillow-heif")
+    refused(HEIC, ValueError, "the data is a HEIC picture")
+
+
+def test_heic_is_read_with_that_package(monkeypatch):
+    """By a stand-in with its one function, which teaches Pillow the format."""
+
+    def open_(file, name="", mode="r", formats=None):
+        if taught:
+            return Image.new("RGB", (5, 4), "teal")
+        raise UnidentifiedImageError
+
+    taught: list[bool] = []
+    monkeypatch.setattr(Image, "open", open_)
+    package = SimpleNamespace(register_heif_opener=lambda: taught.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    assert load_image(HEIC).size == (5, 4)
+
+
+def test_a_real_heic_file(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (40, 30), "red")).save(tmp_path / "red.heic")
+    assert np.allclose(np.asarray(load_image(tmp_path / "red.heic")), (255, 0, 0), atol=3)
+
+
+def test_a_picture_is_not_copied_more_often_than_needed(tmp_path, monkeypatch):
+    """Pillow allows 179 million pixels, 700 MB for each copy: of a file of 21 KB, four of them were made."""
+    sizes = []
+    new, copy = Image.new, Image.Image.copy
+
+    def counted(size, image):
+        sizes.append(size[0] * size[1])
+        return image
+
+    monkeypatch.setattr(Image, "new", lambda mode, size, *color: counted(size, new(mode, size, *color)))
+    monkeypatch.setattr(Image.Image, "copy", lambda self: counted(self.size, copy(self)))
+    for mode in ("RGB", "RGBA", "LA"):
+        new(mode, (2000, 3000)).save(tmp_path / "large.png")
+        assert load_image(tmp_path / "large.png").size == (2000, 3000)
+        large = [size for size in sizes if size > 2**20]
+        assert len(large) == (mode != "RGB")  # the result; all else is made in strips
+        sizes.clear()
+
+
+def test_the_callers_picture_is_left_as_it_is():
+    picture = Image.new("RGB", (20, 10))
+    picture.getexif()[0x0112] = 6
+    assert load_image(picture).size == (10, 20) and picture.size == (20, 10)
+    plain = Image.new("RGB", (20, 10))
+    assert load_image(plain) is not plain
 
 
 def test_a_folder(tmp_path):

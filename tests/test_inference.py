@@ -119,6 +119,17 @@ def test_unequal_lists_are_refused(pg):
         pg.generate(picture(0), 3)
 
 
+def test_a_swapped_prompt_and_picture_are_told(pg, tmp_path):
+    path = str(tmp_path / "photo.jpg")
+    Image.fromarray(picture(0)).save(path)
+    for call in (pg.generate, lambda *a: list(pg.stream(*a))):
+        with pytest.raises(ValueError, match=r"photo\.jpg', is a file: the image comes first"):
+            call("caption en", path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
+        pg.generate("nowhere.png", "caption en")
+    assert pg.generate(path, path, 4).token_ids  # an odd prompt, and not swapped
+
+
 def test_streamed_pieces_join_to_the_whole_answer(pg):
     pieces = list(pg.stream(picture(0), "caption en", max_new_tokens=16))
     assert len(pieces) > 1

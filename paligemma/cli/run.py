@@ -68,6 +68,9 @@ def run(
     ] = None,
     loc_scale: Annotated[int, typer.Option(help="Steps that location tokens divide a side into: 1024 or 1023.")] = 1024,
     free: Free = False,
+    forbid_repeats: Annotated[
+        bool, typer.Option("--forbid-repeats", help="Let no box of detect and segment repeat an earlier one.")
+    ] = False,
     save: Annotated[
         Path | None, typer.Option(help="Draw boxes and masks over the picture; a folder for several.")
     ] = None,
@@ -84,6 +87,8 @@ def run(
     boxes = task in ("detect", "segment")
     if free and not boxes:
         raise typer.BadParameter("--free is for detect and segment: other answers follow no grammar")
+    if forbid_repeats and (free or not boxes):
+        raise typer.BadParameter("--forbid-repeats is for detect and segment, without --free: a rule of their grammar")
     if loc_scale not in (1023, 1024):
         raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
     if os.path.isfile(prompt) and not any(os.path.exists(name) for name in images):
@@ -115,7 +120,10 @@ def run(
             note_spent_budget(images[0], shown(pieces, lambda piece: say(piece, newline=False)), budget)
             return
         codec = pg.codec if task == "segment" else None
-        answers = pg.generate(pictures, prompt, max_new_tokens=budget, constrained=not free, codec=codec, **sampling)
+        answers = pg.generate(
+            pictures, prompt, max_new_tokens=budget, constrained=not free, forbid_repeats=forbid_repeats, codec=codec,
+            **sampling,
+        )  # fmt: skip
         for number, picture, answer in zip(numbers, pictures, answers):
             name = images[number]
             if as_json:
@@ -217,7 +225,7 @@ def opened(images: list[str]) -> Iterator[tuple[list[int], list[Image.Image]]]:
             try:
                 if name == "-" and sys.stdin is None:
                     raise ValueError("'-' stands for a picture on stdin, and stdin is closed")
-                pictures.append(load_image(sys.stdin.buffer.read() if name == "-" else name))
+                pictures.append(load_image(sys.stdin.buffer if name == "-" else name))
                 numbers.append(number)
             except (ValueError, OSError) as error:
                 if len(images) == 1:
@@ -238,7 +246,17 @@ def draw(pg: Any, picture: Image.Image, answer: Answer, name: str, path: Path, b
 
 
 def note_spent_budget(name: str, answer: Answer, budget: int) -> None:
-    if not answer.finished:
+    if answer.finished:
+        return
+    from paligemma.answers.repeats import count_repeats
+
+    if repeated := count_repeats([*answer.detections, *answer.segments]):
+        boxes = len(answer.detections) + len(answer.segments)
+        note(
+            f"note: {name}: stopped after {budget} tokens; {repeated} of {boxes} boxes repeat an earlier one, which "
+            "--forbid-repeats prevents"
+        )
+    else:
         note(f"note: {name}: stopped after {budget} tokens; --max-new-tokens allows more")
 
 

@@ -108,6 +108,22 @@ def test_each_line_names_its_picture_and_where_nothing_is_found_there_is_none(pa
     assert out == "" and "nothing found" not in err and "b.png: stopped after 512 tokens" in err
 
 
+def test_boxes_that_repeat_until_the_budget_ends_are_noted(paligemma, monkeypatch):
+    box = Detection("dog", (1, 2, 30, 40), 0.5)
+    given = []
+    answer = Answer("...", [], [], 0.5, False, [box] * 3)
+    monkeypatch.setattr(PaliGemma, "generate", lambda self, *_, **options: given.append(options) or [answer])
+    asked = ("run", "detect dog", "a.png", "--model", "model")
+    _, out, err = paligemma(*asked)
+    note = "note: a.png: stopped after 512 tokens; 2 of 3 boxes repeat an earlier one, which --forbid-repeats prevents"
+    assert out.count("dog") == 3 and err == note + "\n"
+    paligemma(*asked, "--forbid-repeats")
+    assert [options["forbid_repeats"] for options in given] == [False, True]
+    for wrong in (("run", "ocr", "a.png", "--forbid-repeats"), (*asked, "--forbid-repeats", "--free")):
+        code, _, err = paligemma(*wrong)
+        assert code == 2 and "rule of their grammar" in " ".join(err.split())
+
+
 def test_json_has_the_promised_keys(paligemma):
     code, out, _ = paligemma(
         "run", "segment dog", "a.png", "b.png", "--model", "model", "--json", "--max-new-tokens", "50"
