@@ -95,7 +95,7 @@ def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list
     paths: list[Path] = []
     taken: set[str] = set()  # in lower case: not every disk tells A.png from a.png
     for name in images:
-        stem = "stdin" if name == "-" else Path(name).stem or "picture"
+        stem = "stdin" if name == "-" else "picture" if name[:5].lower() == "data:" else Path(name).stem or "picture"
         path, number = save / f"{stem}.png", 1
         while str(path).lower() in taken or path.resolve() in read:
             number += 1

@@ -125,9 +125,9 @@ def run(
             **sampling,
         )  # fmt: skip
         for number, picture, answer in zip(numbers, pictures, answers):
-            name = images[number]
+            name = images[number] if len(images[number]) <= 300 else f"{images[number][:60]}..."  # a data: URL
             if as_json:
-                echo_json(answer_as_json(name, prompt, answer))
+                echo_json(answer_as_json(images[number], prompt, answer))
             else:
                 for line in describe(answer, boxes):
                     say(f"{name}: {line}" if several else line)
@@ -198,7 +198,7 @@ def expanded(images: list[str]) -> list[str]:
         if os.path.isdir(name):
             from PIL import Image
 
-            known = Image.registered_extensions()
+            known = {*Image.registered_extensions(), ".heic", ".heif"}  # `load_image` reads these with pillow-heif
             found = [os.path.join(name, file) for file in os.listdir(name) if Path(file).suffix.lower() in known]
             if not found:
                 raise ValueError(f"{name}: there is no picture in this folder")

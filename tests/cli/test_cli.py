@@ -1,5 +1,6 @@
 """The command line: the answer alone on stdout, talk on stderr, one line for an error, exit codes 0, 1 and 2."""
 
+import base64
 import io
 import json
 import os
@@ -88,6 +89,25 @@ def test_run_takes_many_pictures_and_one_from_stdin(paligemma, folder):
     _, a, _ = paligemma("run", "ocr", "a.png", *short)
     _, b, _ = paligemma("run", "ocr", "-", *short, stdin=(folder / "b.png").read_bytes())
     assert both.splitlines() == [f"{n}.png: {line}" for n, out in (("a", a), ("b", b)) for line in out.splitlines()]
+
+
+def test_run_takes_data_urls(paligemma, folder, tmp_path):
+    url = "data:image/png;base64," + base64.b64encode((folder / "b.png").read_bytes()).decode()
+    assert len(url) > 5000
+    asked = ("--model", "model", "--max-new-tokens", "6")
+    _, b, _ = paligemma("run", "ocr", "b.png", *asked)
+    assert paligemma("run", "ocr", url, *asked)[:2] == (0, b)
+    found = ("--free", "--save", str(tmp_path / "found"))
+    code, _, err = paligemma("run", "detect dog", url, "b.png", *asked, *found)
+    assert (
+        code == 0
+        and len(err) < 1000
+        and sorted(p.name for p in (tmp_path / "found").iterdir()) == ["b.png", "picture.png"]
+    )
+    code, out, _ = paligemma("run", "ocr", url, *asked, "--json")
+    assert json.loads(out)["image"] == url
+    code, _, err = paligemma("run", "ocr", url[:3000], *asked)
+    assert code == 1 and "the data: URL is damaged or truncated" in err and len(err) < 300
 
 
 def test_each_line_names_its_picture_and_where_nothing_is_found_there_is_none(paligemma, monkeypatch):
