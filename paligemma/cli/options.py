@@ -52,5 +52,7 @@ ImageName = Annotated[
 Split = Annotated[str | None, typer.Option(help="The split to read, in a folder with several.")]
 Seed = Annotated[int, typer.Option(help="Start of all random numbers: the same seed gives the same result.")]
 Language = Annotated[str, typer.Option(help="The language in prompts that are made of questions and captions.")]
-EveryLabel = Annotated[bool, typer.Option("--every-label", help="COCO: ask for all labels in every row.")]
-Data = Annotated[str, typer.Argument(help="JSON lines, CSV, COCO, VQA, parquet, or a folder with one of them.")]
+EveryLabel = Annotated[bool, typer.Option("--every-label", help="Boxes and masks: ask for all labels in every row.")]
+Data = Annotated[
+    str, typer.Argument(help="JSON lines, CSV, parquet, COCO, VQA, YOLO, VOC, LabelMe, or a folder of these.")
+]

@@ -55,7 +55,9 @@ class WithHeadings(TyperCommand):
 
 
 def finetune(
-    data: Annotated[str, typer.Option(help="JSON lines, CSV, COCO, VQA, parquet, or a folder with one of them.")],
+    data: Annotated[
+        str, typer.Option(help="JSON lines, CSV, parquet, COCO, VQA, YOLO, VOC, LabelMe, or a folder of these.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder of the run; in the end the model itself.")],
     model: Model = "tiny",
     revision: Revision = TrainOptions.revision,

@@ -1,6 +1,9 @@
 """`paligemma data check` and `paligemma data show`."""
 
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,3 +83,18 @@ def test_what_show_cannot_draw(folder, paligemma_command, options, message):
     path = write_lines(folder, good())
     code, _, err = paligemma_command("data", "show", path, *options)
     assert code == 2 and message in " ".join(err.replace("│", " ").split())
+
+
+def test_data_without_rows_fails(folder, paligemma_command):
+    (folder / "empty.csv").write_text("image,prefix,suffix\n")
+    code, out, _ = paligemma_command("data", "check", folder / "empty.csv")
+    assert code == 1 and "there are no rows" in out and "0 of 0 rows have a problem" in out
+
+
+def test_the_commands_of_the_page_about_data_run(folder, paligemma_command, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "data.md"
+    (block,) = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(folder)
+    for line in block.splitlines():
+        code, _, err = paligemma_command(*shlex.split(line, comments=True)[1:])
+        assert code == 0, f"{line}: {err}"
