@@ -120,7 +120,10 @@ def _on_benchmark(loaded: Callable[[], PaliGemma], task: str, source: DataOption
     """A published benchmark; source: its folder and split."""
     from paligemma.evaluate.benchmarks import BENCHMARKS, check_benchmark, evaluate_benchmark, resolved_split
 
-    split = resolved_split(task, source.split)
+    try:
+        split = resolved_split(task, source.split)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     if split in BENCHMARKS[task].hidden and options["out_folder"] is None:
         raise typer.BadParameter(
             f"the answers to {task}/{split} are kept on a server: --out FOLDER saves the predictions to send there"
@@ -142,6 +145,9 @@ def _on_rows(
     from paligemma.data.checkpoint import codec_of
     from paligemma.evaluate.own_rows import evaluate_rows, metric_of_task
 
-    metric = metric_of_task(task)
+    try:
+        metric = metric_of_task(task)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     rows = source.open(codec_of(model_name, revision, source.kind))
     return evaluate_rows(loaded(), rows, metric, about={**about, **source.how()}, **options)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ import numpy as np
 
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.summary import Scored
-from paligemma.files import read_json_value, write_text
+from paligemma.files import locked, read_json_value, write_text
 from paligemma.images import load_image
 
 if TYPE_CHECKING:
@@ -36,12 +35,12 @@ PLACES = ("model", "data", "images", "annotations")
 AGAIN = "remove this line, and its row is asked again"
 
 
-def check_folder(folder: Path) -> None:
-    """Checks that a run can be written to a folder, so that the user knows before a model is loaded. It leaves nothing
-    behind.
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds the folder for this run alone. It is made if need be, and removed again if nothing was written to it.
 
-    ValueError for a folder with files of another program, FileExistsError for a file, OSError where nothing can be
-    written.
+    ValueError for a folder with files of another program, FileExistsError for a file, BlockingIOError if another run
+    writes to the folder, OSError where nothing can be written.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, expected a folder to write the run to")
@@ -53,23 +52,33 @@ def check_folder(folder: Path) -> None:
         )
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder, "paligemma evaluate"))
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                raise OSError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
+            yield
     finally:
         for path in made:
             with suppress(OSError):
                 path.rmdir()
 
 
+def check_folder(folder: Path) -> None:
+    """Checks that a run can be written to a folder, so that the user knows before a model is loaded. It leaves nothing
+    behind, and raises what `held` raises."""
+    with held(folder):
+        pass
+
+
 def open_folder(folder: Path, about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The saved predictions by id. An incomplete last line is removed; nothing else is changed or created.
 
-    ValueError if they are of another run or cannot be read, and whatever `check_folder` raises; nothing is changed
-    then.
+    ValueError if they are of another run or cannot be read; nothing is changed then. Call it while `held`.
     """
-    check_folder(folder)
     run_file, path = folder / "run.json", folder / "predictions.jsonl"
     if run_file.exists():
         before, current = _read_run_file(run_file), json.loads(json.dumps(about))

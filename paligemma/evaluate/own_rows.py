@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from paligemma.answers.parsing import parse
+from paligemma.data.prompts import plain_form
 from paligemma.data.rows import Row, Rows
 from paligemma.evaluate.average_precision import package
 from paligemma.evaluate.benchmarks import BENCHMARKS
@@ -71,8 +72,8 @@ def examples_of(rows: Rows, metric: str, pg: PaliGemma, count: int | None = None
     captions: dict[tuple[str, str], tuple[int, list[str]]] = {}  # the picture's first row, what the rows say of it
     taken = 0
     for row in rows:
-        measure, more = metric_of_prompt(row.prefix, metric), count is None or taken < count
-        if measure == "caption":
+        metric_name, more = metric_of_prompt(row.prefix, metric), count is None or taken < count
+        if metric_name == "caption":
             question = picture_key(row), row.prefix
             if more and question not in captions:
                 captions[question] = row.number, []
@@ -81,16 +82,16 @@ def examples_of(rows: Rows, metric: str, pg: PaliGemma, count: int | None = None
                 captions[question][1].extend(right_answers(row))
         elif more:
             taken += 1
-            yield _example(row, measure, pg)
+            yield _example(row, metric_name, pg)
         if not more and not captions:
             return
     for number, answers in captions.values():
         yield _example(replace(rows[number], answers=tuple(answers)), "caption", pg)
 
 
-def _example(row: Row, measure: str, pg: PaliGemma) -> Example:
+def _example(row: Row, metric_name: str, pg: PaliGemma) -> Example:
     try:
-        return to_example(row, measure, load_pictures(row), pg)
+        return to_example(row, metric_name, load_pictures(row), pg)
     except (OSError, ValueError) as error:
         raise type(error)(f"{row.source}: {error}") from None
 
@@ -99,12 +100,13 @@ def _example(row: Row, measure: str, pg: PaliGemma) -> Example:
 
 
 def metric_of_prompt(prompt: str, metric: str = "auto") -> str:
-    """The metric for the answers to a prompt: `metric` if one is named, otherwise by the prompt's first word.
+    """The metric for the answers to a prompt: `metric` if one is named, otherwise by the prompt's first word, even if
+    it is written in an unusual way ("Detect license plate.").
 
     ValueError for an unknown metric, ImportError for one whose package is missing.
     """
     if metric == "auto":
-        return METRIC_OF.get(prompt.strip().partition(" ")[0], "exact")
+        return METRIC_OF.get(plain_form(prompt).strip().partition(" ")[0], "exact")
     metric = "reading" if metric == "ocr" else metric
     if metric not in METRICS:
         raise ValueError(f"there is no metric {metric!r}; there are: auto, ocr, {', '.join(METRICS)}")
@@ -171,18 +173,20 @@ def load_pictures(row: Row) -> Any:
     return pictures if len(pictures) > 1 else next(iter(pictures), None)
 
 
-def to_example(row: Row, measure: str, picture: Any, pg: PaliGemma) -> Example:
+def to_example(row: Row, metric: str, picture: Any, pg: PaliGemma) -> Example:
     """A row and its picture as an example. Boxes and masks in its suffix become regions; where boxes are measured, the
     box of a mask counts too. Rows about one picture are one group, since their answers are not independent: a
-    confidence interval must know. ValueError for boxes without a picture."""
+    confidence interval must know. ValueError for boxes without a picture, and for boxes where masks are measured."""
     regions: list[Region] = []
-    if METRICS[measure].regions:
+    if METRICS[metric].regions:
         if picture is None:
             raise ValueError(f"boxes and masks of {row.prefix!r} need a picture, and the row has none")
-        masks = METRICS[measure].masks
+        masks = METRICS[metric].masks
         size = (picture[0] if isinstance(picture, tuple) else picture).size
         parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
+        if masks and parsed.detections:
+            raise ValueError(f"{metric} measures masks, and the answer has boxes alone: choose another metric (detect)")
         found: list[Any] = [*parsed.segments] if masks else [*parsed.detections, *parsed.segments]
         regions = [Region(item.label, item.box, getattr(item, "mask", None)) for item in found]
     answers = () if regions else right_answers(row)
-    return Example(str(row.number), picture, row.prefix, measure, answers, regions, group=picture_key(row))
+    return Example(str(row.number), picture, row.prefix, metric, answers, regions, group=picture_key(row))

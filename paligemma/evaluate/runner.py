@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ from paligemma.evaluate.metrics import METRICS, Metric
 from paligemma.evaluate.output_folder import (
     append,
     fingerprint,
+    held,
     open_folder,
     saved_prediction,
     write_run_file,
@@ -70,49 +71,50 @@ def evaluate(
     total:          about how many rows there are, for the progress bar; not needed if `examples` has a length.
 
     Every answer counts, whatever it is; none is dropped. ValueError for a task without a metric, for two examples with
-    one id, for no examples at all, and for a folder that holds another run.
+    one id, for no examples at all, and for a folder that holds another run; what `output_folder.held` raises.
     """
     about = {**(about or {}), "constrained": constrained, "max_new_tokens": max_new_tokens, "weights": fingerprint(pg)}
     if beams > 1:
         about["beams"] = beams
     folder = Path(out_folder) if out_folder is not None else None
-    saved = open_folder(folder, about) if folder else {}
-    results = _Results(metrics, WorstRows(worst if folder else 0, metrics))
-    started = time.perf_counter()
-    with _progress(progress, len(examples) if isinstance(examples, Sized) else total) as advance:
+    with held(folder) if folder else nullcontext():
+        started = time.perf_counter()
+        results = _Results(metrics, WorstRows(worst if folder else 0, metrics))
+        saved = open_folder(folder, about) if folder else {}
+        with _progress(progress, len(examples) if isinstance(examples, Sized) else total) as advance:
 
-        def unanswered() -> Iterator[Example]:
-            for example in examples:
-                results.register(example)
-                if example.id in saved:
-                    results.add(example, saved_prediction(saved.pop(example.id), example, folder))
+            def unanswered() -> Iterator[Example]:
+                for example in examples:
+                    results.register(example)
+                    if example.id in saved:
+                        results.add(example, saved_prediction(saved.pop(example.id), example, folder))
+                        advance()
+                    else:
+                        yield example
+
+            for number, batch in enumerate(batches(unanswered(), batch_size)):
+                predictions = answer(pg, batch, constrained, max_new_tokens, beams)
+                if folder:
+                    if number == 0:  # not earlier: a run without an answer is nothing to continue
+                        write_run_file(folder, about)
+                    append(folder / "predictions.jsonl", batch, predictions)
+                for example, prediction in zip(batch, predictions):
+                    results.add(example, prediction)
                     advance()
-                else:
-                    yield example
 
-        for number, batch in enumerate(batches(unanswered(), batch_size)):
-            predictions = answer(pg, batch, constrained, max_new_tokens, beams)
-            if folder:
-                if number == 0:  # not earlier: a run that ends at a bad row before any answer is nothing to continue
-                    write_run_file(folder, about)
-                append(folder / "predictions.jsonl", batch, predictions)
-            for example, prediction in zip(batch, predictions):
-                results.add(example, prediction)
-                advance()
-
-    rows = results.in_order()
-    if not rows:
-        raise ValueError("there are no examples to evaluate")
-    report = summarize(rows, metrics, targets or {}, about, published)
-    measured = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - started, 1),  # of this call; saved rows take none
-    }
-    report = replace(report, environment=measured | environment())
-    if folder:
-        report = replace(report, worst=results.worst.draw(folder / "worst"))
-        write_scores(folder, rows)
-        report.save(folder)
+        rows = results.in_order()
+        if not rows:
+            raise ValueError("there are no examples to evaluate")
+        report = summarize(rows, metrics, targets or {}, about, published)
+        measured = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - started, 1),  # of this call; saved rows take none
+        }
+        report = replace(report, environment=measured | environment())
+        if folder:
+            report = replace(report, worst=results.worst.draw(folder / "worst"))
+            write_scores(folder, rows)
+            report.save(folder)
     return report
 
 

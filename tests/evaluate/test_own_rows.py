@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +271,60 @@ def test_vqa_files_keep_all_ten_answers(folder: Path):
     assert row.answers == ("dog", "dog", "cat") and row.suffix == "dog"
 
 
+# --- seldom rows and mistakes ---------------------------------------------------------------------
+
+
+def test_a_question_that_is_a_prompt_is_measured_as_boxes(folder: Path):
+    """Exports of annotation tools have the prompt as a question: "detect nucleus", also as "Detect nucleus."."""
+    right = Detection("nucleus", (12.5, 10.4, 37.5, 31.25))
+    pg = Says(dict.fromkeys(("detect nucleus", "Detect nucleus."), "..."), {"detect nucleus": [right]})
+    answer = "<loc0213><loc0128><loc0640><loc0384> nucleus"
+    rows = write(
+        folder,
+        {"question": "detect nucleus", "multiple_choice_answer": answer},
+        {"question": "Detect nucleus.", "multiple_choice_answer": answer},
+        {"question": "what is it ?", "multiple_choice_answer": "a cell"},
+    )
+    pg.answers["answer en what is it ?"] = "a cell"
+    report = evaluate_rows(pg, open_rows(rows), progress=False)
+    assert report["detect", "recall"].value == 0.5 and report["detect", "recall"].rows == 2
+    assert report["exact", "exact"].value == 1
+
+
+@pytest.mark.parametrize("metric", ["segment", "coco-masks"])
+def test_boxes_are_not_measured_as_masks(folder: Path, metric: str):
+    """It gave a table without a value."""
+    rows = open_rows(write(folder, {"prefix": "detect dog", "suffix": "<loc0000><loc0000><loc0512><loc0512> dog"}))
+    pg = load("tiny")
+    with pytest.raises(ValueError, match=rf"test.jsonl:1: {metric} measures masks, and the answer has boxes alone"):
+        list(examples_of(rows, metric, pg))
+
+
+def test_two_runs_do_not_write_to_one_folder(folder: Path, monkeypatch):
+    """Both would ask all rows, and write each of them."""
+    rows = open_rows(write(folder, {"prefix": "ocr", "suffix": "red"}))
+    out = folder / "run"
+
+    class Starter(Says):
+        def generate(self, *arguments, **options):
+            holder = "import sys; from pathlib import Path; from paligemma.evaluate.output_folder import held\n"
+            done = subprocess.run(
+                [sys.executable, "-c", holder + "with held(Path(sys.argv[1])): pass", str(out)],
+                capture_output=True,
+                text=True,
+            )
+            self.other = done.stderr
+            return super().generate(*arguments, **options)
+
+    pg = Starter({"ocr": "red"})
+    evaluate_rows(pg, rows, out_folder=out, progress=False)
+    assert "run is being written by another process (paligemma evaluate, process" in pg.other
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 1
+    assert sorted(path.name for path in out.iterdir()) == [
+        "predictions.jsonl", "results.json", "run.json", "scores.jsonl", "worst",
+    ]  # fmt: skip
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -383,13 +438,13 @@ def test_tiny_is_the_small_world_whatever_lies_here(paligemma, folder: Path):
         (["--data", "tiny", "--task", "vqa"], 2, "has its own tasks"),
         (["--data", ".", "--task", "gqa", "--free"], 2, "leave out the options for rows"),
         (["--data", ".", "--task", "vqav2", "--split", "test"], 2, "kept on a server: --out FOLDER"),
-        (["--data", ".", "--task", "gqa", "--split", "dev"], 1, "gqa has no split 'dev'"),
+        (["--data", ".", "--task", "gqa", "--split", "dev"], 2, "gqa has no split 'dev'"),
         (["--data", ".", "--task", "gqa"], 1, "no testdev_balanced_questions.json"),
         (["--data", "a.png", "--task", "gqa"], 1, "a.png: a file, no folder; expected one with the published files"),
         (["--out", "a.png"], 1, "a.png is a file, expected a folder"),
         (["--out", "a.png/run"], 1, "a.png/run cannot be written to"),
         (["--data", "gone.jsonl", "--task", "vqa"], 1, "gone.jsonl: no such file or folder"),
-        (["--data", "gone.jsonl", "--task", "dance"], 1, "no task 'dance'"),
+        (["--data", "gone.jsonl", "--task", "dance"], 2, "no task 'dance'"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(
