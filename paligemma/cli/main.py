@@ -13,6 +13,7 @@ import warnings
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from paligemma.cli import bench, data, evaluate, explore, run, tiny, train, weights
 from paligemma.cli.output import print_error
@@ -20,8 +21,19 @@ from paligemma.terminal import printable
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # typer has no public name for it
 
+
+class Commands(TyperGroup):
+    """`train` takes options, and `train compare` is a command too: names of two words are looked up first."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if (name := " ".join(args[:2])) in self.commands:
+            args = [name, *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="paligemma",
+    cls=Commands,
     help="PaliGemma 1 and 2: captions, answers, boxes and masks for your pictures.",
     no_args_is_help=True,
     add_completion=False,
@@ -38,6 +50,7 @@ app.command()(explore.explore)
 app.command()(evaluate.evaluate)
 app.command()(bench.bench)
 app.command("train", cls=train.WithHeadings)(train.finetune)
+app.command("train compare")(train.compare)
 app.command()(weights.info)
 app.command()(weights.convert)
 app.command()(weights.merge)

@@ -22,7 +22,7 @@ from paligemma.cli.options import (
     Seed,
     Split,
 )
-from paligemma.cli.output import note
+from paligemma.cli.output import note, print_table
 from paligemma.train.options import TrainOptions
 
 HEADINGS = {  # in --help, each before the option named
@@ -166,6 +166,12 @@ def finetune(
     plan: Annotated[bool, typer.Option("--plan", help="Only say how much memory it would need.")] = False,
     # Interruptions and bad rows
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or remove it.")] = TrainOptions.resume,
+    longer: Annotated[
+        bool,
+        typer.Option(
+            "--longer", help="Go on with a run, finished or not, for more --steps, --epochs or --minutes than before."
+        ),
+    ] = TrainOptions.longer,
     save_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = TrainOptions.save_every,
     strict: Annotated[
         bool,
@@ -178,7 +184,7 @@ def finetune(
 ) -> None:
     """Fine-tune a model on your rows: pictures, prompts, answers.
 
-    The same command again goes on where it was cut off. Ctrl-C saves first.
+    The same command again goes on where it was cut off. Ctrl-C saves first. See also: paligemma train compare.
     """
     try:
         options = TrainOptions(
@@ -229,6 +235,7 @@ def finetune(
             dtype=dtype,
             revision=revision,
             resume=resume,
+            longer=longer,
             save_every=save_every,
             strict=strict,
         )
@@ -239,9 +246,9 @@ def finetune(
 
         Console().print(plan_of(options).table())
         return
-    from paligemma.train.finetune import finetune as run
-
     try:
+        from paligemma.train.finetune import finetune as run
+
         run(options)
     except KeyboardInterrupt as stop:
         note(str(stop) or "stopped")
@@ -251,3 +258,13 @@ def finetune(
 def names(listed: str) -> tuple[str, ...]:
     """ "vision, decoder" -> ("vision", "decoder")"""
     return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+def compare(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    other: Annotated[Path, typer.Argument(help="The folder of another.")],
+) -> None:
+    """Compare two runs of `train`: the options that differ, and their figures."""
+    from paligemma.train.compare import compare as compare_runs
+
+    print_table(compare_runs(run, other))

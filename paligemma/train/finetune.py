@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,12 @@ from paligemma.train.run_folder import (
     append_to_log,
     clear,
     fingerprint_of_data,
+    is_longer,
     last_checkpoint,
     last_checkpoint_step,
+    locked_run,
     open_run,
+    reopen,
     write_settings,
 )
 from paligemma.train.setup import (
@@ -81,37 +84,39 @@ def finetune(options: TrainOptions, say: Say | None = None) -> dict[str, Any]:
     check_packages(options)
     rank, world = distributed.start()
     say = (lambda line: None) if rank else say or to_stderr
-    out = Path(options.out)
     rows, validation_rows = open_rows(options)
     device = options.device or own_device(world)
     pg = load(options.model, device, options.dtype, options.quantize, options.revision, options.image_size)
 
+    with locked_run(Path(options.out)) if rank == 0 else nullcontext():
+        return run_in_folder(options, pg, rows, validation_rows, say)
+
+
+def run_in_folder(
+    options: TrainOptions, pg: PaliGemma, rows: Rows, validation_rows: Rows | None, say: Say
+) -> dict[str, Any]:
+    """`finetune` with the model and the rows it works on; on the first process the folder is locked."""
+    rank, world = distributed.start()
+    out = Path(options.out)
     facts = facts_of(pg, rows, validation_rows) if rank == 0 else {}
-    resumed = rank == 0 and open_run(out, asdict(options), facts, options.resume)
+    resumed = rank == 0 and open_run(out, asdict(options), facts, options.resume, options.longer)
     resumed = bool(distributed.broadcast(float(resumed)))
-    if distributed.broadcast(float(resumed and (out / FINISHED).is_file())):
-        say(f"{out} is finished already; --no-resume begins anew, another --out leaves it as it is")
+    longer = bool(distributed.broadcast(float(rank == 0 and resumed and is_longer(out, asdict(options)))))
+    if distributed.broadcast(float(resumed and not longer and (out / FINISHED).is_file())):
+        say(
+            f"{out} is finished already; --longer with more --steps, --epochs or --minutes trains it further, "
+            "--no-resume begins anew, another --out leaves it as it is"
+        )
         return json.loads((out / FINISHED).read_text(encoding="utf-8"))
 
     dtype = pg.model.dtype
     compute_dtype = compute_dtype_of(options, dtype, pg.model.device)
     prepare(pg.model, options)
     optimizers = optimizers_of(pg.model, options)
-    max_length = max_length_of(options, pg.model.config)
     steps = steps_of(options, len(rows))
     validation = board = None
     if rank == 0:
-        if resumed:
-            say(f"going on in {out}: {last_checkpoint(out)}")
-        else:
-            for each in (rows, validation_rows):
-                if each is not None:
-                    check_rows(each, pg, max_length, options.strict, say)
-            if not options.resume:
-                clear(out)  # not before everything is checked: a command that is refused changes nothing
-            write_settings(out, asdict(options), facts)
-        if options.shard and world == 1:
-            say("note: --shard splits the weights among processes, and there is only one")
+        begin(options, pg, rows, validation_rows, facts, steps, resumed, longer, say)
         for line in announcement(options, rows, pg, steps, dtype, compute_dtype):
             say(line)
         board = TensorBoard(out / "tensorboard", last_checkpoint_step(out), say)
@@ -123,7 +128,7 @@ def finetune(options: TrainOptions, say: Say | None = None) -> dict[str, Any]:
         pg.processor,
         options.batch,
         options.seed,
-        max_length,
+        max_length_of(options, pg.model.config),
         keep_together=options.keep_together,
         on_skip=None if options.strict else skip_logger(out),
     )
@@ -150,6 +155,38 @@ def finetune(options: TrainOptions, say: Say | None = None) -> dict[str, Any]:
         if board is not None:
             board.close()
         return finish(options, pg, out, validation, say)
+
+
+def begin(
+    options: TrainOptions,
+    pg: PaliGemma,
+    rows: Rows,
+    validation_rows: Rows | None,
+    facts: dict[str, Any],
+    steps: int,
+    resumed: bool,
+    longer: bool,
+    say: Say,
+) -> None:
+    """On the first process: check what has not been checked, and make the folder ready."""
+    out = Path(options.out)
+    if resumed:
+        made = last_checkpoint_step(out)
+        if longer and made >= steps:
+            raise ValueError(f"{out} has made {made:,} steps already, and {steps:,} are no more: nothing is left to do")
+        if longer:
+            reopen(out, asdict(options), facts)
+            say(f"longer than before: from step {made:,} on the learning rate follows the schedule of the new length")
+        say(f"going on in {out}: {last_checkpoint(out)}")
+    else:
+        for each in (rows, validation_rows):
+            if each is not None:
+                check_rows(each, pg, max_length_of(options, pg.model.config), options.strict, say)
+        if not options.resume:
+            clear(out)  # not before everything is checked: a command that is refused changes nothing
+        write_settings(out, asdict(options), facts)
+    if options.shard and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        say("note: --shard splits the weights among processes, and there is only one")
 
 
 def facts_of(pg: PaliGemma, rows: Rows, validation_rows: Rows | None) -> dict[str, Any]:
@@ -188,6 +225,14 @@ def explained(out: Path, batches: RowBatches) -> Iterator[None]:
         raise KeyboardInterrupt(
             f"{str(stop) or 'stopped at once: ' + last_checkpoint(out)}; the same command goes on from there"
         ) from None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}); {last_checkpoint(out)}. "
+            "--accumulate, --checkpoint-gradients, --lora and a smaller --batch or --max-length need less; --plan says "
+            "how much"
+        ) from error
     except (OSError, SafetensorError) as error:
         if not is_full(error):
             raise
@@ -201,6 +246,11 @@ def explained(out: Path, batches: RowBatches) -> Iterator[None]:
 def is_full(error: BaseException) -> bool:
     number = getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
 
 
 def to_stderr(text: str) -> None:

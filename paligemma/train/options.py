@@ -91,6 +91,7 @@ class TrainOptions:
     revision: str | None = None
     # Interruptions and bad rows.
     resume: bool = True
+    longer: bool = False
     save_every: float = 120.0  # seconds
     strict: bool = False
 
@@ -143,6 +144,8 @@ class TrainOptions:
     def _check_combinations(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs both say how long to train: give one of them")
+        if self.longer and not self.resume:
+            raise ValueError("--longer keeps the run in the folder, and --no-resume removes it: give one of them")
         if self.optimizer == "muon" and self.shard:
             raise ValueError("muon needs whole matrices, and sharding cuts them up: choose adamw")
         if self.freeze and self.lora:

@@ -7,7 +7,7 @@ runs/mine/
   validation/         answers, figures and pictures, step by step
   tensorboard/
   report.html         everything in one page, at the end
-  finished.json       the final figures, written last
+  finished.json       the final figures, written last (finished-00001000.json: before it was trained for longer)
   config.json, model.safetensors, ...    the fine-tuned model (or the adapter) itself
 """
 
@@ -17,13 +17,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from paligemma.data.rows import Rows
 from paligemma.evaluate.report import environment
-from paligemma.files import read_json, write_json
+from paligemma.files import locked, read_json, write_json
 from paligemma.train import checkpointing
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
@@ -36,6 +37,7 @@ FREE = {
     "validation_annotations",
     "out",
     "resume",
+    "longer",
     "strict",
     "save_every",
     "device",
@@ -43,6 +45,7 @@ FREE = {
     "checkpoint_gradients",
     "shard",
 }
+LENGTH = {"steps", "epochs", "minutes"}  # what may differ with --longer
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
     "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -68,34 +71,79 @@ def fingerprint_of_data(rows: Rows) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def open_run(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], resume: bool) -> bool:
-    """True if the folder holds a run with the same settings and facts, which is to go on; False if a run is to begin
-    there: in a new folder, or with resume=False in the place of the old one. Changes nothing: `clear` does.
-
-    settings: the options. facts: what they stood for: fingerprints of data and weights.
-    ValueError that names what differs, and for a folder of something else; FileExistsError for a file.
-    """
+@contextmanager
+def locked_run(out: Path) -> Iterator[None]:
+    """Only one process may train in a folder: BlockingIOError, which says who does, for a second one. FileExistsError
+    for a file. The folder is made if need be, and removed again if nothing came to lie in it."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file, expected a folder to write the run to")
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out, "paligemma train"):
+            yield
+    finally:
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+
+
+def open_run(
+    out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any], resume: bool, longer: bool = False
+) -> bool:
+    """True if the folder holds a run with the same settings and facts, which will continue; False if a run will begin
+    there: in a new folder, or with resume=False in the place of the old one. Changes nothing: `clear` does.
+
+    settings: the options. facts: what they stood for: fingerprints of data and weights. longer: the length of the run
+    may differ. ValueError that names what differs, and for a folder of something else.
+    """
     known = (out / SETTINGS).is_file()
     if not known and out.is_dir() and any(file for file in out.iterdir() if not file.name.startswith(".")):
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     if not known or not resume:
         return False
+    there, here = saved_settings(out), _compared(_as_json(settings), _as_json(facts))
+    may_differ = LENGTH if longer else set()
+    differing = [key for key in {**there, **here} if there.get(key) != here.get(key) and key not in may_differ]
+    if differing:
+        named = "; ".join(f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
+        way = "add --longer to train it further, " if LENGTH.issuperset(differing) else ""
+        raise ValueError(
+            f"{out} holds a run with other settings: {named}. Give the same ones to go on with it, {way}choose "
+            "another --out, or begin anew with --no-resume, which removes it"
+        )
+    return True
+
+
+def saved_settings(out: Path) -> dict[str, Any]:
+    """Settings and facts of the run in a folder, as far as they are compared."""
     try:
         saved = read_json(out / SETTINGS)
     except ValueError as error:
         raise ValueError(f"{error}: choose another --out, or --no-resume") from None
-    there = _compared(saved.get("settings", {}), saved.get("facts", {}))
-    here = _compared(json.loads(json.dumps(dict(settings))), json.loads(json.dumps(dict(facts))))
-    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    if differing:
-        named = "; ".join(f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
-        raise ValueError(
-            f"{out} holds a run with other settings: {named}. Give the same ones to go on with it, choose "
-            "another --out, or begin anew with --no-resume, which removes it"
-        )
-    return True
+    return _compared(saved.get("settings", {}), saved.get("facts", {}))
+
+
+def is_longer(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a run that continues was shorter when it was started last."""
+    there, here = saved_settings(out), _as_json(settings)
+    return any(there.get(key) != here.get(key) for key in LENGTH)
+
+
+def reopen(out: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Continue a run with another length. The figures it had when it was finished stay, as `finished-00001000.json`.
+
+    Killed between the two steps, the same command does the rest.
+    """
+    if (out / FINISHED).is_file():
+        os.replace(out / FINISHED, out / f"finished-{last_checkpoint_step(out):08d}.json")
+    write_settings(out, settings, facts)
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are read again: tuples become lists."""
+    content: dict[str, Any] = json.loads(json.dumps(dict(values)))
+    return content
 
 
 def _compared(settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +159,8 @@ def clear(out: Path) -> None:
 
     Killed in the middle it leaves less of the old run, which is still known as one and can be begun anew.
     """
-    (out / FINISHED).unlink(missing_ok=True)
+    for file in out.glob("finished*.json"):
+        file.unlink()
     for name in ("checkpoints", "validation", "tensorboard"):
         aside = out / f".{name}.old"  # removing takes a moment, and half a checkpoint must not be called one
         shutil.rmtree(aside, ignore_errors=True)

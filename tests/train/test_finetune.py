@@ -990,6 +990,116 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(base, data, tmp_path, monke
     assert checkpointing.load_last(out / "checkpoints")["step"] == 6
 
 
+# ------------------------------------------------------------------------------------------------- longer, locked
+
+
+def test_a_finished_run_goes_on_for_longer(base, data, tmp_path):
+    """Nothing of it is lost: weights, the optimizer's state, log, figures. The schedule is that of the new length."""
+    out = tmp_path / "run"
+    run(base, data, out, schedule="constant", warmup=0.0, validation=data)
+    with pytest.raises(ValueError, match=r"steps 6 there, 9 here\. .*add --longer to train it further"):
+        run(base, data, out, schedule="constant", warmup=0.0, validation=data, steps=9)
+    longer = {"schedule": "constant", "warmup": 0.0, "validation": data, "steps": 9, "longer": True}
+    said = run(base, data, out, **longer)
+    assert any("longer than before: from step 6 on" in line for line in said)
+    run(base, data, tmp_path / "whole", schedule="constant", warmup=0.0, validation=data, steps=9)
+    assert losses(out) == losses(tmp_path / "whole")
+    one, other = (paligemma.load(str(folder)).model.state_dict() for folder in (out, tmp_path / "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((out / "finished.json").read_text())["summary"]["steps"] == 9
+    assert json.loads((out / "finished-00000006.json").read_text())["summary"]["steps"] == 6
+    assert [entry["step"] for entry in log_of(out) if "validation" in entry] == [6, 9]
+    before = contents(out)
+    assert "finished already" in run(base, data, out, **longer)[0], "the same again is done"
+    with pytest.raises(ValueError, match="has made 9 steps already, and 8 are no more"):
+        run(base, data, out, **{**longer, "steps": 8})
+    with pytest.raises(ValueError, match="other settings: batch 4 there, 2 here"):
+        run(base, data, out, **{**longer, "steps": 12, "batch": 2})
+    assert contents(out) == before
+
+
+def test_longer_goes_on_where_it_was_interrupted(base, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run(base, data, out, steps=2)
+    longer = {"steps": 6, "longer": True, "save_every": 100.0}
+    interrupt_in_step_4(monkeypatch)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 4"):
+        run(base, data, out, **longer)
+    monkeypatch.undo()
+    run(base, data, out, steps=6)  # by now it is a run of six steps
+    assert len(losses(out)) == 6
+
+
+def test_two_runs_in_one_folder_are_refused(base, data, tmp_path):
+    """The second one in another process, while the first has it: it says who does and changes nothing."""
+    out = tmp_path / "runs" / "one"
+    second = "import sys; from test_finetune import *; run(*sys.argv[1:3], Path(sys.argv[3]), resume=False)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, Path(__file__).parents[:2]), *sys.path])}
+
+    def start() -> None:
+        before = {path: path.read_bytes() for path in out.rglob("*.json*")}
+        done = subprocess.run(
+            [sys.executable, "-c", second, base, data, str(out)], capture_output=True, text=True, env=environment
+        )
+        assert re.search(r"BlockingIOError: .*paligemma train", done.stderr), done.stderr
+        assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before
+
+    finetune(TrainOptions(model=base, data=data, out=str(out), **SMALL), during(start))
+    assert len(losses(out)) == 6
+    run(base, data, out, resume=False, steps=1)  # free again
+
+
+def test_a_refused_run_leaves_no_folder(base, data, tmp_path):
+    with pytest.raises(ValueError, match="no part 'visoin'"):
+        run(base, data, tmp_path / "new" / "run", freeze=("visoin",))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_too_little_memory_says_what_needs_less(base, data, tmp_path, monkeypatch, error):
+    lay_out = RowBatches.lay_out
+
+    def full(self, step, loaded):
+        if step == 2:
+            raise error
+        return lay_out(self, step, loaded)
+
+    monkeypatch.setattr(RowBatches, "lay_out", full)
+    with pytest.raises(
+        MemoryError, match=r"out of memory \(.+\); the last good checkpoint is .*step-00000002\. --accum"
+    ):
+        run(base, data, tmp_path / "run")
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def test_two_runs_side_by_side(base, data, tmp_path):
+    """`paligemma train compare`: options that differ, their figures; also of a run that is not finished."""
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    run(base, data, one, steps=2, validation=data)
+    run(base, data, two, steps=3, validation=data, lr=1e-4)
+    done = CliRunner().invoke(app, ["train", "compare", str(one), str(two)])
+    assert done.exit_code == 0, done.output
+    lines = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if line.count("│") == 4}
+    assert lines["lr"].split("│")[2:4] != ["", ""] and "0.003" in lines["lr"] and "0.0001" in lines["lr"]
+    assert {"steps", "exact", "last loss", "peak memory"} <= set(lines) and "batch" not in lines and "out" not in lines
+    shutil.copytree(two, three)
+    (three / "finished.json").unlink()
+    unfinished = CliRunner().invoke(app, ["train", "compare", str(two), str(three)]).stdout
+    assert "options, data and weights" in unfinished and "in step 3" in unfinished
+    done = CliRunner().invoke(app, ["train", "compare", str(one), str(tmp_path)])
+    assert isinstance(done.exception, FileNotFoundError) and "has no settings.json" in str(done.exception)
+
+
+def test_help_shows_every_option_once_under_a_heading():
+    page = CliRunner().invoke(app, ["train", "--help"]).stdout
+    headings = re.findall(r"^(\S.*):$", page, re.MULTILINE)
+    assert headings[0] == "Model, data and result" and headings[-1] == "Other" and "Options" not in headings
+    for field in TrainOptions.__dataclass_fields__:
+        assert len(re.findall(rf"^  (?:-m, )?--{field.replace('_', '-')}\b", page, re.MULTILINE)) >= 1, field
+
+
 MEASURED = """
 import re, sys
 import torch
