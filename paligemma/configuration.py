@@ -53,7 +53,7 @@ INERT_KEYS = frozenset(
 # Keys that would change the arithmetic if they ever held another value than these.
 FIXED_KEYS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
-    "tie_word_embeddings": (True, None),
+    "tie_word_embeddings": (True, False, None),  # opening a checkpoint shows whether it holds a head of its own
     "num_channels": (3, None),
     "rope_scaling": (None,),
     "hidden_act": ("gelu_pytorch_tanh", None),
@@ -99,8 +99,6 @@ def read_config(given: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(given) - known - INERT_KEYS)
     if unknown:
         warnings.warn(f"config.json has keys that are not used: {', '.join(unknown)}", stacklevel=4)
-    if given.get("tie_word_embeddings") is False:
-        raise ValueError("tie_word_embeddings is false; PaliGemma's output layer is its input embedding")
     text = as_object(given["text_config"], "text_config")
     fields = {"text_config": text, "vision_config": given["vision_config"], "image_token_index": image_token}
     return {**fields, **_special_tokens(given, text)}

@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paligemma.answers.constraints import Constraint
 from paligemma.answers.drawing import Style, draw
@@ -83,6 +83,7 @@ def load(
     loc_scale: int = 1024,
     device_map: str | None = None,
     max_memory: Mapping[str, int | str] | None = None,
+    extra: Mapping[str, nn.Module] | None = None,
 ) -> PaliGemma:
     """Opens a checkpoint.
 
@@ -91,16 +92,24 @@ def load(
     checkpoint's own for small ones. quantize: "int8" or "int4" rounds the weights, see `load_hf_model`. revision: of a
     hub id. image_size: resamples the position table for another resolution. loc_scale: 1024 (default) or 1023, what
     a location token counts to. device_map: "auto" for a model larger than its device; max_memory: what it may use of
-    each, see `load_hf_model`.
+    each, see `load_hf_model`. extra: modules in the place of the model's own parts, or beside them, by their names: see
+    `docs/changing.md`.
     Raises ValueError or OSError in a line that says what to do.
     """
     path = resolve(model, revision=revision, dtype=dtype)
     network, tokenizer = load_hf_model(
-        str(path), device, dtype, quantize, image_size=image_size, device_map=device_map, max_memory=max_memory
+        str(path),
+        device,
+        dtype,
+        quantize,
+        image_size=image_size,
+        device_map=device_map,
+        max_memory=max_memory,
+        extra=extra or {},
     )
     vision = network.config.vision_config
     processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
-    own_codec = first_with(open_model(path, dtype)[1], CODEC_FILE)
+    own_codec = first_with(open_model(path, dtype, extra or {})[1], CODEC_FILE)
     codec = MaskCodec.load(own_codec / CODEC_FILE) if own_codec is not None else None
     return PaliGemma(network, processor, codec=codec, loc_scale=loc_scale)
 

@@ -28,6 +28,9 @@ from paligemma.files import LARGEST_JSON, library_errors, read_bytes, write_text
 if TYPE_CHECKING:
     from paligemma.configuration import PaliGemmaConfig
 
+# The files that a tokenizer may lie in, the first first. The last is how big_vision publishes its own.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "paligemma_tokenizer.model")
+
 IMAGE = "<image>"
 LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
 SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
@@ -220,7 +223,7 @@ def check_tokenizer(tokenizer: Tokenizer, config: PaliGemmaConfig) -> None:
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer in `folder` (or the file itself): `tokenizer.json`, else `tokenizer.model` (sentencepiece).
+    """The tokenizer in `folder` (or the file itself): `tokenizer.json`, else a sentencepiece model (`TOKENIZERS`).
 
     A sentencepiece model is read into the same `Tokenizer`. PaliGemma's own holds `<loc>` and `<seg>`, and `<image>`
     is added behind them; Gemma's own, which big_vision extends at run time, holds none of them, and all are added in
@@ -233,7 +236,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        found = [path / name for name in TOKENIZERS if (path / name).is_file()]
         if not found:
             raise FileNotFoundError(f"{path} has no tokenizer: expected tokenizer.json or tokenizer.model")
         path = found[0]

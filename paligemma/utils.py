@@ -17,7 +17,8 @@ from paligemma.fast.offload import check_device_map, offload
 from paligemma.fast.swap import STORED, check_mode, check_package
 from paligemma.fast.swap import quantize as quantize_model
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from paligemma.tokenizer import TOKENIZERS, Tokenizer, check_tokenizer, load_tokenizer
+from paligemma.weights.extra import NO_EXTRA, Extra
 from paligemma.weights.finding import first_with, open_model, resolve
 from paligemma.weights.loading import load_model, parse_dtype
 from paligemma.weights.published import published_name
@@ -33,6 +34,7 @@ def load_hf_model(
     image_size: int | None = None,
     device_map: str | None = None,
     max_memory: Mapping[str, int | str] | None = None,
+    extra: Extra = NO_EXTRA,
 ) -> tuple[PaliGemmaForConditionalGeneration, Tokenizer]:
     """A model in evaluation mode (its parameters trainable), and the tokenizer that lies beside its weights.
 
@@ -44,6 +46,7 @@ def load_hf_model(
     the weights as they are read, "bnb-int8" or "nf4" through bitsandbytes; a checkpoint may be quantised already. On a
     CPU the published sizes take "bf16" by themselves, which changes no weight (see `fast/swap.py`). device_map:
     "auto" for a model larger than its device, by accelerate; max_memory: what may be used of each (see `offload.py`).
+    extra: modules by their names, for a model in which parts are not PaliGemma's own (see `weights/extra.py`).
 
     Raises ValueError or OSError (FileNotFoundError, PermissionError for a gated repository, ...) in a line or two that
     say what to do.
@@ -55,18 +58,22 @@ def load_hf_model(
     if max_memory is not None and device_map is None:
         raise ValueError("max_memory is for device_map='auto', which is not asked for")
     path = resolve(model_path, revision, wanted)
-    checkpoint, folders = open_model(path, wanted)  # headers only: what does not fit shows before gigabytes are read
-    tokenizer = load_tokenizer(first_with(folders, "tokenizer.json", "tokenizer.model") or folders[-1])
+    # Headers only: what does not fit shows before gigabytes are read.
+    checkpoint, folders = open_model(path, wanted, extra)
+    tokenizer = load_tokenizer(first_with(folders, *TOKENIZERS) or folders[-1])
     check_tokenizer(tokenizer, checkpoint.config)
     if isinstance(checkpoint, QuantizedCheckpoint):
         check_device_map(device_map, checkpoint.mode)
         return checkpoint.load(quantize, wanted, image_size, device), tokenizer
+    if extra and quantize is not None:
+        raise ValueError("quantize rounds PaliGemma's own layers and cannot be combined with extra")
     if quantize is not None:
         check_package(quantize)
     if quantize is not None and quantize in STORED:
         return load_quantizing(checkpoint, quantize, wanted, image_size), tokenizer
-    model = load_model(checkpoint, "cpu" if device_map else device, wanted, image_size)
-    if quantize is None and device.type == "cpu" and published_name(model.config) and model.dtype == torch.bfloat16:
+    model = load_model(checkpoint, "cpu" if device_map else device, wanted, image_size, extra)
+    is_published = published_name(model.config) is not None and model.dtype == torch.bfloat16
+    if quantize is None and not extra and device.type == "cpu" and is_published:
         quantize = "bf16"  # the same weights, read faster
     model = model if quantize is None else quantize_model(model, quantize)
     return (model if device_map is None else offload(model, device, max_memory)), tokenizer

@@ -388,7 +388,6 @@ REFUSED = {
     "another activation": ("text_config", {"hidden_act": "silu"}, (), "text_config.hidden_act is 'silu'"),
     "the exact GELU in the eye": ("vision_config", {"hidden_act": "gelu"}, (), "vision_config.hidden_act is 'gelu'"),
     "biases": ("text_config", {"attention_bias": True}, (), "attention_bias is True"),
-    "a head of its own": (None, {"tie_word_embeddings": False}, (), "tie_word_embeddings is false"),
     "gray images": ("vision_config", {"num_channels": 1}, (), "num_channels is 1"),
     "a window of 0": ("text_config", {"sliding_window": 0}, (), "sliding_window is 0"),
     "a cap of 0": ("text_config", {"final_logit_softcapping": 0}, (), "final_logit_softcapping is 0"),

@@ -37,6 +37,7 @@ from paligemma.files import read_json
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.weights.layouts import EMBEDDING, HEAD, our_name, their_name
 from paligemma.weights.opening import PICKLED, Checkpoint
+from paligemma.weights.published import TINY
 from paligemma.weights.safetensors_file import MappedFile, Shape
 from paligemma.weights.saving import checkpoint_written_whole
 
@@ -44,12 +45,21 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # peft's own wrapping, before the names of transformers
 
 # Of the settings in `adapter_config.json`: what is read, and what only says how the tensors came about.
-READ = "peft_type base_model_name_or_path revision r lora_alpha alpha_pattern use_rslora init_lora_weights".split()
+READ = (
+    "peft_type base_model_name_or_path revision r lora_alpha alpha_pattern use_rslora init_lora_weights "
+    "ensure_weight_tying"
+).split()
 INERT = (
     "task_type auto_mapping peft_version inference_mode target_modules exclude_modules modules_to_save lora_dropout "
     "layers_to_transform layers_pattern rank_pattern fan_in_fan_out megatron_config megatron_core qalora_group_size "
     "loftq_config eva_config corda_config lora_ga_config runtime_config"
 ).split()
+
+# The regular expressions that `alpha_pattern` may hold: with one group, and one repetition besides those of digits.
+# With more of these, one can take longer than anybody waits, and Python has no way to stop it.
+SIMPLE_PATTERN = re.compile(r"(?:[\w^$|()-]|\\[.d]|\\d\+|\.[*+]?|\[[\w-]*\])*")
+MOST_PATTERNS = 20  # of these; plain names are not counted
+
 # Ways to begin that leave the base as it is. Others (PiSSA, OLoRA, LoftQ, ...) train beside a base of their own.
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -79,8 +89,8 @@ def save_adapter(
     config = copy.copy(learned.peft_config["default"])
     config.inference_mode = True
     config.base_model_name_or_path = str(base_name)
-    if str(base_name) != "tiny" and (path := Path(base_name).expanduser()).exists():
-        config.base_model_name_or_path = str(path.resolve())  # so that it is found from everywhere
+    if (path := TINY if str(base_name) == "tiny" else Path(base_name).expanduser()).exists():
+        config.base_model_name_or_path = str(path.resolve())  # so that it is found from everywhere, and by peft
     with checkpoint_written_whole(Path(folder)) as place:
         if processor is not None:
             processor.save_pretrained(place)
@@ -143,12 +153,14 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
             + (f"; {pickled[0]} is a pickle, which can run any code when it is read: it is not" if pickled else "")
         )
     halves: dict[str, dict[str, tuple[str, Shape]]] = {}  # layer -> "A" and "B" -> key and shape
-    strange = []
+    strange, tied = [], {}  # what cannot be read; the embedding and the output layer, trained whole
     for key, (shape, _) in MappedFile(folder / TENSORS).tensors.items():
         name = key.removeprefix(PREFIX)
         if (half := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)) and len(shape) == 2:
             halves.setdefault(half[1], {})[half[2]] = key, shape
-        elif "lora_" in name or our_name(name) in (EMBEDDING, HEAD):
+        elif our_name(name) in (EMBEDDING, HEAD):
+            tied[our_name(name)] = key, shape
+        elif "lora_" in name:
             strange.append(key)
         else:
             adapter.whole[our_name(name)], adapter.whole_shapes[our_name(name)] = key, shape
@@ -162,14 +174,28 @@ def open_adapter(folder: str | os.PathLike[str]) -> Adapter:
         adapter.keys[name], adapter.shapes[name], adapter.ranks[name] = (key_a, key_b), (b[0], a[1]), a[0]
         alpha = _alpha(module, settings)
         adapter.factors[name] = alpha / math.sqrt(a[0]) if settings.get("use_rslora") else alpha / a[0]
+    if tied and _stay_tied(folder, tied, settings):
+        adapter.whole[EMBEDDING], adapter.whole_shapes[EMBEDDING] = next(iter(tied.values()))
+    else:
+        strange += [key for key, _ in tied.values()]
     if strange:
         raise ValueError(
             f"{folder / TENSORS}: {_listed(strange)} cannot be folded into the base. Read are pairs of lora_A and "
-            "lora_B of linear layers, and whole tensors but for the embedding (which is the output layer too)"
+            "lora_B of linear layers, and whole tensors; the embedding only where it stays the output layer too: train "
+            "it with peft's ensure_weight_tying=True"
         )
     if not adapter.keys and not adapter.whole:
         raise ValueError(f"{folder / TENSORS} holds no tensors")
     return adapter
+
+
+def _stay_tied(folder: Path, tied: Mapping[str, tuple[str, Shape]], settings: Mapping[str, Any]) -> bool:
+    """Whether a trained embedding is the output layer as well: both are there and equal, or peft has tied them."""
+    if len(tied) < 2:
+        return settings.get("ensure_weight_tying") is True
+    (one, shape), (other, other_shape) = tied.values()
+    file = MappedFile(folder / TENSORS)
+    return shape == other_shape and torch.equal(file.read(one), file.read(other))
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -186,6 +212,7 @@ def _settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: base_model_name_or_path is {base!r}: write in which model the adapter belongs to")
     if not isinstance(patterns := settings.get("alpha_pattern") or {}, dict):
         raise ValueError(f"{path}: alpha_pattern is {patterns!r}, expected an object of names and numbers")
+    _check_patterns(patterns)
     for name, value in {"lora_alpha": settings.get("lora_alpha"), **patterns}.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise ValueError(f"{path}: {name} is {value!r}, expected a number")
@@ -207,12 +234,30 @@ def _settings(path: Path) -> dict[str, Any]:
 def _alpha(module: str, settings: dict[str, Any]) -> float:
     """The alpha of a layer: that of the first pattern which is the end of its name, else the common one."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(r"[\w.]+", pattern):
+            matches = module == pattern or module.endswith("." + pattern)
+        else:  # no layer of ours has a name of 200 letters
+            matches = len(module) < 200 and re.match(rf"(.*\.)?({pattern})$", module) is not None
+        if matches:
+            return float(alpha)
+    return float(settings["lora_alpha"])
+
+
+def _check_patterns(patterns: Mapping[str, Any]) -> None:
+    """ValueError for regular expressions that are none, or that may take for ever."""
+    expressions = [pattern for pattern in patterns if not re.fullmatch(r"[\w.]+", pattern)]
+    for pattern in expressions:
+        repeats = sum(map(pattern.count, "*+?")) - pattern.count(r"\d+")
+        simple = SIMPLE_PATTERN.fullmatch(pattern) and len(pattern) <= 500
+        if not simple or repeats > 1 or pattern.count("(") > 1 or len(expressions) > MOST_PATTERNS:
+            raise ValueError(
+                f"alpha_pattern: {pattern[:80]!r} is a regular expression that may take very long: write the names of "
+                "layers, or a simple one such as 'layers\\.\\d+\\.mlp\\..*'"
+            )
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return float(alpha)
+            re.compile(pattern)
         except re.error as error:
             raise ValueError(f"alpha_pattern: {pattern!r} is no pattern ({error})") from None
-    return float(settings["lora_alpha"])
 
 
 def _listed(names: list[str], most: int = 4) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tokenizer import load_tokenizer
+from paligemma.tokenizer import TOKENIZERS, load_tokenizer
 from paligemma.weights.adapters import CONFIG, is_adapter
 from paligemma.weights.expected import expected_shapes
 from paligemma.weights.finding import open_model, resolve
@@ -75,7 +75,8 @@ def convert(
         copy_companions(folders, staging)
         write_config(staging, checkpoint.config, to or checkpoint.dtype)
         of_processor = [staging / "tokenizer.json", staging / "preprocessor_config.json"]
-        bare = (staging / "tokenizer.model").exists() and not all(path.exists() for path in of_processor)
+        has_sentencepiece = any((staging / name).exists() for name in TOKENIZERS[1:])
+        bare = has_sentencepiece and not all(path.exists() for path in of_processor)
         if format == "safetensors" and bare:
             # big_vision's checkpoints come without the files that transformers reads a processor from.
             vision = checkpoint.config.vision_config

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 
 from paligemma.weights.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
+from paligemma.weights.extra import NO_EXTRA, Extra
 from paligemma.weights.loading import parse_dtype
 from paligemma.weights.npz import npz_parts
 from paligemma.weights.opening import Checkpoint, open_checkpoint
+from paligemma.weights.published import TINY
 from paligemma.weights.quantized import QuantizedCheckpoint, open_quantized, stored_mode
 
-TINY = Path(__file__).parents[1] / "assets" / "tiny"
-
 # What is downloaded of a repository. No pickles, no copies in other formats, no pictures.
-SETTINGS = ["*.json", "tokenizer.model"]
+SETTINGS = ["*.json", "tokenizer.model", "paligemma_tokenizer.model"]
 WEIGHTS = ["*.safetensors", "mask_codec.npz"]
 
 
@@ -136,7 +136,7 @@ def _first_line(error: Exception) -> str:
 
 
 def open_model(
-    path: Path, dtype: torch.dtype | str | None = None
+    path: Path, dtype: torch.dtype | str | None = None, extra: Extra = NO_EXTRA
 ) -> tuple[Checkpoint | QuantizedCheckpoint, list[Path]]:
     """Opens a checkpoint, or an adapter folded into its base; and the folders in which tokenizer and the like may lie.
 
@@ -144,13 +144,15 @@ def open_model(
     Raises as `resolve`, `open_checkpoint` and `open_adapter` do.
     """
     if stored_mode(path) is not None:
+        if extra:
+            raise ValueError(f"{path} holds rounded weights, and extra is for others: start from what it was made of")
         quantized = open_quantized(path)
         return quantized, [quantized.folder]
     if not is_adapter(path):
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, extra)
         return checkpoint, [checkpoint.folder]
     adapter = open_adapter(path)
-    checkpoint = open_checkpoint(find_base(adapter, dtype))
+    checkpoint = open_checkpoint(find_base(adapter, dtype), extra)
     return folded(checkpoint, adapter), [path, checkpoint.folder]
 
 
@@ -160,8 +162,11 @@ def find_base(adapter: Adapter, dtype: torch.dtype | str | None = None, weights:
     Raises FileNotFoundError where there is none, ValueError for a base that is an adapter itself.
     """
     beside = adapter.folder / adapter.base
+    name = adapter.base
+    if Path(name).parts[-3:] == TINY.parts[-3:] and not Path(name).exists():
+        name = "tiny"  # where it lies in another installation
     try:
-        base = beside if beside.exists() else resolve(adapter.base, adapter.revision, dtype, weights)
+        base = beside if beside.exists() else resolve(name, adapter.revision, dtype, weights)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(
             f"{adapter.folder} is an adapter, and its base cannot be found: {error}. Where it lies stands in {CONFIG}, "

@@ -12,6 +12,8 @@ stacks the layers and transposes the matrices: `bigvision_arrays` says how, for 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,6 +45,17 @@ def their_name(name: str) -> str:
         if name.startswith(tower):
             name = tower.partition(".")[0] + "." + name.removeprefix(tower)
     return "model." + name
+
+
+def prefix_of(keys: Iterable[str]) -> str:
+    """What stands before the names of a whole model: "module.", "_orig_mod.", "vlm.", ... and mostly nothing.
+
+    Wrappers (torch.compile, DataParallel, peft) and models built around PaliGemma put it there. It is seen in the name
+    of a tensor that every checkpoint has once. A last "model." belongs to layout N.
+    """
+    patches = re.compile(r"(.*?)vision_tower\.(vision_model\.)?embeddings\.patch_embedding\.weight")
+    found = [match[1] for key in keys if (match := patches.fullmatch(key))]
+    return found[0].removesuffix("model.") if len(found) == 1 else ""
 
 
 # ------------------------------------------------------------------------------------------------ big_vision .npz

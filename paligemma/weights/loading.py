@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.weights.expected import empty_model
+from paligemma.weights.extra import NO_EXTRA, Extra, put_extra
 from paligemma.weights.layouts import POSITIONS
 from paligemma.weights.opening import Checkpoint, open_checkpoint
 from paligemma.weights.published import published_name
@@ -38,23 +39,30 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     image_size: int | None = None,
+    extra: Extra = NO_EXTRA,
 ) -> PaliGemmaForConditionalGeneration:
     """A checkpoint, opened or by its path -> the model, in evaluation mode, its parameters trainable.
 
     dtype: default bfloat16 for the published sizes, the checkpoint's own for all others. image_size: another
-    resolution than the checkpoint's; its position table is resampled. Raises as `open_checkpoint` does.
+    resolution than the checkpoint's; its position table is resampled. extra: parts that are not PaliGemma's own, the
+    same with which the checkpoint was opened. Raises as `open_checkpoint` does.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, extra)
     if image_size is not None:
         checkpoint = at_image_size(checkpoint, image_size)
     if (dtype := parse_dtype(dtype)) is None:
         dtype = default_dtype(checkpoint)
     device = torch.device(device)
     model = empty_model(checkpoint.config)
+    put_extra(model, extra, device, dtype)
     for name, (_, stored) in checkpoint.tensors.items():
         tensor = checkpoint.read(name, mapped=stored == dtype and device.type == "cpu")
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(cast(name, tensor, dtype, device)))
+        owner, tensor = model.get_submodule(parent), cast(name, tensor, dtype, device)
+        if leaf in owner._buffers:  # only parts that are not PaliGemma's own have buffers in a checkpoint
+            owner._buffers[leaf] = tensor
+        else:
+            setattr(owner, leaf, nn.Parameter(tensor))
     return model.eval()
 
 

@@ -59,6 +59,7 @@ class NpzReader:
     def __init__(self, parts: list[Path]):
         self.path = parts[0]
         self.arrays: dict[str, tuple[tuple[int, ...], torch.dtype | str]] = {}
+        self.in_params = False  # whether names begin with "params/": others beside these are the state of training
         self._members: dict[str, tuple[str, int, bool]] = {}  # name in the archive, bytes before the data, order
         self._open: tuple[str, Any] = "", None
         self._file: Any = parts[0].open("rb") if len(parts) == 1 else io.BufferedReader(_Joined(parts))
@@ -95,7 +96,9 @@ class NpzReader:
         with self._zip.open(member) as file:
             shape, fortran, dtype = _npy_header(file)
             start = file.tell()
-        key = member.filename.removesuffix(".npy").removeprefix("params/")
+        name = member.filename.removesuffix(".npy")
+        key = name.removeprefix("params/")
+        self.in_params |= key != name
         torch_dtype = NPY_DTYPES.get(dtype.str, dtype.str)
         if isinstance(torch_dtype, torch.dtype):
             expected = start + math.prod(shape) * torch_dtype.itemsize

@@ -12,8 +12,11 @@ What is unusual:
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +27,8 @@ from torch import Tensor
 from paligemma.files import read_json
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.weights.expected import check_tensors, expected_shapes
-from paligemma.weights.layouts import EMBEDDING, HEAD, ArrayLayout, bigvision_layout, our_name
+from paligemma.weights.extra import NO_EXTRA, Extra, shapes_with_extra
+from paligemma.weights.layouts import EMBEDDING, HEAD, POSITIONS, ArrayLayout, bigvision_layout, our_name, prefix_of
 from paligemma.weights.npz import NpzReader, npz_parts
 from paligemma.weights.published import config_of_arrays
 from paligemma.weights.safetensors_file import FLOATS, MappedFile, Shape
@@ -64,18 +68,19 @@ class Checkpoint:
         return self.tensors[EMBEDDING][1]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], extra: Extra = NO_EXTRA) -> Checkpoint:
     """Opens a folder, a `.safetensors` file or a big_vision `.npz` (also in `.part` files), and reads headers only.
 
+    extra: parts that are not PaliGemma's own, see `extra.py`; an `.npz` holds none.
     Raises FileNotFoundError or ValueError, naming the file: when there are no weights, when they are pickled, damaged
     or incomplete, or when they are not the weights of the model that the configuration describes.
     """
     path = Path(path)
     if path.is_dir():
         if (path / WEIGHTS).is_file():
-            return _open_safetensors(path, [path / WEIGHTS])
+            return _open_safetensors(path, [path / WEIGHTS], extra)
         if (path / INDEX).is_file():
-            return _open_safetensors(path, files_of_index(path / INDEX))
+            return _open_safetensors(path, files_of_index(path / INDEX), extra)
         archives = _archives(path)
         if len(archives) == 1:
             return _open_npz(path, archives[0])
@@ -88,7 +93,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path, [path])
+        return _open_safetensors(path, [path], extra)
     raise _no_weights(path)
 
 
@@ -131,7 +136,7 @@ def files_of_index(index: Path) -> list[Path]:
     return files
 
 
-def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
+def _open_safetensors(path: Path, files: list[Path], extra: Extra) -> Checkpoint:
     settings: dict[str, Any] = {}
     with contextlib.suppress(ValueError, OSError):  # whatever is wrong with it, the next call says it better
         settings = read_json(files[0].parent / "config.json")
@@ -141,26 +146,17 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
             "made of"
         )
     config = PaliGemmaConfig.from_pretrained(files[0].parent)
-    place: dict[str, tuple[Path, str]] = {}  # our name -> file and its own name there
-    found: dict[str, tuple[Shape, torch.dtype | str]] = {}
-    for file in files:
-        for key, (shape, kind) in MappedFile(file).tensors.items():
-            name = our_name(key)
-            if name in place:
-                raise ValueError(f"{path} holds {name} twice, as {place[name][1]} and as {key}")
-            place[name] = file, key
-            found[name] = shape, FLOATS.get(kind, kind)
-
+    place, found, prefix = _tensors_of(path, files)
     if HEAD in found:
-        if EMBEDDING not in found:  # some writers drop the other one of two names for one matrix
-            place[EMBEDDING], found[EMBEDDING] = place[HEAD], found[HEAD]
-        elif _are_numbers(found[HEAD], found[EMBEDDING]) and not _equal(place[HEAD], place[EMBEDDING]):
-            raise ValueError(
-                f"{path}: {place[HEAD][1]} differs from {place[EMBEDDING][1]}. PaliGemma's output layer is its input "
-                "embedding; a checkpoint in which the two were trained apart cannot be loaded"
-            )
+        _check_head(path, place, found)
         del place[HEAD], found[HEAD]
-    check_tensors(str(path), found, expected_shapes(config))
+    shapes = {name: shape for name, (shape, _) in found.items()}
+    expected, unused = shapes_with_extra(expected_shapes(config), shapes, extra)
+    for name in unused:
+        del place[name], found[name]
+    check_tensors(str(path), found, expected, _reason(found, expected, config))
+    if prefix:
+        warnings.warn(f"{path}: the names of its tensors begin with {prefix!r}, which is left out", stacklevel=3)
 
     maps: dict[Path, MappedFile] = {}
 
@@ -174,6 +170,63 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
 
     tensors = {name: (shape, dtype) for name, (shape, dtype) in found.items() if isinstance(dtype, torch.dtype)}
     return Checkpoint(path, "safetensors", files, config, tensors, read)
+
+
+def _tensors_of(
+    path: Path, files: list[Path]
+) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[Shape, torch.dtype | str]], str]:
+    """By our names: the file of each tensor and its own name there, and its shape and dtype. Also the common prefix."""
+    place: dict[str, tuple[Path, str]] = {}
+    found: dict[str, tuple[Shape, torch.dtype | str]] = {}
+    tensors = {file: MappedFile(file).tensors for file in files}
+    prefix = prefix_of(key for of_file in tensors.values() for key in of_file)
+    for file, of_file in tensors.items():
+        for key, (shape, kind) in of_file.items():
+            name = our_name(key.removeprefix(prefix))
+            if name in place:
+                raise ValueError(f"{path} holds {name} twice, as {place[name][1]} and as {key}")
+            place[name] = file, key
+            found[name] = shape, FLOATS.get(kind, kind)
+    return place, found, prefix
+
+
+def _check_head(
+    path: Path, place: dict[str, tuple[Path, str]], found: dict[str, tuple[Shape, torch.dtype | str]]
+) -> None:
+    """An output layer is the input embedding under another name, or ValueError. It may be the only one in the file."""
+    if EMBEDDING not in found:  # some writers drop the other one of two names for one matrix
+        place[EMBEDDING], found[EMBEDDING] = place[HEAD], found[HEAD]
+    elif _are_numbers(found[HEAD], found[EMBEDDING]) and not _equal(place[HEAD], place[EMBEDDING]):
+        raise ValueError(
+            f"{path}: {place[HEAD][1]} differs from {place[EMBEDDING][1]}. PaliGemma's output layer is its input "
+            "embedding; a checkpoint in which the two were trained apart cannot be loaded. It runs in transformers; "
+            "for here train it again with tie_word_embeddings=true, or remove the one of the two that was not trained"
+        )
+
+
+def _reason(
+    found: Mapping[str, tuple[Shape, torch.dtype | str]], expected: Mapping[str, Shape], config: PaliGemmaConfig
+) -> str:
+    """Why weights may not fit, as their names and shapes tell: the last line of the error."""
+    strange = [name for name in found if name not in expected]
+    if any(name.endswith((".scales", ".biases")) for name in strange):
+        return (
+            "They were quantised by mlx (scales, biases), whose format is not read here: take the checkpoint they were "
+            "made of, and quantize='int8' or 'int4'."
+        )
+    if any(".lora_" in name or ".base_layer." in name for name in strange):
+        return "LoRA is still beside its layers: save the adapter alone, or the model after peft's merge_and_unload()."
+    shape, there = expected.get(POSITIONS), found.get(POSITIONS, ((), ""))[0]
+    if shape and len(there) == 2 and there != shape and there[1] == shape[1]:
+        side = math.isqrt(there[0]) * config.vision_config.patch_size
+        return (
+            f"config.json says image_size {config.vision_config.image_size}, and the weights are those of {side}: "
+            f"write {side} there, and ask for another resolution when loading, with image_size= or --image-size."
+        )
+    return (
+        "The download is incomplete, or it is another model's, or a part of the model was changed: then give the part "
+        "to load(..., extra={name: module}), see docs/changing.md."
+    )
 
 
 def _are_numbers(*found: tuple[Shape, torch.dtype | str]) -> bool:
@@ -219,12 +272,16 @@ def _open_npz(path: Path, parts: list[Path]) -> Checkpoint:
     if not config.image_token_index <= rows <= config.text_config.vocab_size:
         rows = config.text_config.vocab_size
     layout = {array.key: array for array in bigvision_layout(config, rows)}
-    check_tensors(str(path), archive.arrays, {key: array.shape for key, array in layout.items()})
+    training = [key for key in archive.arrays if archive.in_params and key.startswith(("opt/", "chrono/"))]
+    arrays = {key: found for key, found in archive.arrays.items() if key not in training}
+    check_tensors(str(path), arrays, {key: array.shape for key, array in layout.items()})
+    if training:
+        warnings.warn(f"{path}: what else training has saved is left out ({training[0]} and the like)", stacklevel=3)
 
     expected = expected_shapes(config)
     place: dict[str, tuple[ArrayLayout, int | None, int]] = {}  # our name -> array, layer, which of its names
     tensors: dict[str, tuple[Shape, torch.dtype]] = {}
-    for key, (_, dtype) in archive.arrays.items():  # in the order of the file
+    for key, (_, dtype) in arrays.items():  # in the order of the file
         array = layout[key]
         for i in range(array.layers or 1):
             for j, template in enumerate(array.names):

@@ -10,6 +10,8 @@ from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.weights.safetensors_file import Shape
 
+TINY = Path(__file__).parents[1] / "assets" / "tiny"  # the model that ships with the package
+
 
 def _gemma2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **others: Any) -> GemmaConfig:
     sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}

@@ -23,14 +23,15 @@ from torch import Tensor
 from paligemma.files import staging_folder, write_json
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.weights.expected import check_tensors, expected_shapes
+from paligemma.weights.extra import shapes_to_save
 from paligemma.weights.opening import INDEX, WEIGHTS
 from paligemma.weights.safetensors_file import Shape
 from paligemma.weights.writing import progress_in_bytes, write_safetensors
 
 # Files that belong to a checkpoint and hold no weights of the model: `convert` takes them along.
 COMPANIONS = (
-    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "preprocessor_config.json processor_config.json generation_config.json mask_codec.npz"
+    "tokenizer.json tokenizer.model paligemma_tokenizer.model tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json preprocessor_config.json processor_config.json generation_config.json mask_codec.npz"
 ).split()
 
 
@@ -39,11 +40,13 @@ def save_pretrained(
     folder: str | os.PathLike[str],
     processor: Any = None,
     max_shard_size: int = 5 * 10**9,
+    extra: Sequence[str] = (),
 ) -> None:
     """Writes a checkpoint that this project, transformers and what builds on it read: layout H, safetensors, sharded.
 
     processor: a `PaliGemmaProcessor` (or anything with `save_pretrained(folder)`), whose files are written too.
-    max_shard_size: in bytes. Other files in the folder are left alone; if anything fails, all of them are.
+    max_shard_size: in bytes. extra: the names of parts that are not PaliGemma's own (see `extra.py`), which are to be
+    saved with the rest. Other files in the folder are left alone; if anything fails, all of them are.
     Raises OSError when the files cannot be written, ValueError when the model is not as its configuration says.
     """
     state = model.state_dict()
@@ -53,8 +56,8 @@ def save_pretrained(
             "the model is quantised and is not saved: load it without `quantize`, or write a quantised checkpoint with "
             "`paligemma quantize`"
         )
-    hint = "Merge or take out what was added to it first."
-    check_tensors("the model to save", tensors, expected_shapes(model.config), hint)
+    hint = "Merge or take out what was added to it first, or name a part that was changed: extra=['name']."
+    check_tensors("the model to save", tensors, shapes_to_save(model, expected_shapes(model.config), extra), hint)
     with checkpoint_written_whole(Path(folder)) as staging:
         if processor is not None:
             processor.save_pretrained(staging)

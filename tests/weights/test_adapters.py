@@ -25,9 +25,11 @@ from paligemma.train.parts import add_lora, freeze
 from paligemma.utils import load_hf_model
 from paligemma.weights.adapters import CONFIG, TENSORS, is_adapter, open_adapter, save_adapter
 from paligemma.weights.converting import convert, merge
+from paligemma.weights.finding import find_base
 from paligemma.weights.info import describe, in_units
 from paligemma.weights.loading import load_model
 from paligemma.weights.opening import open_checkpoint
+from paligemma.weights.published import TINY
 from paligemma.weights.saving import save_pretrained
 
 EVERYWHERE = ("vision", "projector", "decoder")
@@ -148,7 +150,7 @@ def test_an_adapter_beside_the_model_that_ships(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     shake(add_lora(pg.model, ["decoder"]))
     save_adapter(pg.model, tmp_path, "tiny", pg.processor)
-    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "tiny"
+    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == str(TINY)
     loaded = paligemma.load(str(tmp_path), device="cpu", dtype="float32")
     said = pg.generate(image, "caption en", max_new_tokens=12)
     assert loaded.generate(image, "caption en", max_new_tokens=12).token_ids == said.token_ids
@@ -490,3 +492,41 @@ def test_the_base_is_written_so_that_it_is_found_from_everywhere(gemma, tmp_path
     save_adapter(with_lora(gemma), tmp_path / "hub", "google/paligemma2-3b-pt-224")
     assert open_adapter(tmp_path / "local").base == str(gemma.resolve())
     assert open_adapter(tmp_path / "hub").base == "google/paligemma2-3b-pt-224"
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+b", ".*.*.*x", "(.|.)" * 30 + "x", ".?" * 60 + "x", "(a|a)*b", "a{9}"])
+def test_a_pattern_that_may_take_for_ever_is_refused(adapter, pattern):
+    change_config(adapter, alpha_pattern={pattern: 4})
+    with pytest.raises(ValueError, match=r"is a regular expression that may take very long: write the names"):
+        load_hf_model(adapter)
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.\d+\.self_attn\.q_proj", ".*q_proj", "^.*(q|x)_proj", "q_proj"])
+def test_a_simple_pattern_gives_an_alpha(adapter, pattern):
+    change_config(adapter, alpha_pattern={pattern: 444})
+    factors = open_adapter(adapter).factors
+    assert {"q_proj" in name for name, factor in factors.items() if factor > 50} == {True}
+
+
+@pytest.mark.parametrize("way", ["both are there", "peft has tied them"])
+def test_an_embedding_that_stays_the_output_layer_is_folded(adapter, gemma, way):
+    trained = load_hf_model(gemma)[0].language_model.model.embed_tokens.weight.detach() + 1
+
+    def add(tensors):
+        tensors["base_model.model.model.language_model.embed_tokens.weight"] = trained.clone()
+        if way == "both are there":
+            tensors["base_model.model.lm_head.weight"] = trained.clone()
+
+    change_tensors(adapter, add)
+    if way == "peft has tied them":
+        change_config(adapter, ensure_weight_tying=True)
+    assert torch.equal(load_hf_model(adapter)[0].language_model.model.embed_tokens.weight, trained)
+    if way == "both are there":
+        change_tensors(adapter, lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1))
+        with pytest.raises(ValueError, match="ensure_weight_tying=True"):
+            load_hf_model(adapter)
+
+
+def test_the_model_that_ships_is_found_where_this_installation_has_it(adapter):
+    change_config(adapter, base_model_name_or_path="/elsewhere/site-packages/paligemma/assets/tiny")
+    assert find_base(open_adapter(adapter)) == TINY

@@ -266,3 +266,11 @@ def test_no_more_than_a_slice_of_an_array_is_read_at_a_time(gemma, tmp_path, mon
     load_model(write_npz(tmp_path / "a.npz", gemma.config, bigvision_arrays(gemma)))
     assert ("llm/layers/mlp/gating_einsum", 1, 2 * 32 * 64) in read
     assert len(read) == len(set(read))  # and each once, though it holds two tensors
+
+
+def test_the_state_of_training_is_left_out(gemma, tmp_path):
+    arrays = {"params/" + key: array for key, array in bigvision_arrays(gemma).items()}
+    arrays |= {"opt/0/mu/img/head/bias": np.zeros(3, np.float32), "chrono/accum_train_time": np.zeros(())}
+    with pytest.warns(UserWarning, match="what else training has saved is left out"):
+        loaded = load_model(write_npz(tmp_path / "a.npz", gemma.config, arrays))
+    assert_same_weights(loaded, gemma)

@@ -1,5 +1,7 @@
 """Every published layout of names gives the same model; transformers reads what we write, and we what it writes."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -94,3 +96,45 @@ def test_one_parameter_under_two_names_is_an_error(gemma, tmp_path):
     write(tmp_path, gemma.config, {**state, "model." + bias: state[bias].clone()})
     with pytest.raises(ValueError, match=rf"{bias} twice"):
         load_model(tmp_path)
+
+
+PREFIXES = [
+    "module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "base_model.model.",
+    "model.paligemma_with_expert.paligemma.",
+    "vlm.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_common_prefix_is_left_out(gemma, tmp_path, prefix, layout):
+    """What wrappers and models built around PaliGemma put before every name."""
+    state = {prefix + LAYOUTS[layout](name): tensor for name, tensor in gemma.state_dict().items()}
+    state[prefix + "lm_head.weight"] = gemma.state_dict()[EMBEDDING].clone()
+    write(tmp_path, gemma.config, state)
+    with pytest.warns(UserWarning, match="begin with .*, which is left out"):
+        loaded = load_model(tmp_path)
+    assert_same_weights(loaded, gemma)
+
+
+def test_a_prefix_does_not_make_another_model_fit(gemma, tmp_path):
+    state = {"vlm." + name: tensor for name, tensor in gemma.state_dict().items()}
+    write(tmp_path, gemma.config, {**state, "custom_text_proj.weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match=r"1 unexpected: custom_text_proj.weight\n.*extra={name: module}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("head", ["equal", "none"])
+def test_untied_in_the_settings_alone(gemma, tmp_path, head):
+    """Some trainers write `tie_word_embeddings: false` and train a tied model all the same."""
+    state = gemma.state_dict()
+    if head == "equal":
+        state["lm_head.weight"] = state[EMBEDDING].clone()
+    write(tmp_path, gemma.config, state)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_weights(load_model(tmp_path), gemma)

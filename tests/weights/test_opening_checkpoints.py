@@ -208,3 +208,31 @@ def test_paths_without_weights(tmp_path):
 def test_a_safetensors_file_by_its_own_name(folder, gemma):
     (folder / "model.safetensors").rename(folder / "step-100.safetensors")
     assert_same_weights(load_model(folder / "step-100.safetensors"), gemma)
+
+
+def test_weights_of_mlx_are_recognised(gemma, tmp_path):
+    state = gemma.state_dict()
+    name = "language_model.model.layers.0.mlp.up_proj"
+    state[f"{name}.scales"], state[f"{name}.biases"] = torch.zeros(64, 1), torch.zeros(64, 1)
+    state[f"{name}.weight"] = torch.zeros(64, 4, dtype=torch.uint32)
+    write(tmp_path, gemma.config, state)
+    with pytest.raises(ValueError, match=r"quantised by mlx .*: take the checkpoint they were made of"):
+        open_checkpoint(tmp_path)
+
+
+def test_lora_that_was_not_merged_is_recognised(gemma, tmp_path):
+    state = {f"base_model.model.{name}": tensor for name, tensor in gemma.state_dict().items()}
+    name = "base_model.model.language_model.model.layers.0.mlp.up_proj"
+    state[f"{name}.base_layer.weight"] = state.pop(f"{name}.weight")
+    state[f"{name}.lora_A.default.weight"] = torch.zeros(2, 32)
+    write(tmp_path, gemma.config, state)
+    with pytest.raises(ValueError, match=r"LoRA is still beside its layers: .*merge_and_unload"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_edited_image_size_is_recognised(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["image_size"] = 56
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"says image_size 56, and the weights are those of 28: write 28 there"):
+        open_checkpoint(folder)
