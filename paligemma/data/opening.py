@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paligemma.data import class_folders, coco, labelme, voc, vqa, yolo
+from paligemma.data import box_tables, class_folders, coco, labelme, voc, vqa, yolo
 from paligemma.data.arrow_files import ArrowFiles
 from paligemma.data.conversations import Questions, is_conversation
 from paligemma.data.folders import in_folder
@@ -59,6 +59,8 @@ def open_annotated(kind: str, paths: list[Path], options: DataOptions, make: Obj
 def open_table(kind: str, paths: list[Path], options: DataOptions, folder: str, loc_scale: int) -> Rows:
     """Records, each of which is a row (or a conversation of several)."""
     records = open_records(kind, paths)
+    if isinstance(records, CsvFile) and box_tables.is_box_table(records):
+        return box_tables.objects(paths[0], records, folder, ObjectRows(loc_scale=loc_scale))
     files = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {options.data}"
     note = f"{files}: {NAMES[kind]}, {len(records):,} rows"
     names = records.class_names if isinstance(records, ArrowFiles) else {}

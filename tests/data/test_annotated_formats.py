@@ -269,6 +269,30 @@ def test_the_usual_headers_of_a_table(folder, text, prefix, suffix):
     assert (row.image, row.prefix, row.suffix) == (str(folder / "a.png"), prefix, suffix)
 
 
+@pytest.mark.parametrize("header, sizes", [
+    ("filename,class,xmin,ymin,xmax,ymax,width,height", ",40,20"), ("image,label,xmin,ymin,xmax,ymax,more,more2", ",,"),
+])  # fmt: skip
+def test_a_table_of_boxes_is_a_row_for_each_picture(folder, header, sizes):
+    lines = ["a.png,dog,0,0,20,10", "b.png,dog,0,0,20,10", "a.png,cat,20,5,30,15"]
+    (folder / "x.csv").write_text("\n".join([header, *(line + sizes for line in lines)]))
+    rows = open_rows(folder / "x.csv")
+    assert [row.image for row in rows] == [str(folder / "a.png"), str(folder / "b.png")] and check(rows).ok
+    assert (rows[0].prefix, rows[0].suffix, rows[0].size) == ("detect cat ; dog", BOXES, (40, 20))
+
+
+@pytest.mark.parametrize("line, problem, words", [
+    ("b.png,dog,9,0,9,10", "box or mask", "x.csv:3: the box of 'dog' has no area"),
+    ("b.png,dog,9,0,x,10", "box or mask", "expected four numbers"),
+    ("b.png,,9,0,19,10", "missing key", "no label"),
+    ("gone.png,dog,9,0,19,10", "missing picture", "whose size the boxes need"),
+    ("b.png,dog,9,0,19", "missing key", "5 cells, but the header has 6"),
+])  # fmt: skip
+def test_lines_of_boxes_that_cannot_be_right(folder, line, problem, words):
+    (folder / "x.csv").write_text(f"filename,class,xmin,ymin,xmax,ymax\na.png,dog,0,0,20,10\n{line}\n")
+    report = check(open_rows(folder / "x.csv"))
+    assert report.rows == 2 and report.counts == {problem: 1} and words in str(report)
+
+
 # ---------------------------------------------------------------------------------------------------- conversations
 
 LLAVA = {
