@@ -1,4 +1,4 @@
-"""PaliGemma for people: load it once, then caption, ask, read, detect, segment.
+"""Load PaliGemma once, then caption, ask, read text, detect, segment.
 
     pg = paligemma.load("tiny")
     pg.caption(image).text                          "a red car and two dogs on a blue background"
@@ -12,8 +12,9 @@ Every method takes one image or a list of them, one prompt or a list of them; li
     N images,   one prompt   -> N answers
     N images,   N prompts    -> N answers, pair by pair
     a tuple of images counts as one image: a row that sees all of them
+    None in place of an image is a row without one
 
-As a script it is the command of the founding document:
+As a script:
 
     python -m paligemma.inference --model_path DIR --prompt "caption en" --image_file_path photo.jpg
 """

@@ -7,12 +7,12 @@ One row, as the model sees it (N tokens per image; the linear layer puts one pro
     token_type_ids    0 0 0 0     0       0      0    0       1    1     1
     labels             -100      -100   -100   -100  -100     a   cat  <eos>
 
-The prefix is read (everybody in it sees everybody), the suffix is written (causal); `attention_mask.py` draws that.
+Within the prefix every token attends to every other; the suffix is causal (`attention_mask.py` draws that).
 What is unusual:
 
 - `<bos>` comes *after* the images. It opens the text, not the row.
-- The newline is the separator: its last position predicts the first token of the answer. It belongs to the prefix and
-  is not trained, the `<eos>` is.
+- The newline is the separator: the first token of the answer is predicted from it. It belongs to the prefix, so no
+  loss falls on it; on the `<eos>` it does.
 - Prefix + newline and suffix are tokenised apart, and the suffix gets no space in front: "a cat", not " a cat".
 - The newline is appended to the *string*, as transformers does. Gemma's vocabulary has tokens for runs of newlines, so
   a prompt that already ends in one gives the token of "\\n\\n" (109 in the official vocabulary). big_vision tokenises

@@ -26,7 +26,7 @@ import tokenizers
 from paligemma.files import LARGEST_JSON, library_errors, read_bytes, write_texts
 
 if TYPE_CHECKING:
-    from paligemma.configuration import PaliGemmaConfig
+    from paligemma.modeling_gemma import PaliGemmaConfig
 
 # The files that a tokenizer may lie in, the first first. The last is how big_vision publishes its own.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "paligemma_tokenizer.model")

@@ -199,7 +199,7 @@ def _eroded(mask: np.ndarray, by: int) -> np.ndarray:
 
 
 class _Tag:
-    """A piece of text on a coloured ground."""
+    """A piece of text on a coloured background."""
 
     def __init__(self, text: str, font: ImageFont.FreeTypeFont) -> None:
         ascent, descent = font.getmetrics()
@@ -236,7 +236,7 @@ class _Tag:
 
 
 def _luminance(color: Color) -> float:
-    """How bright a colour is to the eye, 0 to 1 (of light, so before sRGB's exponent)."""
+    """Relative luminance, 0 to 1. It is a property of light, so sRGB's exponent is undone first."""
     red, green, blue = ((value / 255) ** 2.2 for value in color)
     return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
 

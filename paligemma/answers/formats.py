@@ -158,12 +158,25 @@ def outline(mask: np.ndarray) -> np.ndarray:
     The border runs along the edges of pixels, clockwise, so the polygon covers exactly the pixels of that part (and the
     holes in it, which a single polygon cannot leave out). Parts that touch only at a corner are two.
     """
+    steps = _border_steps(mask)
+    best, best_area = np.empty((0, 2)), 0.0
+    while steps:
+        points = np.array(_walk(steps), dtype=float)
+        nx, ny = np.roll(points, -1, axis=0).T
+        area = float((points[:, 0] * ny - nx * points[:, 1]).sum() / 2)  # negative around a hole
+        if area > best_area:
+            best, best_area = points, area
+    return best
+
+
+_Point: TypeAlias = tuple[int, int]  # x, y
+
+
+def _border_steps(mask: np.ndarray) -> dict[_Point, list[_Point]]:
+    """From each corner on a border, the directions in which the border goes on, with the inside on the right."""
     inside = np.pad(np.asarray(mask, dtype=bool), 1)
-    steps: dict[
-        tuple[int, int], list[tuple[int, int]]
-    ] = {}  # from a corner, the directions in which the border goes on
-    # Each edge between inside and outside, walked with the inside on the right. (dy, dx): where outside is; the step's
-    # start relative to the pixel's upper left corner; its direction.
+    steps: dict[_Point, list[_Point]] = {}
+    # (dy, dx): where outside is; the step's start relative to the pixel's upper left corner; its direction.
     for dy, dx, start, direction in (
         (-1, 0, (0, 0), (1, 0)),
         (0, 1, (1, 0), (0, 1)),
@@ -173,32 +186,28 @@ def outline(mask: np.ndarray) -> np.ndarray:
         rows, columns = np.nonzero(inside & ~np.roll(inside, (-dy, -dx), (0, 1)))
         for y, x in zip((rows - 1).tolist(), (columns - 1).tolist()):
             steps.setdefault((x + start[0], y + start[1]), []).append(direction)
+    return steps
 
-    best, best_area = np.empty((0, 2)), 0.0
-    while steps:
-        first = x, y = next(iter(steps))  # a top left corner
-        step = steps[first][0]
-        corners = [first]
-        while True:
-            steps[x, y].remove(step)
-            if not steps[x, y]:
-                del steps[x, y]
-            x, y = x + step[0], y + step[1]
-            options = steps.get((x, y), [])
-            right = (-step[1], step[0])
-            if (x, y) == first and right not in options:
-                break
-            # Where two parts touch at a corner there are two ways on; the right turn stays with this part.
-            way = right if right in options else options[0]
-            if way != step:
-                corners.append((x, y))
-            step = way
-        points = np.array(corners, dtype=float)
-        nx, ny = np.roll(points, -1, axis=0).T
-        area = float((points[:, 0] * ny - nx * points[:, 1]).sum() / 2)  # negative around a hole
-        if area > best_area:
-            best, best_area = points, area
-    return best
+
+def _walk(steps: dict[_Point, list[_Point]]) -> list[_Point]:
+    """The corners of one closed border. Its steps are taken out of `steps`."""
+    first = x, y = next(iter(steps))  # a top left corner
+    step = steps[first][0]
+    corners = [first]
+    while True:
+        steps[x, y].remove(step)
+        if not steps[x, y]:
+            del steps[x, y]
+        x, y = x + step[0], y + step[1]
+        options = steps.get((x, y), [])
+        right = (-step[1], step[0])
+        if (x, y) == first and right not in options:
+            return corners
+        # Where two parts touch at a corner there are two ways on; the right turn stays with this part.
+        way = right if right in options else options[0]
+        if way != step:
+            corners.append((x, y))
+        step = way
 
 
 def _is_segment(item: Item) -> bool:
