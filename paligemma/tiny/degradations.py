@@ -31,16 +31,18 @@ def blur(image: Image.Image, strength: float, rng: np.random.Generator) -> Image
 
 def sharpen(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """With the halos that phones draw around edges."""
-    return image.filter(
-        ImageFilter.UnsharpMask(radius=image.width / 128, percent=round(50 + 200 * strength), threshold=0)
-    )
+    blurred = image.filter(ImageFilter.BoxBlur(image.width / 128))
+    return Image.blend(blurred, image, 1.5 + 2 * strength)  # beyond 1: away from the blurred picture
 
 
 def noise(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """Of a sensor: a standard deviation of 3 to 21 of 255, a part of it the same in all three channels."""
     grain = _grain()
-    rows, columns = ((np.arange(side) + rng.integers(len(grain))) % len(grain) for side in (image.height, image.width))
-    pixels = np.asarray(image) + grain[rows][:, columns] * np.float32(3 + 18 * strength)
+    repeats = -(-image.width // len(grain))
+    grain = np.tile(grain, (repeats, repeats, 1)) if repeats > 1 else grain
+    y, x = (int(rng.integers(len(grain) - image.width + 1)) for _ in range(2))
+    piece = grain[y : y + image.height, x : x + image.width]
+    pixels = np.asarray(image) + piece * np.float32(3 + 18 * strength)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -80,8 +82,8 @@ def gamma(image: Image.Image, strength: float, rng: np.random.Generator) -> Imag
 
 
 def rescale(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Reduced to as little as two fifths of its size, and enlarged again, by different filters."""
-    side = max(32, round(image.width / (1.2 + 1.3 * strength)))
+    """Reduced to as little as two fifths of its size, but not below 96 pixels, and enlarged again by another filter."""
+    side = max(min(96, image.width), round(image.width / (1.2 + 1.3 * strength)))
     filters = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
     smaller = image.resize((side, side), (Image.Resampling.BOX, *filters[1:])[rng.integers(3)])
     return smaller.resize(image.size, filters[rng.integers(3)])

@@ -129,6 +129,18 @@ def test_batches_made_ahead_are_the_same(processes):
             torch.testing.assert_close(made["pixel_values"], expected["pixel_values"], atol=1e-6, rtol=0)
 
 
+def test_the_step_between_locations_is_that_of_the_recipe(folder, codec):
+    tokenizer = build_tokenizer(2)
+    arguments = {"world": 2, "folder": folder, "codec": codec, "size": 4, "num_patches": SMALL.num_patches}
+    bins = {}
+    for step in (8, 4):
+        labels = prompt_batches(**arguments, bin_step=step)(0, 0, 1)["labels"]
+        found = labels[(labels >= tokenizer.first_loc_id) & (labels < tokenizer.first_loc_id + 1024)]
+        bins[step] = {int(token - tokenizer.first_loc_id) for token in found}
+        assert all(number % step == 0 for number in bins[step])
+    assert any(number % 8 for number in bins[4])
+
+
 def test_losses_make_no_tensor_on_a_device_of_their_own(folder, codec):
     """Whatever is created without naming a device would be on the meta device here, and mixing devices is an error."""
     tokenizer = build_tokenizer(2)

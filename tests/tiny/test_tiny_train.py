@@ -13,7 +13,7 @@ from paligemma.attention_mask import prefix_lm_mask
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.tiny import rows, world
-from paligemma.tiny.recipe.batches import BIN_STEP, PromptBatches, joint_loss, packed_mask, soft_cross_entropy
+from paligemma.tiny.recipe.batches import PromptBatches, joint_loss, packed_mask, soft_cross_entropy
 from paligemma.tiny.recipe.codec import WIDTHS, code_similarity
 from paligemma.tiny.recipe.joint_training import JointModel, initialize_decoder, location_embeddings
 from paligemma.tiny.recipe.settings import FIRST
@@ -32,7 +32,7 @@ from paligemma.tiny.recipe.vision_pretraining import (
 from paligemma.tiny.renderer import render
 
 torch.set_num_threads(1)
-SIDE = FIRST.image_size
+SIDE, BIN_STEP = FIRST.image_size, FIRST.bin_step
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,6 @@ from paligemma.tiny.recipe.vision_pretraining import augmented_targets, stored_t
 from paligemma.tokenizer import Tokenizer
 from paligemma.train.loss import LossFunction
 
-BIN_STEP = 8
 PACKED_TOKENS = 208  # text tokens beside a picture
 ROWS_UNPACKED = 3  # rows of a picture in a step that is not packed
 
@@ -90,9 +89,11 @@ class PromptBatches:
         extra_images: int = 2,
         seed: int = 0,
         num_patches: int = FIRST.num_patches,
+        bin_step: int = FIRST.bin_step,
     ):
         self.folder, self.tokenizer, self.codec, self.size, self.seed = folder, tokenizer, codec, size, seed
         self.unpacked_every, self.extra_images, self.num_patches = unpacked_every, extra_images, num_patches
+        self.bin_step = bin_step
         self.mixed = 4
         self.encode = lru_cache(maxsize=4096)(tokenizer.encode)
         self.letters = [tokenizer.encode(character)[0] for character in world.CHARACTERS]
@@ -148,7 +149,11 @@ class PromptBatches:
             tries += 1
             task = self.tasks[int(np.searchsorted(np.cumsum(self.chances), rng.random()))]
             row = world_rows.sample_row(
-                scene, task, rng, bin_step=BIN_STEP, encode_mask=lambda asked: [by_mask[id(mask)] for mask, _ in asked]
+                scene,
+                task,
+                rng,
+                bin_step=self.bin_step,
+                encode_mask=lambda asked: [by_mask[id(mask)] for mask, _ in asked],
             )
             if row is None:
                 continue
@@ -230,7 +235,12 @@ def packed_mask(row: Tensor, position: Tensor, is_answer: Tensor, images_read: b
 
 
 def soft_cross_entropy(
-    logits: Tensor, targets: Tensor, first_loc: int, sigma: float = 0.8, similarity: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    first_loc: int,
+    sigma: float = 0.8,
+    similarity: Tensor | None = None,
+    bin_step: int = FIRST.bin_step,
 ) -> Tensor:
     """Cross-entropy of each token, [tokens, V] and [tokens] -> [tokens], with soft targets for locations and codes.
 
@@ -241,10 +251,10 @@ def soft_cross_entropy(
     losses = -logp.gather(-1, targets[:, None])[:, 0]
     is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
     reach = torch.arange(-3, 4, device=logits.device)
-    near = (targets[is_loc, None] - first_loc) // BIN_STEP + reach  # [locations, 7] in used bins
-    share = torch.exp(-0.5 * (reach / sigma) ** 2) * ((near >= 0) & (near < 1024 // BIN_STEP))
+    near = (targets[is_loc, None] - first_loc) // bin_step + reach  # [locations, 7] in used bins
+    share = torch.exp(-0.5 * (reach / sigma) ** 2) * ((near >= 0) & (near < 1024 // bin_step))
     share = share / share.sum(-1, keepdim=True)
-    near_ids = first_loc + BIN_STEP * near.clamp(0, 1024 // BIN_STEP - 1)
+    near_ids = first_loc + bin_step * near.clamp(0, 1024 // bin_step - 1)
     losses = losses.masked_scatter(is_loc, -(share * logp[is_loc].gather(-1, near_ids)).sum(-1))
     if similarity is None:
         return losses
@@ -254,7 +264,9 @@ def soft_cross_entropy(
     return losses.masked_scatter(is_seg, -(similarity[targets[is_seg] - first_seg] * seg_logp).sum(-1))
 
 
-def joint_loss(first_loc: int, auxiliary: float = 0.3, sigma: float = 0.8) -> LossFunction:
+def joint_loss(
+    first_loc: int, auxiliary: float = 0.3, sigma: float = 0.8, bin_step: int = FIRST.bin_step
+) -> LossFunction:
     """The loss of a batch of `PromptBatches` for a `JointModel`: answers, plus `auxiliary` times the patch heads'."""
 
     def loss(joint: Any, batch: dict[str, Tensor]) -> tuple[Tensor, float, dict[str, float]]:
@@ -271,14 +283,16 @@ def joint_loss(first_loc: int, auxiliary: float = 0.3, sigma: float = 0.8) -> Lo
         targets, weights = targets[labelled], weights[labelled]
         logits = model.language_model.logits(hidden[:, :-1][labelled])  # [tokens, V]
         with torch.autocast(patches.device.type, enabled=False):
-            total = (soft_cross_entropy(logits, targets, first_loc, sigma, joint.heads.similarity) * weights).sum()
+            total = (
+                soft_cross_entropy(logits, targets, first_loc, sigma, joint.heads.similarity, bin_step) * weights
+            ).sum()
             patch_loss, figures = joint.heads.loss(patches.float(), batch)
         weight = float(weights.sum())
         with torch.no_grad():
             best = logits.argmax(-1)
             is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
             is_seg = (targets >= first_loc + 1024) & (targets < first_loc + 1024 + len(joint.heads.similarity))
-            off = (best[is_loc] - targets[is_loc]).abs().clamp(max=1024).float() / BIN_STEP
+            off = (best[is_loc] - targets[is_loc]).abs().clamp(max=1024).float() / bin_step
             here = {
                 "answers": float(total.detach()) / weight,
                 "words": float((best == targets)[~is_loc & ~is_seg].float().mean()),

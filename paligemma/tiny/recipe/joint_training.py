@@ -233,9 +233,10 @@ def train_jointly(
         steps=10**9, minutes=minutes, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998,
         autocast=autocast_dtype(torch.device(device)), log_every=40, save_every=90
     )  # fmt: skip
-    loss = joint_loss(tokenizer.first_loc_id, auxiliary)
+    loss = joint_loss(tokenizer.first_loc_id, auxiliary, bin_step=recipe.bin_step)
     arguments = {"folder": out / "scenes", "world": recipe.world, "codec": codec, "size": recipe.joint_batch}
     arguments |= {"unpacked_every": unpacked_every, "extra_images": extra_images, "num_patches": recipe.num_patches}
+    arguments["bin_step"] = recipe.bin_step
     with Ahead(workers, prompt_batches, **arguments) as batches, until(end) as limited:
         train(joint, limited(batches), settings, out / folder, loss=loss, optimizers=optimizers)
     return joint

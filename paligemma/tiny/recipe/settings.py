@@ -25,6 +25,7 @@ class Recipe:
     world: int = 1
     image_size: int = 128  # pixels of the model's pictures
     patch_size: int = 16
+    bin_step: int = 8  # locations are multiples of it: 8 leaves 128 of the 1,024
     vision_width: int = 256
     vision_layers: int = 6
     text_width: int = 256

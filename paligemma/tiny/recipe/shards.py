@@ -7,9 +7,9 @@ objects with their masks, from which any prompt can be made later (`Shard.scene`
 seeds, so a folder can be deleted and rendered again. Training uses a scene several times, mirrored and with other
 prompts, so rendering takes a twentieth of the time.
 
-Half of the scenes are rendered at the model's size, half at twice that size and reduced as the processor would do it,
-because users have pictures of both kinds. A third has more signs than usual, and easier ones, and the shards from
-number `SIGNS` on have only such scenes: reading is learned last and needs the practice.
+Half of the scenes (three in four of world 2) are rendered at the model's size, the others at twice that size and
+reduced as the processor would do it, because users have pictures of both kinds. A third has more signs than usual, and
+easier ones, and the shards from number `SIGNS` on have only such scenes: reading is learned last and needs the practice.
 """
 
 import functools
@@ -42,7 +42,7 @@ SIGNS = 5000  # from this shard on, most scenes have a sign
 
 def training_scene(seed: int, split: str = "train", recipe: Recipe = FIRST) -> world.Scene:
     """The scene of a seed, with the mixture of sizes and signs described above."""
-    size = recipe.image_size if seed % 2 else 2 * recipe.image_size
+    size = recipe.image_size if seed % (2 * recipe.world) else 2 * recipe.image_size
     kind = seed // 2 % (7 if seed < SIGNS * SHARD else 2)
     if recipe.world == 2:
         more_signs: dict[str, Any] = {"sign": 0.75, "sign_only": 0.2} if kind < 2 else {}
