@@ -9,7 +9,7 @@ prompts, so rendering takes a twentieth of the time.
 
 Half of the scenes (three in four of world 2) are rendered at the model's size, the others at twice that size and
 reduced as the processor would do it, because users have pictures of both kinds. A third has more signs than usual, and
-easier ones, and the shards from number `SIGNS` on have only such scenes: reading is learned last and needs the practice.
+easier ones. Shards from number `SIGNS` on have only such scenes, because reading is learned last and needs practice.
 """
 
 import functools
