@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from paligemma.cli.labels import FORMATS, LabelFiles
 from paligemma.cli.options import Device, Dtype, Free, MaxNewTokens, Model, Revision, one_of
 from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say
 
@@ -74,6 +75,12 @@ def run(
     save: Annotated[
         Path | None, typer.Option(help="Draw boxes and masks over the picture; a folder for several.")
     ] = None,
+    save_labels: Annotated[
+        Path | None, typer.Option(help="Write boxes and masks as label files into this folder.")
+    ] = None,
+    label_format: Annotated[
+        str, typer.Option(help="Of the label files: yolo, coco or voc.", callback=one_of(*FORMATS))
+    ] = FORMATS[0],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
     """Answer PROMPT about one or more pictures.
@@ -99,6 +106,7 @@ def run(
     images = expanded(images)
     several |= len(images) > 1
     drawings = drawing_paths(save, images) if save is not None else []
+    labels = label_files(save_labels, label_format, images, prompt, boxes)
     note_unusual_prompt(prompt, task, model)
 
     from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, load, shown
@@ -136,10 +144,28 @@ def run(
             note_spent_budget(name, answer, budget)
             if save is not None:
                 draw(pg, picture, answer, name, drawings[number], boxes)
+            if labels is not None:
+                labels.add(images[number], picture.size, [*answer.detections, *answer.segments])
         answered += len(numbers)
+    if labels is not None:
+        labels.finish()
+        note(f"labels: {save_labels}")
     if answered < len(images):
         note(f"note: {len(images) - answered} of {len(images)} pictures could not be read")
         raise typer.Exit(1)
+
+
+def label_files(folder: Path | None, format: str, images: list[str], prompt: str, boxes: bool) -> LabelFiles | None:
+    """Where the labels go; None without --save-labels. An error of usage where the answer has none."""
+    if folder is None:
+        return None
+    if not boxes:
+        raise typer.BadParameter("--save-labels is for detect and segment: other answers have no boxes")
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"--save-labels {folder} is a file, expected a folder")
+    from paligemma.data.prompts import labels_of
+
+    return LabelFiles(folder, format, images, labels_of(prompt.strip()))
 
 
 def sampling_options(
