@@ -1,14 +1,14 @@
-"""From the command to the first token of the embedded model, beside what `import torch` alone takes.
+"""The time from the command to the first token of the embedded model, compared with `import torch` alone.
 
     python benchmarks/cold_start.py            # writes benchmarks/cold-start-DATE.json
 
     paligemma run "caption en" examples/scene.png        timed until its first letter is there
 
-Python, `import torch` and the command take turns. stdout is a pseudo-terminal, so that the answer comes as it is
-written. Wall time is what a person waits; processor time is what the command does, whatever else the machine is doing.
-Then a fresh process says how long each stage took, and `-X importtime` which packages the imports are.
+Python, `import torch` and the command run in turn. stdout is a pseudo-terminal, so that every piece of the answer is
+printed at once. Wall time is what a person waits for; processor time does not depend on other programs. Afterwards a
+fresh process measures each stage, and `-X importtime` the slowest imports.
 
-`--against FOLDER` lets another copy of the package take its turn as well: what a change is worth.
+`--against FOLDER` also runs another copy of the package in turn, to measure the effect of a change.
 
     git archive COMMIT paligemma | tar -x -C /tmp/old && python benchmarks/cold_start.py --against /tmp/old
 """
@@ -62,7 +62,7 @@ def time_to_first_letter(arguments: list[str], package: Path | None = None) -> d
         while os.read(reader, 4096):
             pass
     except OSError:
-        pass  # how Linux says that the other side of a terminal is gone
+        pass  # on Linux: the other side of the terminal is closed
     os.close(reader)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -100,7 +100,7 @@ def main() -> None:
     times: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     stages: list[dict[str, float]] = []
     for case in cases.values():
-        time_to_first_letter(*case)  # files come from memory from now on
+        time_to_first_letter(*case)  # from now on the files are in the page cache
     for _ in range(options.rounds):
         for name, case in cases.items():
             times[name].append(time_to_first_letter(*case))

@@ -4,8 +4,8 @@
 
 The decode step is that of `paligemma-3b-pt-224` in bfloat16 with random weights (5.8 GB): one row, 270 tokens in the
 cache. Between its steps, interleaved, the mask on the logits is timed over the official vocabulary of 257,216: without
-a constraint, under the `detect` grammar with listed labels, and with any label. The tokens stand for a real vocabulary:
-the grammar only looks at ids, and at the text of each once.
+a constraint, under the `detect` grammar with listed labels, and with any label. A stand-in replaces the real tokenizer:
+the grammar only looks at the ids, and once at the text of each token.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What is saved where the grammar leaves little to choose: rows of the head, and passes through the model.
+"""What is saved where the grammar allows few tokens: rows of the output head, and forward passes of the model.
 
     python benchmarks/less.py            # writes benchmarks/less-DATE.json
 
 1. A decode step of `paligemma-3b-pt-224` in bfloat16 with random weights (5.8 GB), as the model is loaded: with the
    whole head, with the 1,024 rows of the location tokens only, and with two tokens read in one pass (as after a token
-   that the grammar forces). In turn, one row, 266 tokens in the cache.
-2. The embedded model on `detect` and `segment` prompts over pictures of its small world: passes through the decoder and
-   seconds, with both savings and without. The answers are compared, too.
+   that the grammar forces). Run in turn; one row, 266 tokens in the cache.
+2. The embedded model on `detect` and `segment` prompts over pictures of its small world: forward passes of the
+   language model and seconds, with both savings and without them. The answers are compared, too.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def official_steps(model: Any) -> dict[str, dict[str, float]]:
 
 
 def plain(model: Any, unread: torch.Tensor, cache: KVCache, allowed: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`next_logits` without its short cuts."""
+    """`next_logits` without the two savings."""
     return generation.decode_one_token(model, unread[:, -1], cache), unread[:, :0]
 
 

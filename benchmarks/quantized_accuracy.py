@@ -3,16 +3,17 @@
     python benchmarks/quantized_accuracy.py --rows 40      # a try, a minute
     python benchmarks/quantized_accuracy.py                # 3,000 rows a task; writes a dated record
 
-Two questions are asked of every mode, and both are paired: the same row, whole weights and rounded ones.
+Two questions are asked for every mode. Both comparisons are paired: the same row, once with bfloat16 and once with
+quantised weights.
 
 1. Do answers get worse? The rows, answers and measures of `paligemma evaluate --data tiny`: of every task the first
-   `--rows` rows over the scenes in their order. A difference of two figures has a far narrower interval than either,
-   since a row that both get wrong says nothing.
-2. Do predictions move? The right answer is shown token by token, and at each of its places the next-token distribution
-   p of bfloat16 is compared with q of the rounded model: KL(p, q), and whether both have the same favourite.
+   `--rows` rows over the scenes in their order. The paired difference of two figures has a much narrower interval than
+   either figure, since rows that both get wrong do not widen it.
+2. Do predictions change? With the right answer as input (teacher forcing), the next-token distribution p of bfloat16 is
+   compared at each position with q of the quantised model: KL(p, q), and whether both have the same likeliest token.
 
-Work is done in blocks of scenes by several processes of one thread each; all modes answer a block before the next, so
-that no distribution has to be kept. A finished block is a line in the work folder, and is not computed again.
+Several processes of one thread each work on blocks of scenes. All modes answer a block before the next one, so that no
+distribution has to be stored. A finished block is a line in the work folder and is not computed again.
 """
 
 from __future__ import annotations

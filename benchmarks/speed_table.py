@@ -1,4 +1,4 @@
-"""Puts the figures of a record of `paligemma bench` into docs/speed.md, between its two marks.
+"""Puts the figures of a record of `paligemma bench` into docs/speed.md, between the two markers.
 
 python benchmarks/speed_table.py [RECORD]        # default: the newest of paligemma-3b-pt-224
 """

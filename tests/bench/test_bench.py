@@ -72,10 +72,10 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------- one contestant
+# ---------------------------------------------------------------------------------------------- one worker
 
 
-def test_a_contestant_times_every_stage_of_a_real_answer(folder):
+def test_a_worker_times_every_stage_of_a_real_answer(folder):
     facts = worker.run(Job("plain", str(folder), tokens=5, passes=2, rows=(1, 3)))
     assert [run["rows"] for run in facts["runs"]] == [1, 1, 3, 3]
     for one in facts["runs"]:
@@ -178,7 +178,7 @@ def fake(monkeypatch):
     return started, failing
 
 
-def test_contestants_run_in_turn_there_and_back(fake, tmp_path):
+def test_models_run_in_turn_there_and_back(fake, tmp_path):
     benchmark("tiny", ["bf16", "int8"], rounds=2, out=tmp_path / "record.json")
     assert fake[0] == ["transformers", "bf16", "int8", "int8", "bf16", "transformers"]
 
@@ -263,7 +263,7 @@ def test_spread_takes_what_there_is():
     assert spread([None]) is None
 
 
-def test_tables_show_every_contestant(fake):
+def test_tables_show_every_model(fake):
     from rich.console import Console
 
     record = benchmark("tiny", ["bf16", "int8"], rounds=1)
