@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from paligemma.fast import kernels
 from paligemma.fast.kernels import kernel_available
+from paligemma.fast.library import instructions
 from paligemma.fast.products import FEW_ROWS, add_bias, has_few_rows, multiply_in_float32, slow_in_bfloat16
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, apply_rotary
@@ -145,7 +146,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention_kernel_applies(queries: int, head_dim: int) -> bool:
     """Whether the attention kernel is faster than PyTorch: with AVX2 for few queries, with AVX-512 as the others."""
-    few = queries <= FEW_ROWS and kernels.instructions() == "AVX2"
+    few = queries <= FEW_ROWS and instructions() == "AVX2"
     return head_dim % 2 == 0 and (few or kernels_best_for_many_rows())
 
 

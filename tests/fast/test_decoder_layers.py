@@ -5,7 +5,7 @@ import torch
 from reference import make_inputs
 from ways import elsewhere, make_model
 
-from paligemma.fast import decoder_layers
+from paligemma.fast import decoder_layers, fast_layers
 from paligemma.fast import kernels as linear_kernels
 from paligemma.fast.fast_layers import FastGemmaMLP, FastRMSNorm
 from paligemma.fast.rounding import round_groups, round_rows
@@ -136,7 +136,7 @@ def test_a_refusal_names_its_reason(kind, monkeypatch):
     with torch.nn.modules.module.register_module_forward_hook(print):
         assert reason() == "a hook watches all modules"
     monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: False)
-    monkeypatch.setattr(linear_kernels, "instructions", lambda: "AVX-512")
+    monkeypatch.setattr(fast_layers, "instructions", lambda: "AVX-512")
     assert reason() == "PyTorch's attention is the faster"
 
 
