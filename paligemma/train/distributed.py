@@ -1,4 +1,4 @@
-"""Several processes that train one model: each works on its part of the batch, then gradients are added up.
+"""Several processes that train one model: each works on its part of the batch, then all gradients are summed.
 
     torchrun --nproc-per-node 2 train.py         # sets RANK, WORLD_SIZE, ...; without it everything here is a no-op
     accelerate launch --multi_gpu --num_processes 2 train.py     # does the same, on a CPU too
@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # The others wait while the first one validates, or reads a disk that is slow.
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)
 
 
 def start() -> tuple[int, int]:
-    """(rank, number of processes). Joins the group that torchrun has announced, once."""
+    """(rank, number of processes). The first call joins the group of processes that torchrun has announced."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
@@ -39,9 +39,9 @@ def start() -> tuple[int, int]:
         importlib.import_module("torch.distributed.nn.functional")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
         else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", timeout=TIMEOUT)
         atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
 
@@ -62,9 +62,9 @@ def broadcast_weights(model: nn.Module) -> None:
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients over all processes, in place.
 
-    A parameter without a gradient (a text-only part leaves the vision tower alone) has one of zero, also where there is
-    but one process: Adam's momentum moves it on, as in the reference, however a batch is shared out.
-    The gradients of a sharded model are left as they are: adding them up was part of the backward pass.
+    A parameter without a gradient (a batch without pictures does not reach the vision tower) gets one of zeros, also
+    with a single process. So Adam's momentum still moves it, as in the reference, however a batch is divided.
+    The gradients of a sharded model are left as they are: the backward pass has summed them already.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad and not is_sharded(parameter)]
     for parameter in parameters:
@@ -79,7 +79,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def all_reduce_figures(figures: Mapping[str, float]) -> dict[str, float]:
-    """Sum numbers by their names over all processes. One that had no rows knows fewer names."""
+    """Sum numbers by name over all processes. A process that had no rows has fewer names."""
     if not dist.is_initialized():
         return dict(figures)
     theirs: list[Mapping[str, float]] = [{}] * dist.get_world_size()
@@ -113,7 +113,7 @@ def own_rows(tensor: Any) -> Tensor:
 
 
 def together(action: Callable[[], None]) -> None:
-    """Do something on every process, and fail on all of them if one of them fails. Nobody is left waiting."""
+    """Run `action` on every process. If one of them fails, all raise, so that none waits for ever."""
     error: Exception | None = None
     try:
         action()
@@ -127,7 +127,7 @@ def together(action: Callable[[], None]) -> None:
 
 
 def broadcast(number: float) -> float:
-    """The first process's number, for what all have to decide alike and clocks would decide differently."""
+    """The first process's number. For decisions that all must make alike, where their clocks would differ."""
     if not dist.is_initialized():
         return number
     tensor = torch.tensor(number, dtype=torch.float64)

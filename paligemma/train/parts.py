@@ -1,6 +1,6 @@
 """Which weights learn, and how: parts that stay as they are, LoRA, dropout, gradient checkpointing.
 
-    freeze(model, ["vision"])                 # the eye stays as it is
+    freeze(model, ["vision"])                 # the vision tower stays as it is
     add_lora(model, ["decoder"], rank=8)      # or: everything stays, beside each linear layer two small ones learn
     set_dropout(model, 0.1)                   # in the decoder's layers
     checkpoint_gradients(model)               # less memory, a third more time
@@ -10,7 +10,7 @@ All of it changes a built model from outside, by `requires_grad`, by forward hoo
 own files know nothing of training. The parts have these names:
 
     vision       SigLIP
-    projector    the one linear layer between the eye and the mouth
+    projector    the linear layer between vision tower and language model
     decoder      Gemma, with its embedding
     embedding    the embedding alone, which is the output layer too (so: not by itself a part that LoRA could go to)
 """
@@ -38,7 +38,7 @@ PARTS = {
 }
 
 # All linear layers of a part, as a pattern that means the same in every layout of names that transformers has had.
-# Without the part, a name such as q_proj would be found in the eye as well.
+# Without the part, a name such as q_proj would match in the vision tower as well.
 LINEAR_LAYERS = {
     "vision": r"(.*\.)?vision_tower\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
     "projector": r"(.*\.)?multi_modal_projector\.linear",
@@ -140,10 +140,10 @@ def _drop(module: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
 
 
 def checkpoint_gradients(model: PaliGemmaForConditionalGeneration) -> None:
-    """Every layer of decoder and eye forgets what it computed inside, and computes it again when its gradient is due.
+    """Every layer of decoder and vision tower keeps only its input, and is computed again when its gradient is due.
 
-    Only the stream between the layers is kept. Losses and gradients stay the same, dropout included: it draws the same
-    numbers the second time. Without gradients, or in evaluation mode, nothing is done twice.
+    Losses and gradients stay the same, dropout included: its random numbers are the same the second time. Without
+    gradients, or in evaluation mode, nothing is computed twice.
     """
     for layer in (*model.vision_tower.vision_model.encoder.layers, *model.language_model.model.layers):
         if not isinstance(layer.forward, partial):
@@ -161,8 +161,8 @@ def suit_cpu(model: PaliGemmaForConditionalGeneration) -> None:
     """Attention written out, where a CPU trains a small model at a low resolution.
 
     The backward pass of PyTorch's fused attention is slow there: of the 414 ms in which the embedded model's gradients
-    of 16 rows were computed it took 140, and 297 ms are enough without it. What it is good for, never to hold all
-    scores, matters where there are many: for 8 pictures of 256 patches they are 34 MB in each layer of the eye.
+    of 16 rows were computed it took 140, and 297 ms are enough without it. Its advantage, never to hold all attention
+    scores, matters where there are many: for 8 pictures of 256 patches they are 34 MB in each vision layer.
     """
     if is_small(model) and model.config.vision_config.num_patches <= 256:
         model.set_explicit_attention()

@@ -21,10 +21,7 @@ Letters: B batch, S sequence, A answer tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import weakref
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +29,19 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from paligemma.attention_mask import prefix_lm_mask
 from paligemma.devices import on_meta_device
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.train import parts
+from paligemma.train.memory import CAST, WEIGHTS, WORKSPACE, Memory
 from paligemma.train.optimizer import decayed_apart, muon_and_adamw
 
-WEIGHTS, CAST, GRADIENTS = "weights", "weights, rounded for the products", "gradients"
-OPTIMIZER, AVERAGE, MESSAGE = "optimizer", "running average", "gradients in one message"
-EYE, DECODER, LOGITS = "activations of the eye", "activations of the decoder", "logits of the answers"
-WHOLE, WORKSPACE, UNSEEN = "layers that are whole for a moment", "workspace", "inside of kernels, holes"
-ORDER = (WEIGHTS, CAST, GRADIENTS, OPTIMIZER, AVERAGE, EYE, DECODER, LOGITS, MESSAGE, WHOLE, WORKSPACE)
+GRADIENTS, OPTIMIZER, AVERAGE, MESSAGE = "gradients", "optimizer", "running average", "gradients in one message"
+VISION, DECODER = "activations of the vision tower", "activations of the decoder"
+LOGITS = "logits of the answers"
+WHOLE, UNSEEN = "layers that are whole for a moment", "inside of kernels, holes"
+ORDER = (WEIGHTS, CAST, GRADIENTS, OPTIMIZER, AVERAGE, VISION, DECODER, LOGITS, MESSAGE, WHOLE, WORKSPACE)
 SHARED_OUT = (WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE)  # by `sharding.py`
 
 
@@ -122,16 +119,21 @@ def estimate(
         raise ValueError(f"a row of {length} tokens has no room for {tokens} of pictures and {answer} of the answer")
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports the compiler
 
-    rows = -(-batch // (accumulate * processes))
-    last = answer + 1 if shortest_prefix is None else length - shortest_prefix + 1
-    pieces = min(2, accumulate)  # of which the second one finds gradients there already; more change nothing
+    step = Step(
+        rows=-(-batch // (accumulate * processes)),
+        length=length,
+        answer=answer,
+        images=images,
+        num_outputs=answer + 1 if shortest_prefix is None else length - shortest_prefix + 1,
+        pieces=min(2, accumulate),  # the second one finds gradients there already; more change nothing
+        compute=compute,
+        processes=processes,
+        shard=shard and processes > 1,
+    )
     with on_meta_device():
         model = PaliGemmaForConditionalGeneration(config).to(stored).train()
         if quantize is not None:
-            for name, layer in list(model.named_modules()):
-                if isinstance(layer, nn.Linear):
-                    parent, _, leaf = name.rpartition(".")
-                    setattr(model.get_submodule(parent), leaf, RoundedLinear(layer))
+            round_linear_layers(model)
         if lora:
             parts.add_lora(model, lora, rank, dropout=lora_dropout)
         elif freeze:
@@ -143,59 +145,94 @@ def estimate(
     if not foreach:
         parts.suit_cpu(model)
     with FakeTensorMode():
-        for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                # Up to here on the meta device, which other code paths (attention, autocast) know nothing of.
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        make_fake(model)
         optimizers: list[torch.optim.Optimizer] = (
             muon_and_adamw(model, 1.0, 1.0)
             if optimizer == "muon"
             else [torch.optim.AdamW(decayed_apart(model, 0.0), foreach=foreach)]
         )
-
-        share = processes if shard else 1
-        memory = Memory(dict.fromkeys(SHARED_OUT, 1 / share))
-        memory.hold(model.parameters(), WEIGHTS)
-        outside = parameters_outside_of_layers(model)
-        if share > 1:
-            memory.held[WHOLE] = bytes_of_whole_layers(model, outside)
-        with memory:
-            with memory.of(AVERAGE):
-                average = [parameter.detach().clone() for parameter in trained] if ema else []
-            with memory.of(OPTIMIZER):  # its state, from the step before
-                for parameter in trained:
-                    parameter.grad = torch.zeros_like(parameter)
-                for each in optimizers:
-                    each.step()
-                    each.zero_grad(set_to_none=True)
-            memory.fullest = {}
-
-            def gradient_is_there(parameter: Tensor) -> None:
-                # Sharded, those of the layers have been shared out by now, those outside stay whole to the end.
-                memory.hold([parameter.grad], WHOLE if share > 1 and id(parameter) in outside else GRADIENTS)
-
-            for parameter in trained:
-                parameter.register_post_accumulate_grad_hook(gradient_is_there)
-            for _ in range(pieces):
-                with memory.at("the forward pass"):
-                    loss = forward(model, memory, rows, length, answer, images, last, compute)
-                with memory.at("the backward pass"):
-                    loss.backward()
-                del loss
-            if processes > 1 and not shard:
-                with memory.at("adding up gradients"), memory.of(MESSAGE):
-                    flat = torch.cat([p.grad.flatten().float() for p in trained if p.grad is not None])
-                    del flat
-            with memory.at("the optimizer's step"):
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                for each in optimizers:
-                    each.step()
-            del average
+        memory = rehearse(model, optimizers, step, ema)
     components = {kind: round(memory.fullest[kind]) for kind in ORDER if round(memory.fullest.get(kind, 0))}
     components[UNSEEN] = 64 * 10**6 + sum(components.values()) // 50
     return Plan(components, memory.moment)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one process. rows: of a piece. num_outputs: positions that the last layer computes."""
+
+    rows: int
+    length: int
+    answer: int
+    images: int
+    num_outputs: int
+    pieces: int
+    compute: torch.dtype
+    processes: int
+    shard: bool
+
+
+def rehearse(
+    model: PaliGemmaForConditionalGeneration, optimizers: list[torch.optim.Optimizer], step: Step, ema: bool
+) -> Memory:
+    """One step with fake tensors, which are counted."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    memory = Memory(dict.fromkeys(SHARED_OUT, 1 / (step.processes if step.shard else 1)))
+    memory.hold(model.parameters(), WEIGHTS)
+    outside = parameters_outside_of_layers(model)
+    if step.shard:
+        memory.held[WHOLE] = bytes_of_whole_layers(model, outside)
+
+    def gradient_is_there(parameter: Tensor) -> None:
+        # Of a sharded model those of the layers have been split by now; those outside stay whole to the end.
+        memory.hold([parameter.grad], WHOLE if step.shard and id(parameter) in outside else GRADIENTS)
+
+    with memory:
+        with memory.of(AVERAGE):
+            average = [parameter.detach().clone() for parameter in trained] if ema else []
+        with memory.of(OPTIMIZER):  # its state, from the step before
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        memory.fullest = {}
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(gradient_is_there)
+        for _ in range(step.pieces):
+            with memory.at("the forward pass"):
+                loss = forward(
+                    model, memory, step.rows, step.length, step.answer, step.images, step.num_outputs, step.compute
+                )
+            with memory.at("the backward pass"):
+                loss.backward()
+            del loss
+        if step.processes > 1 and not step.shard:
+            with memory.at("adding up gradients"), memory.of(MESSAGE):
+                flat = torch.cat([p.grad.flatten().float() for p in trained if p.grad is not None])
+                del flat
+        with memory.at("the optimizer's step"):
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+        del average
+    return memory
+
+
+def make_fake(model: nn.Module) -> None:
+    """Parameters on the meta device become fake tensors of the CPU: attention and autocast take other code paths on the
+    meta device."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
+
+
+def round_linear_layers(model: nn.Module) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, RoundedLinear(layer))
 
 
 class RoundedLinear(nn.Linear):
@@ -242,7 +279,7 @@ def forward(
     ids = torch.zeros(rows, length, dtype=torch.int64)
     real = torch.ones(rows, length, dtype=torch.bool)
     with torch.autocast("cpu", compute, enabled=compute != torch.float32):
-        with memory.of(EYE):
+        with memory.of(VISION):
             features = model.encode_image(torch.zeros(rows * images, 3, side, side)) if images else None
         with memory.of(DECODER):
             x = model.language_model.model.embed(ids)  # [B, S, D]
@@ -271,62 +308,3 @@ def bytes_of_whole_layers(model: PaliGemmaForConditionalGeneration, outside: set
         for layer in layers
     )
     return 2 * largest + sum(p.numel() * p.element_size() for p in model.parameters() if id(p) in outside)
-
-
-class Memory(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, by what they are for.
-
-    The bytes of a kind are multiplied with its `weight`, if it has one. `fullest` is how much of each there was at the
-    fullest moment so far.
-    """
-
-    def __init__(self, weight: dict[str, float]):
-        super().__init__()
-        self.weight = weight
-        self.held: dict[str, float] = defaultdict(float)  # by kind
-        self.kinds: dict[int, str] = {}  # by the identity of a storage
-        self.fullest: dict[str, float] = {}
-        self.moment, self._doing, self._kind = "", "", WORKSPACE
-
-    @contextmanager
-    def at(self, moment: str) -> Iterator[None]:
-        """Say what is being done."""
-        self._doing = moment
-        yield
-
-    @contextmanager
-    def of(self, kind: str) -> Iterator[None]:
-        """What comes inside is of this kind."""
-        before, self._kind = self._kind, kind
-        yield
-        self._kind = before
-
-    def hold(self, tensors: Any, kind: str) -> None:
-        """Count tensors, or count them anew as another kind."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            size = storage.nbytes() * self.weight.get(kind, 1.0)
-            known = self.kinds.get(id(storage))
-            if known is None:
-                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
-            else:
-                self.held[known] -= storage.nbytes() * self.weight.get(known, 1.0)
-            self.kinds[id(storage)] = kind
-            self.held[kind] += size
-        if sum(self.held.values()) > sum(self.fullest.values()):
-            self.fullest, self.moment = dict(self.held), self._doing
-
-    def _gone(self, identity: int, size: int) -> None:
-        kind = self.kinds.pop(identity)
-        self.held[kind] -= size * self.weight.get(kind, 1.0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.kinds:
-                rounded = func is torch.ops.aten._to_copy.default and self._is_weight(args[0])
-                self.hold([tensor], CAST if rounded else self._kind)
-        return out
-
-    def _is_weight(self, tensor: Tensor) -> bool:
-        return self.kinds.get(id(tensor.untyped_storage())) == WEIGHTS

@@ -11,12 +11,12 @@ its backward pass the gradients are added up and each process gets its rows of t
     process 1   rows 2-3 of W    --+--> W, x -> layer -> gradient --+--> sum of the gradients' rows 2-3
 
 What is unusual:
-- the layers of decoder and eye come and go one by one; the rest (the embedding, the projector, norms) stays whole
-  from forward to backward, since the embedding is needed first, and last as the head, after `forward` has returned;
-- all processes must go through the same layers in the same order, or they wait for each other forever. One without
-  rows takes `nothing()`; where a batch has no picture, the eye looks at a black one, and zero times what it saw is
+- the layers of decoder and vision tower are gathered one by one. The rest (embedding, projector, norms) stays whole
+  from forward to backward: the embedding is needed first, and last as the head, after `forward` has returned;
+- all processes must go through the same layers in the same order, or they wait for each other for ever. One without
+  rows takes `nothing()`; where a batch has no picture, the vision tower sees a black one, and zero times its output is
   added to the result;
-- gradients are added, not averaged (see `distributed.py`).
+- gradients are summed, not averaged (see `distributed.py`).
 
 Follows PyTorch's `fully_shard` and arXiv 1910.02054 (ZeRO, stage 3). Letters: B batch, S sequence.
 """

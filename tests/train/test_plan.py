@@ -23,8 +23,9 @@ from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.train import parts, sharding
 from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.loop import TrainConfig, train
+from paligemma.train.memory import Memory
 from paligemma.train.optimizer import muon_and_adamw
-from paligemma.train.plan import UNSEEN, Memory, Plan, estimate
+from paligemma.train.plan import UNSEEN, Plan, estimate
 from paligemma.weights.published import published_config
 
 WORDS, ANSWER = 40, 8  # of a row: text tokens, and how many of them are learned
@@ -154,7 +155,7 @@ def test_the_parts_of_a_plan():
     assert quarter.total < plan.total - weights
     # Rows cost activations, and nothing else.
     double = planned(config, {"batch": 16, "accumulate": 2, "ema": True})
-    for name in ("activations of the eye", "activations of the decoder"):
+    for name in ("activations of the vision tower", "activations of the decoder"):
         assert double.components[name] == pytest.approx(2 * plan.components[name], rel=0.01), name
     assert double.components["weights"] == plan.components["weights"]
 
