@@ -1,6 +1,7 @@
 """World 2: more of everything that does not matter for the answers, and the same truth."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from functools import cache
@@ -9,11 +10,14 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from paligemma.cli.main import app
 from paligemma.tiny.degradations import DEGRADATIONS, degrade
 from paligemma.tiny.recipe.patch_targets import patch_targets
 from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import READING, TASKS, asker, caption, rows, sample_row
+from paligemma.tiny.scenes import write_scenes
 from paligemma.tiny.signs import BOARD_COLORS, VARIED_FONTS
 from paligemma.tiny.varied import MOST, render_in_world, render_varied
 from paligemma.tiny.world import BACKGROUNDS, TINTABLE, TINTS, VARIED_STYLES, has_held_out, held_out
@@ -283,3 +287,39 @@ def test_a_gray_picture_has_no_colour():
     for seed in range(30):
         image = render_varied(seed, size=96, degradations=[("gray", 0.0)]).image
         assert (image == image[..., :1]).all()
+
+
+# --- data sets --------------------------------------------------------------------------------------
+
+
+def test_scenes_of_world_2_are_written_with_what_is_known_of_them(tmp_path):
+    folder = write_scenes(6, tmp_path / "data", "emojione", 96, world=2, progress=False)
+    data = json.loads((folder / "coco.json").read_text())
+    assert "EmojiOne (CC BY 4.0)" in data["info"]["attribution"]
+    things = iter(data["annotations"])
+    for image in data["images"]:
+        scene = render_varied(image["seed"], "emojione", 96)
+        assert (image["world"], image["background"], image["style"]) == (2, scene.background, scene.style)
+        assert [tuple(pair) for pair in image["degradations"]] == list(scene.degradations)
+        with Image.open(folder / image["file_name"]) as picture:
+            assert np.array_equal(np.asarray(picture), scene.image)
+        for thing, written in zip(scene.objects, things):
+            assert (written.get("color"), written.get("tint"), written.get("text", "")) == (
+                thing.color,
+                thing.tint,
+                thing.text,
+            )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world", "2", "--split", "twemoji"], "--split twemoji is of world 1"),
+        (["--split", "emojione"], "--split emojione is of world 2"),
+        (["--world", "2", "--task", "count_color"], "--task count_color is of world 1"),
+    ],
+)
+def test_what_the_other_world_has_is_wrong_usage(tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["tiny", "scenes", "--out", str(tmp_path / "data"), *arguments])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not (tmp_path / "data").exists()
