@@ -467,7 +467,7 @@ class PaliGemma:
         answer.picture = next(iter(_pictures(image)), None)
         return answer
 
-    def _grammar(self, prompt: str, forbid_repeats: bool) -> Constraint | None:
+    def _grammar(self, prompt: str, forbid_repeats: bool = False) -> Constraint | None:
         """The grammar that a `detect` or `segment` prompt asks its answer to follow."""
         task, _, rest = prompt.strip().partition(" ")
         if task not in ("detect", "segment"):
