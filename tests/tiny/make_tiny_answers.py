@@ -1,6 +1,6 @@
-"""Writes tests/tiny_answers.json: what the embedded model answers to scenes it never saw, where it is right and sure.
+"""Writes tests/tiny_answers.json: right and confident answers of the embedded model to unseen scenes.
 
-    python tests/make_tiny_answers.py          # after the checkpoint has changed
+    python tests/tiny/make_tiny_answers.py          # after the checkpoint has changed
 
 Of every task a few rows whose answer is right and in which every token leads the second by a clear margin, so that
 rounding on another machine cannot change the text. `test_tiny_model.py` asks the same questions and compares.
