@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +35,6 @@ def bench(
     from paligemma.bench.run import benchmark, record_path
     from paligemma.bench.tables import growth_lines, table
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: gigabytes of random weights are removed
     path = record_path(out, model)
     with notes.status("") as status:
         record = benchmark(

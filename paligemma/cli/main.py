@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import shlex
+import signal
 import sys
 import warnings
 from typing import Annotated, Any
@@ -91,6 +92,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter still shows the rest
+    # Ended as by Ctrl-C: what is half written is removed. (`train` has handlers of its own while it trains.)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = app(arguments, standalone_mode=False)
     except UsageError as error:

@@ -1,6 +1,8 @@
 """A checkpoint in another format or dtype; no file of somebody else is lost."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from checkpoint_files import (
     assert_same_weights,
     bigvision_arrays,
     digests,
+    linux,
     make_model,
     write,
     write_npz,
@@ -151,3 +154,30 @@ def test_formats_that_do_not_exist(folder, tmp_path):
         convert(folder, tmp_path / "b", format="gguf")
     with pytest.raises(ValueError, match=r"x.npz is to hold safetensors: name a folder"):
         convert(folder, tmp_path / "x.npz", format="safetensors")
+
+
+TERMINATED = """
+import os, signal, sys
+from paligemma.cli.main import main
+from paligemma.weights import writing
+
+name, write = sys.argv.pop(), writing.write_tensor
+def and_then_the_end(file, tensor):
+    write(file, tensor)
+    os.kill(os.getpid(), getattr(signal, name))
+writing.write_tensor = and_then_the_end
+main()
+"""
+
+
+@linux
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_conversion_that_is_ended_leaves_nothing_for_ever(folder, tmp_path, name):
+    command = [sys.executable, "-c", TERMINATED, "convert", str(folder), str(tmp_path / "b"), name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if name == "SIGTERM":
+        assert done.returncode == 143 and done.stderr == "" and not (tmp_path / "b").exists()
+    else:
+        assert done.returncode == -9 and list((tmp_path / "b").glob(".saving-*"))
+    written = convert(folder, tmp_path / "b")
+    assert sorted((tmp_path / "b").iterdir()) == sorted(written)
