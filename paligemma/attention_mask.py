@@ -1,8 +1,8 @@
-"""Who may look at whom.
+"""Who may look at (attend to) whom.
 
 PaliGemma is a prefix language model. Image and prompt (token type 0, the *prefix*) see each other completely; the
 answer (type 1, the *suffix*) is causal: it sees the whole prefix and the answer so far. The prefix never sees the
-answer: that would leak the labels in training.
+answer: that would leak the labels in training. A row is one prefix, then one suffix.
 
 A row is a query (who looks), a column a key (who is looked at); `i` image, `p` prompt, `s` suffix:
 
@@ -18,7 +18,7 @@ A row is a query (who looks), a column a key (who is looked at); `i` image, `p` 
 Two more rules lie on top:
 
 *Padding* is seen by nobody. (A padding position sees itself, so that its softmax has something to sum over; whatever
-it computes is used by nobody.) One pad `.` on the left:
+it computes is used by nobody, as long as it is a finite number.) One pad `.` on the left:
 
         . i p s s
     .   1 0 0 0 0
@@ -27,9 +27,10 @@ it computes is used by nobody.) One pad `.` on the left:
     s   0 1 1 1 0
     s   0 1 1 1 1
 
-*Sliding window* (every other layer of Gemma 2): a token sees only the last `window` positions, itself included. The
-prefix block ignores the window, as in transformers (big_vision has no window at all): inside it everybody still sees
-everybody. The suffix does not: at 896 pixels the first image tokens fall out of its window of 4096. With a window of 3:
+*Sliding window* (every other layer of Gemma 2): a token sees itself and the `window` - 1 positions before it. The
+prefix block ignores the window, as in transformers (the reference, big_vision, has no window at all): inside it
+everybody still sees everybody. The suffix does not: at 896 pixels an image has 4096 tokens, so the first ones fall out
+of a window of 4096. With a window of 3:
 
         i i p p s s s
     i   1 1 1 1 0 0 0
@@ -42,7 +43,9 @@ everybody. The suffix does not: at 896 pixels the first image tokens fall out of
 
 Masks are boolean, True where looking is allowed, and shaped [B, 1, S, T] to broadcast over the heads.
 
-Letters: B batch, S queries, T keys. The drawings above are read and asserted by the tests.
+Letters: B batch, S queries, T keys.
+
+The tests read these drawings and compare them with what the functions return.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ PREFIX, SUFFIX = 0, 1  # the two token types
 
 
 def prefix_lm_mask(token_type_ids: Tensor, valid: Tensor, window: int | None = None) -> Tensor:
-    """The mask of a whole row: prefix, and suffix if there is one.
+    """The mask of whole rows: prefix, and suffix if there is one.
 
     token_type_ids: int64 [B, S], 0 prefix and padding, 1 suffix. valid: bool [B, S], False on padding.
     Returns bool [B, 1, S, S]. The picture at the head of this file shows it.
@@ -71,8 +74,8 @@ def prefix_lm_mask(token_type_ids: Tensor, valid: Tensor, window: int | None = N
 def cached_mask(query_positions: Tensor, key_positions: Tensor, key_valid: Tensor, window: int | None = None) -> Tensor:
     """The mask of tokens that continue a cached row: they are suffix, so causal over everything stored.
 
-    query_positions: int64 [B, S]; key_positions: int64 [B, T]; key_valid: bool [B, T] (the cache's own bookkeeping;
-    the queries are its last S keys). Returns bool [B, 1, S, T].
+    query_positions: int64 [B, S]; key_positions: int64 [B, T]; key_valid: bool [B, T], both as the
+    cache keeps them. The queries are the last S of the keys. Returns bool [B, 1, S, T].
     """
     S = query_positions.shape[1]
     valid = key_valid[:, -S:]
@@ -83,7 +86,9 @@ def cached_mask(query_positions: Tensor, key_positions: Tensor, key_valid: Tenso
 
 
 def windowed(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """A mask of the caller's own, bool [B, 1, S, T], cut to a sliding window: no key `window` or more places back.
+    """For `forward(mask=...)`: the caller's mask, bool [B, 1, S, T], without keys `window` or more places back.
+
+    A window applies everywhere here: such a mask does not say what is prefix.
 
     query_positions: int64 [B, S]; key_positions: int64 [B, T]. Raises ValueError on another shape or dtype.
     """
@@ -111,9 +116,9 @@ def token_types_from_labels(labels: Tensor) -> Tensor:
 def _causal(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     """True where the key is not after the query, and less than `window` places before it. bool [B, S, T].
 
-    Places are counted in real tokens, not in columns, so that padding between two tokens does not part them.
+    Places are counted in real tokens, not in columns, so that padding between two tokens adds no distance.
     """
-    # Compared, not subtracted: a table of int64 distances would be eight times as large as the mask.
+    # Subtracting would make a table of int64 distances, eight times as large as the mask.
     query, key = query_positions[:, :, None], key_positions[:, None, :]
     allowed = key <= query  # [B, S, T]
     if window is not None:

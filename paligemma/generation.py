@@ -53,7 +53,7 @@ def generate_greedily(
 ) -> list[int]:
     """The whole idea, for one row: the ids of the likeliest answer, without eos.
 
-    `generate` gives the same answer, and moreover never chooses an id that was not trained.
+    `generate` gives the same, except where an id that was never trained is the likeliest: it chooses the next one.
     """
     logits, cache = prefill(model, inputs, max_new_tokens)  # [1, V]
     answer: list[int] = []
@@ -79,15 +79,15 @@ class Options:
     max_new_tokens: the budget of a row, its eos included.
     do_sample: False takes the likeliest token each time, and temperature, top_k, top_p and seed have no effect.
     temperature, top_k, top_p: see `warp`.
-    num_beams: 2 or more keeps that many answers in the running and returns the best one (see `_beam_search`).
+    num_beams: 2 or more follows that many answers at once and returns the best one (see `_beam_search`).
     length_penalty: of beams; an answer's score is its log-probability / length ** length_penalty. Above 0 it favours
         longer answers.
-    seed: of the random numbers, the same for every row, whatever its neighbours are: equal rows give equal answers.
-        A list gives each row its own. None draws from torch's global state.
+    seed: each row has a random generator of its own with this seed, so its answer does not depend on its neighbours. A
+        list gives each row its own seed. None draws from torch's global state.
     suppress_tokens: ids that are never produced, beside <image> and what lies beyond the tokenizer.
-    constraint: a function of what a row has generated and of the tokens left in its budget that returns the sorted ids
-        allowed next, int64 [n], or None for any; one for all rows, or a list with one (or None) per row. See
-        `answers/constraints.py`.
+    constraint: which ids may come next; one function for all rows, or a list with one (or None) per row. It is called
+        with what a row has generated and the tokens left in its budget, and returns the sorted ids, int64 [n], or None
+        for any. See `answers/constraints.py`.
     watch: (first id, count). For each token in this range `Generated.bins` gets the mean and the spread (standard
         deviation) of the distribution among the allowed tokens of the range, counted from its first id. Over the 1,024
         location tokens: where a box's edge is, and how sure the model was.
@@ -142,8 +142,8 @@ class Generated:
 
     token_ids: without eos. token_logprobs: of each token, among the tokens that were allowed in its place (before
     temperature, top-k and top-p). finished: ended with eos; False when the budget ended it, also where a constraint
-    closed the answer and the model would have gone on. eos_logprob: of the eos, where there is one. bins: with `watch`
-    one (mean, spread) per token, (nan, nan) for a token outside the range; else empty.
+    closed the answer and the model would have gone on (`answers/constraints.py`). eos_logprob: of the eos, where there
+    is one. bins: with `watch` one (mean, spread) per token, (nan, nan) for a token outside the range; else empty.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -170,7 +170,8 @@ def prefill(
     prompt = prepare(model, inputs)
     B, S = prompt["input_ids"].shape
     cache = KVCache(model.config.text_config, B, S + max_new_tokens, model.dtype, model.device)
-    # Of the last column only: the head is a quarter of a million wide, at 896 pixels 4 GB over all columns.
+    # Of the last column only: the head is a quarter of a million wide. At 896 pixels the logits of all columns would be
+    # 2 GB for each row in bfloat16.
     logits = model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1]
     if not logits.isfinite().all():
         raise FloatingPointError(
@@ -188,10 +189,10 @@ def decode_one_token(model: PaliGemmaForConditionalGeneration, tokens: Tensor, c
 def decode(
     model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache, only: Tensor | None = None
 ) -> Tensor:
-    """The same for the next tokens of each row, int64 [N, k]: the logits of the token after them, [N, V].
+    """Reads the next k tokens of each row, int64 [N, k]: the logits of the token after them, [N, V].
 
-    only: int64 [n], the ids that may come next. The rows of the head for all others are not read, a fifth of the bytes
-    of a decoded token where a location is to follow; their logits are -inf.
+    only: int64 [n], the ids that may come next. The head is computed for these alone, and all other logits are -inf.
+    Where a location follows, that saves a fifth of the weights that PaliGemma 1 reads for a token.
     """
     if only is None:
         return model(tokens, cache=cache, logits_to_keep=1).logits[:, -1]
@@ -225,10 +226,10 @@ def prepare(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any])
     columns = {"input_ids": input_ids, "attention_mask": mask, "token_type_ids": types}
     prompt = {name: tensor.gather(1, order) for name, tensor in columns.items()}
 
-    pictures = {name: inputs[name] for name in ("pixel_values", "image_features") if inputs.get(name) is not None}
-    if len(pictures) > 1:
+    images = {name: inputs[name] for name in ("pixel_values", "image_features") if inputs.get(name) is not None}
+    if len(images) > 1:
         raise ValueError("inputs has pixel_values and image_features: leave out one of them")
-    return {name: tensor.to(model.device) for name, tensor in {**prompt, **pictures}.items()}
+    return {name: tensor.to(model.device) for name, tensor in {**prompt, **images}.items()}
 
 
 def check_length(config: PaliGemmaConfig, attention_mask: Tensor, max_new_tokens: int) -> None:
@@ -261,7 +262,7 @@ def choose(scores: Tensor, options: Options, generators: Sequence[torch.Generato
 
 
 def warp(scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Scores [N, V] -> scores to sample from, -inf where a token is out. In this order, as in transformers:
+    """Scores [N, V] -> scores to sample from, -inf for tokens that are excluded. In this order, as in transformers:
 
     temperature: below 1 the likely tokens gain, above 1 they lose.
     top_k: keeps the k likeliest tokens.
@@ -276,8 +277,8 @@ def warp(scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top
         scores = scores.masked_fill(scores < last, -math.inf)
     if top_p is not None and top_p < 1:
         probs = scores.softmax(-1)
-        # A token of probability (1 - p) / V or less is out for sure: all such together weigh no more than 1 - p. That
-        # leaves a few thousand to sort instead of a quarter of a million.
+        # A token of probability (1 - p) / V or less is out for sure: all such tokens together have no more than 1 - p.
+        # That usually leaves a few thousand to sort instead of a quarter of a million.
         count = int((probs > (1 - top_p) / probs.shape[-1]).sum(-1).amax())
         ordered = probs.topk(max(count, 1)).values  # descending
         likelier = ordered.cumsum(-1) - ordered  # what stands before a token: 0 for the first, which always stays
@@ -349,7 +350,7 @@ def generate(
         the beginning of the answer, which is then continued; the continuation alone is returned.
     All else: the fields of `Options`, explained there.
 
-    Returns one `Generated` per row. In float32 a row's answer is the same alone and in any batch.
+    Returns one `Generated` per row. In float32 a greedy answer is the same alone and in any batch (see the tests).
     Raises ValueError on options out of range, on rows whose prompt and budget exceed the model's positions (before any
     work), on rows that already end in eos, and where a constraint allows nothing.
     """
@@ -358,7 +359,8 @@ def generate(
         return []
     if task.options.num_beams > 1:
         return _beam_search(task)
-    return list(_steps(task))[-1]
+    *_, answers = _steps(task)
+    return answers
 
 
 def stream(
@@ -375,7 +377,7 @@ def stream(
     one begins. The pieces joined are `tokenizer.decode` of the whole answer.
 
     named: the fields of `Options`; num_tokens is known. The generator returns the `Generated`: `answer = yield from
-    stream(...)`. Raises what `generate` does, at the call; also for beams: one can still lose what it would have shown.
+    stream(...)`. Raises what `generate` does, at the call, and ValueError for beams: one that was shown may lose later.
     """
     options = Options(max_new_tokens, **{"num_tokens": len(tokenizer), **named})
     if options.num_beams > 1:
@@ -416,6 +418,8 @@ class _Task:
         self.never = never_produced(config, options.num_tokens, options.suppress_tokens).to(model.device)
         self.constraints = one_per_row(options.constraint, self.rows)
         self.generators = _generators(options, self.rows, model.device)
+        if not 0 <= self.eos < len(self.never):
+            raise ValueError(f"eos_token_id is {self.eos}, expected an id from 0 to {len(self.never) - 1}")
         if options.watch is not None:
             first, count = options.watch
             if not 0 <= first < first + count <= len(self.never):
@@ -428,7 +432,7 @@ class _Task:
                 row = int(ended.long().argmax())
                 raise ValueError(f"row {row} already ends in eos: leave the suffix out of the processor's call")
 
-    def write_down(self, answer: Generated, token: int, logprob: float, bin: tuple[float, float]) -> None:
+    def record(self, answer: Generated, token: int, logprob: float, bin: tuple[float, float]) -> None:
         """Adds a chosen token to an answer; `bin` is what the row's watched range looked like."""
         if token == self.eos:
             answer.finished, answer.eos_logprob = True, logprob
@@ -445,13 +449,13 @@ def _steps(task: _Task) -> Iterator[list[Generated]]:
     answers = [Generated() for _ in range(task.rows)]
     running = list(range(task.rows))  # the rows behind the N rows of logits and cache
     logits, cache = prefill(model, task.prompt, options.max_new_tokens)
-    unread = task.prompt["input_ids"][:, :0]  # [N, k], chosen and not in the cache yet
+    unread = task.prompt["input_ids"][:, :0]  # [N, k], chosen but not in the cache yet; at first [N, 0]
     for remaining in range(options.max_new_tokens, 0, -1):
         # 1. What may come next, by each row's constraint.
         generated = [answers[row].token_ids for row in running]
         constraints = [task.constraints[row] for row in running]
         allowed, fitting = allowed_next(constraints, generated, remaining, len(task.never), task.eos)
-        # 2. What the model says, masked to that.
+        # 2. What the model says, masked to that. (The first logits come from the prefill.)
         if remaining < options.max_new_tokens:
             logits, unread = next_logits(model, unread, cache, allowed)
         scores = masked_logits(logits, task.never, allowed, generated, remaining)
@@ -463,8 +467,8 @@ def _steps(task: _Task) -> Iterator[list[Generated]]:
         kept: list[int] = []
         for n, (row, token, logprob) in enumerate(zip(running, tokens.tolist(), logprobs.tolist())):
             if n in fitting and not contains(fitting[n], token):
-                continue  # ended by the budget, before what it was about to say
-            task.write_down(answers[row], token, logprob, bins[n])
+                continue  # what it chose does not fit into the budget, so the answer ends without it
+            task.record(answers[row], token, logprob, bins[n])
             if not answers[row].finished:
                 kept.append(n)
         yield answers
@@ -479,13 +483,13 @@ def _steps(task: _Task) -> Iterator[list[Generated]]:
             cache.select(rows)
 
 
-FEW = 16  # ids are few if they are at most V / 16; gathering more rows of the head than that does not pay
+FEW = 16  # up to V / 16 ids: to gather more rows of the head takes longer than to compute all of them
 
 
 def next_logits(
     model: PaliGemmaForConditionalGeneration, unread: Tensor, cache: KVCache, allowed: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """The logits of each row's next token [N, V], for as little work as what is allowed permits.
+    """The logits of each row's next token [N, V], with no more work than the allowed ids need.
 
     unread: int64 [N, k], tokens that were chosen and not read yet. Returns those that are unread still: where every row
     has only one way to go on there is nothing to ask the model, and its token is read together with the next.
@@ -506,7 +510,7 @@ def next_logits(
 
 @dataclass
 class _Beam:
-    """An unfinished answer. total: its log-probability. parent: where its beginning stands in the cache."""
+    """An unfinished answer. total: its log-probability. parent: the row of the cache that it continues."""
 
     row: int
     answer: Generated
@@ -520,10 +524,11 @@ def _beam_search(task: _Task) -> list[Generated]:
     The rules are those of transformers (`_beam_search` with early_stopping=False), so that the sequences are equal:
     - every beam is extended by every token, and the 2 * num_beams likeliest extensions are looked at: even if all of
       the best ones end, enough are left to go on with;
-    - an extension that ends (eos, the last token of the budget, or one that does not fit into it and is left out)
-      counts if it is among the num_beams likeliest;
+    - an extension ends with eos, with the last token of the budget, or with a token that does not fit into the budget
+      and is left out; it counts if it is among the num_beams likeliest;
     - it is scored log-probability / length ** length_penalty, where eos counts in both, and the best num_beams stay;
-    - a row is done when it has num_beams answers and its best beam, scored as if it ended now, beats none of them.
+    - a row is done when it has num_beams answers and its best beam, scored as if it ended now, does not beat the worst
+      of them.
 
     Probabilities here are those over the whole vocabulary, not among the allowed tokens: they add up to the model's own
     probability of the answer, also under a constraint. What `Generated` reports is among the allowed ones, as always.
@@ -556,11 +561,11 @@ def _beam_search(task: _Task) -> list[Generated]:
             for rank, (total, n, token, logprob) in enumerate(candidates[: 2 * width]):
                 fits = n not in fitting or contains(fitting[n], token)
                 ends = token == task.eos or remaining == 1 or not fits
-                if rank >= width if ends else len(going) == width:
+                if (ends and rank >= width) or (not ends and len(going) == width):
                     continue
                 answer = beams[n].answer.copy()
                 if fits:
-                    task.write_down(answer, token, logprob, bins[n])
+                    task.record(answer, token, logprob, bins[n])
                 if ends:
                     answers[row].append((total / length**options.length_penalty, answer))
                 else:

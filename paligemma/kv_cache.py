@@ -10,13 +10,13 @@ together:
     row 0     i i p p s s        1 1 1 1 1 1   6
     row 1     . i i p s .        0 1 1 1 1 0   4
 
-A column that is not valid, because of padding or because its row has ended, holds numbers too, but no query of a real
-token ever looks at them. Rows that are no longer needed leave with `select`.
+A column that is not valid holds numbers too, but no query of a real token ever looks at them. That is padding, such as
+the last column of row 1: there a caller fed row 0 alone. `generate` does not: rows that have ended leave with `select`.
 
 In every pass `extend` opens the new columns once, for all layers. Then each layer's `update` writes its keys and values
 into them.
 
-A token takes layers x 2 x K x E numbers: in bfloat16 18 KB for PaliGemma 1, 104 KB for PaliGemma 2 3b.
+A token takes layers x 2 x K x E numbers of 2 bytes in bfloat16: 18 KB for PaliGemma 1, 104 KB for PaliGemma 2 3b.
 
 Letters: B batch, S new tokens, T columns, K key/value heads, E head size.
 """
@@ -60,6 +60,8 @@ class KVCache:
         of its row, from 0: int64 [B, S]. Raises ValueError when the columns do not fit.
         """
         S = valid.shape[1]
+        if len(valid) != len(self.valid):
+            raise ValueError(f"the cache holds {len(self.valid)} rows, and {len(valid)} are to be read")
         if self.used + S > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens; {self.used} are used and {S} more do not fit")
         place = (self.lengths[:, None] + valid.long().cumsum(-1) - 1).clamp(min=0)
@@ -84,7 +86,7 @@ class KVCache:
         return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps the given rows, in that order (int64 [B']): beams that moved, rows that finished."""
+        """Keeps a copy of these rows, int64 [B'], in this order: to reorder beams, and to drop rows that have ended."""
         for stored in (self.keys, self.values):
             for layer, tensor in enumerate(stored):
                 stored[layer] = tensor[rows]  # one layer at a time, so that there is never a second cache

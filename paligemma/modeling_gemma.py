@@ -1,7 +1,7 @@
 """Gemma, a decoder-only language model, and PaliGemma, which lets it read images.
 
     pixels [n, 3, side, side] --SigLIP--> [n, P, 1152] --projector--> image features [n, P, D]
-                                                                       |  (in the places of the <image> tokens)
+                                                                       |  replaces the <image> tokens
     ids [B, S] --embedding x sqrt(D)--> [B, S, D] ---------------------+--> Gemma layers, norm, head -> logits [B, S, V]
 
 A row of ids is laid out like this; `<image>` stands P times per image, and `<bos>` comes after the images:
@@ -14,18 +14,18 @@ What is unusual, compared with other decoders:
 - the prefix (images and prompt) is not causal, see `attention_mask.py`;
 - text embeddings are scaled by sqrt(D), image features are not;
 - the head is the embedding table again (tied), so it has no parameter of its own;
-- positions count from 1, as in transformers.
+- positions count from 1, as in transformers. (Rotary positions only depend on distances, so 0 would do as well.)
 
 Gemma 1 (PaliGemma 1) and Gemma 2 (PaliGemma 2) differ in four places:
 - Gemma 2 also normalises what attention and MLP return, before it is added (`Gemma2DecoderLayer`);
-- it limits attention scores to +-50 and logits to +-30 (soft-capping: `cap * tanh(x / cap)`);
+- it limits attention scores to +-50 and logits to +-30 (by default; soft-capping: `cap * tanh(x / cap)`);
 - every other layer sees a sliding window of 4096 tokens only;
 - its query scale is a setting of its own (the 27B has heads of 128 but scales by 144^-0.5).
 
 Follows arXiv 2403.08295 (Gemma), 2408.00118 (Gemma 2), 2407.07726 (PaliGemma), 2412.03555 (PaliGemma 2).
 
 Letters: B batch, S tokens (the length of x), Q queries, T keys, D hidden, H query heads, K key/value heads,
-G = H / K query heads per key head, E head size, P image patches, V vocabulary, n images.
+G = H / K query heads per key/value head, E head size, P image patches, V vocabulary, n images.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class GemmaConfig:
     max_position_embeddings: int = 8192
     position_offset: int = 1  # the first token stands at position 1 (transformers) or 0 (big_vision)
     # Gemma 2 only:
-    query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: by that of head_dim
+    query_pre_attn_scalar: float | None = None  # scores are divided by its square root; None: by sqrt(head_dim)
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
@@ -115,8 +115,9 @@ class GemmaRMSNorm(nn.Module):
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's angles, [B, 1, S, E/2] each, computed in float32 and then cast to `dtype`.
 
-    Rotary positions: at position p, pair i of a query or key is rotated by the angle p * theta^(-2i / E), fast for the
-    first pairs and slowly for the last. The product of a query and a key then depends on their distance alone.
+    Rotary positions: at position p, pair i of a query or key, (x[i], x[i + E/2]), is rotated by the angle
+    p * theta^(-2i / E): fast for the first pairs and slowly for the last. The product of a query and a key then depends
+    on their distance alone.
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids.float()[..., None] * theta**-exponent  # [B, S, E/2]
@@ -135,7 +136,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: flo
     grouped = q.reshape(B, K, -1, E)  # [B, K, G * Q, E]: the G heads that share a key head are more queries to it
     scores = (grouped @ k.transpose(-1, -2)) * scale  # [B, K, G * Q, T]
     if softcap is not None:
-        # Before the mask: capped afterwards, what is hidden would be at -cap and no longer hidden.
+        # Before the mask: capped afterwards, masked scores would be raised to -cap and no longer be masked.
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.view(B, K, -1, mask.shape[2], T).masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # [B, K, G, Q, T]
@@ -151,7 +152,7 @@ class GemmaAttention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.query_scale
         self.softcap = config.attn_logit_softcapping
-        self.explicit = False  # True: `explicit_attention` also where nothing is soft-capped, for looking inside
+        self.explicit = False  # True: attention written out in Gemma 1 as well (Gemma 2 needs it for the cap)
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
@@ -160,7 +161,8 @@ class GemmaAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
         """x [B, S, D], mask bool [B, 1, Q, T], cos and sin [B, 1, S, E/2] -> [B, Q, D].
 
-        The last Q positions are the queries: all S of them, but in the final layer (see `GemmaModel.forward`).
+        The mask says how many queries there are: the last Q positions. Q is S, except in the final layer, where the
+        other positions are not wanted (see `GemmaModel.forward`).
         """
         Q = mask.shape[2]
         q = self.q_proj(x[:, -Q:]).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, Q, E]
@@ -235,7 +237,7 @@ class GemmaEmbedding(nn.Embedding):
     """The table of tokens, [V, D], used in both directions: it embeds ids, and it is the head."""
 
     def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
-        """[..., D] -> [..., V]: the product with every token's row. ids: int64 [n], of these tokens only, [..., n]."""
+        """[..., D] -> [..., V]: the product with every token's row. With ids, int64 [n]: with these rows, [..., n]."""
         return F.linear(hidden, self.weight if ids is None else self.weight[ids])
 
 
@@ -265,10 +267,10 @@ class GemmaModel(nn.Module):
         num_outputs: int | None = None,
         hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
-        """Embeddings [B, S, D] -> hidden states after the final norm, [B, S, D].
+        """Embeddings [B, S, D] -> hidden states after the final norm, [B, S, D], or [B, num_outputs, D].
 
         position_ids: int64 [B, S]. masks: for each window size in use (None: no window) bool [B, 1, S, T], True where
-        a query may look at a key. num_outputs: return the last so many positions only. hidden_states: a list to which
+        a query may look at a key. num_outputs: only the last positions, so many of them. hidden_states: a list to which
         the input of every layer is appended, and then what is returned.
         """
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
@@ -277,8 +279,8 @@ class GemmaModel(nn.Module):
                 hidden_states.append(x)
             mask = masks[self.config.window(index)]
             if num_outputs is not None and index == len(self.layers) - 1:
-                # The final layer computes only the positions that are wanted: nothing reads the others after it. It
-                # does so because the mask has no rows for them. Their keys and values are still computed.
+                # The final layer computes only the positions that are wanted: nothing reads the others after it. The
+                # layer sees this from the mask, which has no rows for them. Their keys and values are still computed.
                 mask = mask[:, :, -num_outputs:]
             x = layer(x, mask, cos, sin, cache)
         x = self.norm(x)
@@ -347,7 +349,7 @@ class PaliGemmaMultiModalProjector(nn.Module):
 
 @dataclass
 class PaliGemmaOutput:
-    """logits: [B, S, V] in the model's dtype, or of the last positions that were asked for. loss: float32 scalar, with
+    """logits: [B, S, V] in the model's dtype; [B, n, V] with logits_to_keep=n. loss: float32 scalar, with
     labels only. hidden_states: on request, the input of every layer and the output of the final norm, layers + 1 of
     [B, S, D]."""
 
@@ -386,7 +388,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         """Text embeddings, with the image features in the places of the <image> tokens, in order. -> [B, S, D]
 
         image_features: [n, P, D], the images of all rows one after the other. Raises ValueError if the number of
-        <image> tokens is not n * P.
+        <image> tokens is not n * P (not checked while compiling).
         """
         is_image = input_ids == self.config.image_token_index
         _check_image_tokens(is_image, image_features)
@@ -410,38 +412,47 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         num_outputs: int | None = None,
         hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
-        """Everything but the head: the hidden states after the final norm, [B, S, D]. Parameters as in `forward`.
+        """Runs everything but the head: the hidden states after the final norm, [B, S, D]. Parameters as in `forward`.
 
-        num_outputs: return (and, in the final layer, compute) the last so many positions only; None: all.
+        num_outputs: only the last positions, so many of them, [B, num_outputs, D]; None: all.
         hidden_states: a list to which the input of every layer is appended, and then what is returned.
         """
         continues = cache is not None and cache.used > 0  # the cache holds the prefix: what comes now is suffix
-        if pixel_values is not None:
-            if image_features is not None:
-                raise ValueError("pass pixel_values or image_features, not both")
-            image_features = self.encode_image(pixel_values)
+        images = [given for given in (pixel_values, image_features) if given is not None]
+        if len(images) > 1:
+            raise ValueError("pass pixel_values or image_features, not both")
+        if images and continues:
+            raise ValueError("the cache already holds a prefix, which must come in one piece: no image can follow")
+        if num_outputs is not None and num_outputs < 1:
+            raise ValueError(f"num_outputs is {num_outputs}, expected at least 1, or None for all")
         if inputs_embeds is not None and input_ids is None:
+            if images:
+                raise ValueError("inputs_embeds stand in place of input_ids and images: leave the images out")
             x = inputs_embeds  # [B, S, D]
         elif input_ids is None or inputs_embeds is not None:
             raise ValueError("pass input_ids or inputs_embeds, one of them")
-        elif continues and image_features is None:
+        elif continues:
             x = self.language_model.model.embed(input_ids)  # an answer holds no <image>, so there is none to look for
         else:
-            x = self.embed(input_ids, image_features)
+            x = self.embed(input_ids, image_features if pixel_values is None else self.encode_image(pixel_values))
 
-        valid, token_type_ids = _rows(x.shape[:2], x.device, attention_mask, token_type_ids, cache)
+        valid, token_type_ids = _valid_and_types(x.shape[:2], x.device, attention_mask, token_type_ids, cache)
         place = positions(valid) if cache is None else cache.extend(valid)  # int64 [B, S], counts real tokens from 0
-        keys = (place, valid) if cache is None else (cache.positions[:, : cache.used], cache.valid[:, : cache.used])
+        key_place, key_valid = place, valid  # [B, T]
+        if cache is not None:
+            key_place, key_valid = cache.positions[:, : cache.used], cache.valid[:, : cache.used]
         text = self.config.text_config
         windows = {text.window(layer) for layer in range(text.num_hidden_layers)}
         if mask is not None:
-            masks = {window: windowed(mask, place, keys[0], window) for window in windows}
+            masks = {window: windowed(mask, place, key_place, window) for window in windows}
         elif continues:
-            masks = {window: cached_mask(place, *keys, window) for window in windows}
+            masks = {window: cached_mask(place, key_place, key_valid, window) for window in windows}
         else:
             masks = {window: prefix_lm_mask(token_type_ids, valid, window) for window in windows}
         if position_ids is None:
             position_ids = place + text.position_offset
+        elif position_ids.ndim != 2 or position_ids.shape[1] != x.shape[1]:
+            raise ValueError(f"position_ids has shape {list(position_ids.shape)}, expected {list(x.shape[:2])}")
         return self.language_model.model(x, position_ids, masks, cache, num_outputs, hidden_states)
 
     def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -451,8 +462,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy over all labelled tokens of the batch, float32. hidden: [B, S, D] from `read`.
 
-        The head is computed at the labelled positions alone: it is 257,216 wide, and at every position of a batch it
-        would outweigh everything else. Raises ValueError if nothing is labelled.
+        The head is computed at the labelled positions alone: it is 257,216 wide, so at every position of a batch it
+        would take most of the memory of a training step. Raises ValueError if nothing is labelled.
         """
         # Position t predicts token t + 1: the newline that ends the prompt predicts the first token of the answer.
         targets = labels[:, 1:]
@@ -476,10 +487,13 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         mask: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> PaliGemmaOutput:
-        """One pass over a batch of rows, or over the next tokens of cached rows: `read`, then `logits` and `loss`.
+        """One pass over a batch of rows, or over the next tokens of cached rows: `read`, then `loss` and `logits`.
+
+        To train, call `read` and `loss`: they leave out the logits of all positions.
 
         input_ids: int64 [B, S]. pixel_values: [n, 3, side, side] or image_features: [n, P, D], not both.
-        attention_mask: [B, S], 0 on padding, default all 1; with a cache it may also cover the cached columns.
+        attention_mask: [B, S], 0 on padding, default all 1; with a cache it may also cover the cached columns, whose
+            part is then ignored.
         token_type_ids: int64 [B, S], 0 prefix and padding, 1 suffix. Left out: with labels, the suffix starts at a
             row's first label; with a cache that holds the prefix, everything new is suffix; else all is prefix.
         labels: int64 [B, S], -100 where nothing is learned. The shift by one happens here.
@@ -488,15 +502,17 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         logits_to_keep: n for the logits of the last n positions, 0 for all.
         inputs_embeds: [B, S, D], in place of input_ids and images; they are not scaled.
         mask: bool [B, 1, S, T], True where a query may look at a key, in place of the prefix rule and of padding.
-            Sliding windows still apply.
+            Sliding windows still apply, to the prefix too: such a mask does not say what is prefix.
 
         Raises ValueError on shapes that do not fit together.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if labels is not None and given is not None:
             _check_shape("labels", labels, given.shape[:2])
-            if token_type_ids is None:
+            if token_type_ids is None and (cache is None or cache.used == 0):
                 token_type_ids = token_types_from_labels(labels)
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}, expected 0 for all positions, or how many")
         states: list[Tensor] | None = [] if output_hidden_states else None
         only_the_last = logits_to_keep > 0 and labels is None and not output_hidden_states
         hidden = self.read(
@@ -517,7 +533,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         return PaliGemmaOutput(logits, loss, None if states is None else tuple(states))
 
     def set_explicit_attention(self, explicit: bool = True) -> None:
-        """Writes attention out instead of using the fused kernel, everywhere. Soft-capped layers always do."""
+        """Writes attention out everywhere, instead of using the fused kernel. Soft-capped layers always do so."""
         for module in self.modules():
             if isinstance(module, GemmaAttention | SiglipAttention):
                 module.explicit = explicit
@@ -525,7 +541,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
 
 def _check_image_tokens(is_image: Tensor, image_features: Tensor | None) -> None:
     if torch.compiler.is_compiling():
-        return  # to count is to wait for the device, and no graph can hold that
+        return  # int() waits for the device, and no graph can hold that
     tokens = int(is_image.sum())
     features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
     if tokens != features:
@@ -535,7 +551,7 @@ def _check_image_tokens(is_image: Tensor, image_features: Tensor | None) -> None
         )
 
 
-def _rows(
+def _valid_and_types(
     shape: torch.Size,
     device: torch.device,
     attention_mask: Tensor | None,
@@ -569,9 +585,9 @@ def _check_shape(name: str, tensor: Tensor, expected: torch.Size) -> None:
 def attention_in_chunks(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, max_scores: int = 2**24
 ) -> Tensor:
-    """`explicit_attention`, a few queries at a time: never more than `max_scores` scores (64 MB in float32) at once.
+    """`explicit_attention`, a few queries at a time: about `max_scores` scores (64 MB in float32) at once.
 
-    At 896 pixels all of them would be 4096 x 4096 x heads numbers, half a gigabyte a copy.
+    At 896 pixels all of them would be 4096 x 4096 x 8 heads, half a gigabyte in float32, and several copies are made.
     """
     B, H, Q, _ = q.shape
     rows = max(1, max_scores // (B * H * k.shape[2]))

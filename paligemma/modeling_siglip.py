@@ -1,6 +1,6 @@
 """SigLIP, a plain vision transformer that turns an image into one vector per patch.
 
-    pixels [B, 3, S, S] -> patch embedding + learned positions -> 27 x (attention, MLP) -> LayerNorm -> [B, P, D]
+    pixels [B, 3, side, side] -> patch embedding + learned positions -> 27 x (attention, MLP) -> LayerNorm -> [B, P, D]
 
 At 224 pixels and patches of 14 x 14 that is a grid of 16 x 16: 256 vectors of 1152 numbers.
 
@@ -8,11 +8,11 @@ What is unusual, compared with other vision transformers:
 - no class token and no pooling head: PaliGemma wants every patch, so the output is the whole grid;
 - patches are read row by row: patch `i` sits at row `i // grid`, column `i % grid`;
 - positions are a learned table with one row per patch, so each resolution (224, 448, 896) has its own checkpoint;
-- `post_layernorm` is applied at the end, although nothing pools after it.
+- `post_layernorm` is applied to every patch at the end (many vision transformers normalise a pooled vector only).
 
 Follows "Sigmoid Loss for Language Image Pre-Training" (arXiv 2303.15343) in its So400m/14 shape.
 
-Letters: B batch, P patches, D hidden, H heads, E head size, S side of the image in pixels.
+Letters: B images, P patches, D hidden (of this transformer), H heads, E head size; side: of the image, in pixels.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SiglipVisionConfig:
     intermediate_size: int = 4304
     num_hidden_layers: int = 27
     num_attention_heads: int = 16
-    image_size: int = 224  # the published 224 files leave it out
+    image_size: int = 224  # the config.json of the 224 checkpoints leaves it out
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
 
@@ -59,7 +59,7 @@ class SiglipVisionEmbeddings(nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.image_size = config.image_size
-        # A convolution whose stride equals its kernel size is a linear layer over patches: it reads each one once.
+        # A convolution whose stride equals its kernel size is a linear layer over patches: each pixel is read once.
         self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
@@ -84,7 +84,7 @@ class SiglipAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.explicit = False  # True: attention written out, for training on a CPU and for looking inside
+        self.explicit = False  # True: attention written out, whose backward pass is faster on a CPU
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, P, E]
@@ -142,7 +142,7 @@ class SiglipEncoder(nn.Module):
 
 
 class SiglipVisionTransformer(nn.Module):
-    """The whole vision transformer: pixel_values [B, 3, S, S] in [-1, 1] -> patch features [B, P, D]."""
+    """The whole vision transformer: pixel_values [B, 3, side, side] in [-1, 1] -> patch features [B, P, D]."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()

@@ -384,3 +384,32 @@ def test_a_cache_used_wrongly():
         model(token, token_type_ids=torch.zeros_like(token), cache=cache)
     with pytest.raises(ValueError, match="the cache holds 9 tokens; 9 are used and 1 more do not fit"):
         model(token, cache=cache)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_together_is_refused_before_the_cache_is_touched():
+    model = build("gemma")
+    inputs = make_inputs(model.config, prefix=[5, 3])
+
+    def cache_of(rows):
+        return KVCache(model.config.text_config, rows, 40)
+
+    cache = cache_of(2)
+    model(**inputs, cache=cache)
+    token = torch.full((2, 1), 7)
+    refused(r"the cache holds 2 rows, and 1 are to be read", model, {"input_ids": token[:1]}, cache=cache)
+    refused(r"must come in one piece: no image can follow", model, inputs, cache=cache)
+    refused(r"position_ids has shape \[1\], expected \[2, 1\]", model, {"input_ids": token}, position_ids=token[0])
+    refused(r"logits_to_keep is -1, expected 0", model, inputs, logits_to_keep=-1)
+    embeds = model.embed(inputs["input_ids"], model.encode_image(inputs["pixel_values"]))
+    given = {"inputs_embeds": embeds, "pixel_values": inputs["pixel_values"]}
+    refused(r"inputs_embeds stand in place of input_ids and images", model, given)
+    with pytest.raises(ValueError, match="num_outputs is 0, expected at least 1"):
+        model.read(**inputs, num_outputs=0)
+    # What follows a cached prefix is suffix, also with labels that begin later and without types.
+    used, ids = cache.used, torch.tensor([[7, 8], [9, 7]])
+    expected = model(ids, cache=cache).logits
+    again = cache_of(2)
+    model(**inputs, cache=again)
+    assert torch.equal(model(ids, cache=again, labels=torch.tensor([[-100, 8], [-100, 7]])).logits, expected)
+    assert cache.used == used + 2

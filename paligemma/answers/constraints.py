@@ -5,10 +5,11 @@
 
     constraint([<loc0100>, <loc0020>], remaining=30)  ->  the ids of <loc0000> ... <loc1023>
 
-A constraint knows the budget, so that it can close an answer in time. But then the end that it allows says nothing
-about what the model wanted. So wherever an answer may end, the constraint is asked twice, the second time as if the
-budget had no end (`allowed_next`). The model chooses among both; if it chooses what does not fit, the budget has ended
-the answer.
+A constraint knows the budget, so that it can close an answer in time. But then an end says nothing about what the
+model wanted: with 3 tokens left there is no room for another box of 5, so eos is the only id that fits, and would look
+like the model's own choice. So wherever an answer may end, the constraint is asked twice, the second time as if the
+budget had no end (`allowed_next`). The model chooses among the ids of both. If it chooses one that does not fit, the
+budget has ended the answer.
 
 Letters: N rows (or beams) still running, V vocabulary.
 """
@@ -81,10 +82,11 @@ def allowed_next(
     vocab_size: int,
     eos: int,
 ) -> tuple[list[Tensor | None], dict[int, Tensor]]:
-    """What each row chooses from, None for anything; and by row the ids that fit into its budget, where not all do.
+    """What each of the N rows chooses from, None for anything; and by the row's place among the N those ids that fit
+    into its budget, where not all do.
 
     Within an answer, a row chooses from what the constraint allows. Where the answer may end, also from what it would
-    allow without a budget: else an end for want of room would pass for the model's own decision, and so would a
+    allow without a budget: else an end that the budget forces would look like the model's own choice, and so would a
     shorter label in place of a longer one. (So the answer to a smaller budget is the beginning of that to a larger.)
     """
     allowed = allowed_ids(constraints, generated, remaining, vocab_size)
@@ -100,7 +102,8 @@ def allowed_next(
 
 
 def contains(ids: Tensor, token: int) -> bool:
-    """Whether sorted ids contain this one. (`in` would look at all of them, a quarter of a million for free labels.)"""
+    """Whether sorted ids contain this one. (`in` would look at all of them: a quarter of a
+    million where a label may be any text.)"""
     place = int(torch.searchsorted(ids, token))
     return place < len(ids) and int(ids[place]) == token
 
