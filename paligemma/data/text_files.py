@@ -161,7 +161,9 @@ class CsvFile:
     def _cells(self, record: int) -> list[str]:
         data = self.pieces.read(int(self.starts[record]), int(self.starts[record + 1]))
         text = text_of(data, f"{self.pieces.path}:{self.lines[record]}")
-        return next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter))
+        return next(
+            csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter), []
+        )  # []: only a byte order mark
 
     def __len__(self) -> int:
         return len(self.starts) - 2

@@ -230,3 +230,12 @@ def test_a_million_rows_are_checked_fast_and_in_little_memory(folder):
     run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
     speed, megabytes = map(float, run.stdout.split())
     assert speed > 20_000 and megabytes < 200
+
+
+def test_a_record_that_is_only_a_byte_order_mark_is_a_row_without_cells(tmp_path):
+    """Files that were put together have such marks inside, too."""
+    (tmp_path / "rows.csv").write_bytes(b"image,prefix,suffix\na.png,ocr,text\n\xef\xbb\xbf")
+    rows = CsvFile(tmp_path / "rows.csv")
+    assert len(rows) == 2 and rows[0]["suffix"] == "text"
+    with pytest.raises(RowError, match="0 cells, but the header has 3"):
+        rows[1]
