@@ -92,12 +92,19 @@ def data_show(
     options = DataOptions(data, kind, images, annotations, image_name, split, language, every_label)
     processor, codec = processor_of(model, revision, kind)
     found = options.open(codec)
-    chosen = [int(number) for number in numbers] or [k * len(found) // count for k in range(min(count, len(found)))]
+    if not len(found):
+        raise ValueError(f"{data}: there are no rows")
+    some = min(count, len(found))
+    chosen = [int(number) for number in numbers] or [k * len(found) // some for k in range(some)]
     for number in chosen:
         if number >= len(found):
             raise typer.BadParameter(f"there is no row {number}: {data} has {len(found):,}, counted from 0")
     sheets = [chosen] if out.suffix and not out.is_dir() else [[number] for number in chosen]
     for sheet in sheets:
         path = out if sheet is chosen else out / f"row-{sheet[0]:06d}.png"
-        save_picture(show_rows([found[k] for k in sheet], processor, codec, max_length=max_length), path)
+        shown = [found[k] for k in sheet]
+        read = [picture for row in shown for picture in row.pictures if isinstance(picture, str | Path)]
+        if path.resolve() in [Path(picture).resolve() for picture in read]:
+            raise typer.BadParameter(f"--out {out} would replace a picture of the data; choose another name")
+        save_picture(show_rows(shown, processor, codec, max_length=max_length), path)
         note(f"drawn: {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,13 @@ def explore(
         raise typer.BadParameter(f"--window is {window}, expected an odd number: it lies around a patch")
     if as_json and compare is not None:
         raise typer.BadParameter("--compare adds a screen to the page: leave it out with --json")
+
+    if os.path.isfile(prompt) and not os.path.exists(image):
+        raise typer.BadParameter(f"the prompt comes first, then the picture: paligemma explore {image!r} {prompt}")
+    if out is not None and out.is_dir():
+        raise typer.BadParameter(f"--out {out} is a folder: name a page, such as {out / 'look.html'}")
+    if out is not None and out.resolve() in [Path(name).resolve() for name in (image, compare) if name is not None]:
+        raise typer.BadParameter(f"--out {out} would replace the picture itself; choose another name")
 
     import torch
 

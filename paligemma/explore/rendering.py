@@ -150,7 +150,9 @@ def _add_comparison(a: Look, b: Look, meta: dict[str, Any], arrays: Arrays) -> N
     ids_a, ids_b = a.answer_ids.tolist(), b.answer_ids.tolist()
     differs = [token for token, (one, other) in enumerate(zip(ids_a, ids_b)) if one != other]
     if not differs:
-        raise ValueError(f"both pictures are answered {a.answer!r}: there is nothing to compare")
+        same = a.answer == b.answer
+        said = f"both {a.answer!r}" if same else f"{a.answer!r} and {b.answer!r}, one the beginning of the other"
+        raise ValueError(f"the pictures are answered {said}: there is no word in which they differ")
     token, decode = differs[0], a.pg.processor.tokenizer.decode
     picture_a: Any = a.picture
     picture_b: Any = b.picture

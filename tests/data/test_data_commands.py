@@ -98,3 +98,18 @@ def test_the_commands_of_the_page_about_data_run(folder, paligemma_command, monk
     for line in block.splitlines():
         code, _, err = paligemma_command(*shlex.split(line, comments=True)[1:])
         assert code == 0, f"{line}: {err}"
+
+
+def test_show_draws_every_row_of_a_few_and_never_replaces_a_picture(folder, paligemma_command):
+    path = write_lines(folder, good(), good(), good())
+    code, _, _ = paligemma_command("data", "show", path, "--out", folder / "drawn")
+    assert code == 0
+    assert sorted(p.name for p in (folder / "drawn").iterdir()) == [f"row-{n:06d}.png" for n in range(3)]
+    picture = folder / good()["image"]
+    before = picture.read_bytes()
+    code, _, err = paligemma_command("data", "show", path, "--out", picture)
+    assert code == 2 and "would replace a picture of the data" in " ".join(err.split())
+    assert picture.read_bytes() == before
+    (folder / "none.csv").write_text("image,prefix,suffix\n")
+    code, _, err = paligemma_command("data", "show", folder / "none.csv", "--out", folder / "x.png")
+    assert code == 1 and "there are no rows" in err

@@ -115,7 +115,7 @@ def test_comparing_two_pictures_adds_a_screen(tiny, tmp_path):
     text, meta, arrays = opened(tmp_path / "look.html")
     assert '<section id="compare">' in text and meta["compare"]["names"][0] == "image"
     assert arrays["restored"][0, 0] == pytest.approx(1, abs=0.05) and arrays["per_patch"].shape == (6, 64)
-    with pytest.raises(ValueError, match="both pictures are answered 'red': there is nothing to compare"):
+    with pytest.raises(ValueError, match="answered both 'red': there is no word in which they differ"):
         explore.page(a, tmp_path / "look.html", compare=a, knock_out=False)
 
 
@@ -148,8 +148,23 @@ def test_the_command_prints_numbers():
         (["--out", "a.html", "--json"], "give --out page.html, or --json for the numbers"),
         (["--out", "a.html", "--window", "2"], "--window is 2, expected an odd number"),
         (["--json", "--compare", "b.png"], "--compare adds a screen to the page"),
+        (["--out", SCENE], "would replace the picture itself"),
+        (["--out", "other.png", "--compare", "other.png"], "would replace the picture itself"),
+        (["--out", "examples"], "examples is a folder: name a page"),
     ],
 )
 def test_wrong_usage_is_told_at_once(arguments, message):
     done = command("caption en", SCENE, *arguments)
     assert done.exit_code == 2 and message in " ".join(done.stderr.split()).replace("│ ", "")
+
+
+def test_a_swapped_prompt_and_picture_are_told():
+    done = CliRunner().invoke(app, ["explore", SCENE, "caption en", "--out", "a.html"])
+    assert done.exit_code == 2 and "the prompt comes first" in done.stderr
+
+
+def test_an_answer_that_begins_another_is_named(tiny, tmp_path):
+    a = explore.look(tiny, SCENE, "caption en", "a green")
+    b = explore.look(tiny, SCENE, "caption en", "a green book")
+    with pytest.raises(ValueError, match="'a green' and 'a green book', one the beginning of the other"):
+        explore.page(a, tmp_path / "look.html", compare=b, knock_out=False)
