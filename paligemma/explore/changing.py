@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from paligemma.answers.results import Answer
-from paligemma.explore.watching import ROWS_AT_ONCE, Look, logprobs_of_answer, run
+from paligemma.explore.watching import ROWS_AT_ONCE, Look, logprobs_of_answer, own_answer, run
 from paligemma.images import preprocess
-from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
 
 FILLS = ("background", "mean", "zero")
 
@@ -83,16 +82,15 @@ def without(look: Look, patches: Sequence[int], fill: str = "background", where:
     P = look.grid**2
     if len(gone) and not (int(gone.min()) >= 0 and int(gone.max()) < look.images * P):
         raise ValueError(f"patches is {list(patches)}, expected numbers from 0 to {look.images * P - 1}")
-    pg, boxes = look.pg, look.prompt.strip().partition(" ")[0] in ("detect", "segment")
+    pg = look.pg
     if where == "features":
         changed = _filled(look, gone, fill).unflatten(0, (look.images, P))  # [n, P, D]
         put_in = _output_of(pg.model.multi_modal_projector, lambda y: changed.to(y.device, y.dtype))
     else:
         pixels = _filled_pixels(look, gone, fill)  # [n, 3, side, side]
         put_in = _input_of(pg.model.vision_tower, lambda x: pixels.to(x.device, x.dtype))
-    picture: Any = look.picture
     with put_in:
-        return pg.generate(picture, look.prompt, BOX_BUDGET if boxes else TEXT_BUDGET, constrained=boxes)
+        return own_answer(pg, look.picture, look.prompt)
 
 
 def background_patches(look: Look) -> Tensor:

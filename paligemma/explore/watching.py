@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from paligemma.answers.results import Answer
 from paligemma.images import ImageInput, Picture, load_image, preprocess
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
 
@@ -113,9 +114,7 @@ def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = Non
     model, processor = pg.model, pg.processor
     prefix = processor.lay_out([prompt], [len(pictures)])["input_ids"][0]  # [first_answer]
     if answer is None:
-        boxes = prompt.strip().partition(" ")[0] in ("detect", "segment")
-        picture: Any = pictures if len(pictures) > 1 else pictures[0]
-        written = pg.generate(picture, prompt, BOX_BUDGET if boxes else TEXT_BUDGET, constrained=boxes)
+        written = own_answer(pg, pictures if len(pictures) > 1 else pictures[0], prompt)
         answer, answer_ids = written.text, written.token_ids
     else:
         answer_ids = processor.tokenizer.encode(answer)
@@ -143,6 +142,12 @@ def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = Non
     seen.hidden_states = [state[0].float().cpu() for state in states[:-1]]
     seen.logprobs = logprobs_of_answer(seen, hidden)[0]
     return seen
+
+
+def own_answer(pg: PaliGemma, picture: Image.Image | tuple[Image.Image, ...], prompt: str) -> Answer:
+    """What `paligemma run` would write: greedy, with the default budget, under the grammar for detect and segment."""
+    boxes = prompt.strip().partition(" ")[0] in ("detect", "segment")
+    return pg.generate(picture, prompt, BOX_BUDGET if boxes else TEXT_BUDGET, constrained=boxes)
 
 
 def _text_of(pg: PaliGemma, token: int) -> str:
