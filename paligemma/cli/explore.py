@@ -30,7 +30,8 @@ def explore(
         bool | None,
         typer.Option(
             "--knock-out/--no-knock-out",
-            help="Find out what each patch is needed for, a pass of the model each. Default: for small models.",
+            help="Find out what each patch is needed for, a pass of the model each, and which way the answer comes. "
+            "Default: for small models.",
         ),
     ] = None,
     window: Annotated[int, typer.Option(min=1, help="Patches and layers that are changed together; odd.")] = 3,
@@ -82,7 +83,10 @@ def explore(
     small = published_name(pg.model.config) is None or pg.model.device.type == "cuda"
     if knock_out is None and not small:
         count = found.images * found.grid**2
-        note(f"note: no knock-outs, which take {count:,} passes of the model; --knock-out asks for them")
+        note(
+            f"note: no knock-outs, which take {count:,} passes of the model, and no routes, which take some hundred; "
+            "--knock-out asks for both"
+        )
     wants_knock_out = small if knock_out is None else knock_out
     with Progress(console=notes, transient=True) as bar:
         task = bar.add_task("knock-outs", total=None, visible=wants_knock_out)
@@ -94,10 +98,11 @@ def explore(
             from paligemma.explore import knock_out as knock_out_patches
 
             drops = knock_out_patches(found, window, progress=progress) if wants_knock_out else None
-            numbers = as_numbers(found, drops, window)
+            numbers = as_numbers(found, drops, window, small or wants_knock_out)
         else:
             other = look(pg, compare, prompt) if compare is not None else None
-            left_out = page(found, out, int(max_mb * 1e6), other, wants_knock_out, window, progress)
+            with_routes = small or wants_knock_out
+            left_out = page(found, out, int(max_mb * 1e6), other, wants_knock_out, window, progress, with_routes)
     if out is None:
         echo_json(numbers)
         return
@@ -106,12 +111,12 @@ def explore(
     note(f"written: {out}, {out.stat().st_size / 1000:,.0f} KB; answer: {found.answer}")
 
 
-def as_numbers(found: Look, drops: KnockOut | None, window: int) -> dict[str, Any]:
+def as_numbers(found: Look, drops: KnockOut | None, window: int, with_routes: bool = True) -> dict[str, Any]:
     """What `--json` prints: the results of the functions of `paligemma.explore`, under their names."""
     from paligemma.explore import attention, lens, locations, routes
 
     attended, read = attention(found, "answer"), lens(found)
-    traced = [routes(found, token, window) for token in range(min(1, len(found.answer_ids)))]
+    traced = [routes(found, token, window) for token in range(min(1, len(found.answer_ids))) if with_routes]
     return {
         "look": {
             "prompt": found.prompt,

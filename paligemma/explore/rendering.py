@@ -28,7 +28,8 @@ from paligemma.explore.attending import attention
 from paligemma.explore.changing import knock_out as knock_out_patches
 from paligemma.explore.reading import lens, locations
 from paligemma.explore.stages import flow
-from paligemma.explore.tracing import patch, routes
+from paligemma.explore.tracing import patch
+from paligemma.explore.tracing import routes as routes_of
 from paligemma.explore.watching import Look, look
 from paligemma.files import write_text
 
@@ -58,12 +59,14 @@ def page(
     knock_out: bool = True,
     window: int = 3,
     progress: Callable[[int, int], object] | None = None,
+    routes: bool = True,
 ) -> dict[str, str]:
     """Writes the page. Returns what was left out or made coarser, and why: {what: why}, empty if nothing was.
 
     compare: a look at another picture with the same prompt; adds the screen that puts hidden states of `look` into it.
     knock_out: compute what each patch is needed for, one pass for each. window: of patches and of layers.
-    progress: called with (patches done, all). Raises ValueError where even the coarsest page is larger than max_bytes.
+    progress: called with (patches done, all). routes: compute them, some hundred passes in a model of 26 layers.
+    Raises ValueError where even the coarsest page is larger than max_bytes.
     """
     left_out: dict[str, str] = {}
     meta, arrays = _what_never_changes(look, window)
@@ -71,7 +74,9 @@ def page(
         arrays["drop"] = knock_out_patches(look, window, progress=progress).drop.numpy()
     else:
         left_out["knock-out"] = "not computed: it takes a pass of the model for every patch"
-    _add_routes(look, meta, arrays, window)
+    if not routes:
+        left_out["routes"] = "not computed: each takes a pass of the model for every layer"
+    _add_routes(look, meta, arrays, window, MOST_ROUTES if routes else 0)
     if compare is not None:
         _add_comparison(look, compare, meta, arrays)
     weights = attention(look, "answer").weights  # [L, H, A, S]
@@ -135,11 +140,11 @@ def _what_never_changes(look: Look, window: int) -> tuple[dict[str, Any], Arrays
     return meta, arrays
 
 
-def _add_routes(look: Look, meta: dict[str, Any], arrays: Arrays, window: int) -> None:
+def _add_routes(look: Look, meta: dict[str, Any], arrays: Arrays, window: int, most: int) -> None:
     """Of the answer tokens that need the picture most; without knock-outs, of the first."""
     need = torch.from_numpy(arrays["drop"]).amax(0) if "drop" in arrays else -torch.arange(len(look.answer_ids)).float()
-    chosen = need.topk(min(MOST_ROUTES, len(need))).indices.sort().values.tolist() if len(need) else []
-    found = [routes(look, token, window) for token in chosen]
+    chosen = need.topk(min(most, len(need))).indices.sort().values.tolist() if len(need) else []
+    found = [routes_of(look, token, window) for token in chosen]
     meta["routes"] = [{"token": token, "names": route.names} for token, route in zip(chosen, found)]
     flat = [route.change.flatten() for route in found]
     arrays["routes"] = (torch.cat(flat) if flat else torch.empty(0)).numpy()
