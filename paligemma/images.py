@@ -27,7 +27,11 @@ ImageInput: TypeAlias = Picture | tuple[Picture, ...]
 ImageT = TypeVar("ImageT", bound=ImageInput)
 
 
-def load_image(source: Picture | bytearray | memoryview | IO[bytes]) -> Image.Image:
+class TooManyPixels(ValueError):
+    """A picture is larger than the limit. It was not decoded."""
+
+
+def load_image(source: Picture | bytearray | memoryview | IO[bytes], max_pixels: int | None = None) -> Image.Image:
     """Any picture as 8-bit RGB, upright.
 
     `source`: a path, a `data:` URL, a `PIL.Image`, uint8 [H, W, 3] (also [H, W], and [H, W, C] with C = 1 grey, 2 grey
@@ -38,21 +42,28 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes]) -> Image.Im
     The EXIF orientation is applied, alpha is composited on white, palettes are expanded, 16 bits are scaled to 8 and
     CMYK is converted.
 
-    Raises FileNotFoundError, IsADirectoryError, OSError for a damaged or truncated file, and ValueError for what is
-    not a picture, has no pixels, has too many (`PIL.Image.MAX_IMAGE_PIXELS`: Pillow warns above it, and what is beyond
-    twice that, 179 million, is an error here as it is there), or has values whose range nobody knows (floats); also
-    for a pipe or a device, which could be read for ever, and for HEIC without pillow-heif.
+    max_pixels: width x height at most, read from the head of the file before anything is decoded. A file of 21 KB can
+    hold 177 million pixels. While it is decoded a picture takes 50 MB and up to 8 bytes for each of its pixels (WebP
+    16, AVIF 10, JPEG 2000 20); what is returned takes 4. So 40 million pixels take .4 GB at most, as WebP .7 GB.
+    Pillow's own limit holds in any case: `PIL.Image.MAX_IMAGE_PIXELS`, above which it warns, and twice that number (179
+    million, 1.5 GB), above which it refuses. For WebP and JPEG 2000 the first is the limit here.
+
+    Raises FileNotFoundError, IsADirectoryError, OSError for a damaged or truncated file, TooManyPixels (a ValueError),
+    and ValueError for what is not a picture, has no pixels, or has values whose range nobody knows (floats); also for
+    a pipe or a device, which could be read for ever, and for HEIC without pillow-heif.
     """
+    if max_pixels is not None and (not isinstance(max_pixels, int) or max_pixels < 1):
+        raise ValueError(f"max_pixels is {max_pixels!r}, expected a whole number of at least 1, or None")
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the picture", ours=False)
+        return _to_rgb(source, "the picture", max_pixels, ours=False)
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source), "the array")
+        return _to_rgb(_from_array(source), "the array", max_pixels)
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _open(io.BytesIO(_data_of_url(source)), "the data: URL")
+        return _open(io.BytesIO(_data_of_url(source)), "the data: URL", max_pixels)
     if isinstance(source, (str, os.PathLike)):
-        return _load_file(os.fspath(source))
+        return _load_file(os.fspath(source), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open(io.BytesIO(source), "the data")
+        return _open(io.BytesIO(source), "the data", max_pixels)
     if hasattr(source, "read"):
         data = source.read(LARGEST_STREAM + 1)  # whole, since a pipe cannot seek
         if not isinstance(data, bytes):
@@ -60,7 +71,7 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes]) -> Image.Im
         name = _shortened(str(getattr(source, "name", "the data")))
         if len(data) > LARGEST_STREAM:
             raise ValueError(f"{name} has more than {LARGEST_STREAM:,} bytes, too many for a picture")
-        return _open(io.BytesIO(data), name)
+        return _open(io.BytesIO(data), name, max_pixels)
     raise TypeError(
         f"expected a picture (a path, a PIL.Image, uint8 [H, W, 3], bytes or an open file), got {type(source).__name__}"
     )
@@ -68,9 +79,11 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes]) -> Image.Im
 
 # More bytes than any picture has that is within Pillow's limit of pixels, in RGB and uncompressed.
 LARGEST_STREAM = 600 * 2**20
+# Their decoders hold the picture more than once, in buffers of their own, before Pillow gets it.
+HUNGRY_FORMATS = ("WEBP", "JPEG2000", "HEIF")
 
 
-def _load_file(path: str) -> Image.Image:
+def _load_file(path: str, max_pixels: int | None) -> Image.Image:
     name = _shortened(path)
     if not os.path.exists(path):
         scheme = re.match(r"([A-Za-z][\w+.-]+):/", path)  # of two letters or more: C:/ is a disk
@@ -83,7 +96,7 @@ def _load_file(path: str) -> Image.Image:
     if not os.path.isfile(path):  # before it is opened: that alone may wait for ever
         raise ValueError(f"{name} is a pipe or a device, which may never end: pass the bytes ('-' of `run` is stdin)")
     with open(path, "rb") as file:
-        return _open(file, name)
+        return _open(file, name, max_pixels)
 
 
 def _data_of_url(url: str) -> bytes:
@@ -102,7 +115,7 @@ def _data_of_url(url: str) -> bytes:
         raise ValueError(f"the data: URL is not in base64, as it says: {error}") from None
 
 
-def _open(file: IO[bytes], name: str) -> Image.Image:
+def _open(file: IO[bytes], name: str, max_pixels: int | None) -> Image.Image:
     """The picture in an open file. `name` is what errors call it."""
     try:
         try:
@@ -115,7 +128,7 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in any format that Pillow reads") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(
+        raise TooManyPixels(
             f"{name} is too large: {str(error).rstrip('.')}. Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if "
             "you trust it"
         ) from None
@@ -123,7 +136,9 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         raise
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, EOFError, struct.error, ...
         raise OSError(f"{name} is damaged or truncated: {_shortened(str(error))}") from None
-    return _to_rgb(image, name)
+    if image.format in HUNGRY_FORMATS and (limit := Image.MAX_IMAGE_PIXELS):
+        max_pixels = min(limit, max_pixels or limit)
+    return _to_rgb(image, name, max_pixels)
 
 
 class _NoHeic(ValueError):
@@ -174,10 +189,16 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _to_rgb(image: Image.Image, name: str, ours: bool = True) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, max_pixels: int | None, ours: bool = True) -> Image.Image:
     """ours: nobody else holds this picture, so it is turned in place. A copy of 179 million pixels takes 700 MB."""
+    width, height = image.size
     if 0 in image.size:
-        raise ValueError(f"{name} has no pixels: {image.width} x {image.height}")
+        raise ValueError(f"{name} has no pixels: {width} x {height}")
+    if max_pixels is not None and width * height > max_pixels:
+        raise TooManyPixels(
+            f"{name} is too large: {width:,} x {height:,} are {width * height:,} pixels, and {max_pixels:,} are "
+            "allowed. Scale it down, or raise the limit"
+        )
     try:
         image.load()  # so far only the header has been read
     except MemoryError:
@@ -190,7 +211,7 @@ def _to_rgb(image: Image.Image, name: str, ours: bool = True) -> Image.Image:
         else:
             image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _to_8_bits(image, name).convert("RGB")
+        return _to_8_bits(image, name)
     if image.mode == "F":
         raise ValueError(f"{name} has floating-point pixels, whose range nobody knows: scale it to 8 bits first")
     if image.mode == "La":  # premultiplied; Pillow takes this one step at a time
@@ -221,11 +242,11 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """16 bits of grey, scaled: Pillow would clip them at 255.
+    """16 bits of grey as RGB, scaled: Pillow would clip them at 255.
 
     Mode "I" is what Pillow makes of some 16-bit files (PGM, TIFF); more bits than 16 have no agreed range.
     """
-    grey = Image.new("L", image.size)
+    rgb = Image.new("RGB", image.size)
     lowest, highest = math.inf, -math.inf
     for box in _strips(image.size):
         values = np.asarray(image.crop(box)).astype(np.int64)
@@ -233,10 +254,10 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
         strip = (values + 128) // 257
         if (transparent := image.info.get("transparency")) is not None:  # one grey level, in PNG files
             strip[values == transparent] = 255
-        grey.paste(Image.fromarray(strip.astype(np.uint8)), box)
+        rgb.paste(Image.fromarray(strip.astype(np.uint8)).convert("RGB"), box)
     if lowest < 0 or highest > 65535:
         raise ValueError(f"{name} has values from {lowest} to {highest}, beyond 16 bits: scale it first")
-    return grey
+    return rgb
 
 
 # A pixel has 256 values, so the arithmetic on it is done once. Each step rounds as in the reference: the product in

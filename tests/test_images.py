@@ -5,9 +5,11 @@ import io
 import os
 import re
 import struct
+import subprocess
 import sys
 import tracemalloc
 import urllib.parse
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from paligemma import images
-from paligemma.images import load_image, preprocess
+from paligemma.images import TooManyPixels, load_image, preprocess
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -281,9 +283,9 @@ def png_header_only(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def refused(source, error: type[Exception], *words: str) -> None:
+def refused(source, error: type[Exception], *words: str, **options) -> None:
     with pytest.raises(error) as caught:
-        load_image(source)
+        load_image(source, **options)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
@@ -438,6 +440,73 @@ def test_thirty_thousand_by_thirty_thousand(tmp_path):
     """Refused from the header, before any memory is taken: a PNG of a hundred bytes can claim gigabytes."""
     (tmp_path / "bomb.png").write_bytes(png_header_only(30_000, 30_000))
     refused(tmp_path / "bomb.png", ValueError, "bomb.png", "too large", "900000000", "MAX_IMAGE_PIXELS")
+
+
+def test_max_pixels_refuses_before_anything_is_decoded(tmp_path):
+    """The pixels of these files are missing, so decoding them would be another error."""
+    (tmp_path / "large.png").write_bytes(png_header_only(5_000, 4_000))
+    for source in (tmp_path / "large.png", png_header_only(5_000, 4_000), Image.open(tmp_path / "large.png")):
+        with pytest.raises(TooManyPixels, match="5,000 x 4,000 are 20,000,000 pixels, and 19,999,999 are allowed"):
+            load_image(source, max_pixels=19_999_999)
+        with pytest.raises(OSError, match="damaged"):
+            load_image(source, max_pixels=20_000_000)
+    refused(np.zeros((3, 4, 3), np.uint8), TooManyPixels, "12 pixels", "11", max_pixels=11)
+    assert load_image(np.zeros((3, 4, 3), np.uint8), max_pixels=12).size == (4, 3)
+    refused(tmp_path / "large.png", ValueError, "max_pixels is 0", max_pixels=0)
+    refused(tmp_path / "large.png", ValueError, "max_pixels is '4M'", max_pixels="4M")
+
+
+def test_pillows_limit_is_kept_and_halved_where_decoding_takes_twice_the_memory(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        picture = Image.new("RGB", (15, 20))
+        assert load_image(encoded(picture)).size == (15, 20)
+        refused(encoded(picture, "WEBP"), TooManyPixels, "300 pixels", "200 are allowed", max_pixels=1000)
+        refused(encoded(Image.new("RGB", (15, 30))), TooManyPixels, "MAX_IMAGE_PIXELS")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # switched off by somebody who knows
+    assert load_image(encoded(picture, "WEBP")).size == (15, 20)
+
+
+# Bytes that each pixel takes while it is decoded, beside 50 MB for any picture: see the docstring of `load_image`.
+BYTES_PER_PIXEL = [
+    ("1", "PNG", 5),
+    ("RGBA", "PNG", 8),
+    ("I;16", "PNG", 8),
+    ("I", "TIFF", 8),
+    ("CMYK", "JPEG", 8),
+    ("RGBA", "WEBP", 16),
+    ("RGB", "JPEG2000", 20),
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is reset through /proc")
+def test_peak_memory_for_each_pixel(tmp_path):
+    side = 3000
+    for mode, kind, _ in BYTES_PER_PIXEL:
+        Image.new(mode, (side, side)).save(tmp_path / f"{mode[:1]}{len(mode)}.{kind}", kind)
+    program = """
+import os
+import sys
+from pathlib import Path
+from PIL import Image
+from paligemma.images import load_image
+def memory(key):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(key)) * 1024
+Image.init()
+for path in sys.argv[1:]:
+    if not os.fork():  # a process for each, so that no memory is left of the one before
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        picture = load_image(path)
+        print(memory("VmHWM") - before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    paths = [str(tmp_path / f"{mode[:1]}{len(mode)}.{kind}") for mode, kind, _ in BYTES_PER_PIXEL]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True)
+    for (mode, kind, most), measured in zip(BYTES_PER_PIXEL, map(int, done.stdout.split()), strict=True):
+        assert 3.9 * side**2 < measured < most * side**2 + 50e6, (mode, kind)
 
 
 def test_no_pixels(tmp_path):

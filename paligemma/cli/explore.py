@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 from rich.progress import Progress
 from rich.text import Text
 
-from paligemma.cli.options import Device, Dtype, Model, Revision, one_of
+from paligemma.cli.options import Device, Dtype, Model, Revision, check_order, one_of
 from paligemma.cli.output import echo_json, note, notes
 
 if TYPE_CHECKING:
@@ -60,8 +59,7 @@ def explore(
     if as_json and compare is not None:
         raise typer.BadParameter("--compare adds a screen to the page: leave it out with --json")
 
-    if os.path.isfile(prompt) and not os.path.exists(image):
-        raise typer.BadParameter(f"the prompt comes first, then the picture: paligemma explore {image!r} {prompt}")
+    check_order(prompt, [image], "explore")
     if out is not None and out.is_dir():
         raise typer.BadParameter(f"--out {out} is a folder: name a page, such as {out / 'look.html'}")
     if out is not None and out.resolve() in [Path(name).resolve() for name in (image, compare) if name is not None]:

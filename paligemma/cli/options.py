@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -20,6 +21,14 @@ def one_of(*names: str) -> Callable[[str | None], str | None]:
         return value
 
     return check
+
+
+def check_order(prompt: str, images: Sequence[str], command: str) -> None:
+    """An error of usage where the prompt is a file and no picture is: they have changed places."""
+    if os.path.isfile(prompt) and not any(os.path.exists(name) for name in images):
+        raise typer.BadParameter(
+            f"the prompt comes first, then the picture: paligemma {command} {images[0]!r} {prompt}"
+        )
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a folder, or a big_vision .npz.")]

@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from paligemma.cli.labels import FORMATS, LabelFiles
-from paligemma.cli.options import Device, Dtype, Free, MaxNewTokens, Model, Revision, one_of
+from paligemma.cli.options import Device, Dtype, Free, MaxNewTokens, Model, Revision, check_order, one_of
 from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ def run(
     label_format: Annotated[
         str, typer.Option(help="Of the label files: yolo, coco or voc.", callback=one_of(*FORMATS))
     ] = FORMATS[0],
+    max_pixels: Annotated[
+        float | None, typer.Option(help="Refuse pictures of more million pixels, before they are decoded.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
     """Answer PROMPT about one or more pictures.
@@ -98,8 +101,9 @@ def run(
         raise typer.BadParameter("--forbid-repeats is for detect and segment, without --free: a rule of their grammar")
     if loc_scale not in (1023, 1024):
         raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
-    if os.path.isfile(prompt) and not any(os.path.exists(name) for name in images):
-        raise typer.BadParameter(f"the prompt comes first, then the picture: paligemma run {images[0]!r} {prompt}")
+    if max_pixels is not None and not 1e-6 <= max_pixels < float("inf"):
+        raise typer.BadParameter(f"--max-pixels is {max_pixels:g}, expected millions of pixels, such as 40")
+    check_order(prompt, images, "run")
     if images.count("-") > 1:
         raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
     several = len(images) > 1 or os.path.isdir(images[0])
@@ -114,7 +118,7 @@ def run(
     budget = max_new_tokens or (BOX_BUDGET if boxes else TEXT_BUDGET)
     pg = None
     answered = 0
-    for numbers, pictures in opened(images):
+    for numbers, pictures in opened(images, None if max_pixels is None else int(max_pixels * 1e6)):
         if pg is None:  # only now, so that a mistyped name of a picture is told at once
             note_embedded_model(model)
             with notes.status(Text(f"loading {model}")):
@@ -197,9 +201,6 @@ def note_unusual_prompt(prompt: str, task: str, model: str) -> None:
         )
     elif boxes and len(labels) > 1 and all(labels) and prompt.strip() != spaced:
         note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
-    if task in ("detect", "segment") and (comma := next((label for label in labels if "," in label), None)):
-        several = " ; ".join(part.strip() for part in comma.split(",") if part.strip())
-        note(f"note: {comma!r} is asked for as one label; labels are parted by semicolons: '{task} {several}'")
     if model == "tiny" and task not in [known.partition(" ")[0] for known in TINY_PROMPTS]:
         note(f"note: {prompt!r} is no prompt that the embedded model learned: {', '.join(map(repr, TINY_PROMPTS))}")
     elif task not in TASKS:
@@ -238,7 +239,7 @@ def expanded(images: list[str]) -> list[str]:
     return paths
 
 
-def opened(images: list[str]) -> Iterator[tuple[list[int], list[Image.Image]]]:
+def opened(images: list[str], max_pixels: int | None = None) -> Iterator[tuple[list[int], list[Image.Image]]]:
     """(positions in `images`, pictures), a batch at a time: no more are in memory than are answered together.
 
     One that cannot be read is named on stderr and left out; if it is the only one, its error is raised.
@@ -251,7 +252,7 @@ def opened(images: list[str]) -> Iterator[tuple[list[int], list[Image.Image]]]:
             try:
                 if name == "-" and sys.stdin is None:
                     raise ValueError("'-' stands for a picture on stdin, and stdin is closed")
-                pictures.append(load_image(sys.stdin.buffer if name == "-" else name))
+                pictures.append(load_image(sys.stdin.buffer if name == "-" else name, max_pixels))
                 numbers.append(number)
             except (ValueError, OSError) as error:
                 if len(images) == 1:

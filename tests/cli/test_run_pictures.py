@@ -65,6 +65,13 @@ def test_commas_between_labels_get_a_note(run):
     assert "comma" not in run("detect dog ; book", "alone.png")[2]
 
 
+def test_max_pixels_counts_millions(run):
+    code, _, err = run("ocr", "alone.png", "--max-pixels", "0.00006")
+    assert code == 1 and "alone.png is too large: 8 x 8 are 64 pixels, and 60 are allowed" in err
+    assert run("ocr", "alone.png", "--max-pixels", "0.00007")[0] == 0
+    assert run("ocr", "alone.png", "--max-pixels", "0")[0] == 2
+
+
 def test_a_mistyped_name_of_the_embedded_model_is_told(run):
     code, out, err = run("ocr", "alone.png", "--model", "tinny")
     assert (code, out) == (1, "") and "tinny: no such file or folder. Did you mean tiny, the embedded model?" in err
