@@ -15,7 +15,7 @@ What else there is, by what it is for:
     results        Answer, Detection, Segment, Items, Parsed, parse
     files          load_hf_model, save_pretrained, convert, merge, quantize, load_tokenizer, load_image
     inputs         PaliGemmaProcessor, Tokenizer, MaskCodec
-    generation     generate, Options, Generated, prefill, decode_one_token, KVCache
+    generation     generate, Options, Generated, prefill, decode_one_token, KVCache, StaticKVCache
     the model      PaliGemmaForConditionalGeneration, GemmaModel, GemmaAttention, GemmaMLP, SiglipVisionModel,
                    SiglipVisionTransformer, PaliGemmaConfig, GemmaConfig, SiglipVisionConfig
     look inside    explore: explore.look(pg, "photo.png", "caption en"), and what follows from it
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionModel, SiglipVisionTransformer
     from paligemma.processing_paligemma import PaliGemmaProcessor
+    from paligemma.static_kv_cache import StaticKVCache
     from paligemma.tokenizer import Tokenizer, load_tokenizer
     from paligemma.utils import load_hf_model
     from paligemma.weights.converting import convert, merge
@@ -61,6 +62,7 @@ _HOME = {
     "answers.mask_codec": "MaskCodec",
     "generation": "Generated Options decode_one_token generate prefill",
     "kv_cache": "KVCache",
+    "static_kv_cache": "StaticKVCache",
     "modeling_gemma": "GemmaAttention GemmaConfig GemmaMLP GemmaModel PaliGemmaConfig "
     "PaliGemmaForConditionalGeneration",
     "modeling_siglip": "SiglipVisionConfig SiglipVisionModel SiglipVisionTransformer",
@@ -95,6 +97,7 @@ __all__ = [
     "SiglipVisionConfig",
     "SiglipVisionModel",
     "SiglipVisionTransformer",
+    "StaticKVCache",
     "Tokenizer",
     "__version__",
     "convert",

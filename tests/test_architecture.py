@@ -24,8 +24,8 @@ ROOT = Path(paligemma.__file__).parent
 # Bottom to top: a module or room may import what stands in its own line or above it.
 LAYERS = [
     # the leaves: each can be read alone
-    "configuration attention_mask kv_cache modeling_siglip images tokenizer processing_paligemma devices files "
-    "terminal",
+    "configuration attention_mask kv_cache static_kv_cache modeling_siglip images tokenizer processing_paligemma "
+    "devices files terminal",
     "modeling_gemma",
     "answers fast",
     "weights",
