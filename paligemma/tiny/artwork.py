@@ -170,9 +170,8 @@ def pictogram(rng: np.random.Generator, style: str, label: str, tint: str | None
     return stamp_of(image.rotate(angle, Image.Resampling.BILINEAR, expand=True))
 
 
-def varied_pictogram(rng: np.random.Generator, style: str, label: str, tint: str | None, longest: float) -> Stamp:
+def varied_pictogram(rng: np.random.Generator, image: Image.Image, longest: float) -> Stamp:
     """A pictogram of world 2: as in world 1, but upright one time in four, and one in eight has an outline."""
-    image = sprite(style, label, tint)
     stretch = float(rng.uniform(0.82, 1.2))
     width, height = image.width * stretch, float(image.height)
     scale = longest / max(width, height)

@@ -119,7 +119,8 @@ def _draw_board(board: _Board, text: str, size: int) -> tuple[Image.Image, list[
         draw.rectangle((middle - half, tall, middle + half, 2 + tall + board.post), fill=(120, 112, 104, 255))
     edge = (*ink, 255) if board.border else None
     corners = (2, 2, 2 + wide, 2 + tall)
-    draw.rounded_rectangle(corners, radius=board.radius, fill=(*fill, 255), outline=edge, width=board.border)
+    radius = min(board.radius, min(wide, tall) / 2 - 2)  # Pillow fails where straight sides would be shorter than 0
+    draw.rounded_rectangle(corners, radius=radius, fill=(*fill, 255), outline=edge, width=board.border)
     left, top = 2 + (wide - font.getlength(text)) / 2, 2 + board.pad / 2
     boxes = []
     for i, letter in enumerate(text):  # one letter at a time, so that each box is where its letter is drawn
@@ -195,7 +196,7 @@ def brightness(color: tuple[float, float, float]) -> float:
 def varied_sign(rng: np.random.Generator, text: str, size: int, color: str, scale: float) -> Stamp:
     """A sign of world 2. color: the name of the board's colour, one of BOARD_COLORS. scale: 1, or less to make it fit.
 
-    The font size is a tenth to a quarter of the picture's side before long texts are shrunk; tilted by up to 15
+    The font size is a twelfth to a quarter of the picture's side before long texts are shrunk; tilted by up to 15
     degrees, or not at all.
     """
     board = _varied_board(rng, text, size, color, scale)
@@ -206,9 +207,9 @@ def varied_sign(rng: np.random.Generator, text: str, size: int, color: str, scal
 def _varied_board(rng: np.random.Generator, text: str, size: int, color: str, scale: float) -> _Board:
     names = [*_FONTS, *(name for name in VARIED_FONTS if text.isalpha() or name not in _OLD_STYLE_FIGURES)]
     name = names[rng.integers(len(names))]
-    em = 2 * size * scale * float(rng.uniform(0.1, 0.26))
+    em = 2 * size * scale * float(rng.uniform(0.085, 0.25))
     width = _varied_font(name, max(8, round(em))).getlength(text)
-    em *= min(1.0, 2 * size * scale * float(rng.uniform(0.45, 0.66)) / max(width, 1))
+    em *= min(1.0, 2 * size * scale * float(rng.uniform(0.4, 0.62)) / max(width, 1))
     font = _varied_font(name, max(8, round(em)))
     pad = em * float(rng.uniform(0.2, 0.6))
     wide = max(font.getlength(text) + 2 * pad, 2 * size * scale * float(rng.uniform(0.12, 0.36)))

@@ -23,10 +23,11 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from paligemma.tiny import signs
-from paligemma.tiny.artwork import classes_of, natural_color, rim_color, varied_pictogram
+from paligemma.tiny.artwork import classes_of, natural_color, rim_color, sprite, varied_pictogram
 from paligemma.tiny.backgrounds import MANY_COLORS, VARIED_PATTERNS, varied_background
 from paligemma.tiny.degradations import degrade, sample_degradations
 from paligemma.tiny.layout import Placed, left_edges_differ, place
+from paligemma.tiny.redrawing import redrawn
 from paligemma.tiny.renderer import MIN_VISIBLE, render
 from paligemma.tiny.world import (
     BACKGROUNDS,
@@ -77,6 +78,7 @@ def render_varied(
     degradations: Sequence[tuple[str, float]] | None = None,
     sign: float = 0.3,
     sign_only: float = 0.07,
+    redraw: float = 0.0,
 ) -> Scene:
     """The scene of a seed in world 2: the same picture on every call.
 
@@ -86,13 +88,15 @@ def render_varied(
     degradations:  [(name, strength)] instead of those that the seed chooses; () for none. See degradations.py.
     sign:          probability of a sign beside one to five pictograms of the usual sizes.
     sign_only:     probability of a sign and nothing else.
+    redraw:        probability that a drawing is changed as by another artist; only training does so. See redrawing.py.
 
     Raises ValueError for an unknown split, style or degradation, a negative seed, or a size below 64.
     """
     if size < 64:
         raise ValueError(f"size must be at least 64 pixels, got {size}")
     rng = generator(seed, split, world=2)
-    after = generator(seed, split, world=2).spawn(3)[2]  # apart, so that the scene does not depend on degradations
+    # Random numbers for changed drawings and for degradations are apart: the scene does not depend on them.
+    artist, _, after = generator(seed, split, world=2).spawn(3)
     chosen = tuple(sample_degradations(after) if degradations is None else degradations)
 
     kind = ("huge", "crowd", "usual")[int(np.searchsorted((0.1, 0.25), rng.random()))]
@@ -100,7 +104,8 @@ def render_varied(
     text = signs.sign_text(rng) if with_sign else ""
     board = tuple(signs.BOARD_COLORS)[rng.integers(len(signs.BOARD_COLORS))]
     colors = _background_colors(rng, drawings, board if with_sign else None)
-    placed = _lay_out(rng, drawings, (text, board), kind, size)
+    images = [_image(drawing, artist, redraw) for drawing in drawings]
+    placed = _lay_out(rng, drawings, images, (text, board), kind, size)
     pattern = VARIED_PATTERNS[rng.integers(len(VARIED_PATTERNS))]
     canvas = varied_background(rng, colors, pattern, size)
     name = None if pattern in MANY_COLORS else colors[0]
@@ -210,8 +215,20 @@ def _background_colors(rng: np.random.Generator, drawings: Sequence[Drawing], bo
 # --- where it lies, and how it is drawn -----------------------------------------------------------
 
 
+def _image(drawing: Drawing, artist: np.random.Generator, redraw: float) -> Image.Image:
+    image = sprite(drawing.style, drawing.label, drawing.painted)
+    if artist.random() >= redraw:
+        return image
+    return redrawn(image, artist, drawing.color is not None or drawing.label in TINTABLE)
+
+
 def _lay_out(
-    rng: np.random.Generator, drawings: Sequence[Drawing], sign: tuple[str, str], kind: str, size: int
+    rng: np.random.Generator,
+    drawings: Sequence[Drawing],
+    images: Sequence[Image.Image],
+    sign: tuple[str, str],
+    kind: str,
+    size: int,
 ) -> list[Placed]:
     """A place for everything; begins again, a little smaller, when something found none."""
     text, board = sign
@@ -225,9 +242,9 @@ def _lay_out(
     shrink = 1.0
     while True:
         placed: list[Placed] = []
-        for drawing in drawings:
+        for drawing, image in zip(drawings, images):
             longest = size * max(SMALLEST, float(rng.uniform(small, large)) * shrink)
-            stamp = varied_pictogram(rng, drawing.style, drawing.label, drawing.painted, longest)
+            stamp = varied_pictogram(rng, image, longest)
             outside = OUTSIDE if rng.random() < 0.15 else 0.0
             spot = place(rng, stamp, drawing.label, placed, size, MIN_VISIBLE, outside)
             if spot is None:

@@ -118,6 +118,7 @@ class TrainConfig:
     validate_every: int = 0  # steps; 0: only at the end
     validate_last: bool = True  # at the end too
     minutes: float | None = None  # a budget of time: the schedule and the run end with it, if not with the steps
+    processor_time: bool = False  # count the minutes of the processor: on a busy machine a run then lasts longer
     shard: bool = False  # each of several processes keeps its part of weights, gradients and optimizer (`sharding.py`)
 
     def __post_init__(self) -> None:
@@ -189,7 +190,9 @@ class Run:
         if not self.sharded:
             distributed.broadcast_weights(model)
         self.log = Log(out, self.step, on_log) if self.rank == 0 else None
-        self.began = self.saved = self.logged = self.step_ended = time.monotonic()
+        self.saved = self.logged = self.step_ended = time.monotonic()
+        self.clock = time.process_time if config.processor_time else time.monotonic
+        self.began = self.clock()
         model.train()
 
     def _load_checkpoint(self) -> None:
@@ -210,7 +213,7 @@ class Run:
         progress = self.step / self.config.steps
         if self.config.minutes is None:
             return progress
-        minutes = (self.elapsed + time.monotonic() - self.began) / 60
+        minutes = (self.elapsed + self.clock() - self.began) / 60
         return distributed.broadcast(max(progress, minutes / self.config.minutes))  # clocks differ
 
     def progress_of_steps(self, progress: float) -> float:
@@ -304,7 +307,7 @@ class Run:
                 "average": self.average,
                 "sums": self.sums,
                 "step": self.step,
-                "elapsed": self.elapsed + time.monotonic() - self.began,
+                "elapsed": self.elapsed + self.clock() - self.began,
                 "finished": finished,
             }
             checkpointing.save(self.out / "checkpoints", self.step, state)

@@ -8,8 +8,9 @@ seeds, so a folder can be deleted and rendered again. Training uses a scene seve
 prompts, so rendering takes a twentieth of the time.
 
 Half of the scenes (three in four of world 2) are rendered at the model's size, the others at twice that size and
-reduced as the processor would do it, because users have pictures of both kinds. A third has more signs than usual, and
-easier ones. Shards from number `SIGNS` on have only such scenes, because reading is learned last and needs practice.
+reduced as the processor would do it, because users have pictures of both kinds. A third has more signs than usual,
+in world 1 with larger letters. Shards from number `SIGNS` on have only such scenes, because reading is learned last and
+needs practice. In world 2, most drawings are changed (`redrawing.py`).
 """
 
 import functools
@@ -37,6 +38,7 @@ from paligemma.tiny.renderer import render
 from paligemma.tiny.varied import render_in_world
 
 SHARD = 512
+REDRAWN = 0.65  # of the drawings in world 2
 SIGNS = 5000  # from this shard on, most scenes have a sign
 
 
@@ -46,7 +48,7 @@ def training_scene(seed: int, split: str = "train", recipe: Recipe = FIRST) -> w
     kind = seed // 2 % (7 if seed < SIGNS * SHARD else 2)
     if recipe.world == 2:
         more_signs: dict[str, Any] = {"sign": 0.75, "sign_only": 0.2} if kind < 2 else {}
-        return render_in_world(2, seed, split, size, **more_signs)
+        return render_in_world(2, seed, split, size, redraw=REDRAWN, **more_signs)
     if kind == 0:  # large letters
         return render(seed, split, size, sign=0.7, sign_only=0.25, text_length=(1, 3), char_size=(0.14, 0.3))
     if kind == 1:
