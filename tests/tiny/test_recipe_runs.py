@@ -16,10 +16,19 @@ from paligemma.tiny.recipe.codec import WIDTHS, mask_codes
 from paligemma.tiny.recipe.joint_training import JointModel, prompt_batches
 from paligemma.tiny.recipe.pieces import PieceOver, until
 from paligemma.tiny.recipe.settings import FIRST, SECOND, Recipe, for_device, remember
-from paligemma.tiny.recipe.shards import Shard, picture, shard_path, training_scene, write_shard
+from paligemma.tiny.recipe.shards import (
+    Shard,
+    make_room,
+    picture,
+    rendering_beside,
+    shard_path,
+    shard_paths,
+    training_scene,
+    write_shard,
+)
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.train import train
-from paligemma.tiny.recipe.vision_pretraining import SceneBatches, Vision, vision_loss
+from paligemma.tiny.recipe.vision_pretraining import SceneBatches, Vision, validate_vision, vision_loss
 from paligemma.tiny.rows import READING
 from paligemma.tiny.varied import render_varied
 from paligemma.train.loop import TrainConfig
@@ -157,6 +166,32 @@ def test_losses_make_no_tensor_on_a_device_of_their_own(folder, codec):
         value.backward()
 
 
+@pytest.mark.slow
+def test_new_scenes_are_rendered_beside_the_training_and_the_oldest_make_room(tmp_path):
+    write_shard(tmp_path, 5, recipe=SMALL)
+    with rendering_beside(tmp_path, replace(SMALL, shards=2), share=1.0):
+        for _ in range(600):
+            time.sleep(0.1)
+            if len(shard_paths(tmp_path)) == 2:
+                break
+    assert [path.name for path in shard_paths(tmp_path)] == ["00005.npz", "00006.npz"]
+    shard_path(tmp_path, 5).with_suffix(".codes.npy").touch()
+    make_room(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["00006.npz"]
+
+
+def test_vision_is_validated_on_scenes_of_another_split_as_they_are_drawn(folder, codec, monkeypatch):
+    monkeypatch.setattr("paligemma.tiny.recipe.vision_pretraining.VALIDATION", 16)
+    validate = validate_vision(folder, SMALL, codec)
+    vision = Vision(SMALL.vision_config())
+    with torch.no_grad():
+        figures, again = validate(vision, 0), validate(vision, 1)
+    assert figures["class"] == again["class"] < 0.5
+    kept = Shard.load(folder / "validation.npz")
+    assert np.array_equal(kept.arrays["image"][3], picture(training_scene(3, "val", SMALL, redraw=0.0), 80))
+    assert shard_path(folder, 0) in shard_paths(folder) and folder / "validation.npz" not in shard_paths(folder)
+
+
 # --- pieces -----------------------------------------------------------------------------------------
 
 
@@ -183,6 +218,13 @@ def test_a_piece_ends_saved_and_the_next_goes_on_with_the_schedule_of_the_whole(
     piece(60)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, len(log) + 1)) and log[-1]["lr"] < 0.1
+
+
+def test_minutes_of_the_processor_do_not_count_waiting(tmp_path):
+    """Each step waits ten milliseconds and computes for less than one."""
+    config = TrainConfig(steps=60, minutes=0.005, processor_time=True, schedule="linear", log_every=1, autocast=None)
+    train_loop(torch.nn.Linear(1, 1), toy_batches, config, tmp_path, loss=toy_loss)  # 0.3 seconds; it waits 0.6
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 60
 
 
 def test_ctrl_c_is_not_taken_for_the_end_of_a_piece():

@@ -210,6 +210,7 @@ def train_jointly(
     device: torch.device | str = "cpu",
     workers: int = 0,
     end: float = math.inf,
+    processor_time: bool = False,
 ) -> JointModel:
     """Stage 2, for `minutes`. State and log go to `out / folder`.
 
@@ -221,6 +222,7 @@ def train_jointly(
     unpacked_every, extra_images: see `PromptBatches`.
     workers:        processes that make batches ahead.
     end:            stop when `time.monotonic()` passes it, and raise PieceOver; see pieces.py.
+    processor_time: `minutes` are those of this process's processor.
     """
     tokenizer = build_tokenizer(recipe.world)
     joint = starting_model(out, recipe, tokenizer, weights, vision_weights)
@@ -231,7 +233,8 @@ def train_jointly(
     optimizers = muon_and_adamw(joint, lr=lr, adamw_lr=lr / 3, weight_decay=0.1, slower=("vision_tower", vision_lr))
     settings = TrainConfig(
         steps=10**9, minutes=minutes, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998,
-        autocast=autocast_dtype(torch.device(device)), log_every=40, save_every=90
+        autocast=autocast_dtype(torch.device(device)), log_every=40, save_every=90,
+        processor_time=processor_time,
     )  # fmt: skip
     loss = joint_loss(tokenizer.first_loc_id, auxiliary, bin_step=recipe.bin_step)
     arguments = {"folder": out / "scenes", "world": recipe.world, "codec": codec, "size": recipe.joint_batch}

@@ -31,7 +31,7 @@ class Recipe:
     text_width: int = 256
     text_layers: int = 6
     codec_steps: int = 2000
-    shards: int = 60  # files of 512 scenes that are rendered ahead
+    shards: int = 60  # files of 512 scenes that are rendered ahead, at most
     vision_share: float = 0.35  # of the training time for stage 1
     vision_batch: int = 128  # pictures in a step of stage 1
     joint_batch: int = 16  # pictures in a step of stage 2, with about a dozen prompts each
@@ -70,7 +70,7 @@ class Recipe:
 
 
 FIRST = Recipe()
-SECOND = Recipe(world=2, image_size=160, codec_steps=4000, shards=400)
+SECOND = Recipe(world=2, image_size=160, codec_steps=4000, shards=400, vision_share=0.45)
 RECIPES = {1: FIRST, 2: SECOND}  # by world
 
 

@@ -17,9 +17,12 @@ import functools
 import json
 import math
 import multiprocessing
+import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,13 +45,13 @@ REDRAWN = 0.65  # of the drawings in world 2
 SIGNS = 5000  # from this shard on, most scenes have a sign
 
 
-def training_scene(seed: int, split: str = "train", recipe: Recipe = FIRST) -> world.Scene:
+def training_scene(seed: int, split: str = "train", recipe: Recipe = FIRST, redraw: float = REDRAWN) -> world.Scene:
     """The scene of a seed, with the mixture of sizes and signs described above."""
     size = recipe.image_size if seed % (2 * recipe.world) else 2 * recipe.image_size
     kind = seed // 2 % (7 if seed < SIGNS * SHARD else 2)
     if recipe.world == 2:
         more_signs: dict[str, Any] = {"sign": 0.75, "sign_only": 0.2} if kind < 2 else {}
-        return render_in_world(2, seed, split, size, redraw=REDRAWN, **more_signs)
+        return render_in_world(2, seed, split, size, redraw=redraw, **more_signs)
     if kind == 0:  # large letters
         return render(seed, split, size, sign=0.7, sign_only=0.25, text_length=(1, 3), char_size=(0.14, 0.3))
     if kind == 1:
@@ -181,6 +184,10 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*[0-9].npz"))
 
 
+def shard_number(path: Path) -> int:
+    return int(path.stem)
+
+
 def write_shard(folder: Path, number: int, split: str = "train", recipe: Recipe = FIRST) -> None:
     """Render shard `number`, unless the file exists."""
     path = shard_path(folder, number)
@@ -211,6 +218,41 @@ def write_shards(
                 group = missing[first : first + processes]
                 list(pool.map(functools.partial(write_shard, folder, recipe=recipe), group))
     return len(shard_paths(folder))
+
+
+@contextmanager
+def rendering_beside(folder: Path, recipe: Recipe, share: float = 0.2) -> Iterator[None]:
+    """New scenes are rendered by another process meanwhile, on about `share` of a core, until there are as many shards
+    as the recipe wants. Scenes that training has not seen yet are worth more than its steps on old ones."""
+    context = multiprocessing.get_context("spawn")  # a forked process would inherit the threads of PyTorch
+    process = context.Process(target=_render_slowly, args=(folder, recipe, share), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _render_slowly(folder: Path, recipe: Recipe, share: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which ends this process afterwards
+    training = os.getppid()  # if that is killed, another process becomes the parent
+    while len(shard_paths(folder)) < recipe.shards and os.getppid() == training:
+        begun = time.process_time()
+        write_shard(folder, next_number(folder), recipe=recipe)
+        time.sleep((time.process_time() - begun) * (1 / share - 1))
+
+
+def next_number(folder: Path) -> int:
+    """The number after the last shard."""
+    return max((shard_number(path) + 1 for path in shard_paths(folder)), default=0)
+
+
+def make_room(folder: Path, shards: int) -> None:
+    """Delete all but the newest `shards`, with their mask codes."""
+    for path in shard_paths(folder)[:-shards]:
+        path.with_suffix(".codes.npy").unlink(missing_ok=True)
+        path.unlink()
 
 
 def main() -> None:

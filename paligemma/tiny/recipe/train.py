@@ -12,9 +12,11 @@ training. docs/tiny.md says what was tried and what it gave.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,11 +28,13 @@ from paligemma.tiny.recipe.codec import mask_codes, train_codec
 from paligemma.tiny.recipe.joint_training import JointModel, train_jointly
 from paligemma.tiny.recipe.pieces import PieceOver
 from paligemma.tiny.recipe.settings import FIRST, RECIPES, Recipe, for_device, remember
-from paligemma.tiny.recipe.shards import shard_paths, write_shards
+from paligemma.tiny.recipe.shards import make_room, rendering_beside, shard_number, shard_paths, write_shards
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.vision_pretraining import train_vision
 from paligemma.train import checkpointing, distributed
 from paligemma.weights.saving import save_pretrained
+
+FIRST_SHARDS = 60  # with which the first piece of a long training begins
 
 
 def train(
@@ -47,20 +51,23 @@ def train(
     Without `in_all` a run is whole: the first gives a tenth of its time to the codec and a third to vision pretraining;
     later ones only do joint training, each starting from the weights of the last one, with a learning rate that ends
     at zero. With it, this run is a piece of a training of `in_all` minutes, and the learning rate falls at its end
-    only. What a piece leaves is packaged as well.
+    only. What a piece leaves is packaged as well. On a CPU, the minutes `in_all` are those that each process works:
+    other programs delay such a training and do not shorten it.
 
     resume=False deletes the folder first. device: None for the best there is; a GPU gets larger batches.
 
     Raises ValueError if the folder was begun with another recipe.
     """
     run = _Run(Path(out), minutes, recipe, pick_device(device))
+    beside = in_all is not None and run.device.type == "cpu"
     if not resume and run.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
     if run.rank == 0:
         remember(run.recipe, run.out)
-        run.prepare()
+        run.prepare(beside)
     distributed.barrier()
-    folder = run.whole() if in_all is None else run.piece(in_all)
+    with rendering_beside(run.scenes, run.recipe) if beside and run.rank == 0 else nullcontext():
+        folder = run.whole() if in_all is None else run.piece(in_all)
     if run.rank == 0 and folder is not None:
         package(checkpointing.checkpoints(folder / "checkpoints")[-1], run.out, run.recipe)
         run.log(f"the checkpoint is in {run.out / 'package'}")
@@ -85,20 +92,25 @@ class _Run:
     def spent(self) -> float:
         return (time.monotonic() - self.begun) / 60
 
-    def prepare(self) -> None:
-        """Scenes and codec, as far as they are missing. A third of the time at most goes to more scenes."""
+    def prepare(self, beside: bool) -> None:
+        """Scenes and codec, as far as they are missing. A third of the time at most goes to more scenes.
+
+        beside: training begins with a few scenes, more are rendered beside it, and the oldest make room for them.
+        """
         self.log("rendering scenes")
-        wanted = self.recipe.shards if self.recipe.world == 2 else min(self.recipe.shards, 4 + round(self.minutes))
-        processes = max(1, self.workers)
-        write_shards(self.scenes, range(4), self.recipe, processes)
-        write_shards(self.scenes, range(wanted), self.recipe, processes, self.minutes / 3 - self.spent)
+        recipe, processes = self.recipe, max(1, self.workers)
+        if beside:
+            make_room(self.scenes, 2 * recipe.shards // 3)
+            wanted = min(recipe.shards, FIRST_SHARDS)
+        else:
+            wanted = recipe.shards if recipe.world == 2 else min(recipe.shards, 4 + round(self.minutes))
+        there = shard_paths(self.scenes)
+        if not there or shard_number(there[0]) == 0:  # else the first ones have made room
+            write_shards(self.scenes, range(4), recipe, processes)
+            write_shards(self.scenes, range(wanted), recipe, processes, self.minutes / 3 - self.spent)
         if not self.codec.exists():
             self.log("mask codec")
-            steps = (
-                min(self.recipe.codec_steps, 20 * round(self.minutes))
-                if self.recipe.world == 1
-                else (self.recipe.codec_steps)
-            )
+            steps = recipe.codec_steps if recipe.world == 2 else min(recipe.codec_steps, 20 * round(self.minutes))
             train_codec(self.scenes, self.codec, steps=steps, log=self.log, device=self.device)
         if self.workers:  # otherwise each of them would make the same codes
             codec = MaskCodec.load(self.codec).to(self.device)
@@ -110,7 +122,7 @@ class _Run:
         codec = MaskCodec.load(self.codec)
         train_vision(
             self.recipe, self.scenes, self.out / "vision", minutes, codec,
-            device=self.device, workers=self.workers, end=end,
+            device=self.device, workers=self.workers, end=end, processor_time=self.processor_time(end),
         )  # fmt: skip
 
     def joint(self, minutes: float, folder: str, weights: Path | None = None, end: float = float("inf")) -> None:
@@ -118,7 +130,11 @@ class _Run:
         train_jointly(
             self.out, minutes, folder, weights,
             recipe=self.recipe, device=self.device, workers=self.workers, end=end,
+            processor_time=self.processor_time(end),
         )  # fmt: skip
+
+    def processor_time(self, end: float) -> bool:
+        return self.device.type == "cpu" and math.isfinite(end)
 
     def whole(self) -> Path:
         """A run with a schedule of its own; returns its folder."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from paligemma.answers.mask_codec import GRID as CODES_ACROSS
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.files import written_whole
 from paligemma.modeling_gemma import GemmaAttention
 from paligemma.modeling_siglip import SiglipAttention, SiglipVisionConfig, SiglipVisionModel
 from paligemma.tiny import world
@@ -31,9 +32,9 @@ from paligemma.tiny.recipe.ahead import Ahead
 from paligemma.tiny.recipe.codec import code_similarity, mask_codes
 from paligemma.tiny.recipe.pieces import until
 from paligemma.tiny.recipe.settings import RECIPES, Recipe, autocast_dtype
-from paligemma.tiny.recipe.shards import SHARD, Shard, pixels, shard_paths
-from paligemma.train import checkpointing
-from paligemma.train.loop import TrainConfig, train
+from paligemma.tiny.recipe.shards import SHARD, Shard, pack, pixels, shard_paths, training_scene
+from paligemma.train import checkpointing, distributed
+from paligemma.train.loop import TrainConfig, Validate, train
 from paligemma.train.optimizer import muon_and_adamw
 
 # What a patch predicts, and how many numbers that takes.
@@ -52,6 +53,7 @@ HEADS = {
 }
 NONE = -100  # no target here
 GREY = 0.15  # share of the pictures that lose their colours
+VALIDATION = 512  # scenes
 MIRRORED = 0.3  # share of the pictures without a sign that are mirrored
 
 
@@ -285,6 +287,33 @@ def vision_loss(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, float, di
     return loss * n, n, {name: value * n for name, value in figures.items()}
 
 
+def validate_vision(scenes: Path, recipe: Recipe, codec: MaskCodec | None) -> Validate:
+    """A function that gives the patch heads' figures on `VALIDATION` scenes that training never sees, as they are drawn
+    without any augmentation."""
+    path = scenes / "validation.npz"
+    if not path.exists():
+        drawn = [training_scene(seed, "val", recipe, redraw=0.0) for seed in range(VALIDATION)]
+        with written_whole(path) as beside:
+            np.savez(beside, **pack(drawn, recipe))  # type: ignore[arg-type]
+    shard = Shard.load(path)
+    codes = mask_codes(path, codec) if codec is not None else None
+
+    def validate(model: Any, step: int) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for rows in np.array_split(np.arange(len(shard)), 8):
+            image, targets = stored_targets(shard, rows, np.zeros(len(rows), bool), codes)
+            batch = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in targets.items()}
+            device = next(model.parameters()).device
+            batch = {name: value.to(device) for name, value in (batch | {"pixel_values": pixels(image)}).items()}
+            with torch.autocast(device.type, autocast_dtype(device), enabled=autocast_dtype(device) is not None):
+                loss, _, figures = vision_loss(model, batch)
+            for name, value in {"loss": float(loss), **figures}.items():
+                sums[name] = sums.get(name, 0.0) + value / len(shard)
+        return sums
+
+    return validate
+
+
 def train_vision(
     recipe: Recipe,
     scenes: Path,
@@ -298,12 +327,14 @@ def train_vision(
     device: torch.device | str = "cpu",
     workers: int = 0,
     end: float = math.inf,
+    processor_time: bool = False,
 ) -> Vision:
     """Stage 1 for `minutes` in all, or resume; returns the model.
 
     start:   a checkpoint of either stage whose vision tower and heads are the initial weights.
     workers: processes that make batches ahead.
     end:     stop when `time.monotonic()` passes it, and raise PieceOver; see pieces.py.
+    processor_time: `minutes` are those of this process's processor.
     """
     torch.manual_seed(0)
     vision = Vision(recipe.vision_config())
@@ -316,11 +347,14 @@ def train_vision(
     optimizers = muon_and_adamw(vision, lr=lr, adamw_lr=lr / 2)
     settings = TrainConfig(
         steps=10**9, warmup=0.01, schedule="linear", decay_from=decay_from, ema=0.998, minutes=minutes, log_every=20,
-        save_every=90, autocast=autocast_dtype(torch.device(device))
+        save_every=90, autocast=autocast_dtype(torch.device(device)), processor_time=processor_time, validate_every=400,
     )  # fmt: skip
+    validate = validate_vision(scenes, recipe, codec) if distributed.start()[0] == 0 else None
     ahead = Ahead(workers, SceneBatches, folder=scenes, size=recipe.vision_batch, codec=codec)
     with ahead as batches, until(end) as limited:
-        train(vision, limited(batches), settings, out, loss=vision_loss, optimizers=optimizers)
+        train(
+            vision, limited(batches), settings, out, loss=vision_loss, optimizers=optimizers, validate=validate
+        )  # fmt: skip
     return vision
 
 
