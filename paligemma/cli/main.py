@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paligemma.cli import bench, data, evaluate, explore, run, tiny, train, weights
+from paligemma.cli import bench, data, evaluate, explore, run, serve, tiny, train, weights
 from paligemma.cli.output import print_error
 from paligemma.terminal import printable
 
@@ -48,6 +48,7 @@ data_app = typer.Typer(help="Check and show your data before training.", no_args
 
 app.command()(run.run)
 app.command()(explore.explore)
+app.command()(serve.serve)
 app.command()(evaluate.evaluate)
 app.command()(bench.bench)
 app.command("train", cls=train.WithHeadings)(train.finetune)

@@ -1,0 +1,203 @@
+"""`paligemma serve`: a server for one model."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from paligemma.cli.options import Device, Dtype, Model, Revision, one_of
+from paligemma.cli.output import note, say
+
+if TYPE_CHECKING:
+    from paligemma.inference import PaliGemma
+    from paligemma.serve.settings import Settings
+
+KEY_VARIABLE = "PALIGEMMA_API_KEY"
+
+
+def serve(
+    model: Model = "tiny",
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model, in /v1/models. Default: as given.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"The file with the key that clients must send. Or set {KEY_VARIABLE}.")
+    ] = None,
+    no_key: Annotated[
+        bool, typer.Option("--no-key", help="Let anybody ask who reaches an address beyond this machine.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name that clients may call this server by (Host header).")
+    ] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="An origin whose pages may ask: https://example.org.")] = None,
+    image_urls: Annotated[
+        list[str] | None, typer.Option(help="A domain that pictures may be fetched from, by https. Default: none.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, max=4096, help="Rows that run together.")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, max=65536, help="Requests that may wait; beyond: 429.")] = 64,
+    queue_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds a request may wait; then 503.")] = 30,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds an answer may take; then 504.")] = 300,
+    max_body: Annotated[float, typer.Option(min=0.001, max=1024, help="MB of a request.")] = 32,
+    max_pixels: Annotated[float, typer.Option(min=0.001, max=178, help="Million pixels of a picture.")] = 40,
+    max_images: Annotated[int, typer.Option(min=1, max=64, help="Pictures of a request.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a request may ask for.")] = 512,
+    cache_memory: Annotated[
+        float | None, typer.Option(min=0.001, help="GB for keys and values. Default: half of the free memory.")
+    ] = None,
+    image_cache: Annotated[int, typer.Option(min=0, help="Encoded pictures that are kept.")] = 32,
+    prefill_every: Annotated[int, typer.Option(min=1, help="Steps between two prefills while rows run.")] = 8,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU. Default: PyTorch's choice.")] = None,
+    decode_workers: Annotated[int, typer.Option(min=1, max=64, help="Threads that decode pictures.")] = 2,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what runs when the server is stopped.")] = 30,
+    log: Annotated[
+        str, typer.Option(help="A line for each request: text or json.", callback=one_of("text", "json"))
+    ] = ("text"),
+    no_page: Annotated[bool, typer.Option("--no-page", help="Serve no page at /.")] = False,
+    ignore_history: Annotated[
+        bool, typer.Option("--ignore-history", help="Drop earlier messages of a conversation instead of refusing it.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Round the weights while they are loaded: int8, int4; on CUDA also bnb-int8, nf4.",
+            callback=one_of("int8", "int4", "bnb-int8", "nf4", "bf16"),
+        ),
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="'auto': layers that do not fit on the device stay in memory or on disk (needs accelerate).",
+            callback=one_of("auto"),
+        ),
+    ] = None,
+    revision: Revision = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")
+    ] = None,
+    loc_scale: Annotated[int, typer.Option(help="Steps that location tokens divide a side into: 1024 or 1023.")] = 1024,
+) -> None:
+    """Serve a model: OpenAI's chat completions, boxes and masks as JSON, and a page to try it on.
+
+    Prints one line, the URL, once it answers. SIGTERM lets running answers finish.
+    """
+    if loc_scale not in (1023, 1024):
+        raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
+    key = read_key(api_key_file)
+    local = uds is not None or is_loopback(host)
+    if not local and key is None and not no_key:
+        raise typer.BadParameter(
+            f"--host {host} is reached from other machines: give a key (--api-key-file or {KEY_VARIABLE}), or --no-key "
+            "to let anybody ask"
+        )
+
+    from paligemma.serve.settings import LOCAL_HOSTS, Settings
+
+    own_name = f"[{host}]" if ":" in host else host
+    settings = Settings(
+        name=name or default_name(model), embedded=model == "tiny", api_key=key,
+        hosts=tuple(dict.fromkeys([*LOCAL_HOSTS, own_name.lower(), *(h.lower() for h in allow_host or [])])),
+        origins=tuple(checked_origin(origin) for origin in cors or []),
+        image_domains=tuple(domain.lower() for domain in image_urls or []),
+        max_rows=max_rows, max_queue=max_queue, queue_timeout=queue_timeout, timeout=timeout, grace=grace,
+        max_body=max_body, max_pixels=max_pixels, max_images=max_images, max_new_tokens=max_new_tokens,
+        cache_memory=cache_memory, image_cache=image_cache, prefill_every=prefill_every, threads=threads,
+        decode_workers=decode_workers, log=log, page=not no_page, ignore_history=ignore_history,
+    )  # fmt: skip
+
+    def load() -> PaliGemma:
+        return load_for_serving(model, device, dtype, quantize, revision, image_size, loc_scale, device_map)
+
+    raise typer.Exit(run(load, settings, host, port, uds))
+
+
+def run(load: object, settings: Settings, host: str, port: int, uds: Path | None) -> int:
+    from paligemma.serve.server import listen, listen_at, serve
+
+    listening, url = listen(host, port) if uds is None else listen_at(uds)
+    try:
+        with listening:
+            note(f"loading {settings.name}")
+            return serve(load, settings, listening, url, say)  # type: ignore[arg-type]
+    finally:
+        if uds is not None:
+            uds.unlink(missing_ok=True)
+
+
+def load_for_serving(
+    model: str, device: str | None, dtype: str | None, quantize: str | None, revision: str | None,
+    image_size: int | None, loc_scale: int, device_map: str | None,
+) -> PaliGemma:  # fmt: skip
+    """The model; a small one in float32 where this CPU multiplies bfloat16 slowly."""
+    import torch
+
+    from paligemma.devices import multiplies_bfloat16
+    from paligemma.inference import load
+    from paligemma.weights.published import published_name
+
+    def opened(dtype: str | None) -> PaliGemma:
+        return load(
+            model, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
+            loc_scale=loc_scale, device_map=device_map,
+        )  # fmt: skip
+
+    pg = opened(dtype)
+    small = dtype is None and quantize is None and published_name(pg.model.config) is None
+    if small and pg.model.dtype == torch.bfloat16 and not multiplies_bfloat16(pg.model.device):
+        pg = opened("float32")
+    try:
+        _ = pg.codec  # an official checkpoint's is downloaded: not in the middle of a request
+    except (OSError, ValueError, ImportError) as error:
+        note(f"note: segments will have no masks: {error}")
+    return pg
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def read_key(file: Path | None) -> str | None:
+    """The key, from the file or the environment; never from the command line, which every user of a machine can see."""
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        source = KEY_VARIABLE
+        if not key:
+            return None
+    else:
+        try:
+            key = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise typer.BadParameter(f"--api-key-file {file}: {reason}") from None
+        source = f"--api-key-file {file}"
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise typer.BadParameter(f"{source} holds no key: expected one line of letters and digits")
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def checked_origin(origin: str) -> str:
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(origin)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.path or parts.query:
+        raise typer.BadParameter(f"--cors is {origin!r}, expected an origin such as https://example.org")
+    return origin.lower()
+
+
+def default_name(model: str) -> str:
+    """A hub id as it is; of a folder or file its name, without the way to it."""
+    return Path(model).resolve().name if os.path.exists(model) else model

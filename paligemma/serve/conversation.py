@@ -1,0 +1,117 @@
+"""One request from its body to its reply, with a client that may leave and times that may run out.
+
+    check_open -> read the body -> take a place -> the work of the endpoint, until
+        it is done, the client leaves (its row is cancelled), or the time of the request is over (504)
+
+An error becomes a reply with its status; where a stream has begun already, an event of the stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from paligemma.serve.bodies import ClientLeft, content_type, parse_form, parse_object, read_body
+from paligemma.serve.errors import ApiError, json_bytes
+from paligemma.serve.pictures import Source
+from paligemma.serve.replies import event
+from paligemma.serve.service import Service
+
+
+class Reply:
+    """What is sent to one client: one body, or a stream of events."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def whole(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        own = {"content-type": "application/json", "content-length": str(len(body))}
+        await self._start(status, {**own, **(headers or {})})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def start_stream(self) -> None:
+        # The last header keeps nginx from collecting events.
+        await self._start(200, {"content-type": "text/event-stream; charset=utf-8", "x-accel-buffering": "no"})
+
+    async def part(self, data: bytes, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def error(self, error: ApiError) -> None:
+        if self.started:
+            await self.part(event(error.body()), more=False)  # no [DONE]: the answer is not complete
+            return
+        await self.whole(json_bytes(error.body()), error.status, error.headers())
+
+    async def _start(self, status: int, headers: dict[str, str]) -> None:
+        self.started = True
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+# Given the value of the body and the files of a form: does the work and sends the reply.
+Work = Callable[[Any, list[Source], Reply], Coroutine[Any, Any, None]]
+
+
+async def converse(service: Service, scope: Scope, receive: Receive, send: Send, work: Work, forms: bool) -> None:
+    """Answers one request. forms: multipart bodies are taken too."""
+    reply = Reply(send)
+    try:
+        service.check_open()
+        headers = Headers(scope=scope)
+        kind = content_type(headers, forms)
+        with service.memory.account() as account:
+            body = await read_body(headers, receive, service.settings, account)
+            with service.place():
+                await while_connected(_answer(service, headers, kind, body, work, reply), receive, service)
+    except ClientLeft:
+        service.metrics.cancelled.inc()
+    except ApiError as error:
+        await reply.error(error)
+    except Exception as error:
+        log_fault(error)
+        await reply.error(ApiError(500, "internal", "the server made a mistake, which its log describes"))
+
+
+async def _answer(service: Service, headers: Headers, kind: str, body: bytes, work: Work, reply: Reply) -> None:
+    files: list[Source] = []
+    if kind == "multipart/form-data":
+        value, files = await parse_form(headers, body, service.settings.max_images)
+    else:
+        value = await service.in_worker(parse_object, body)
+    del body
+    await work(value, files, reply)
+
+
+async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, service: Service) -> None:
+    """Runs `work` to its end. It is cancelled where the client leaves (ClientLeft) or its time is over (ApiError)."""
+    seconds = service.settings.timeout
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(until_disconnect(receive))
+    try:
+        await asyncio.wait({task, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if left.done():
+            raise ClientLeft
+        raise ApiError(504, "timeout", f"the answer was not complete after {seconds:g} seconds")
+    finally:
+        for one in (task, left):
+            one.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def log_fault(error: BaseException) -> None:
+    """Where a fault of ours happened. Not its message, which may quote a prompt."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    print(f"fault: {type(error).__name__}\n{where}", file=sys.stderr, end="", flush=True)

@@ -1,0 +1,53 @@
+"""`/v1/explore`: the look-inside page of a picture and a prompt, made by the same model that answers.
+
+It is made on the engine's thread between two steps: what looks inside are hooks on the model, and they must not see
+the rows of others. Rows wait meanwhile, so one page is made at a time, and without knock-outs, which take a pass of
+the model for every patch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from paligemma.inference import PaliGemma
+from paligemma.serve.errors import ApiError, invalid
+from paligemma.serve.pictures import content, decode
+from paligemma.serve.rows import Ask, lay_out
+from paligemma.serve.service import Service
+
+MOST_BYTES = 8_000_000
+
+
+async def explore(service: Service, ask: Ask) -> str:
+    """The path of the page."""
+    await service.in_worker(lay_out, service.pg, ask)  # for its checks
+    if service.exploring:
+        raise ApiError(
+            429, "exploring", "a page is being made already, and one is made at a time: try again", retry_after=5
+        )
+    service.exploring = True
+    try:
+        pictures = []
+        for source in await service.contents(ask.sources):
+            data = await service.in_worker(content, source)
+            pictures.append(await service.in_worker(decode, data, source, service.settings.most_pixels))
+        page = await service.engine.call(lambda pg: make_page(pg, pictures, ask.prompt))
+    finally:
+        service.exploring = False
+    return service.keep_explored(page)
+
+
+def make_page(pg: PaliGemma, pictures: list[Image.Image], prompt: str) -> bytes:
+    from paligemma import explore
+
+    try:
+        look = explore.look(pg, tuple(pictures) if len(pictures) > 1 else pictures[0], prompt)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "look.html"
+            explore.page(look, path, MOST_BYTES, knock_out=False)
+            return path.read_bytes()
+    except ValueError as error:
+        raise invalid("prompt", f"the page could not be made: {error}") from None

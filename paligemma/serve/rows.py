@@ -1,0 +1,153 @@
+"""What is asked, whatever its endpoint (`Ask`), and the row that the engine runs for it.
+
+`prepare` runs in a worker, since tokenizing, building a grammar and decoding pictures may each take tens of
+milliseconds. The length of the prompt is checked first, before anything is computed.
+
+Letters: S length of the prompt, P image patches, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paligemma.answers.constraints import Constraint
+from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
+from paligemma.generation import check_length
+from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
+from paligemma.serve.errors import ApiError, invalid, shown
+from paligemma.serve.pictures import Picture, Source
+
+LONGEST_TOKEN = 16  # characters: a prompt with more for each position of the model is too long without being tokenized
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, from the fields of a request. Without a temperature: greedy."""
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        if not self.temperature:
+            return {}
+        return {
+            "do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k,
+            "seed": self.seed,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a valid request asks of the model.
+
+    labels: None where the prompt says which; [] for any label. constrained: detect and segment follow their grammar.
+    params: the names of the fields that errors blame: {"prompt": "messages", ...}.
+    """
+
+    prompt: str
+    sources: tuple[Source, ...]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    constrained: bool = True
+    choices: tuple[str, ...] | None = None
+    any_label: bool = False
+    params: dict[str, str] = field(default_factory=dict)
+
+    def param(self, what: str) -> str:
+        return self.params.get(what, what)
+
+
+def task_of(prompt: str) -> str:
+    """The first word: detect and segment have a grammar and a larger budget."""
+    return prompt.strip().partition(" ")[0]
+
+
+def budget_for(prompt: str, wanted: int | None, most: int) -> int:
+    """The tokens that an answer may have: as asked, else the default of the task, at most the server's limit."""
+    return wanted or min(most, BOX_BUDGET if task_of(prompt) in ("detect", "segment") else TEXT_BUDGET)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that is ready to run. ids: int64 [S], with the places of the pictures' patches."""
+
+    ids: Tensor
+    pictures: tuple[Picture, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    constraint: Constraint | None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(W, H) of the first picture, to which boxes refer."""
+        return self.pictures[0].size
+
+
+def check_prompt(prompt: str, param: str) -> None:
+    """What no prompt may hold, on any endpoint."""
+    if "<image>" in prompt:
+        raise invalid(
+            param, "the prompt contains <image>, which stands for a picture: leave it out, it is added here",
+            "invalid_prompt",
+        )  # fmt: skip
+
+
+def lay_out(pg: PaliGemma, ask: Ask) -> Row:
+    """The row without its pictures. ApiError where prompt, labels or choices do not do."""
+    check_prompt(ask.prompt, ask.param("prompt"))
+    limit = pg.model.config.text_config.max_position_embeddings
+    if len(ask.prompt) > LONGEST_TOKEN * limit:
+        raise invalid(
+            ask.param("prompt"),
+            f"the prompt has {len(ask.prompt):,} characters, far more than the model's {limit:,} positions can hold",
+            "prompt_too_long",
+        )
+    inputs = pg.processor.lay_out([ask.prompt], [len(ask.sources)])
+    try:
+        check_length(pg.model.config, inputs["attention_mask"], ask.max_new_tokens)
+    except ValueError as error:
+        raise invalid(ask.param("prompt"), str(error), "prompt_too_long") from None
+    return Row(inputs["input_ids"][0], (), ask.max_new_tokens, ask.sampling, _constraint(pg, ask))
+
+
+def _constraint(pg: PaliGemma, ask: Ask) -> Constraint | None:
+    tokenizer = pg.processor.tokenizer
+    task = task_of(ask.prompt)
+    try:
+        if ask.choices is not None:
+            choices = ChoiceGrammar(tokenizer, ask.choices)
+            choices.check_budget(ask.max_new_tokens)
+            return choices
+        if ask.any_label:
+            return DetectionGrammar(tokenizer, labels=None, segments=True) if ask.constrained else None
+        if not ask.constrained or task not in ("detect", "segment"):
+            return None
+        return pg._grammar(ask.prompt)
+    except ValueError as error:
+        if ask.choices is not None:
+            raise invalid(ask.param("choices"), str(error)) from None
+        raise invalid(ask.param("labels"), str(error), "invalid_prompt") from None
+
+
+def with_pictures(row: Row, pictures: Sequence[Picture]) -> Row:
+    return replace(row, pictures=tuple(pictures))
+
+
+@torch.inference_mode()
+def encode(pg: PaliGemma, pixels: Sequence[Tensor]) -> list[Tensor]:
+    """Pixels [3, side, side] of some pictures -> their features, [P, D] each. On the engine's thread."""
+    return list(pg.model.encode_image(torch.stack(list(pixels)).to(pg.model.device)))
+
+
+def row_failed(error: BaseException) -> ApiError:
+    """A 500 for a row that failed by itself: a dead end of its constraint, logits that are no numbers."""
+    if isinstance(error, ApiError):
+        return error
+    return ApiError(500, "row_failed", f"the answer could not be finished: {shown(str(error))}")

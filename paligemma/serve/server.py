@@ -1,0 +1,160 @@
+"""Running the server: its socket, uvicorn, signals, and how the process ends.
+
+    SIGTERM, Ctrl-C    new requests get 503, those that have a place are finished within the grace
+    the engine died    `/health` says so for two seconds, then the process ends with 1
+
+uvicorn has no limit for slow headers, so its protocol gets a timer here. Its h11 protocol is taken, which refuses
+headers of more than 64 KB; httptools takes any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from paligemma.inference import PaliGemma
+from paligemma.serve.app import create_app
+from paligemma.serve.guard import Guard
+from paligemma.serve.settings import Settings
+
+LINGER = 2.0  # seconds that a server with a dead engine still answers, so that whoever watches /health sees it
+MOST_CONNECTIONS = 512  # with or without a request; beyond them a connection gets 503
+LONGEST_HEADERS = 2**16  # bytes
+LAST_BYTES = 5  # seconds for the last replies to be sent once everything has ended
+
+
+def serve(
+    load: Callable[[], PaliGemma], settings: Settings, listening: socket.socket, url: str, say: Callable[[str], object]
+) -> int:
+    """Serves until a signal or the death of the engine. Returns the exit code. say: gets the URL once it answers.
+
+    Raises the error of `load`, where that fails.
+    """
+    server = Server(create_app(load, settings), settings, lambda: say(url))
+    server.run([listening])
+    failure = server.service.engine.failure
+    if failure is not None and not server.announced:
+        raise failure
+    return server.exit_code
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which looks ten times a second how our service is."""
+
+    def __init__(self, app: Guard, settings: Settings, announce: Callable[[], object]) -> None:
+        self.service, self.settings = app.service, settings
+        self.announce, self.announced = announce, False
+        self.exit_code = 0
+        self.give_up_at: float | None = None  # when the grace ends
+        self.failed_at: float | None = None
+        super().__init__(
+            uvicorn.Config(
+                app, loop="asyncio", http=TimedProtocol, ws="none", lifespan="on", log_config=None,
+                log_level="critical",
+                access_log=False, server_header=False, limit_concurrency=MOST_CONNECTIONS,
+                timeout_graceful_shutdown=LAST_BYTES, h11_max_incomplete_event_size=LONGEST_HEADERS,
+            )
+        )  # fmt: skip
+        TimedProtocol.seconds = settings.header_timeout
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.stopping:  # the second signal
+            self.should_exit = self.force_exit = True
+            return
+        self.service.stopping = True
+        self.give_up_at = time.monotonic() + self.settings.grace
+        self.exit_code = 130 if sig == signal.SIGINT else 0
+
+    async def on_tick(self, counter: int) -> bool:
+        now, service = time.monotonic(), self.service
+        if not self.announced and service.state == "ok":
+            self.announced = True
+            self.announce()
+        if service.state == "failed":
+            self.failed_at = self.failed_at or now
+            self.exit_code = 1
+            if not self.announced or now > self.failed_at + LINGER:
+                return True
+        elif self.give_up_at is not None and (service.taken == 0 or now > self.give_up_at):
+            await service.engine.stop()  # tells the rows that still run
+            return True
+        return await super().on_tick(counter)
+
+
+class TimedProtocol(H11Protocol):
+    """uvicorn's protocol with a limit to the time that headers may take: from the first connection, and from the first
+    byte of a later request, to the end of its headers."""
+
+    seconds = 30.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(self.seconds, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        in_headers = self.cycle is None or (self.cycle.response_complete and self.conn.trailing_data[0] != b"")
+        if not in_headers:
+            self._stop_timer()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.seconds, self._too_slow)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        self.transport.close()
+
+
+# ------------------------------------------------------------------------------------------------ sockets
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """(a listening socket, its URL). OSError in a line that says what to do, before a model is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        listening = socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{host} port {port} cannot be listened on: {reason}. Choose another with --port") from None
+    written = f"[{host}]" if ":" in host else host
+    return listening, f"http://{written}:{listening.getsockname()[1]}"
+
+
+def listen_at(path: Path) -> tuple[socket.socket, str]:
+    """The same for a Unix socket. One that a server left behind is replaced, nothing else."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+                if trial.connect_ex(str(path)) == 0:
+                    raise OSError("another server listens there")
+            os.unlink(path)
+        listening.bind(str(path))
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        raise OSError(f"{path} cannot be listened on: {error.strerror or error}") from None
+    return listening, f"unix:{path}"
