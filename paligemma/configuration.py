@@ -19,9 +19,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from paligemma.arguments import check_path
 from paligemma.files import LARGEST_JSON, parse_json, read_bytes
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ MOST_LAYERS, LARGEST_SIZE = 1_000, 10_000_000
 
 def read_config_file(folder: str | os.PathLike[str], parse: Callable[[dict[str, Any]], Config]) -> Config:
     """`parse` of the `config.json` in a folder. Raises FileNotFoundError or ValueError, naming the file."""
-    path = Path(folder) / "config.json"
+    path = check_path("folder", folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: a checkpoint folder holds a config.json")
     try:

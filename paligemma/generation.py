@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -38,6 +39,7 @@ from paligemma.answers.constraints import (
     never_produced,
     one_per_row,
 )
+from paligemma.arguments import check_model, check_number, check_whole_numbers, is_whole
 from paligemma.attention_mask import SUFFIX
 from paligemma.kv_cache import KVCache
 from paligemma.tokenizer import start_of_last_character
@@ -112,12 +114,7 @@ class Options:
     num_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "top_k", "num_tokens"):
-            value = getattr(self, name)
-            if value is None and name in ("top_k", "num_tokens"):
-                continue
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        self._check_types()
         if self.num_beams > MOST_BEAMS:
             raise ValueError(
                 f"num_beams is {self.num_beams:,}, expected at most {MOST_BEAMS:,}: each has its own cache"
@@ -134,6 +131,36 @@ class Options:
                 "sampling with beams is not offered: use do_sample=True or num_beams > 1, not both "
                 "(several samples: repeat the row with a seed each)"
             )
+
+    def _check_types(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "top_k", "num_tokens"):
+            value = getattr(self, name)
+            if not is_whole(value, least=1) and not (value is None and name in ("top_k", "num_tokens")):
+                raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
+        for name in ("temperature", "top_p", "length_penalty"):
+            if not (name == "top_p" and self.top_p is None):
+                check_number(name, getattr(self, name))
+        if not isinstance(self.do_sample, bool):
+            raise TypeError(f"do_sample is {self.do_sample!r}, expected True or False")
+        if self.seed is not None:
+            seeds = [self.seed] if isinstance(self.seed, (int, Integral)) else self.seed
+            check_whole_numbers("seed", seeds, "a whole number, or a list with one for each row")
+            if not all(-(2**63) <= seed < 2**64 for seed in seeds):
+                raise ValueError(f"seed is {self.seed!r}, expected numbers of at most 64 bits")
+        if self.suppress_tokens is not None:
+            check_whole_numbers("suppress_tokens", self.suppress_tokens, "a list of token ids")
+        if self.eos_token_id is not None and not is_whole(self.eos_token_id):
+            raise TypeError(f"eos_token_id is {self.eos_token_id!r}, expected a token id")
+        if self.watch is not None and not (isinstance(self.watch, (tuple, list)) and len(self.watch) == 2):
+            raise TypeError(f"watch is {self.watch!r}, expected (first id, count)")
+        check_whole_numbers("watch", self.watch or (), "(first id, count)")
+        if not (self.constraint is None or callable(self.constraint)):
+            given = self.constraint
+            if not isinstance(given, Sequence) or not all(one is None or callable(one) for one in given):
+                raise TypeError(
+                    f"constraint is {type(given).__name__}, expected a function (see answers/grammar.py), or a list "
+                    "with a function or None for each row"
+                )
 
 
 @dataclass
@@ -167,6 +194,8 @@ def prefill(
     inputs: what the processor returns. With pixel_values the images are encoded on the way, with image_features they
     already are. The cache has room for `max_new_tokens` more.
     """
+    if not is_whole(max_new_tokens, least=0):
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number")
     prompt = prepare(model, inputs)
     B, S = prompt["input_ids"].shape
     cache = KVCache(model.config.text_config, B, S + max_new_tokens, model.dtype, model.device)
@@ -183,6 +212,12 @@ def prefill(
 
 def decode_one_token(model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache) -> Tensor:
     """Reads one more token per row, int64 [N], into the cache: the logits of the token after it, [N, V]."""
+    check_model(model)
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.dtype not in (torch.int64, torch.int32):
+        is_tensor = isinstance(tokens, Tensor)
+        given = f"{tokens.dtype} {list(tokens.shape)}" if is_tensor else type(tokens).__name__
+        hint = ": pass tokens[:, 0]" if is_tensor and tokens.ndim == 2 and tokens.shape[1] == 1 else ""
+        raise ValueError(f"tokens is {given}, expected int64 [rows], one token for each row{hint}")
     return model(tokens[:, None], cache=cache, logits_to_keep=1).logits[:, -1]
 
 
@@ -207,7 +242,10 @@ def prepare(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any])
     every row's last token, the one that predicts, into the last column. Raises ValueError on inputs that do not fit
     together.
     """
-    input_ids = inputs["input_ids"]
+    check_model(model)
+    if not isinstance(inputs, Mapping):  # BatchFeature of transformers is one
+        raise TypeError(f"inputs is {type(inputs).__name__}, expected the dict that the processor returns")
+    input_ids = inputs.get("input_ids")
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         raise ValueError("inputs['input_ids'] is not a tensor [rows, tokens]: pass what the processor returns")
     mask, types = inputs.get("attention_mask"), inputs.get("token_type_ids")
@@ -292,13 +330,13 @@ def _generators(options: Options, rows: int, device: torch.device) -> list[torch
         return []
     if options.seed is None:
         seeds = torch.randint(2**62, (rows,)).tolist()  # from the global state: torch.manual_seed still decides
-    elif isinstance(options.seed, int):
+    elif isinstance(options.seed, (int, Integral)):
         seeds = [options.seed] * rows
     elif len(options.seed) == rows:
         seeds = list(options.seed)
     else:
         raise ValueError(f"{len(options.seed)} seeds for {rows} rows: pass one for all, or one per row")
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
 
 
 def _watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[float, float]]:
@@ -410,6 +448,7 @@ class _Task:
     """One call of `generate` or `stream`, checked: everything that is the same for every token."""
 
     def __init__(self, model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], options: Options):
+        check_model(model)
         config = model.config
         self.model, self.options = model, options
         self.eos = config.eos_token_id if options.eos_token_id is None else options.eos_token_id

@@ -37,7 +37,8 @@ from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
-from paligemma.generation import Generated, check_length, generate, stream
+from paligemma.arguments import is_whole
+from paligemma.generation import Generated, Options, check_length, generate, stream
 from paligemma.images import ImageInput, ImageT, Picture, load_image, looks_swapped, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.terminal import error_line, printable
@@ -376,7 +377,8 @@ class PaliGemma:
         sampling: the fields of `Sampling`, as in `paligemma.generate`. A list of seeds has one for each row.
         """
         images, prompts, is_list = _broadcast(image, prompt)
-        if batch_size < 1:
+        Options(max_new_tokens, constraint=constraint, **sampling)  # a wrong one is named before a picture is opened
+        if not is_whole(batch_size, least=1):
             raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
         if forbid_repeats and not constrained:
             raise ValueError("forbid_repeats is a rule of the grammar: it needs constrained=True")
@@ -405,6 +407,9 @@ class PaliGemma:
 
         The generator returns the Answer: `answer = yield from pg.stream(...)`.
         """
+        Options(max_new_tokens, **sampling)
+        if isinstance(image, list) or isinstance(prompt, list):
+            raise TypeError("a stream is of one image and one prompt, and one of them is a list: use generate")
         inputs, (size,) = self._inputs([image], [prompt], {}, max_new_tokens)
         tokenizer = self.processor.tokenizer
         row = yield from stream(

@@ -106,6 +106,8 @@ class PaliGemmaProcessor:
         Raises ValueError for unequal numbers, for text that has `<image>` without an image to go with it, and what
         `load_image` raises.
         """
+        if not isinstance(text, Iterable):
+            raise TypeError(f"text is {type(text).__name__}, expected a prompt or a list of prompts")
         prompts = [text] if isinstance(text, str) else list(text)
         rows_of_images = _rows_of_images(images, len(prompts))
         inputs = self.lay_out(prompts, [len(row) for row in rows_of_images], suffix, padding_side, max_length)
@@ -227,6 +229,8 @@ def _rows_of_images(images: ImageInput | list[ImageT] | list[list[ImageT]] | Non
 def _suffixes(suffix: str | Sequence[str] | None, prompts: int) -> list[str] | None:
     if suffix is None:
         return None
+    if not isinstance(suffix, Iterable):
+        raise TypeError(f"suffix is {type(suffix).__name__}, expected an answer for each prompt")
     suffixes = [suffix] if isinstance(suffix, str) else list(suffix)
     if len(suffixes) != prompts:
         raise ValueError(f"{prompts} prompts and {len(suffixes)} suffixes: give one for each prompt")

@@ -23,6 +23,7 @@ from unicodedata import category
 
 import tokenizers
 
+from paligemma.arguments import check_path
 from paligemma.files import LARGEST_JSON, library_errors, read_bytes, write_texts
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text` and nothing else: no `<bos>`, no `<eos>`. What looks like a token ("<loc0001>", but also
         "<bos>" typed by a user) becomes that token, as in transformers."""
+        if not isinstance(text, str):
+            raise TypeError(f"text is {type(text).__name__}, expected a string")
         self.backend.no_truncation()  # a transformers tokenizer shares its backend with us and leaves these on
         self.backend.no_padding()
         with library_errors("the tokenizer cannot encode this text"):
@@ -130,6 +133,8 @@ class Tokenizer:
         return f"Tokenizer({len(self):,} tokens)"
 
     def _kept(self, ids: Iterable[int]) -> list[int]:
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise TypeError(f"ids is {type(ids).__name__}, expected a list of token ids")
         return [i for i in map(int, ids) if i >= 0 and i not in self._dropped]
 
     def _decoded(self, ids: list[int]) -> str:
@@ -232,7 +237,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     Raises FileNotFoundError, ValueError (unreadable, or not PaliGemma's: see `Tokenizer`), and ImportError when
     sentencepiece is needed and missing.
     """
-    path = Path(folder)
+    path = check_path("folder", folder)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir():

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from paligemma.arguments import check_number
 from paligemma.images import Picture, load_image
 
 if TYPE_CHECKING:
@@ -82,10 +83,14 @@ def draw(
     ValueError for a mask that has not the size of the picture, for a box that is not finite, and for a scale of 0 or
     less.
     """
+    check_number("scale", scale)
+    check_number("mask_opacity", mask_opacity)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale!r}, expected a number above 0; 1 is the size of the picture")
     picture = load_image(image)
     width, height = (max(1, round(side * scale)) for side in picture.size)
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise TypeError(f"items is {type(items).__name__}, expected a list of detections or segments, or an Answer")
     for item in items:
         _check(item, picture.size)
     if (width, height) != picture.size:
@@ -136,6 +141,10 @@ def label_colors(labels: Sequence[str]) -> dict[str, Color]:
 
 
 def _check(item: Item, size: tuple[int, int]) -> None:
+    if not hasattr(item, "box") or not hasattr(item, "label"):
+        raise TypeError(
+            f"items has {type(item).__name__}, expected detections or segments, which have a box and a label"
+        )
     if not all(math.isfinite(edge) for edge in item.box):
         raise ValueError(f"the box of {item.label!r} is not finite: {item.box}")
     mask = getattr(item, "mask", None)

@@ -348,7 +348,9 @@ def _token_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _check_texts(texts: Iterable[str], name: str) -> list[str]:
-    given = [] if isinstance(texts, str) else list(texts)
+    given = [] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
     if not given or not all(isinstance(text, str) for text in given):
         raise ValueError(f"{name} must be a list of one or more strings, got {reprlib.repr(texts)}")
+    if name == "choices" and not all(text.strip() for text in given):
+        raise ValueError(f"choices has an empty string, and each must say something: {reprlib.repr(given)}")
     return list(dict.fromkeys(text.strip() if name == "labels" else text for text in given))

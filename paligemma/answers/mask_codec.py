@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paligemma.arguments import check_path
 from paligemma.devices import on_meta_device
 from paligemma.files import written_whole
 
@@ -234,7 +235,7 @@ class MaskCodec(nn.Module):
         path None downloads the official file on first use (`OFFICIAL_URL`) and keeps it in the cache of
         huggingface_hub. Strict: one ValueError names every missing, unexpected and mis-shaped array. No pickle is read.
         """
-        path = Path(path) if path is not None else _download()
+        path = check_path("path", path, "the path of an .npz") if path is not None else _download()
         arrays = _read(path)
 
         def size(name: str, axis: int, default: int) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,11 @@ def parse(
     code that `codec` does not have. `<loc1024>` and the like are no tokens but text.
 
     Without `codec` the masks are None. `paste_rule`: see `mask_codec.paste`. ValueError for an impossible image_size or
-    loc_scale, which no text can cause.
+    loc_scale, which no text can cause, and TypeError for what is no text.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text is {type(text).__name__}, expected the answer as a string")
+    check_codec(codec)
     return _assemble(_items(text), image_size, loc_scale, codec, paste_rule)
 
 
@@ -224,10 +228,22 @@ def _assemble(
     return Parsed(detections, segments, invalid)
 
 
+def check_codec(codec: object) -> None:
+    if codec is not None and not hasattr(codec, "num_codes"):
+        raise TypeError(f"codec is {type(codec).__name__}, expected a MaskCodec, from MaskCodec.load(...), or None")
+
+
 def check_scales(image_size: tuple[int, int], loc_scale: int) -> tuple[int, int]:
-    width, height = image_size
-    if not (width >= 1 and height >= 1 and width == int(width) and height == int(height)):
-        raise ValueError(f"image_size must be (width, height) in pixels, both at least 1, got {tuple(image_size)}")
+    try:
+        width, height = image_size
+        fine = width >= 1 and height >= 1 and width == int(width) and height == int(height)
+    except (TypeError, ValueError, OverflowError):  # no pair, or no numbers
+        fine = False
+    if not fine:
+        hint = ": pass its .size" if hasattr(image_size, "size") else ""
+        raise ValueError(
+            f"image_size must be (width, height) in pixels, both at least 1, got {reprlib.repr(image_size)}{hint}"
+        )
     if loc_scale not in (NUM_LOC, NUM_LOC - 1):
         raise ValueError(f"loc_scale must be 1024 (default) or 1023, got {loc_scale}")
     return int(width), int(height)

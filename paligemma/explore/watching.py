@@ -109,6 +109,8 @@ def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = Non
     with the default budget, under the grammar for detect and segment, as `paligemma run` does.
     Raises what `pg.generate` raises.
     """
+    if not hasattr(pg, "processor"):
+        raise TypeError(f"pg is {type(pg).__name__}, expected what paligemma.load returns")
     given: tuple[Picture, ...] = image if isinstance(image, tuple) else (image,)
     pictures = tuple(load_image(one) for one in given)
     model, processor = pg.model, pg.processor

@@ -117,11 +117,16 @@ def _limits(device: torch.device, max_memory: Mapping[str, int | str] | None) ->
         limits[str(device)] = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
     elif device.type == "mps":
         limits[str(device)] = FREE_SHARE * torch.mps.recommended_max_memory()
+    if not isinstance(max_memory, (Mapping, type(None))):
+        raise TypeError(f"max_memory is {max_memory!r}, expected sizes by device: {{'cpu': '20GB'}}")
     for name, size in (max_memory or {}).items():
         key = str(device) if name in (device.type, str(device)) else name
         if key not in limits:
             raise ValueError(f"max_memory has {name!r}, expected {' and '.join(limits)}")
-        limits[key] = float(convert_file_size_to_int(size))
+        try:
+            limits[key] = float(convert_file_size_to_int(size))
+        except ValueError:
+            raise ValueError(f"max_memory[{name!r}] is {size!r}, expected bytes or a size such as '20GB'") from None
     return limits
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paligemma.arguments import check_model
 from paligemma.fast.decoder_layers import FastGemma2DecoderLayer, FastGemmaDecoderLayer
 from paligemma.fast.fast_layers import (
     FastConv2d,
@@ -96,6 +97,7 @@ def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaFo
     Raises ValueError for an unknown mode, for a model that is quantised already, and, but for bitsandbytes, for one
     that is not on the CPU or (int8, int4) is in float16; ImportError without bitsandbytes.
     """
+    check_model(model)
     check_mode(mode, model.device, model.dtype)
     if is_quantized(model):
         raise ValueError("the model is quantised already: load it anew to choose another mode")

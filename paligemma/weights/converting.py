@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from paligemma.arguments import check_path
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import TOKENIZERS, load_tokenizer
 from paligemma.weights.adapters import CONFIG, is_adapter
@@ -49,7 +50,7 @@ def convert(
     Returns the files written. Raises as `open_checkpoint` and `save_pretrained` do, and ValueError where a file of
     other content would be replaced.
     """
-    target, to = Path(target), parse_dtype(dtype)
+    target, to = check_path("target", target), parse_dtype(dtype)
     format = format or ("npz" if target.suffix == ".npz" else "safetensors")
     if format not in ("safetensors", "npz"):
         raise ValueError(f"format is {format!r}, expected 'safetensors' or 'npz'")

@@ -28,6 +28,8 @@ def shapes_with_extra(
     expected: Mapping[str, Shape], found: Mapping[str, Shape], extra: Extra
 ) -> tuple[dict[str, Shape], list[str]]:
     """The tensors that a checkpoint with these parts holds, and those of `found` that are of a replaced part."""
+    if not isinstance(extra, Mapping):
+        raise TypeError(f"extra is {type(extra).__name__}, expected modules by their names: {{'name': module}}")
     shapes: dict[str, Shape] = dict(expected)
     unused: list[str] = []
     for name, module in extra.items():

@@ -38,6 +38,10 @@ def resolve(
     (which is never looked for on the hub; nor is "a/b" where a folder "a" is here, but for "google/paligemma..."),
     PermissionError for a gated repository, ValueError for an unknown id.
     """
+    if not isinstance(model_path, (str, os.PathLike)):
+        raise TypeError(
+            f"the model is {type(model_path).__name__}, expected its name: 'tiny', a hub id, a folder or a file"
+        )
     if not str(model_path):
         raise ValueError("the name of the model is empty: expected 'tiny', a hub id, a folder or a file")
     if model_path == "tiny":

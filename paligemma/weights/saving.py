@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paligemma.arguments import check_model, check_path
 from paligemma.files import staging_folder, write_json
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.weights.expected import check_tensors, expected_shapes
@@ -49,6 +50,11 @@ def save_pretrained(
     saved with the rest. Other files in the folder are left alone; if anything fails, all of them are.
     Raises OSError when the files cannot be written, ValueError when the model is not as its configuration says.
     """
+    check_model(model)
+    folder = check_path("folder", folder)
+    if processor is not None and not hasattr(processor, "save_pretrained"):
+        hint = ": pass its `.processor`" if hasattr(processor, "processor") else ""
+        raise TypeError(f"processor is {type(processor).__name__}, expected a PaliGemmaProcessor{hint}")
     state = model.state_dict()
     tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     if not all(dtype.is_floating_point for _, dtype in tensors.values()):
@@ -58,7 +64,7 @@ def save_pretrained(
         )
     hint = "Merge or take out what was added to it first, or name a part that was changed: extra=['name']."
     check_tensors("the model to save", tensors, shapes_to_save(model, expected_shapes(model.config), extra), hint)
-    with checkpoint_written_whole(Path(folder)) as staging:
+    with checkpoint_written_whole(folder) as staging:
         if processor is not None:
             processor.save_pretrained(staging)
         write_config(staging, model.config, model.dtype)
