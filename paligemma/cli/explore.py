@@ -10,15 +10,17 @@ from rich.progress import Progress
 from rich.text import Text
 
 from paligemma.cli.options import Device, Dtype, Model, Revision, check_order, one_of
-from paligemma.cli.output import echo_json, note, notes
+from paligemma.cli.output import echo_json, note, notes, say
 
 if TYPE_CHECKING:
     from paligemma.explore import KnockOut, Look
 
 
 def explore(
-    prompt: Annotated[str, typer.Argument(help="'caption en', 'answer en what is this ?', 'detect dog', ...")],
-    image: Annotated[str, typer.Argument(help="The picture.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="'caption en', 'answer en what is this ?', 'detect dog', ...")
+    ] = None,
+    image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="The picture.")] = None,
     out: Annotated[Path | None, typer.Option(help="The page to write, such as look.html.")] = None,
     model: Model = "tiny",
     answer: Annotated[str | None, typer.Option(help="Look at this answer instead of the model's own.")] = None,
@@ -36,6 +38,12 @@ def explore(
     window: Annotated[int, typer.Option(min=1, help="Patches and layers that are changed together; odd.")] = 3,
     max_mb: Annotated[float, typer.Option(min=0.1, help="Size of the page at most; a larger one is made coarser.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing a page.")] = False,
+    check: Annotated[
+        tuple[int, str] | None,
+        typer.Option(
+            "--check", metavar="N ANSWER", help="Is this the answer to the exercise of chapter N of the course?"
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     quantize: Annotated[
@@ -52,6 +60,15 @@ def explore(
     Attention, what each patch would say, what each word needs, where box edges are, which way the answer comes. The
     page is one file that needs no network.
     """
+    if check is not None:
+        if prompt is not None or out is not None or compare is not None or as_json:
+            raise typer.BadParameter("--check takes the exercise and the answer alone: paligemma explore --check 2 12")
+        check_exercise(*check, model, device, dtype, threads)
+        return
+    if prompt is None or image is None:
+        raise typer.BadParameter(
+            "give a prompt and a picture: paligemma explore 'caption en' photo.jpg --out look.html"
+        )
     if (out is None) != as_json:
         raise typer.BadParameter("give --out page.html, or --json for the numbers, one of them")
     if window % 2 == 0:
@@ -107,6 +124,29 @@ def explore(
     for what, why in left_out.items():
         note(f"note: {what}: {why}")
     note(f"written: {out}, {out.stat().st_size / 1000:,.0f} KB; answer: {found.answer}")
+
+
+def check_exercise(
+    number: int, answer: str, model: str, device: str | None, dtype: str | None, threads: int | None
+) -> None:
+    """Says whether the answer to an exercise is right, and why. Exit code 1 if it is wrong."""
+    from paligemma.cli.exercises import EXERCISES, judge, read
+
+    try:
+        given = read(number, answer)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+    import torch
+
+    from paligemma.inference import load
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    right, why = judge(EXERCISES[number].solve(load(model, device, dtype or "float32")), given)
+    say(why)
+    if not right:
+        raise typer.Exit(1)
 
 
 def as_numbers(found: Look, drops: KnockOut | None, window: int, with_routes: bool = True) -> dict[str, Any]:
