@@ -15,7 +15,7 @@ What else there is, by what it is for:
     results        Answer, Detection, Segment, Items, Parsed, parse
     files          load_hf_model, save_pretrained, convert, merge, quantize, load_tokenizer, load_image
     inputs         PaliGemmaProcessor, Tokenizer, MaskCodec
-    generation     generate, Options, Generated, prefill, decode_one_token, KVCache, StaticKVCache
+    generation     generate, Options, Generated, prefill, decode_one_token, KVCache, StaticKVCache, Engine, Request
     the model      PaliGemmaForConditionalGeneration, GemmaModel, GemmaAttention, GemmaMLP, SiglipVisionModel,
                    SiglipVisionTransformer, PaliGemmaConfig, GemmaConfig, SiglipVisionConfig
     look inside    explore: explore.look(pg, "photo.png", "caption en"), and what follows from it
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from paligemma.answers.mask_codec import MaskCodec
     from paligemma.answers.parsing import parse
     from paligemma.answers.results import Answer, Detection, Items, Parsed, Segment
+    from paligemma.engine import Engine, Request, generate
     from paligemma.fast.swap import quantize
-    from paligemma.generation import Generated, Options, decode_one_token, generate, prefill
+    from paligemma.generation import Generated, Options, decode_one_token, prefill
     from paligemma.images import load_image
     from paligemma.inference import PaliGemma, load
     from paligemma.kv_cache import KVCache
@@ -60,7 +61,8 @@ _HOME = {
     "answers.results": "Answer Detection Items Parsed Segment",
     "answers.parsing": "parse",
     "answers.mask_codec": "MaskCodec",
-    "generation": "Generated Options decode_one_token generate prefill",
+    "engine": "Engine Request generate",
+    "generation": "Generated Options decode_one_token prefill",
     "kv_cache": "KVCache",
     "static_kv_cache": "StaticKVCache",
     "modeling_gemma": "GemmaAttention GemmaConfig GemmaMLP GemmaModel PaliGemmaConfig "
@@ -79,6 +81,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.
 __all__ = [
     "Answer",
     "Detection",
+    "Engine",
     "GemmaAttention",
     "GemmaConfig",
     "GemmaMLP",
@@ -93,6 +96,7 @@ __all__ = [
     "PaliGemmaForConditionalGeneration",
     "PaliGemmaProcessor",
     "Parsed",
+    "Request",
     "Segment",
     "SiglipVisionConfig",
     "SiglipVisionModel",

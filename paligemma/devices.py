@@ -6,6 +6,7 @@ Answers about the CPU are kept, so that every layer may ask for every token. Imp
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -36,6 +37,16 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     if picked.type == "cuda" and picked.index is not None and picked.index >= torch.cuda.device_count():
         raise ValueError(f"device {str(device)!r} is not there; this machine has {torch.cuda.device_count()} of them")
     return picked
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on this device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    kilobytes = _first_line("/proc/meminfo", "MemAvailable").split()  # what can be had without swapping
+    return 1024 * float(kilobytes[0]) if kilobytes else math.inf
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -101,9 +112,13 @@ def cpu_count() -> int:
 
 
 def _cpuinfo(key: str) -> str:
-    """What /proc/cpuinfo says of the first CPU under this key; "" where it says nothing."""
+    return _first_line("/proc/cpuinfo", key)
+
+
+def _first_line(file: str, key: str) -> str:
+    """What Linux says in this file under this key, the first time; "" where it says nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

@@ -1,15 +1,16 @@
-"""Writing the answer, token by token.
+"""Writing the answer, token by token: the plain loop, and the parts of which `engine.py` makes the real one.
 
     prompt --prefill--> logits of the first token, cache     one pass over images and prompt, in both directions
     token  --decode---> logits of the next token             one pass over one token per row, reads the cache
     ...                                                      until eos, or until the budget is spent
 
-`generate_greedily` is this loop for one row, in ten lines. All that follows makes it useful: the options, the two
-passes through the model, choosing a token, then `generate` for batches, `stream` for pieces of text, and beam search.
+`generate_greedily` is this loop for one row, in ten lines. All that follows are the parts of a useful one: the options,
+the two passes through the model, choosing a token, and beam search. `engine.py` puts them together: `generate`,
+`stream`, and rows that come and go.
 
 What to know before reading the rest:
 - Rows of a batch have prompts of different length and end at different times. Padding is moved to the left first, so
-  that the last column is every row's last token; a row that has ended leaves the batch and the cache.
+  that the last column is every row's last token.
 - The same image can serve many prompts: encode it once and pass `image_features`. That is all that rows can share. The
   keys and values of the image can't be shared: the prefix looks in both directions, so they depend on the prompt.
 - What may come next at all is decided in `answers/constraints.py`, before a token is chosen or sampled. What is
@@ -20,13 +21,12 @@ Letters: B rows of the batch, N rows (or beams) still running, S prompt length, 
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,16 +37,15 @@ from paligemma.answers.constraints import (
     contains,
     masked_logits,
     never_produced,
+    nothing_allowed,
     one_per_row,
 )
 from paligemma.arguments import check_model, check_number, check_whole_numbers, is_whole
 from paligemma.attention_mask import SUFFIX
 from paligemma.kv_cache import KVCache
-from paligemma.tokenizer import start_of_last_character
 
 if TYPE_CHECKING:
     from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from paligemma.tokenizer import Tokenizer
 
 
 @torch.inference_mode()
@@ -81,7 +80,7 @@ class Options:
     max_new_tokens: the budget of a row, its eos included.
     do_sample: False takes the likeliest token each time, and temperature, top_k, top_p and seed have no effect.
     temperature, top_k, top_p: see `warp`.
-    num_beams: 2 or more follows that many answers at once and returns the best one (see `_beam_search`).
+    num_beams: 2 or more follows that many answers at once and returns the best one (see `beam_search`).
     length_penalty: of beams; an answer's score is its log-probability / length ** length_penalty. Above 0 it favours
         longer answers.
     seed: each row has a random generator of its own with this seed, so its answer does not depend on its neighbours. A
@@ -196,18 +195,29 @@ def prefill(
     """
     if not is_whole(max_new_tokens, least=0):
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number")
-    prompt = prepare(model, inputs)
+    logits, cache = read_prompt(model, prepare(model, inputs), max_new_tokens)
+    if not logits.isfinite().all():
+        raise not_finite(model.dtype)
+    return logits, cache
+
+
+def read_prompt(
+    model: PaliGemmaForConditionalGeneration, prompt: Mapping[str, Tensor], max_new_tokens: int
+) -> tuple[Tensor, KVCache]:
+    """`prefill` for inputs that `prepare` has made, and without a look at the logits."""
     B, S = prompt["input_ids"].shape
     cache = KVCache(model.config.text_config, B, S + max_new_tokens, model.dtype, model.device)
     # Of the last column only: the head is a quarter of a million wide. At 896 pixels the logits of all columns would be
     # 2 GB for each row in bfloat16.
-    logits = model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1]
-    if not logits.isfinite().all():
-        raise FloatingPointError(
-            f"the model's logits are not finite numbers in {model.dtype}"
-            + (": its activations overflow float16, use bfloat16" if model.dtype == torch.float16 else "")
-        )
-    return logits, cache
+    return model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1], cache
+
+
+def not_finite(dtype: torch.dtype) -> FloatingPointError:
+    """What a row ends with whose logits are NaN or infinite."""
+    return FloatingPointError(
+        f"the model's logits are not finite numbers in {dtype}"
+        + (": its activations overflow float16, use bfloat16" if dtype == torch.float16 else "")
+    )
 
 
 def decode_one_token(model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -222,17 +232,44 @@ def decode_one_token(model: PaliGemmaForConditionalGeneration, tokens: Tensor, c
 
 
 def decode(
-    model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: KVCache, only: Tensor | None = None
+    model: PaliGemmaForConditionalGeneration,
+    tokens: Tensor,
+    cache: KVCache,
+    only: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Reads the next k tokens of each row, int64 [N, k]: the logits of the token after them, [N, V].
 
     only: int64 [n], the ids that may come next. The head is computed for these alone, and all other logits are -inf.
     Where a location follows, that saves a fifth of the weights that PaliGemma 1 reads for a token.
+    valid: bool [N, k], False for padding; it stands on the left of a row's tokens. None: there is none.
     """
     if only is None:
-        return model(tokens, cache=cache, logits_to_keep=1).logits[:, -1]
-    logits = model.logits(model.read(tokens, cache=cache, num_outputs=1)[:, -1], only)  # [N, n]
+        return model(tokens, attention_mask=valid, cache=cache, logits_to_keep=1).logits[:, -1]
+    hidden = model.read(tokens, attention_mask=valid, cache=cache, num_outputs=1)[:, -1]
+    logits = model.logits(hidden, only)  # [N, n]
     return logits.new_full((len(tokens), model.config.text_config.vocab_size), -math.inf).index_copy_(1, only, logits)
+
+
+FEW = 16  # up to V / 16 ids: to gather more rows of the head takes longer than to compute all of them
+
+
+def few_ids(allowed: Sequence[Tensor | None], vocab_size: int) -> Tensor | None:
+    """The ids that any of the rows allows, for `decode(only=...)`; None where they are too many for that."""
+    given = [ids for ids in allowed if ids is not None and ids.numel()]
+    if len(given) < len(allowed):
+        return None
+    together = torch.cat(given).unique()
+    return together if FEW * together.numel() <= vocab_size else None
+
+
+def forced_ids(allowed: Sequence[Tensor | None]) -> Tensor | None:
+    """The only id that each row allows, int64 [N, 1]; None where a row has a choice.
+
+    Where all are forced there is nothing to ask the model: these tokens are read together with the next ones.
+    """
+    given = [ids for ids in allowed if ids is not None and ids.numel() == 1]
+    return torch.stack(given) if len(given) == len(allowed) else None
 
 
 def prepare(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -325,21 +362,18 @@ def warp(scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top
     return scores
 
 
-def _generators(options: Options, rows: int, device: torch.device) -> list[torch.Generator]:
-    if not options.do_sample:
-        return []
+def seeds_of(options: Options, rows: int) -> list[int]:
+    """A seed for each row. ValueError for a list of another length."""
     if options.seed is None:
-        seeds = torch.randint(2**62, (rows,)).tolist()  # from the global state: torch.manual_seed still decides
-    elif isinstance(options.seed, (int, Integral)):
-        seeds = [options.seed] * rows
-    elif len(options.seed) == rows:
-        seeds = list(options.seed)
-    else:
+        return torch.randint(2**62, (rows,)).tolist()  # from the global state: torch.manual_seed still decides
+    if isinstance(options.seed, (int, Integral)):
+        return [int(options.seed)] * rows
+    if len(options.seed) != rows:
         raise ValueError(f"{len(options.seed)} seeds for {rows} rows: pass one for all, or one per row")
-    return [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
+    return [int(seed) for seed in options.seed]
 
 
-def _watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[float, float]]:
+def watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[float, float]]:
     """Mean and spread of each row's distribution over the watched ids alone, counted from the first of them."""
     if watch is None:
         return [NOT_WATCHED] * len(scores)
@@ -351,197 +385,44 @@ def _watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[f
     return list(zip(mean[:, 0].tolist(), spread.tolist()))
 
 
-# ---------------------------------------------------------------------------------------------- generate, stream
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
+# ---------------------------------------------------------------------------------------------- what is checked first
 
 
-def _takes_the_fields_of(
-    options: Callable[Parameters, Options],
-) -> Callable[
-    [Callable[..., Result]],
-    Callable[Concatenate[PaliGemmaForConditionalGeneration, Mapping[str, Any], Parameters], Result],
-]:
-    """The parameters after the first two are the fields of `Options`, for type checkers and for `help` alike."""
+class Rules:
+    """Options made ready for a model: what stays the same for every token of a row."""
 
-    def decorate(function: Any) -> Any:
-        signature = inspect.signature(function)
-        first_two = list(signature.parameters.values())[:2]
-        fields = inspect.signature(options).parameters.values()
-        function.__signature__ = signature.replace(parameters=[*first_two, *fields])
-        return function
-
-    return decorate
-
-
-@_takes_the_fields_of(Options)
-@torch.inference_mode()
-def generate(
-    model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], *options: Any, **named: Any
-) -> list[Generated]:
-    """The answer to every row of a batch.
-
-    inputs: what the processor returns, padded on either side. Instead of pixel_values it may hold image_features, from
-        `model.encode_image`: [n, P, D], the images of all rows one after the other; N prompts about one image pass
-        `features.expand(N, -1, -1)`, which costs no memory. Other keys (labels) are not looked at. Tokens of type 1 are
-        the beginning of the answer, which is then continued; the continuation alone is returned.
-    All else: the fields of `Options`, explained there.
-
-    Returns one `Generated` per row. In float32 a greedy answer is the same alone and in any batch (see the tests).
-    Raises ValueError on options out of range, on rows whose prompt and budget exceed the model's positions (before any
-    work), on rows that already end in eos, and where a constraint allows nothing.
-    """
-    task = _Task(model, inputs, Options(*options, **named))
-    if not task.rows:
-        return []
-    if task.options.num_beams > 1:
-        return _beam_search(task)
-    *_, answers = _steps(task)
-    return answers
-
-
-def stream(
-    model: PaliGemmaForConditionalGeneration,
-    inputs: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    max_new_tokens: int = 128,
-    **named: Any,
-) -> Generator[str, None, Generated]:
-    """The answer to a single row in pieces of text, as they come.
-
-    A piece never ends inside a character: neither between the bytes of one that the vocabulary spells in bytes, nor
-    before a combining mark or in the middle of a joined emoji. The last character is therefore held back until the next
-    one begins. The pieces joined are `tokenizer.decode` of the whole answer.
-
-    named: the fields of `Options`; num_tokens is known. The generator returns the `Generated`: `answer = yield from
-    stream(...)`. Raises what `generate` does, at the call, and ValueError for beams: one that was shown may lose later.
-    """
-    options = Options(max_new_tokens, **{"num_tokens": len(tokenizer), **named})
-    if options.num_beams > 1:
-        raise ValueError("streaming with beams is not offered: which beam wins is known at the end; use generate")
-    task = _Task(model, inputs, options)
-    if task.rows != 1:
-        raise ValueError(f"inputs has {task.rows} rows, and a stream is of one: use generate")
-    return _pieces(task, tokenizer)
-
-
-@torch.inference_mode()  # as a decorator it is left at every yield; a `with` block would leak into the caller
-def _pieces(task: _Task, tokenizer: Tokenizer) -> Generator[str, None, Generated]:
-    answer, shown = Generated(), 0
-    for (answer,) in _steps(task):
-        text = tokenizer.decode_stable(answer.token_ids)
-        whole = start_of_last_character(text)
-        if whole > shown:
-            yield text[shown:whole]
-            shown = whole
-    text = tokenizer.decode(answer.token_ids)
-    if len(text) > shown:
-        yield text[shown:]
-    return answer
-
-
-# ---------------------------------------------------------------------------------------------- the loop for a batch
-
-
-class _Task:
-    """One call of `generate` or `stream`, checked: everything that is the same for every token."""
-
-    def __init__(self, model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], options: Options):
+    def __init__(self, model: PaliGemmaForConditionalGeneration, options: Options):
         check_model(model)
         config = model.config
-        self.model, self.options = model, options
+        self.options = options
         self.eos = config.eos_token_id if options.eos_token_id is None else options.eos_token_id
-        self.prompt = prepare(model, inputs)
-        self.rows = self.prompt["input_ids"].shape[0]
-        self.never = never_produced(config, options.num_tokens, options.suppress_tokens).to(model.device)
-        self.constraints = one_per_row(options.constraint, self.rows)
-        self.generators = _generators(options, self.rows, model.device)
+        self.never = never_produced(config, options.num_tokens, options.suppress_tokens).to(model.device)  # bool [V]
         if not 0 <= self.eos < len(self.never):
             raise ValueError(f"eos_token_id is {self.eos}, expected an id from 0 to {len(self.never) - 1}")
         if options.watch is not None:
             first, count = options.watch
             if not 0 <= first < first + count <= len(self.never):
                 raise ValueError(f"watch is {options.watch}, expected (first id, count) within {len(self.never)} ids")
-        if self.rows:
-            check_length(config, self.prompt["attention_mask"], options.max_new_tokens)
-            # Rows made for training. Answering after their answer is never what was meant.
-            ended = (self.prompt["input_ids"][:, -1] == self.eos) & (self.prompt["token_type_ids"][:, -1] == SUFFIX)
-            if ended.any():
-                row = int(ended.long().argmax())
-                raise ValueError(f"row {row} already ends in eos: leave the suffix out of the processor's call")
 
     def record(self, answer: Generated, token: int, logprob: float, bin: tuple[float, float]) -> None:
         """Adds a chosen token to an answer; `bin` is what the row's watched range looked like."""
         if token == self.eos:
             answer.finished, answer.eos_logprob = True, logprob
             return
-        answer.token_ids.append(token)
         answer.token_logprobs.append(logprob)
         if (watch := self.options.watch) is not None:
             answer.bins.append(bin if 0 <= token - watch[0] < watch[1] else NOT_WATCHED)
+        answer.token_ids.append(token)  # last: who follows an answer from another thread counts these
 
 
-def _steps(task: _Task) -> Iterator[list[Generated]]:
-    """Yields the answers after every token: always the same B objects, which grow until the loop ends."""
-    model, options = task.model, task.options
-    answers = [Generated() for _ in range(task.rows)]
-    running = list(range(task.rows))  # the rows behind the N rows of logits and cache
-    logits, cache = prefill(model, task.prompt, options.max_new_tokens)
-    unread = task.prompt["input_ids"][:, :0]  # [N, k], chosen but not in the cache yet; at first [N, 0]
-    for remaining in range(options.max_new_tokens, 0, -1):
-        # 1. What may come next, by each row's constraint.
-        generated = [answers[row].token_ids for row in running]
-        constraints = [task.constraints[row] for row in running]
-        allowed, fitting = allowed_next(constraints, generated, remaining, len(task.never), task.eos)
-        # 2. What the model says, masked to that. (The first logits come from the prefill.)
-        if remaining < options.max_new_tokens:
-            logits, unread = next_logits(model, unread, cache, allowed)
-        scores = masked_logits(logits, task.never, allowed, generated, remaining)
-        # 3. A token for each row, and how likely it was.
-        tokens = choose(scores, options, [task.generators[row] for row in running] if options.do_sample else [])
-        logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
-        bins = _watched_bins(scores, options.watch)
-        # 4. Rows that go on.
-        kept: list[int] = []
-        for n, (row, token, logprob) in enumerate(zip(running, tokens.tolist(), logprobs.tolist())):
-            if n in fitting and not contains(fitting[n], token):
-                continue  # what it chose does not fit into the budget, so the answer ends without it
-            task.record(answers[row], token, logprob, bins[n])
-            if not answers[row].finished:
-                kept.append(n)
-        yield answers
-
-        if not kept or remaining == 1:
-            return
-        unread = torch.cat([unread, tokens[:, None]], dim=1)
-        if len(kept) < len(running):
-            running = [running[n] for n in kept]
-            rows = torch.tensor(kept, device=tokens.device)
-            unread = unread[rows]
-            cache.select(rows)
-
-
-FEW = 16  # up to V / 16 ids: to gather more rows of the head takes longer than to compute all of them
-
-
-def next_logits(
-    model: PaliGemmaForConditionalGeneration, unread: Tensor, cache: KVCache, allowed: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """The logits of each row's next token [N, V], with no more work than the allowed ids need.
-
-    unread: int64 [N, k], tokens that were chosen and not read yet. Returns those that are unread still: where every row
-    has only one way to go on there is nothing to ask the model, and its token is read together with the next.
-    """
-    V, few = model.config.text_config.vocab_size, None
-    if all(ids is not None and ids.numel() for ids in allowed):
-        rows = [ids.to(unread.device) for ids in allowed if ids is not None]
-        if all(ids.numel() == 1 for ids in rows):
-            forced = torch.full((len(rows), V), -math.inf, device=unread.device)
-            return forced.scatter_(1, torch.stack(rows), 0.0), unread
-        together = torch.cat(rows).unique()
-        few = together if FEW * together.numel() <= V else None
-    return decode(model, unread, cache, only=few), unread[:, :0]
+def check_prompts(config: PaliGemmaConfig, prompt: Mapping[str, Tensor], rules: Rules) -> None:
+    """ValueError for prompts that cannot be answered. prompt: from `prepare`, at least one row."""
+    check_length(config, prompt["attention_mask"], rules.options.max_new_tokens)
+    # Rows made for training. Answering after their answer is never what was meant.
+    ended = (prompt["input_ids"][:, -1] == rules.eos) & (prompt["token_type_ids"][:, -1] == SUFFIX)
+    if ended.any():
+        row = int(ended.long().argmax())
+        raise ValueError(f"row {row} already ends in eos: leave the suffix out of the processor's call")
 
 
 # ---------------------------------------------------------------------------------------------- beams
@@ -557,7 +438,9 @@ class _Beam:
     parent: int = 0
 
 
-def _beam_search(task: _Task) -> list[Generated]:
+def beam_search(
+    model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], options: Options
+) -> list[Generated]:
     """Keeps the `num_beams` likeliest beginnings of each row and returns the best answer found.
 
     The rules are those of transformers (`_beam_search` with early_stopping=False), so that the sequences are equal:
@@ -572,19 +455,26 @@ def _beam_search(task: _Task) -> list[Generated]:
     Probabilities here are those over the whole vocabulary, not among the allowed tokens: they add up to the model's own
     probability of the answer, also under a constraint. What `Generated` reports is among the allowed ones, as always.
     """
-    model, options, width = task.model, task.options, task.options.num_beams
-    answers: list[list[tuple[float, Generated]]] = [[] for _ in range(task.rows)]  # per row (score, answer), best first
-    beams = [_Beam(row, Generated()) for row in range(task.rows)]  # one per row at first, grouped by row
-    logits, cache = prefill(model, task.prompt, options.max_new_tokens)
+    prompt, rules, width = prepare(model, inputs), Rules(model, options), options.num_beams
+    rows, vocab_size = len(prompt["input_ids"]), model.config.text_config.vocab_size
+    of_rows = one_per_row(options.constraint, rows)
+    if not rows:
+        return []
+    check_prompts(model.config, prompt, rules)
+    answers: list[list[tuple[float, Generated]]] = [[] for _ in range(rows)]  # per row (score, answer), best first
+    beams = [_Beam(row, Generated()) for row in range(rows)]  # one per row at first, grouped by row
+    logits, cache = prefill(model, prompt, options.max_new_tokens)
     for length in range(1, options.max_new_tokens + 1):
         remaining = options.max_new_tokens + 1 - length
         generated = [beam.answer.token_ids for beam in beams]
-        constraints = [task.constraints[beam.row] for beam in beams]
-        may_follow, fitting = allowed_next(constraints, generated, remaining, len(task.never), task.eos)
-        scores = masked_logits(logits, task.never, may_follow, generated, remaining)
+        constraints = [of_rows[beam.row] for beam in beams]
+        may_follow, fitting = allowed_next(constraints, generated, remaining, vocab_size, rules.eos)
+        scores = masked_logits(logits, rules.never, may_follow)
+        if -math.inf in (best := scores.amax(-1).tolist()):
+            raise nothing_allowed(generated[best.index(-math.inf)], remaining)
         values, ids = (t.tolist() for t in scores.topk(min(2 * width, scores.shape[-1])))  # each N lists of 2 * width
         whole, allowed = logits.float().logsumexp(-1).tolist(), scores.logsumexp(-1).tolist()
-        bins = _watched_bins(scores, options.watch)
+        bins = watched_bins(scores, options.watch)
 
         survivors: list[_Beam] = []
         tokens: list[int] = []
@@ -599,12 +489,12 @@ def _beam_search(task: _Task) -> list[Generated]:
             going: list[tuple[_Beam, int]] = []
             for rank, (total, n, token, logprob) in enumerate(candidates[: 2 * width]):
                 fits = n not in fitting or contains(fitting[n], token)
-                ends = token == task.eos or remaining == 1 or not fits
+                ends = token == rules.eos or remaining == 1 or not fits
                 if (ends and rank >= width) or (not ends and len(going) == width):
                     continue
                 answer = beams[n].answer.copy()
                 if fits:
-                    task.record(answer, token, logprob, bins[n])
+                    rules.record(answer, token, logprob, bins[n])
                 if ends:
                     answers[row].append((total / length**options.length_penalty, answer))
                 else:

@@ -38,7 +38,8 @@ from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
 from paligemma.arguments import is_whole
-from paligemma.generation import Generated, Options, check_length, generate, stream
+from paligemma.engine import generate, stream
+from paligemma.generation import Generated, Options, check_length
 from paligemma.images import ImageInput, ImageT, Picture, load_image, looks_swapped, preprocess
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.terminal import error_line, printable

@@ -16,6 +16,17 @@ the last column of row 1: there a caller fed row 0 alone. `generate` does not: r
 In every pass `extend` opens the new columns once, for all layers. Then each layer's `update` writes its keys and values
 into them.
 
+Rows may come and go (see `engine.py`). `select` drops those that have ended, `join` puts the rows of another cache
+below, so that all end in the same column, and `trim` removes the first columns if no row holds a token there:
+
+    columns   0 1 2 3 4 5 6     select([1])       join              trim
+    row 0     i i p p s s s
+    row 1     . . . i i p s     . . . i i p s     . . . i i p s     i i p s
+    another                                       . . . . i i p     . i i p
+
+A token keeps its place in its row whatever the column is, so nothing is computed anew. `grow` makes room for more
+columns.
+
 A token takes layers x 2 x K x E numbers of 2 bytes in bfloat16: 18 KB for PaliGemma 1, 104 KB for PaliGemma 2 3b.
 
 Letters: B batch, S new tokens, T columns, K key/value heads, E head size.
@@ -23,6 +34,7 @@ Letters: B batch, S new tokens, T columns, K key/value heads, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +42,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from paligemma.modeling_gemma import GemmaConfig
+
+
+def bytes_per_token(config: GemmaConfig, dtype: torch.dtype) -> int:
+    """What one token takes: a key and a value in every layer."""
+    return config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 class KVCache:
@@ -87,7 +104,68 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keeps a copy of these rows, int64 [B'], in this order: to reorder beams, and to drop rows that have ended."""
-        for stored in (self.keys, self.values):
-            for layer, tensor in enumerate(stored):
-                stored[layer] = tensor[rows]  # one layer at a time, so that there is never a second cache
         self.valid, self.positions, self.lengths = self.valid[rows], self.positions[rows], self.lengths[rows]
+        for stored in (self.keys, self.values):
+            for layer, old in enumerate(stored):  # one layer at a time, so that there is never a second cache
+                new = old.new_empty(len(rows), *old.shape[1:])
+                torch.index_select(old[:, :, : self.used], 0, rows, out=new[:, :, : self.used])
+                stored[layer] = new
+
+    def join(self, other: KVCache) -> None:
+        """Adds a copy of the other cache's rows below these. The last used columns of both become the same column.
+
+        The room behind them is the larger one of both. Raises ValueError for a cache of another dtype or shape.
+        """
+        ours, theirs = self.keys[0], other.keys[0]
+        if (ours.dtype, ours.shape[1], ours.shape[3]) != (theirs.dtype, theirs.shape[1], theirs.shape[3]):
+            raise ValueError(
+                f"a cache of {ours.dtype} {list(ours.shape)} cannot take rows of {theirs.dtype} {list(theirs.shape)}"
+            )
+        used = max(self.used, other.used)
+        columns = used + max(self.max_length - self.used, other.max_length - other.used)
+        lengths = self.used, other.used
+        for stored, added in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, pair in enumerate(zip(stored, added)):  # one layer at a time, as above
+                stored[layer] = _stacked(pair, lengths, columns, dim=2)
+        self.valid = _stacked((self.valid, other.valid), lengths, columns, dim=1)
+        self.positions = _stacked((self.positions, other.positions), lengths, columns, dim=1)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self.used, self.max_length = used, columns
+
+    def trim(self) -> None:
+        """Leaves out the first columns that hold no token of any row. Their memory is freed by the next copy."""
+        held = self.valid[:, : self.used].any(0)
+        first = int(held.long().argmax()) if held.numel() else 0  # of the columns that some row holds
+        if first:
+            for stored in (self.keys, self.values):
+                stored[:] = [tensor[:, :, first:] for tensor in stored]  # views
+            self.valid, self.positions = self.valid[:, first:], self.positions[:, first:]
+            self.used, self.max_length = self.used - first, self.max_length - first
+
+    def grow(self, max_length: int) -> None:
+        """Room for at least `max_length` columns in all, those in use included, in new memory."""
+        if max_length > self.max_length:
+            for stored in (self.keys, self.values):
+                for layer, tensor in enumerate(stored):
+                    stored[layer] = _stacked([tensor], [self.used], max_length, dim=2)
+            self.valid = _stacked([self.valid], [self.used], max_length, dim=1)
+            self.positions = _stacked([self.positions], [self.used], max_length, dim=1)
+            self.max_length = max_length
+
+
+def _stacked(tensors: Sequence[Tensor], lengths: Sequence[int], columns: int, dim: int) -> Tensor:
+    """The rows of several tensors in one with `columns` columns (dimension `dim`).
+
+    The first `lengths[i]` columns of tensor i are copied so that all end in the same column.
+    """
+    shape = [*tensors[0].shape]
+    shape[0], shape[dim] = sum(map(len, tensors)), columns
+    stacked = tensors[0].new_empty(shape)
+    below = stacked
+    for old, length in zip(tensors, lengths):
+        rows, below = below[: len(old)], below[len(old) :]
+        gap = max(lengths) - length
+        # Zeros, because columns that nobody may look at are still multiplied, with a weight of 0.
+        rows.narrow(dim, 0, gap).zero_()
+        rows.narrow(dim, gap, length).copy_(old.narrow(dim, 0, length))
+    return stacked

@@ -391,7 +391,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         <image> tokens is not n * P (not checked while compiling).
         """
         is_image = input_ids == self.config.image_token_index
-        _check_image_tokens(is_image, image_features)
+        check_image_tokens(is_image, image_features)
         # The id of <image> may lie beyond the embedding (a vocabulary without it): look up any row, it is replaced.
         x = self.language_model.model.embed(input_ids.masked_fill(is_image, 0))
         if image_features is None:
@@ -539,7 +539,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
                 module.explicit = explicit
 
 
-def _check_image_tokens(is_image: Tensor, image_features: Tensor | None) -> None:
+def check_image_tokens(is_image: Tensor, image_features: Tensor | None) -> None:
+    """ValueError if the <image> tokens (True in `is_image`) are not as many as the features [n, P, D] of the images."""
     if torch.compiler.is_compiling():
         return  # int() waits for the device, and no graph can hold that
     tokens = int(is_image.sum())

@@ -16,7 +16,7 @@ from paligemma.answers import grammar
 from paligemma.answers.grammar import DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.results import Detection, Segment
-from paligemma.generation import generate
+from paligemma.engine import generate
 from paligemma.inference import Answer, PaliGemma, load, main, shown
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor

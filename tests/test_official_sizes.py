@@ -105,7 +105,7 @@ def most():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
 facts = {"torch": most()}
-import paligemma.generation
+import paligemma
 from paligemma.weights.loading import load_model
 
 start = time.time()
@@ -121,7 +121,7 @@ with torch.inference_mode():
     inputs["image_features"] = model.encode_image(torch.rand(1, 3, size, size) * 2 - 1)
     facts["seconds to see"] = time.time() - start
 start = time.time()
-(answer,) = paligemma.generation.generate(model, inputs, max_new_tokens=4, suppress_tokens=[1])
+(answer,) = paligemma.generate(model, inputs, max_new_tokens=4, suppress_tokens=[1])
 facts["seconds to answer"] = time.time() - start
 facts["answered"], facts["tokens"] = most(), answer.token_ids
 facts["logprobs"] = answer.token_logprobs
@@ -180,7 +180,7 @@ def own():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
 
 facts = {"torch": own()}
-import paligemma.generation
+import paligemma
 from paligemma.weights.loading import load_model
 
 start = time.time()
@@ -190,7 +190,7 @@ config = model.config
 ids = torch.tensor([[config.image_token_index] * config.vision_config.num_patches + [2, 21209, 659, 108]])
 size = config.vision_config.image_size
 start = time.time()
-(answer,) = paligemma.generation.generate(
+(answer,) = paligemma.generate(
     model, {"input_ids": ids, "pixel_values": torch.zeros(1, 3, size, size)}, max_new_tokens=1, suppress_tokens=[1]
 )
 facts["answered"], facts["seconds to answer"] = own(), time.time() - start

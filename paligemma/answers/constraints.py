@@ -108,17 +108,11 @@ def contains(ids: Tensor, token: int) -> bool:
     return place < len(ids) and int(ids[place]) == token
 
 
-def masked_logits(
-    logits: Tensor,
-    never: Tensor,
-    allowed: Sequence[Tensor | None],
-    generated: Sequence[Sequence[int]],
-    remaining: int,
-) -> Tensor:
+def masked_logits(logits: Tensor, never: Tensor, allowed: Sequence[Tensor | None]) -> Tensor:
     """The logits in float32 with -inf wherever a token is not allowed: [N, V] -> [N, V], a copy.
 
-    never: bool [V]. allowed: from `allowed_next`, one per row of `logits`. generated, remaining: what led there, for
-    the error. Raises ValueError when a constraint leaves nothing that may be produced.
+    never: bool [V], or [N, V] where rows differ. allowed: from `allowed_next`, one per row of `logits`. A row in which
+    nothing is left has -inf everywhere: `nothing_allowed` is the error for it.
     """
     scores = logits.float().masked_fill(never, -math.inf)
     for row, ids in enumerate(allowed):
@@ -128,11 +122,12 @@ def masked_logits(
         kept = scores[row, ids]
         scores[row] = -math.inf
         scores[row, ids] = kept
-    constrained = any(ids is not None for ids in allowed)
-    if constrained and -math.inf in (best := scores.amax(-1).tolist()):
-        stuck = list(generated[best.index(-math.inf)])
-        raise ValueError(
-            f"a constraint allows nothing that may be produced after {stuck}, with {remaining} left in the budget: "
-            "it must always leave a token, at the end eos"
-        )
     return scores
+
+
+def nothing_allowed(generated: Sequence[int], remaining: int) -> ValueError:
+    """What a row ends with whose constraint leaves nothing that may be produced."""
+    return ValueError(
+        f"a constraint allows nothing that may be produced after {list(generated)}, with {remaining} left in the "
+        "budget: it must always leave a token, at the end eos"
+    )

@@ -158,7 +158,7 @@ def load(job: Job) -> tuple[Any, PaliGemmaConfig, Callable[[dict[str, Any], int]
         model = load_transformers(job.folder)
         return model, PaliGemmaConfig.from_pretrained(job.folder), partial(answer_transformers, model)
 
-    from paligemma.generation import generate
+    from paligemma.engine import generate
 
     model = load_ours(job)
     no_end = [model.config.eos_token_id]  # every answer has the same length

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from paligemma.kv_cache import bytes_per_token
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.weights.adapters import TENSORS, Adapter, check_fits, is_adapter, open_adapter
 from paligemma.weights.expected import expected_shapes
@@ -129,8 +130,7 @@ def _describe(
 
 def kv_bytes_per_token(config: PaliGemmaConfig, dtype: torch.dtype) -> int:
     """What one token costs in the cache: a key and a value in every layer."""
-    text = config.text_config
-    return text.num_hidden_layers * 2 * text.num_key_value_heads * text.head_dim * dtype.itemsize
+    return bytes_per_token(config.text_config, dtype)
 
 
 def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype, weights: int | None = None) -> dict[str, int]:

@@ -18,7 +18,7 @@ from paligemma.answers.mask_codec import MaskCodec, crop, paste
 from paligemma.answers.parsing import _token_starts, parse, parse_tokens
 from paligemma.answers.results import Detection, Segment
 from paligemma.answers.writing import canonical_order, format_detections, format_segments
-from paligemma.generation import generate
+from paligemma.engine import generate
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer

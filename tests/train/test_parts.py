@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from reference import make_inputs, make_pair
 
+from paligemma.engine import generate
 from paligemma.fast.swap import quantize
-from paligemma.generation import generate
 from paligemma.kv_cache import KVCache
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.loss import suffix_loss

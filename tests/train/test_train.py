@@ -21,7 +21,7 @@ import torch
 from make_tokenizer import build_tokenizer
 from reference import make_theirs, tiny_config
 
-from paligemma.generation import generate
+from paligemma.engine import generate
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer

@@ -1,0 +1,649 @@
+"""Rows that come and go: many requests answered by one model, each with options of its own.
+
+    engine = Engine(model, tokenizer)
+    ticket = engine.admit(Request(prompt, image_features, Options(max_new_tokens=64)))
+    for token in ticket: ...        # ids as they come
+    ticket.result()                 # Generated, or the error of this row
+
+    step            1  2  3  4  5  6  7  8  9
+    row A           P  a     a  a  a  .
+    row B           P  b     b  .                 P reads a prompt (prefill) and gives the first token;
+    row C (later)         P  c  c  c  c  c  .     lower-case letters are decode steps, one for all running rows
+
+A batch that waits for its slowest row computes with fewer and fewer rows. Here a row leaves the batch and the cache
+with its last token, and another one takes its place while the others run (Orca, Yu et al., OSDI 2022, section 4.1). Its
+prompt is read in a pass of its own, since the prefix looks in both directions, and the two caches are joined
+(`kv_cache.py`). So an answer does not depend on what runs beside it.
+
+`generate` and `stream` are clients: they admit their rows and step until all have ended. This is the only loop in use.
+
+A row's own fault (a constraint that raises or allows nothing, logits that are no numbers) ends that row alone. Any
+other exception ends all running rows; the next ones start afresh. After three such exceptions in a row the engine has
+failed.
+
+Letters: N rows running, S prompt length, P image patches, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paligemma.answers.constraints import (
+    Constraint,
+    allowed_next,
+    contains,
+    masked_logits,
+    nothing_allowed,
+    one_per_row,
+)
+from paligemma.arguments import check_model
+from paligemma.attention_mask import PREFIX
+from paligemma.devices import free_memory
+from paligemma.generation import (
+    NOT_WATCHED,
+    Generated,
+    Options,
+    Rules,
+    beam_search,
+    check_prompts,
+    choose,
+    decode,
+    few_ids,
+    forced_ids,
+    not_finite,
+    prepare,
+    read_prompt,
+    seeds_of,
+    watched_bins,
+)
+from paligemma.kv_cache import KVCache, bytes_per_token
+from paligemma.modeling_gemma import check_image_tokens
+from paligemma.tokenizer import start_of_last_character
+
+if TYPE_CHECKING:
+    from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+    from paligemma.tokenizer import Tokenizer
+
+MOST_FAILURES = 3  # in a row, after which the engine has failed
+
+# How many multiply-adds one prefill may take while other rows wait for it: a few tenths of a second.
+MOST_PREFILL_WORK = {"cpu": 2e10, "cuda": 1e13, "mps": 1e12}
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One row to answer.
+
+    prompt: int64 [S], without padding; <image> stands P times for each picture. image_features: [n, P, D] from
+    `model.encode_image`, the row's n pictures; None for a row without. options: its seed and constraint are this
+    row's; beams run in `generate` only. constraint: in place of the options' one. token_type_ids: int64 [S], 1 for the
+    beginning of an answer that is to be continued; None where all is prompt.
+    """
+
+    prompt: Tensor
+    image_features: Tensor | None = None
+    options: Options = field(default_factory=Options)
+    constraint: Constraint | None = None
+    token_type_ids: Tensor | None = None
+
+
+class Ticket:
+    """A request on its way. All methods may be called from any thread.
+
+    Iterating, `pieces` and `result` wait for what comes next. In the thread that drives the engine (calls its `step`),
+    and where no thread does, they call `step` themselves.
+
+    admitted, started, first_token, ended: when (`time.perf_counter()`) it was admitted, its prompt began to be read,
+    and its first and last token came; None so far.
+    """
+
+    def __init__(self, engine: Engine, listener: Callable[[], object] | None = None):
+        self._engine, self._listener = engine, listener
+        self._answer = Generated()
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self.done = False
+        self.admitted = time.perf_counter()
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.ended: float | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        """The ids of the answer, without eos, from the first one. Raises as `result` does."""
+        count = 0
+        while self._more_than(count):
+            yield self._answer.token_ids[count]
+            count += 1
+        self.result()
+
+    def pieces(self) -> Generator[str, None, Generated]:
+        """The answer in pieces of text, as `stream` gives them; the generator returns the `Generated`.
+
+        Raises as `result` does, and ValueError if the engine has no tokenizer.
+        """
+        tokenizer, count, shown = self._engine.tokenizer, 0, 0
+        if tokenizer is None:
+            raise ValueError("the engine has no tokenizer: give it one to get text")
+        while self._more_than(count):
+            ids = self._answer.token_ids[:]
+            text, count = tokenizer.decode_stable(ids), len(ids)
+            whole = start_of_last_character(text)
+            if whole > shown:
+                yield text[shown:whole]
+                shown = whole
+        answer = self.result()
+        text = tokenizer.decode(answer.token_ids)
+        if len(text) > shown:
+            yield text[shown:]
+        return answer
+
+    def result(self) -> Generated:
+        """The answer. Raises the error of this row, or `concurrent.futures.CancelledError` after `cancel`."""
+        self._more_than(math.inf)
+        if self._error is not None:
+            raise self._error
+        return self._answer
+
+    def cancel(self) -> None:
+        """Gives the answer up. The row leaves before the engine's next step; nothing happens if it has ended."""
+        self._end(CancelledError("the request was cancelled"))
+
+    def _more_than(self, count: float) -> bool:
+        """Waits until there are more than `count` tokens, or the row has ended. Whether there are."""
+        while not self.done and len(self._answer.token_ids) <= count:
+            if self._engine.runs_elsewhere():
+                with self._changed:  # for a second at most, because the thread that drives the engine may die
+                    self._changed.wait_for(lambda: self.done or len(self._answer.token_ids) > count, timeout=1)
+            else:
+                self._engine.step()
+        return len(self._answer.token_ids) > count
+
+    def _tell(self) -> None:
+        """A token has come, or the end."""
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        with self._changed:
+            self._changed.notify_all()
+        if self._listener is not None:
+            self._listener()
+
+    def _end(self, error: BaseException | None = None) -> None:
+        with self._changed:
+            if self.done:
+                return
+            self._error, self.done, self.ended = error, True, time.perf_counter()
+        self._tell()
+
+
+@dataclass(eq=False)
+class _Row:
+    """What the engine knows of a request. unread: tokens that were chosen and are not in the cache yet."""
+
+    request: Request
+    ticket: Ticket
+    rules: Rules
+    constraint: Constraint | None
+    generator: torch.Generator | None
+    unread: list[int] = field(default_factory=list)
+
+    @property
+    def answer(self) -> Generated:
+        return self.ticket._answer
+
+    @property
+    def remaining(self) -> int:
+        return self.request.options.max_new_tokens - len(self.answer.token_ids)
+
+    @property
+    def columns_to_come(self) -> int:
+        """How many columns of the cache the row may still need."""
+        return len(self.unread) + self.remaining
+
+
+class Engine:
+    """Answers requests with one model. `admit` from any thread; one thread calls `step` until it returns False.
+
+    tokenizer: for `Ticket.pieces`. max_rows: how many rows run together. cache_bytes: what their keys and values may
+    take, counted with all of their budgets; None: half of the memory that is free now, math.inf: no limit.
+    prefill_every: while rows run, so many decode steps at least between two prefills, so that new rows never stop the
+    running ones for long. With None new prompts are read as soon as a quarter of the rows is free, which answers many
+    requests in the least time and lets each wait longer.
+    """
+
+    def __init__(
+        self,
+        model: PaliGemmaForConditionalGeneration,
+        tokenizer: Tokenizer | None = None,
+        max_rows: int = 16,
+        cache_bytes: float | None = None,
+        prefill_every: int | None = 8,
+    ):
+        if max_rows < 1 or (prefill_every is not None and prefill_every < 1):
+            raise ValueError(f"max_rows is {max_rows}, prefill_every {prefill_every}, expected 1 at least")
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows, self.prefill_every = max_rows, prefill_every
+        self.cache_bytes = free_memory(model.device) / 2 if cache_bytes is None else cache_bytes
+        self.failure: BaseException | None = None  # what the engine has failed with
+        self._token_bytes = bytes_per_token(model.config.text_config, model.dtype)
+        self._waiting: deque[_Row] = deque()
+        self._running: list[_Row] = []  # the rows of the cache, in its order
+        self._cache: KVCache | None = None
+        self._steps_since_prefill = 0
+        self._failures = 0
+        self._rules: dict[object, Rules] = {}
+        self._stepping = threading.Lock()
+        self._driver: threading.Thread | None = None
+
+    # ------------------------------------------------------------------------------------------ from any thread
+
+    def admit(self, request: Request, listener: Callable[[], object] | None = None) -> Ticket:
+        """Takes a request and returns at once. Nothing is computed yet.
+
+        listener: called without arguments in the engine's thread after each token and at the end; it must return at
+        once (for asyncio: `lambda: loop.call_soon_threadsafe(event.set)`).
+        Raises ValueError for a request that can never be answered: one too long for the model's positions or the
+        cache, one whose pictures do not fit its prompt; RuntimeError if the engine has failed.
+        """
+        if self.failure is not None:
+            raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
+        options = request.options
+        if options.num_beams > 1:
+            raise ValueError("beams are not offered for rows that come and go: use generate")
+        rules = self._rules_of(options)
+        prompt = _batch_of([request])
+        if request.prompt.ndim != 1 or not len(request.prompt):
+            raise ValueError(f"the prompt has shape {list(request.prompt.shape)}, expected [S]: one row, S at least 1")
+        check_prompts(self.model.config, prompt, rules)
+        check_image_tokens(request.prompt == self.model.config.image_token_index, request.image_features)
+        needed = (len(request.prompt) + options.max_new_tokens) * self._token_bytes
+        if needed > self.cache_bytes:
+            raise ValueError(
+                f"the row's keys and values take up to {needed / 1e6:,.0f} MB, and the cache may take "
+                f"{self.cache_bytes / 1e6:,.0f}: lower max_new_tokens or raise cache_bytes"
+            )
+        (constraint,) = one_per_row(options.constraint, 1) if request.constraint is None else (request.constraint,)
+        generator = None
+        if options.do_sample:
+            generator = torch.Generator(self.model.device).manual_seed(*seeds_of(options, 1))
+        ticket = Ticket(self, listener)
+        self._waiting.append(_Row(request, ticket, rules, constraint, generator))
+        return ticket
+
+    def runs_elsewhere(self) -> bool:
+        """Whether another thread drives this engine."""
+        driver = self._driver
+        return driver is not None and driver is not threading.current_thread() and driver.is_alive()
+
+    @property
+    def rows_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def rows_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def bytes_held(self) -> int:
+        """What the keys and values of the running rows take."""
+        cache = self._cache
+        return 0 if cache is None else len(cache.lengths) * cache.max_length * self._token_bytes
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """One pass through the model: the prompts of rows that join, or the next token of all running rows.
+
+        The calling thread now drives the engine. Returns False when no row is running or waiting.
+        """
+        with self._stepping:
+            self._driver = threading.current_thread()
+            self._keep([n for n, row in enumerate(self._running) if not row.ticket.done])  # others were cancelled
+            try:
+                if joining := self._joining():
+                    self._prefill(joining)
+                elif self._running:
+                    self._decode()
+                self._failures = 0
+            except BaseException as error:
+                self._fail(joining, error)
+                if not isinstance(error, Exception):  # Ctrl-C
+                    raise
+            return bool(self._running or self._waiting)
+
+    def _joining(self) -> list[_Row]:
+        """The rows whose prompts are read now, taken from those that wait."""
+        while self._waiting and self._waiting[0].ticket.done:
+            self._waiting.popleft()
+        free = self.max_rows - len(self._running)
+        if self._running and self.prefill_every is None:
+            if free < min(max(1, self.max_rows // 4), len(self._waiting)):
+                return []
+        elif self._running and self._steps_since_prefill < (self.prefill_every or 0):
+            return []
+        joining: list[_Row] = []
+        while self._waiting and len(joining) < free and self._may_join([*joining, self._waiting[0]]):
+            row = self._waiting.popleft()
+            if not row.ticket.done:
+                joining.append(row)
+        return joining
+
+    def _may_join(self, rows: list[_Row]) -> bool:
+        """Whether these rows may be read together now: their keys and values fit, and it does not take too long."""
+        every = [*self._running, *rows]
+        used = max(0 if self._cache is None else self._cache.used, *(len(row.request.prompt) for row in rows))
+        columns = used + max(row.columns_to_come for row in every)
+        if len(every) * columns * self._token_bytes > self.cache_bytes:
+            return False
+        if self.prefill_every is None or len(rows) == 1:
+            return True
+        work = sum(len(row.request.prompt) for row in rows) * self._work_per_token
+        return work <= MOST_PREFILL_WORK.get(self.model.device.type, math.inf)
+
+    @cached_property
+    def _work_per_token(self) -> int:
+        """Multiply-adds of the decoder layers for one token of a prompt."""
+        text = self.model.config.text_config
+        heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
+        return text.num_hidden_layers * text.hidden_size * (heads * text.head_dim + 3 * text.intermediate_size)
+
+    def _prefill(self, rows: list[_Row]) -> None:
+        """Reads the prompts of these rows, chooses their first tokens and adds the rows to those that run."""
+        self._steps_since_prefill = 0
+        for row in rows:
+            row.ticket.started = time.perf_counter()
+        device = self.model.device
+        prompt = {name: tensor.to(device) for name, tensor in _batch_of([row.request for row in rows]).items()}
+        allowed, fitting = self._allowed(rows)
+        logits, cache = read_prompt(self.model, prompt, max(row.columns_to_come for row in rows))
+        kept = self._choose(rows, logits, allowed, fitting)
+        if len(kept) < len(rows):
+            cache.select(torch.tensor(kept, dtype=torch.int64, device=device))
+        if kept and self._cache is None:
+            self._cache = cache
+        elif kept:
+            assert self._cache is not None
+            self._cache.join(cache)
+        self._running += [rows[n] for n in kept]
+
+    def _decode(self) -> None:
+        """The next token of all running rows."""
+        self._steps_since_prefill += 1
+        rows, cache = self._running, self._cache
+        assert cache is not None
+        V, device = self.model.config.text_config.vocab_size, self.model.device
+        allowed, fitting = self._allowed(rows)
+        if (forced := forced_ids(allowed)) is not None:  # nothing to ask the model
+            logits = torch.full((len(rows), V), -math.inf, device=device).scatter_(1, forced.to(device), 0.0)
+        else:
+            tokens, valid = _padded([row.unread for row in rows], device)
+            cache.grow(cache.used + max(row.columns_to_come for row in rows))
+            only = few_ids(allowed, V)
+            logits = decode(self.model, tokens, cache, None if only is None else only.to(device), valid)
+            for row in rows:
+                row.unread.clear()
+        self._keep(self._choose(rows, logits, allowed, fitting))
+
+    def _keep(self, kept: list[int]) -> None:
+        """Only these of the running rows go on."""
+        if len(kept) == len(self._running):
+            return
+        self._running = [self._running[n] for n in kept]
+        if not kept:
+            self._cache = None
+        elif self._cache is not None:
+            self._cache.select(torch.tensor(kept, device=self.model.device))
+            self._cache.trim()
+
+    def _fail(self, joining: list[_Row], error: BaseException) -> None:
+        """Ends all rows that take part in this step. What waits stays, unless the engine has failed."""
+        self._failures += 1
+        ended = [*self._running, *joining]
+        self._running, self._cache = [], None
+        if self._failures >= MOST_FAILURES:
+            self.failure = error
+            ended += self._waiting
+            self._waiting.clear()
+        for row in ended:
+            row.ticket._end(error)
+
+    # ------------------------------------------------------------------------------------------ one token a row
+
+    def _allowed(self, rows: list[_Row]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """What each row may choose from, and which of these fit into its budget (None: all), see `allowed_next`.
+
+        A row whose constraint raises ends with that error.
+        """
+        V = self.model.config.text_config.vocab_size
+        allowed: list[Tensor | None] = [None] * len(rows)
+        fitting: list[Tensor | None] = [None] * len(rows)
+        for n, row in enumerate(rows):
+            if row.constraint is None:
+                continue
+            try:
+                ids, fits = allowed_next([row.constraint], [row.answer.token_ids], row.remaining, V, row.rules.eos)
+                allowed[n], fitting[n] = ids[0], fits.get(0)
+            except Exception as error:
+                row.ticket._end(error)
+        return allowed, fitting
+
+    def _choose(
+        self, rows: list[_Row], logits: Tensor, allowed: list[Tensor | None], fitting: list[Tensor | None]
+    ) -> list[int]:
+        """Chooses a token for each row from its logits [N, V], and returns the places of the rows that go on."""
+        never = rows[0].rules.never
+        if any(row.rules is not rows[0].rules for row in rows):
+            never = torch.stack([row.rules.never for row in rows])
+        scores = masked_logits(logits, never, allowed)
+        totals = scores.logsumexp(-1)
+        sound = [math.isfinite(total) for total in totals.tolist()]
+        tokens = scores.argmax(-1)
+        for options, places in _grouped(rows, lambda row: _sampling(row.request.options)):
+            if options is not None and (places := [n for n in places if sound[n]]):
+                generators = [generator for n in places if (generator := rows[n].generator) is not None]
+                tokens[places] = choose(_taken(scores, places), options, generators)
+        logprobs = (scores.gather(-1, tokens[:, None])[:, 0] - totals).tolist()
+        bins = [NOT_WATCHED] * len(rows)
+        for watch, places in _grouped(rows, lambda row: row.request.options.watch):
+            if watch is not None:
+                for n, found in zip(places, watched_bins(_taken(scores, places), watch)):
+                    bins[n] = found
+
+        kept: list[int] = []
+        for n, (row, token) in enumerate(zip(rows, tokens.tolist())):
+            fits = fitting[n]
+            if row.ticket.done:
+                continue  # its constraint has raised, or it was cancelled
+            if not sound[n]:
+                nothing = allowed[n] is not None and bool((scores[n] == -math.inf).all())
+                dead_end = nothing_allowed(row.answer.token_ids, row.remaining)
+                row.ticket._end(dead_end if nothing else not_finite(self.model.dtype))
+            elif fits is not None and not contains(fits, token):
+                row.ticket._end()  # what it chose does not fit into the budget, so the answer ends without it
+            else:
+                row.rules.record(row.answer, token, logprobs[n], bins[n])
+                if row.answer.finished or not row.remaining:
+                    row.ticket._end()
+                else:
+                    row.unread.append(token)
+                    row.ticket._tell()
+                    kept.append(n)
+        return kept
+
+    def _rules_of(self, options: Options) -> Rules:
+        """Shared by rows with the same options, because a row of bools for each of 257,216 ids is not small."""
+        suppressed = tuple(options.suppress_tokens or ())
+        key = options.eos_token_id, options.num_tokens, suppressed, options.watch, options.max_new_tokens
+        if key not in self._rules:
+            if len(self._rules) >= 64:
+                self._rules.clear()
+            self._rules[key] = Rules(self.model, options)
+        return self._rules[key]
+
+
+def _batch_of(requests: Sequence[Request]) -> dict[str, Tensor]:
+    """The inputs of the model for some rows, padded on the left."""
+    S = max(len(request.prompt) for request in requests)
+    prompts = [request.prompt for request in requests]
+    types = [torch.full_like(r.prompt, PREFIX) if r.token_type_ids is None else r.token_type_ids for r in requests]
+    columns = {
+        "input_ids": prompts,
+        "attention_mask": [torch.ones_like(prompt) for prompt in prompts],
+        "token_type_ids": types,
+    }
+    batch = {name: torch.stack([F.pad(row, (S - len(row), 0)) for row in rows]) for name, rows in columns.items()}
+    features = [request.image_features for request in requests if request.image_features is not None]
+    if features:
+        batch["image_features"] = torch.cat(features)
+    return batch
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as int64 [N, k], padded on the left, and where they are real, bool [N, k] (None: everywhere)."""
+    k = max(map(len, rows))
+    tokens = torch.tensor([[0] * (k - len(row)) + row for row in rows], device=device)
+    if all(len(row) == k for row in rows):
+        return tokens, None
+    return tokens, torch.tensor([[False] * (k - len(row)) + [True] * len(row) for row in rows], device=device)
+
+
+Key = TypeVar("Key")
+
+
+def _grouped(rows: Sequence[_Row], key: Callable[[_Row], Key]) -> Iterator[tuple[Key, list[int]]]:
+    """The places of the rows that have the same key."""
+    groups: dict[Key, list[int]] = {}
+    for n, row in enumerate(rows):
+        groups.setdefault(key(row), []).append(n)
+    yield from groups.items()
+
+
+def _taken(scores: Tensor, places: list[int]) -> Tensor:
+    """These rows of the scores; no copy where it is all of them."""
+    return scores if len(places) == len(scores) else scores[places]
+
+
+def _sampling(options: Options) -> Options | None:
+    """Equal for rows whose tokens are drawn in the same way; None for greedy rows."""
+    if not options.do_sample:
+        return None
+    return Options(do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+
+
+# ---------------------------------------------------------------------------------------------- generate, stream
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _takes_the_fields_of(
+    options: Callable[Parameters, Options],
+) -> Callable[
+    [Callable[..., Result]],
+    Callable[Concatenate[PaliGemmaForConditionalGeneration, Mapping[str, Any], Parameters], Result],
+]:
+    """The parameters after the first two are the fields of `Options`, for type checkers and for `help` alike."""
+
+    def decorate(function: Any) -> Any:
+        signature = inspect.signature(function)
+        first_two = list(signature.parameters.values())[:2]
+        fields = inspect.signature(options).parameters.values()
+        function.__signature__ = signature.replace(parameters=[*first_two, *fields])
+        return function
+
+    return decorate
+
+
+@_takes_the_fields_of(Options)
+@torch.inference_mode()
+def generate(
+    model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], *options: Any, **named: Any
+) -> list[Generated]:
+    """The answer to every row of a batch.
+
+    inputs: what the processor returns, padded on either side. Instead of pixel_values it may hold image_features, from
+        `model.encode_image`: [n, P, D], the images of all rows one after the other; N prompts about one image pass
+        `features.expand(N, -1, -1)`. Other keys (labels) are not looked at. Tokens of type 1 are the beginning of the
+        answer, which is then continued; the continuation alone is returned.
+    All else: the fields of `Options`, explained there.
+
+    Returns one `Generated` per row. In float32 a greedy answer is the same alone and in any batch (see the tests).
+    Raises ValueError on options out of range, on rows whose prompt and budget exceed the model's positions (before any
+    work), on rows that already end in eos, and where a constraint allows nothing.
+    """
+    check_model(model)
+    given = Options(*options, **named)
+    if given.num_beams > 1:
+        return beam_search(model, inputs, given)
+    requests = requests_of(model, inputs, given)
+    engine = Engine(model, max_rows=max(1, len(requests)), cache_bytes=math.inf, prefill_every=None)
+    tickets = [engine.admit(request) for request in requests]
+    while engine.step() and not any(ticket.done and ticket._error for ticket in tickets):
+        pass
+    failed = [ticket for ticket in tickets if ticket.done and ticket._error]
+    return [ticket.result() for ticket in failed or tickets]
+
+
+def requests_of(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], options: Options) -> list[Request]:
+    """The rows of a batch, checked, and their images encoded. Raises what `generate` raises before it begins."""
+    prompt = prepare(model, inputs)
+    ids, types, rows = prompt["input_ids"], prompt["token_type_ids"], len(prompt["input_ids"])
+    constraints, seeds = one_per_row(options.constraint, rows), seeds_of(options, rows) if options.do_sample else None
+    rules = Rules(model, options)
+    if not rows:
+        return []
+    check_prompts(model.config, prompt, rules)
+    is_image = ids == model.config.image_token_index
+    features = prompt.get("image_features")
+    if (pixels := prompt.get("pixel_values")) is not None:
+        features = model.encode_image(pixels)
+    check_image_tokens(is_image, features)
+    counts = [0] * rows if features is None else (is_image.sum(-1) // features.shape[1]).tolist()
+    of_rows = [None] * rows if features is None else features.split(counts)
+    requests = []
+    for n, length in enumerate(prompt["attention_mask"].sum(-1).tolist()):
+        own = replace(options, seed=None if seeds is None else seeds[n], constraint=None)
+        pictures = of_rows[n] if counts[n] else None
+        requests.append(Request(ids[n, -length:], pictures, own, constraints[n], types[n, -length:]))
+    return requests
+
+
+def stream(
+    model: PaliGemmaForConditionalGeneration,
+    inputs: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    max_new_tokens: int = 128,
+    **named: Any,
+) -> Generator[str, None, Generated]:
+    """The answer to a single row in pieces of text, as they come.
+
+    A piece never ends inside a character: neither between the bytes of one that the vocabulary spells in bytes, nor
+    before a combining mark or in the middle of a joined emoji. The last character is therefore held back until the next
+    one begins. The pieces joined are `tokenizer.decode` of the whole answer.
+
+    named: the fields of `Options`; num_tokens is known. The generator returns the `Generated`: `answer = yield from
+    stream(...)`. Raises what `generate` does, at the call, and ValueError for beams: one that was shown may lose later.
+    """
+    options = Options(max_new_tokens, **{"num_tokens": len(tokenizer), **named})
+    if options.num_beams > 1:
+        raise ValueError("streaming with beams is not offered: which beam wins is known at the end; use generate")
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if isinstance(ids, Tensor) and len(ids) != 1:
+        raise ValueError(f"inputs has {len(ids)} rows, and a stream is of one: use generate")
+    with torch.inference_mode():
+        (request,) = requests_of(model, inputs, options)
+    engine = Engine(model, tokenizer, max_rows=1, cache_bytes=math.inf, prefill_every=None)
+    return engine.admit(request).pieces()
