@@ -157,6 +157,11 @@ class Ticket:
             raise self._error
         return self._answer
 
+    def written(self, start: int = 0) -> tuple[list[int], list[float]]:
+        """The ids from place `start` on that are there now, and their log-probabilities. Does not wait."""
+        ids = self._answer.token_ids[start:]
+        return ids, self._answer.token_logprobs[start : start + len(ids)]
+
     def cancel(self) -> None:
         """Gives the answer up. The row leaves before the engine's next step; nothing happens if it has ended."""
         self._end(CancelledError("the request was cancelled"))

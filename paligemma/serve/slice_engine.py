@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from paligemma.answers.parsing import NUM_LOC
-from paligemma.generation import Generated, Options, generate
+from paligemma.engine import generate
+from paligemma.generation import Generated, Options
 
 
 class Request:
