@@ -1,0 +1,226 @@
+"""The folder of a run: everything that is known of it, so that any process on any machine can go on with it.
+
+    answers/
+      run.json              what was asked for, the fingerprint of the weights, versions, the number of rows and shards
+      rows.jsonl            the frozen list: id, image, prompt. Pictures that are added meanwhile change nothing
+      parts/00007.jsonl     a finished shard: its rows in order, each once. It appears by renaming, whole
+      work/00007.W.jsonl    an open shard: rows that worker W has answered, as they come
+      work/00007.lease      who works on it (`leases.py`)
+      summary.json          how many rows were answered, errors by kind, seconds
+
+A finished part is the truth. Everything in `work` may be lost: it only saves doing things twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from paligemma.batch import leases
+from paligemma.batch.rows import InputRow, Line
+from paligemma.batch.settings import Settings, differences
+from paligemma.files import read_json, write_json
+
+RUN, ROWS, SUMMARY, SETUP = "run.json", "rows.jsonl", "summary.json", "setup.lease"
+
+
+class AnotherRun(ValueError):
+    """The folder holds a run with other options, weights or rows."""
+
+
+class RunFolder:
+    """A folder whose list is frozen. about: what `run.json` says."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """FileNotFoundError if there is no run in this folder, ValueError if its `run.json` cannot be read."""
+        self.path = Path(path)
+        if not (self.path / RUN).is_file():
+            raise FileNotFoundError(f"{self.path} holds no run: there is no {RUN} in it")
+        self.about = read_json(self.path / RUN)
+        try:
+            self.settings = Settings.from_dict(self.about["options"])
+            self.num_rows, self.num_shards = int(self.about["rows"]), int(self.about["shards"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path / RUN} is not of `paligemma batch`: {error!r}") from None
+
+    @property
+    def work(self) -> Path:
+        return self.path / "work"
+
+    def part(self, shard: int) -> Path:
+        return self.path / "parts" / f"{shard:05d}.{self.settings.format}"
+
+    def lease(self, shard: int) -> Path:
+        return self.work / f"{shard:05d}.lease"
+
+    def is_done(self, shard: int) -> bool:
+        return self.part(shard).exists()
+
+    def done(self) -> set[int]:
+        """The shards that are finished, by one look at the folder."""
+        suffix = f".{self.settings.format}"
+        names = (entry.name for entry in os.scandir(self.path / "parts") if not entry.name.startswith("."))
+        return {int(name.removesuffix(suffix)) for name in names if name.endswith(suffix)}
+
+    def lines(self, shard: int) -> Iterator[Line]:
+        """The lines of a finished shard."""
+        if self.settings.format == "parquet":
+            from paligemma.batch.parquet import read_part
+
+            yield from read_part(self.part(shard))
+            return
+        with open(self.part(shard), "rb") as file:
+            yield from map(json.loads, file)
+
+    def rows(self, shard: int) -> list[InputRow]:
+        """What is asked in a shard."""
+        with open(self.path / ROWS, "rb") as file:
+            file.seek(self._starts[shard])
+            size = self.settings.shard_size
+            return [InputRow.from_json(line) for _, line in zip(range(size), file)]
+
+    @cached_property
+    def _starts(self) -> array[int]:
+        """Where each shard begins in `rows.jsonl`: 8 bytes a shard, read once."""
+        starts, position, size = array("q"), 0, self.settings.shard_size
+        with open(self.path / ROWS, "rb") as file:
+            for number, line in enumerate(file):
+                if number % size == 0:
+                    starts.append(position)
+                position += len(line)
+        return starts
+
+
+# ---------------------------------------------------------------------------------------------- the beginning
+
+
+def open_run(
+    path: Path,
+    settings: Settings,
+    fingerprints: Mapping[str, Any],
+    listed: Callable[[], Iterable[InputRow]],
+    note: Callable[[str], object] = lambda text: None,
+) -> RunFolder:
+    """The run in a folder, begun here or by somebody else, now or earlier.
+
+    fingerprints: "weights" and "list" of `run.json`. listed: gives the rows; called by the first process alone, while
+    others wait for it. `AnotherRun` for a folder that holds another run, FileExistsError for a file or a folder with
+    other content, ValueError for no rows or for ids that are there twice. Nothing is written then.
+    """
+    about = {"options": json.loads(json.dumps(settings.to_dict())), **fingerprints}
+    waiting = False
+    while not (path / RUN).exists():
+        _check_place(path)
+        made = [one for one in (path, *path.parents) if not one.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            lease = leases.take(path / SETUP)
+            if lease is not None:
+                try:
+                    with leases.Heartbeat(lease):
+                        if not (path / RUN).exists():
+                            _begin(path, about, settings.shard_size, listed)
+                finally:
+                    leases.clear(path / SETUP)
+                continue
+        finally:
+            for one in made:
+                with suppress(OSError):
+                    one.rmdir()  # if nothing was written to it
+        if not waiting:
+            note(f"another process lists the rows of {path}: waiting for it")
+        waiting = True
+        time.sleep(0.5)
+    folder = RunFolder(path)
+    if found := differences(folder.about, about):
+        raise AnotherRun(f"{path} holds another run: {'; '.join(found)}; choose another folder for this one")
+    return folder
+
+
+def _check_place(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, expected a folder to write the run to")
+    if path.is_dir():
+        ours = (RUN, ROWS, SETUP, "parts", "work", f".{ROWS}", f"{SETUP}.", ".probe")
+        strange = [entry.name for entry in os.scandir(path) if not entry.name.startswith(ours)]
+        if strange and not (path / RUN).exists():
+            raise FileExistsError(f"{path} is not empty ({strange[0]} is in it) and holds no run: choose another folder")
+
+
+def _begin(path: Path, about: Mapping[str, Any], shard_size: int, listed: Callable[[], Iterable[InputRow]]) -> None:
+    """Freezes the list. `run.json` comes last: where it is, everything is."""
+    import torch
+
+    from paligemma import __version__
+
+    for left in path.glob(f".{ROWS}.*"):  # of a process that was killed while it listed
+        left.unlink(missing_ok=True)
+    beside = path / f".{ROWS}.{uuid.uuid4().hex}"
+    try:
+        with open(beside, "wb") as file:
+            count = write_rows(file, listed())
+            file.flush()
+            os.fsync(file.fileno())
+        if not count:
+            raise ValueError("there is nothing to answer: no row was found")
+        check_ids(beside)
+        for name in ("parts", "work"):
+            (path / name).mkdir(exist_ok=True)
+        os.replace(beside, path / ROWS)
+    finally:
+        beside.unlink(missing_ok=True)
+    versions = {"paligemma": __version__, "torch": torch.__version__}
+    numbers = {"rows": count, "shards": -(-count // shard_size)}
+    write_json(path / RUN, {**about, **numbers, "versions": versions, "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+
+def write_rows(file: IO[bytes], rows: Iterable[InputRow]) -> int:
+    """Writes the list, and returns how many rows it has."""
+    count = 0
+    for row in rows:
+        file.write(row.to_json().encode() + b"\n")
+        count += 1
+    return count
+
+
+def check_ids(path: Path) -> None:
+    """ValueError, naming some, if two rows have one id.
+
+    Of a million ids 64 bits each are kept. Where two of them agree the ids themselves are compared.
+    """
+    import hashlib
+
+    import numpy as np
+
+    def ids() -> Iterator[tuple[int, str]]:
+        with open(path, "rb") as file:
+            for line in file:
+                name = json.loads(line)["id"]
+                hashed = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8)
+                yield int.from_bytes(hashed.digest(), "little"), name
+
+    hashes = np.array(array("Q", (key for key, _ in ids())), np.uint64)
+    hashes.sort()
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not twice:
+        return
+    seen: set[str] = set()
+    doubles = {}
+    for key, name in ids():
+        if key in twice:
+            doubles.update({name: None} if name in seen else {})
+            seen.add(name)
+    if doubles:
+        some = ", ".join(list(doubles)[:3]) + (", ..." if len(doubles) > 3 else "")
+        raise ValueError(
+            f"{len(doubles):,} ids are there more than once ({some}): name each picture once, or give every row an id "
+            "of its own with --rows"
+        )

@@ -1,0 +1,98 @@
+"""OpenAI's batch format: requests in, answers out, a line of JSON each.
+
+    {"custom_id": "7", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "x", "max_tokens": 64,
+     "messages": [{"role": "user", "content": [{"type": "text", "text": "caption en"},
+                                               {"type": "image_url", "image_url": {"url": "data:image/png;..."}}]}]}}
+    -> {"id": "batch_req_...", "custom_id": "7", "response": {"status_code": 200, "request_id": "...",
+        "body": {"object": "chat.completion", "choices": [{"message": {"content": "a dog", "paligemma": {...}}}]}},
+        "error": null}
+
+The model sees one user message: its text parts are the prompt, its pictures the row. A field that would change the
+answer and is not supported is an error that names it, never dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from paligemma.batch.rows import Line
+
+URL = "/v1/chat/completions"
+TAKEN = ("model", "messages", "user", "metadata", "store", "service_tier")
+OPTIONS = ("temperature", "top_p", "top_k", "seed", "constrained")
+# Values that clients send by default and that change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1, None), "stop": (None, []), "stream": (False, None), "logit_bias": (None, {}), "tools": (None, []),
+    "presence_penalty": (0, None), "frequency_penalty": (0, None), "logprobs": (False, None), "top_logprobs": (0, None),
+    "response_format": (None, {"type": "text"}),
+}  # fmt: skip
+STATUS = {"missing": 400, "unreadable": 400, "too_many_pixels": 413, "prompt_too_long": 400, "constraint": 400}
+
+
+def is_request(record: Mapping[str, Any]) -> bool:
+    return "custom_id" in record and isinstance(record.get("body"), Mapping)
+
+
+def read_request(record: Mapping[str, Any], place: str) -> tuple[str, str, list[str], dict[str, Any]]:
+    """id, prompt, pictures (data: URLs or paths) and options of a request. ValueError, naming the field and `place`."""
+    body = record["body"]
+    if record.get("url", URL) != URL or record.get("method", "POST") != "POST":
+        raise ValueError(f"{place}: expected POST {URL}, got {record.get('method')} {record.get('url')}")
+    options: dict[str, Any] = {}
+    for name, value in body.items():
+        if name in ("max_tokens", "max_completion_tokens"):
+            if value is not None:
+                options["max_new_tokens"] = _number(value, name, place, 1)
+        elif name in OPTIONS:
+            if value is not None:
+                options[name] = value if name == "constrained" else _number(value, name, place, 0)
+        elif name not in TAKEN and not any(value == neutral for neutral in NEUTRAL.get(name, ())):
+            raise ValueError(f"{place}: body.{name} is {str(value)[:60]!r}, which is not supported: leave it out")
+    prompt, pictures = _message(body.get("messages"), place)
+    return str(record["custom_id"]), prompt, pictures, options
+
+
+def _number(value: Any, name: str, place: str, least: int) -> Any:
+    whole = name not in ("temperature", "top_p")
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value < least:
+        raise ValueError(f"{place}: body.{name} is {value!r}, expected a{' whole' if whole else ''} number from {least}")
+    return value
+
+
+def _message(messages: Any, place: str) -> tuple[str, list[str]]:
+    if not isinstance(messages, list) or len(messages) != 1 or messages[0].get("role") != "user":
+        raise ValueError(f"{place}: expected one message with the role user: the model has no memory and no system prompt")
+    content = messages[0].get("content")
+    if isinstance(content, str):
+        return content, []
+    texts, pictures = [], []
+    for part in content if isinstance(content, list) else [None]:
+        if isinstance(part, Mapping) and part.get("type") == "text":
+            texts.append(str(part.get("text", "")))
+        elif isinstance(part, Mapping) and part.get("type") == "image_url":
+            url = part.get("image_url")
+            pictures.append(str(url.get("url") if isinstance(url, Mapping) else url))
+        else:
+            raise ValueError(f"{place}: a part of the message is neither text nor image_url: {str(part)[:60]}")
+    return " ".join(texts), pictures
+
+
+def response_line(line: Line, model: str) -> dict[str, Any]:
+    """The line of a part as OpenAI's format has it."""
+    name = hashlib.sha256(line["id"].encode()).hexdigest()[:24]
+    answer: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": line["id"], "response": None, "error": None}
+    error = line["error"]
+    if error is not None:
+        about = {"message": error["message"], "type": "invalid_request_error", "param": None, "code": error["kind"]}
+        status = STATUS.get(error["kind"], 500)
+        body: dict[str, Any] = {"error": {**about, "type": "server_error" if status == 500 else about["type"]}}
+    else:
+        status = 200
+        more = ("image_size", "score", "finished", "invalid", "segments", "detections")
+        message = {"role": "assistant", "content": line["text"], "paligemma": {key: line[key] for key in more}}
+        reason = "stop" if line["finished"] else "length"
+        choice = {"index": 0, "finish_reason": reason, "logprobs": None, "message": message}
+        body = {"id": f"chatcmpl-{name}", "object": "chat.completion", "model": model, "choices": [choice]}
+    return {**answer, "response": {"status_code": status, "request_id": name, "body": body}}

@@ -1,0 +1,86 @@
+"""Opens the picture of a row, or says in one of the kinds of `rows.py` why it cannot be opened.
+
+A picture is where its row says:
+
+    "/photos/a.jpg"                                             a file
+    "data:image/png;base64,..."                                 in the row itself
+    {"file": "x.tar", "start": 512, "size": 9000, "name": ...}  the bytes of another file: a member of a tar archive
+    {"file": "x.jsonl", ..., "picture": 0}                      the same, where these bytes are a line of JSON
+    {"table": "x.parquet", "row": 7, "column": "image", ...}    a cell of a parquet file
+    {"video": "x.mp4", "time": 2.5, "name": ...}                a frame of a video, in seconds from its beginning
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from paligemma.batch.rows import RowFailure, Where
+from paligemma.images import TooManyPixels, load_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def open_picture(where: Where, max_pixels: float | None = None) -> Image.Image:
+    """The picture as 8-bit RGB, upright. max_pixels: in millions; a larger one is refused before it is decoded.
+
+    RowFailure of the kind missing, unreadable, too_many_pixels or out_of_memory.
+    """
+    try:
+        return load_image(read(where), max_pixels and round(max_pixels * 1e6))
+    except RowFailure:
+        raise
+    except MemoryError:
+        raise RowFailure("out_of_memory", "the picture does not fit into memory") from None
+    except FileNotFoundError as error:
+        raise RowFailure("missing", _message(error)) from None
+    except TooManyPixels as error:
+        raise RowFailure("too_many_pixels", f"{_message(error)} (--max-pixels)") from None
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise RowFailure("unreadable", _message(error)) from None
+
+
+def read(where: Where) -> Any:
+    """What `load_image` takes: a path, a data: URL, bytes, or a decoded frame."""
+    if isinstance(where, str):
+        return where
+    if "video" in where:
+        return frame_of_video(where["video"], where["time"])
+    if "table" in where:
+        cell = _table(where["table"])[where["row"]][where["column"]]
+        return cell.get("bytes") if isinstance(cell, Mapping) else cell
+    with open(where["file"], "rb") as file:
+        file.seek(where["start"])
+        content = file.read(where["size"])
+    if len(content) < where["size"]:
+        raise OSError(f"{where['file']} has become shorter than it was when its pictures were listed")
+    if "picture" in where:
+        from paligemma.batch.row_files import pictures_in_line
+
+        return pictures_in_line(content)[where["picture"]]
+    return content
+
+
+@lru_cache(maxsize=4)
+def _table(path: str) -> Any:
+    from paligemma.data.arrow_files import ArrowFiles
+
+    return ArrowFiles([path])
+
+
+def frame_of_video(path: str, time: float) -> Any:
+    """The frame that is shown `time` seconds after the beginning of a video, as a PIL picture.
+
+    Frames asked for in order are decoded in one go: the last video stays open.
+    """
+    from paligemma.batch.videos import open_video
+
+    return open_video(path).frame_at(time)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

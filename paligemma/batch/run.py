@@ -1,0 +1,246 @@
+"""A run on one machine: starts workers, replaces those that die, shows how far they are, and sums up.
+
+    summary = run_batch(open_run(...), workers=2)
+
+The parent answers nothing itself and holds no model. What it knows of the workers' progress are two numbers each, in
+shared memory: a worker that is killed can leave no half of a message there, and no lock.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from paligemma.batch.folder import RunFolder
+from paligemma.batch.shards import reopen
+from paligemma.batch.status import Tally, write_summary
+from paligemma.batch.worker import FAILED, How, run_worker, shards_of
+
+LOOK = 1.0  # seconds between two looks at the workers
+GIVE_UP = 8  # workers that may die one after the other without a single row between them
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: rows that are answered or failed, of all; errors; seconds and rows of this call."""
+
+    rows: int
+    total: int
+    errors: int
+    seconds: float
+    new: int
+
+    @property
+    def rate(self) -> float:
+        return self.new / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.total - self.rows) / self.rate if self.rate else None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call ended. summary: what `summary.json` says. errors: by kind, in the shards of this call. signal: the
+    number of the signal that ended it, if one did. failure: why it could not go on, in a line. stopped: by
+    --stop-after-errors."""
+
+    summary: dict[str, Any]
+    answered: int
+    errors: dict[str, int]
+    complete: bool
+    signal: int | None = None
+    failure: str | None = None
+    stopped: bool = False
+
+
+class Worker:
+    """A worker and its two counters. counts: answered, failed."""
+
+    def __init__(self, folder: RunFolder, how: How) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit the state of CUDA
+        self.how = how
+        self.counts = context.Array("q", [0, 0], lock=False)
+        self.process: BaseProcess = context.Process(
+            target=run_worker, args=(folder.path, how, self.counts), daemon=True
+        )
+        with signals_ignored(signal.SIGINT):  # until it has a handler of its own
+            self.process.start()
+
+    @property
+    def rows(self) -> int:
+        return self.counts[0] + self.counts[1]
+
+
+def run_batch(
+    folder: RunFolder,
+    workers: int = 1,
+    how: How | None = None,
+    stop_after_errors: int | None = None,
+    retry_errors: bool = False,
+    on_progress: Callable[[Progress], object] = lambda progress: None,
+    note: Callable[[str], object] = lambda text: None,
+) -> Ended:
+    """Finishes the shards of a run (those of `how.part`), in as many processes as `workers` says.
+
+    stop_after_errors: so many failed rows of this call end it. retry_errors: rows that failed earlier are tried again.
+    on_progress: called about once a second. note: gets lines for a person to read.
+    """
+    how = how or How()
+    shards = shards_of(folder, how.part)
+    if retry_errors:
+        again = sum(reopen(folder, shard) for shard in sorted(folder.done() & set(shards)))
+        note(f"{again:,} rows that failed are tried again")
+    tally = Tally(folder, shards)
+    tally.update()
+    watch = Watch(folder, tally, how, stop_after_errors, on_progress, note)
+    if not tally.is_complete:
+        with stop_signals() as signals:
+            watch.run(min(workers, len(shards) - len(tally.counted)), signals)
+    tally.update()
+    summary = write_summary(folder, watch.seconds, watch.new, watch.lost)
+    errors = dict(sorted(tally.errors.items()))
+    return Ended(
+        summary, tally.answered, errors, tally.is_complete, watch.signal, watch.failure, watch.stopped
+    )
+
+
+class Watch:
+    """Watches over the workers of one call until their shards are done."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        tally: Tally,
+        how: How,
+        stop_after_errors: int | None,
+        on_progress: Callable[[Progress], object],
+        note: Callable[[str], object],
+    ) -> None:
+        self.folder, self.tally, self.how, self.stop_after_errors = folder, tally, how, stop_after_errors
+        self.on_progress, self.note = on_progress, note
+        self.gone = [0, 0]  # answered and failed by workers that have ended
+        self.lost = 0
+        self.fruitless = 0  # workers lost since the last new row
+        self.signal: int | None = None
+        self.failure: str | None = None
+        self.stopped = False
+        self.started, self.seconds = time.monotonic(), 0.0
+        self.before = tally.answered + tally.errors.total()
+        self.workers: list[Worker] = []
+
+    @property
+    def new(self) -> int:
+        """Rows that the workers of this call have answered, failed ones too."""
+        return sum(self.gone) + sum(worker.rows for worker in self.workers)
+
+    @property
+    def new_errors(self) -> int:
+        return self.gone[1] + sum(worker.counts[1] for worker in self.workers)
+
+    def run(self, count: int, signals: list[int]) -> None:
+        """Starts `count` workers and returns when none is left. signals: numbers of signals, as they come."""
+        self.workers = [Worker(self.folder, self.how_of(k)) for k in range(count)]
+        asked = False
+        try:
+            while self.workers:
+                wait([worker.process.sentinel for worker in self.workers], timeout=LOOK)
+                self.seconds = time.monotonic() - self.started
+                self.collect(stopping=asked)
+                self.report()
+                if self.stop_after_errors is not None and self.new_errors >= self.stop_after_errors:
+                    self.stopped = True
+                self.signal = signals[0] if signals else None
+                if len(signals) > 1 and signals[-1] == signal.SIGINT:
+                    break  # a second Ctrl-C waits for nothing
+                if (self.signal or self.failure or self.stopped) and not asked:
+                    asked = True
+                    for worker in self.workers:
+                        worker.process.terminate()
+        finally:
+            for worker in self.workers:
+                worker.process.kill()
+                worker.process.join()
+            self.seconds = time.monotonic() - self.started
+
+    def how_of(self, number: int) -> How:
+        """Workers are spread over the GPUs of this machine, if no single one was named."""
+        if self.folder.settings.device not in (None, "cuda") or self.folder.settings.device_map is not None:
+            return self.how
+        import torch
+
+        gpus = torch.cuda.device_count()
+        return replace(self.how, device=f"cuda:{number % gpus}") if gpus > 1 else self.how
+
+    def collect(self, stopping: bool) -> None:
+        """Takes note of workers that have ended, and starts others in the place of those that died."""
+        for number, worker in enumerate(list(self.workers)):
+            code = worker.process.exitcode
+            if code is None:
+                continue
+            worker.process.join()
+            self.workers.remove(worker)
+            self.gone = [self.gone[0] + worker.counts[0], self.gone[1] + worker.counts[1]]
+            self.fruitless = 0 if worker.rows else self.fruitless
+            if code == FAILED:
+                self.failure = "a worker could not go on: see the line above"
+            elif code < 0:
+                self.lost += 1
+                self.fruitless += 1
+                if stopping:
+                    continue
+                if self.fruitless >= GIVE_UP:
+                    self.failure = f"{self.fruitless} workers died before they had answered a row ({killed_by(code)})"
+                    continue
+                self.note(f"a worker was lost ({killed_by(code)}); another one goes on")
+                self.workers.insert(number, Worker(self.folder, worker.how))
+
+    def report(self) -> None:
+        rows, errors = self.before + self.new, self.tally.errors.total() + self.new_errors
+        self.on_progress(Progress(min(rows, self.tally.rows), self.tally.rows, errors, self.seconds, self.new))
+
+
+def killed_by(code: int) -> str:
+    """The signal that an exit code stands for; the system's own killer uses SIGKILL."""
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yields a list to which the numbers of SIGINT and SIGTERM are added as they come."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only there signals may be handled
+        yield came
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def signals_ignored(number: int) -> Iterator[None]:
+    """A process that is started inside ignores a signal until it says otherwise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
