@@ -208,7 +208,7 @@ def test_extras_are_imported_where_they_are_used():
     """A package from an extra may be missing: nothing that runs at import may need it."""
     extras = {
         "accelerate", "peft", "tensorboard", "faster_coco_eval", "pycocotools", "bitsandbytes", "sentencepiece",
-        "matplotlib", "transformers", "pyarrow",
+        "matplotlib", "transformers", "pyarrow", "ray", "av",
     }  # fmt: skip
     for path, tree in sources().items():
         used = {name.split(".")[0] for name in imports(path, tree, inside_functions=False)}

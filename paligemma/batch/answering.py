@@ -105,7 +105,10 @@ class AnswerRows:
             "num_beams": settings.beams,
         }
         sampling = {name: own.get(name, getattr(settings, name)) for name in ("temperature", "top_k", "top_p", "seed")}
-        if any(sampling[name] is not None for name in ("temperature", "top_k", "top_p")) and own.get("temperature") != 0:
+        if (
+            any(sampling[name] is not None for name in ("temperature", "top_k", "top_p"))
+            and own.get("temperature") != 0
+        ):
             options.update(sampling, do_sample=True, temperature=sampling["temperature"] or 1.0)
         return options
 

@@ -152,7 +152,9 @@ def _check_place(path: Path) -> None:
         ours = (RUN, ROWS, SETUP, "parts", "work", f".{ROWS}", f"{SETUP}.", ".probe")
         strange = [entry.name for entry in os.scandir(path) if not entry.name.startswith(ours)]
         if strange and not (path / RUN).exists():
-            raise FileExistsError(f"{path} is not empty ({strange[0]} is in it) and holds no run: choose another folder")
+            raise FileExistsError(
+                f"{path} is not empty ({strange[0]} is in it) and holds no run: choose another folder"
+            )
 
 
 def _begin(path: Path, about: Mapping[str, Any], shard_size: int, listed: Callable[[], Iterable[InputRow]]) -> None:
@@ -213,7 +215,7 @@ def check_ids(path: Path) -> None:
     if not twice:
         return
     seen: set[str] = set()
-    doubles = {}
+    doubles: dict[str, None] = {}
     for key, name in ids():
         if key in twice:
             doubles.update({name: None} if name in seen else {})

@@ -157,7 +157,7 @@ def pictures_of_tar(name: str, note: Callable[[str], object] = lambda text: None
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                archive.members = []  # else it keeps what it knows of every member
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps what it knows of every member
                 if member.isfile() and os.path.splitext(member.name.lower())[1] in wanted:
                     inside = plain(member.name).removeprefix("./")
                     place = {"file": path, "start": member.offset_data, "size": member.size}
@@ -188,6 +188,8 @@ def digest_of_lists(inputs: Sequence[str], rows: str | None) -> str | None:
 
     from paligemma.batch.settings import digest_of_file
 
-    lists = [Path(name) for name in (*inputs, *([rows] if rows else [])) if name.lower().endswith(LISTS) or name == rows]
+    lists = [
+        Path(name) for name in (*inputs, *([rows] if rows else [])) if name.lower().endswith(LISTS) or name == rows
+    ]
     found = [digest_of_file(path) for path in lists if path.is_file()]
     return hashlib.sha256("".join(found).encode()).hexdigest()[:16] if found else None

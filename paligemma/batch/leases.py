@@ -149,7 +149,7 @@ def time_on_disk(folder: Path) -> float:
 class Heartbeat:
     """Touches a lease every few seconds while its holder works.
 
-        with Heartbeat(lease): ...
+    with Heartbeat(lease): ...
     """
 
     def __init__(self, lease: Lease, touch: Callable[[Path], None] = os.utime) -> None:

@@ -57,13 +57,17 @@ def read_request(record: Mapping[str, Any], place: str) -> tuple[str, str, list[
 def _number(value: Any, name: str, place: str, least: int) -> Any:
     whole = name not in ("temperature", "top_p")
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value < least:
-        raise ValueError(f"{place}: body.{name} is {value!r}, expected a{' whole' if whole else ''} number from {least}")
+        raise ValueError(
+            f"{place}: body.{name} is {value!r}, expected a{' whole' if whole else ''} number from {least}"
+        )
     return value
 
 
 def _message(messages: Any, place: str) -> tuple[str, list[str]]:
     if not isinstance(messages, list) or len(messages) != 1 or messages[0].get("role") != "user":
-        raise ValueError(f"{place}: expected one message with the role user: the model has no memory and no system prompt")
+        raise ValueError(
+            f"{place}: expected one message with the role user: the model has no memory and no system prompt"
+        )
     content = messages[0].get("content")
     if isinstance(content, str):
         return content, []

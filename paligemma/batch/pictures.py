@@ -29,7 +29,7 @@ def open_picture(where: Where, max_pixels: float | None = None) -> Image.Image:
     RowFailure of the kind missing, unreadable, too_many_pixels or out_of_memory.
     """
     try:
-        return load_image(read(where), max_pixels and round(max_pixels * 1e6))
+        return load_image(read(where), None if max_pixels is None else round(max_pixels * 1e6))
     except RowFailure:
         raise
     except MemoryError:

@@ -63,7 +63,8 @@ def _of_record(record: dict[str, Any], records: Any, number: int, place: str, pr
     column = key or next((name for name in record if record[name] is image), "image")
     given = record.get("id")
     if given is None:
-        given = image if isinstance(image, str) and not _is_data(image) else f"{Path(place.split(':')[0]).name}:{number + 1}"
+        inline = not isinstance(image, str) or _is_data(image)
+        given = f"{os.path.basename(_file_of(records))}:{number + 1}" if inline else image
     several = image if isinstance(image, list) else [image]
     places = [
         _where(one, records, number, place, column, k if isinstance(image, list) else None)

@@ -108,9 +108,7 @@ def run_batch(
     tally.update()
     summary = write_summary(folder, watch.seconds, watch.new, watch.lost)
     errors = dict(sorted(tally.errors.items()))
-    return Ended(
-        summary, tally.answered, errors, tally.is_complete, watch.signal, watch.failure, watch.stopped
-    )
+    return Ended(summary, tally.answered, errors, tally.is_complete, watch.signal, watch.failure, watch.stopped)
 
 
 class Watch:

@@ -48,7 +48,9 @@ class Video:
         except av.FFmpegError as error:
             raise OSError(f"{path} is no video that can be read: {error}") from None
         self.error = av.FFmpegError
-        self.path, self.frames, self.last = path, iter(()), None
+        self.path = path
+        self.frames: Iterator[Any] = iter(())
+        self.last: Any = None
         base, start = self.stream.time_base, self.stream.start_time or 0
         self.start = float(start * base)
         if self.stream.duration:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paligemma.cli import bench, data, evaluate, explore, run, serve, tiny, train, weights
+from paligemma.cli import batch, bench, data, evaluate, explore, run, serve, tiny, train, weights
 from paligemma.cli.output import print_error
 from paligemma.terminal import printable
 
@@ -47,6 +47,9 @@ tiny_app = typer.Typer(
 data_app = typer.Typer(help="Check and show your data before training.", no_args_is_help=True, rich_markup_mode=None)
 
 app.command()(run.run)
+app.command()(batch.batch)
+app.command("batch status")(batch.status)
+app.command("batch export")(batch.export)
 app.command()(explore.explore)
 app.command()(serve.serve)
 app.command()(evaluate.evaluate)

@@ -1,0 +1,51 @@
+"""`--dry-run`: how long a run would take, from the time of a few of its rows. Nothing is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from paligemma.batch.rows import InputRow
+from paligemma.batch.settings import Settings
+from paligemma.batch.shards import Answer
+
+SAMPLE = 3  # batches that are answered; the first is not counted, since it pays for what is done once
+
+
+def sample_of(rows: Iterator[InputRow], batch_size: int) -> tuple[int, list[InputRow]]:
+    """How many rows there are, and some of them, spread over all: a few at a time are kept, every n-th."""
+    kept: list[InputRow] = []
+    step, count = 1, 0
+    for row in rows:
+        if count % step == 0:
+            kept.append(row)
+            if len(kept) == 2 * SAMPLE * batch_size:
+                kept, step = kept[::2], step * 2
+        count += 1
+    spread = max(1, len(kept) // (SAMPLE * batch_size))
+    return count, list(islice(kept, 0, None, spread))[: SAMPLE * batch_size]
+
+
+def estimate(rows: Iterator[InputRow], settings: Settings, answer: Answer, workers: int) -> dict[str, Any]:
+    """Answers the sample, and says what all of it would take. workers: assumed to work side by side without loss."""
+    count, sample = sample_of(rows, settings.batch_size)
+    first, rest = sample[: settings.batch_size], sample[settings.batch_size :]
+    lines, seconds = [], 0.0
+    for group in (first, rest):
+        started = time.perf_counter()
+        new = [line for _, line in answer(group, lambda: False)] if group else []
+        if new:
+            lines += new
+            seconds = (time.perf_counter() - started) / len(new)  # that of the second group, where there is one
+    return {
+        "rows": count,
+        "shards": -(-count // settings.shard_size),
+        "asked": len(lines),
+        "failed": sum(line["error"] is not None for line in lines),
+        "seconds_per_row": round(seconds, 4),
+        "workers": workers,
+        "seconds": round(seconds * count / workers, 1),
+        "bytes": round(count * sum(len(str(line)) for line in lines) / max(1, len(lines))),
+    }

@@ -1,0 +1,379 @@
+"""`paligemma batch`: many pictures, on one machine or many."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paligemma.cli.options import Device, Dtype, Free, MaxNewTokens, Model, Revision, one_of
+from paligemma.cli.output import echo_json, note, notes, print_error, say
+from paligemma.cli.run import sampling_options
+
+if TYPE_CHECKING:
+    from paligemma.batch.folder import RunFolder
+    from paligemma.batch.run import Ended, Progress
+    from paligemma.batch.settings import Settings
+
+LOG_EVERY = 30.0  # seconds between two lines of progress where stderr is no terminal
+EXPORTS = ("parquet", "coco", "yolo", "label-studio", "csv", "jsonl", "openai")
+
+
+def batch(
+    prompt: Annotated[
+        str | None, typer.Argument(help="'caption en', 'detect dog ; cat', ... Rows of --rows may have their own.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Pictures, folders, patterns, a list.txt of paths ('-': stdin), .tar archives, videos.",
+            metavar="INPUT",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the run. The same command again goes on there.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Rows in place of INPUT: .jsonl, .csv, .parquet, or an OpenAI batch file.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="With the prompt 'detect' or 'segment': what to look for, 'dog,cat'.")
+    ] = None,
+    every: Annotated[float | None, typer.Option(help="Of videos: seconds from one frame to the next.")] = None,
+    model: Model = "tiny",
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Round the weights while they are loaded: int8, int4; on CUDA also bnb-int8, nf4.",
+            callback=one_of("int8", "int4", "bnb-int8", "nf4", "bf16"),
+        ),
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="'auto': for a model larger than its device.", callback=one_of("auto"))
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Run at another resolution than the model's.")] = None,
+    loc_scale: Annotated[int, typer.Option(help="Steps that location tokens divide a side into: 1024 or 1023.")] = 1024,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample, with this temperature. Default: greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens whose probabilities sum up to p.")
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search of this width.")] = 1,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**53, help="Makes sampling repeatable.")] = None,
+    free: Free = False,
+    forbid_repeats: Annotated[
+        bool, typer.Option("--forbid-repeats", help="Let no box of detect and segment repeat an earlier one.")
+    ] = False,
+    max_pixels: Annotated[
+        float, typer.Option(help="Million pixels of a picture at most, from its header, before it is decoded.")
+    ] = 100,
+    format: Annotated[
+        str, typer.Option(help="Of the parts: jsonl or parquet.", callback=one_of("jsonl", "parquet"))
+    ] = "jsonl",
+    masks: Annotated[
+        str, typer.Option(help="rle (run lengths), png (in base64) or none.", callback=one_of("rle", "png", "none"))
+    ] = "rle",
+    draw: Annotated[Path | None, typer.Option(help="Draw boxes and masks over the pictures, into this folder.")] = None,
+    coco: Annotated[Path | None, typer.Option(help="In the end, write boxes and masks as a COCO data set.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Rows of a part.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows answered together.")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a model of its own.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of each worker. Default: the cores, shared among the workers.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards, for job arrays.")] = "1/1",
+    ray: Annotated[
+        str | None, typer.Option(help="Work on a Ray cluster: its address, or 'local'.", metavar="ADDRESS")
+    ] = None,
+    max_errors: Annotated[str, typer.Option(help="Rows that may fail: a number, or a share such as 5%.")] = "0",
+    stop_after_errors: Annotated[int | None, typer.Option(min=1, help="Stop when so many rows have failed.")] = None,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try the rows again that failed.")] = False,
+    dedupe: Annotated[
+        bool, typer.Option("--dedupe", help="Answer pictures with equal bytes and an equal prompt once.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count the rows, answer a few, and estimate the time. Writes nothing.")
+    ] = False,
+) -> None:
+    """Answer PROMPT about many pictures, into the folder --out: a line for each, in parts/*.jsonl.
+
+    A run that is interrupted goes on with the same command. A row that cannot be answered has a line that says why;
+    the exit code is 1 then (0 within --max-errors). `paligemma batch status DIR` says how far a run is, and `paligemma
+    batch export DIR --to coco FILE` writes its answers for other tools.
+    """
+    from paligemma.batch.settings import Settings
+
+    sampling_options(temperature, top_k, top_p, beams, seed)
+    check_usage(prompt, inputs, rows, out, dry_run, every, loc_scale, max_pixels)
+    allowed = parsed_max_errors(max_errors)
+    which = parsed_part(part)
+    settings = Settings(
+        prompt=with_labels(prompt, labels), inputs=tuple(absolute_inputs(inputs or [])),
+        rows=None if rows is None else str(rows.absolute()), every=every, model=model, revision=revision, device=device,
+        dtype=dtype, quantize=quantize, device_map=device_map, image_size=image_size, loc_scale=loc_scale,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, beams=beams, seed=seed,
+        free=free, forbid_repeats=forbid_repeats, max_pixels=max_pixels, format=format, masks=masks,
+        shard_size=shard_size, batch_size=batch_size, dedupe=dedupe,
+    )  # fmt: skip
+    if dry_run:
+        show_estimate(settings, inputs or [], workers, threads)
+        return
+    assert out is not None
+    folder = opened(out, settings, inputs or [])
+    ended = worked(folder, workers, threads, which, draw, ray, stop_after_errors, retry_errors)
+    finish(folder, ended, allowed, coco)
+
+
+def check_usage(
+    prompt: str | None,
+    inputs: list[str] | None,
+    rows: Path | None,
+    out: Path | None,
+    dry_run: bool,
+    every: float | None,
+    loc_scale: int,
+    max_pixels: float,
+) -> None:
+    if rows is not None and inputs:
+        raise typer.BadParameter("pictures come from INPUT or from --rows, and not from both")
+    if rows is None and prompt is None:
+        raise typer.BadParameter("expected PROMPT INPUT..., or --rows FILE")
+    if rows is None and not inputs:
+        raise typer.BadParameter(f"there is no INPUT after the prompt {prompt!r}: name pictures, folders or a list")
+    if out is None and not dry_run:
+        raise typer.BadParameter("--out DIR is missing: the folder that the answers are written to")
+    if every is not None and not every > 0:
+        raise typer.BadParameter(f"--every is {every:g}, expected more than 0 seconds")
+    if loc_scale not in (1023, 1024):
+        raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
+    if not max_pixels > 0:
+        raise typer.BadParameter(f"--max-pixels is {max_pixels:g}, expected a number of million pixels above 0")
+
+
+def with_labels(prompt: str | None, labels: str | None) -> str | None:
+    """The prompt, with the labels of --labels where it is the bare word detect or segment."""
+    if labels is None:
+        return prompt
+    if prompt is None or prompt.strip() not in ("detect", "segment"):
+        raise typer.BadParameter(
+            "--labels is for the prompt 'detect' or 'segment', and is all of it: leave out the rest"
+        )
+    names = [name.strip() for name in labels.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter("--labels names nothing to look for")
+    return f"{prompt.strip()} {' ; '.join(names)}"
+
+
+def parsed_max_errors(text: str) -> tuple[float, bool]:
+    """The number, and whether it is a share in percent."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
+    if not found or (not found[2] and "." in found[1]) or (found[2] and float(found[1]) > 100):
+        raise typer.BadParameter(f"--max-errors is {text!r}, expected a number of rows, or a share such as 5%")
+    return float(found[1]), bool(found[2])
+
+
+def parsed_part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise typer.BadParameter(f"--part is {text!r}, expected i/n, such as 1/4 for the first of four")
+    return int(found[1]), int(found[2])
+
+
+def absolute_inputs(inputs: list[str]) -> list[str]:
+    from paligemma.batch.inputs import absolute
+
+    return [absolute(name) for name in inputs]
+
+
+# ---------------------------------------------------------------------------------------------- the three steps
+
+
+def rows_of(settings: Settings, inputs: list[str]) -> Iterator[Any]:
+    """The rows that the command names."""
+    from paligemma.batch.inputs import list_inputs
+    from paligemma.batch.row_files import list_rows
+
+    if settings.rows is not None:
+        return list_rows(settings.rows, settings.prompt)
+    return list_inputs(inputs, settings.prompt or "", settings.every, note)
+
+
+def opened(out: Path, settings: Settings, inputs: list[str]) -> RunFolder:
+    """The folder of the run, with its list frozen. What cannot be a run is an error of usage."""
+    from paligemma.batch.folder import AnotherRun, open_run
+    from paligemma.batch.inputs import digest_of_lists
+    from paligemma.batch.settings import fingerprint_of_model
+
+    with notes.status("looking at the model and the list of pictures"):
+        weights = fingerprint_of_model(settings.model, settings.revision, settings.dtype)
+        try:
+            marks = {"weights": weights, "list": digest_of_lists(settings.inputs, settings.rows)}
+            return open_run(out, settings, marks, lambda: rows_of(settings, inputs), note)
+        except AnotherRun as error:
+            raise typer.BadParameter(str(error)) from None
+        except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+            raise typer.BadParameter(str(error)) from None
+
+
+def worked(
+    folder: RunFolder,
+    workers: int,
+    threads: int | None,
+    part: tuple[int, int],
+    draw: Path | None,
+    ray: str | None,
+    stop_after_errors: int | None,
+    retry_errors: bool,
+) -> Ended:
+    """All shards of the part, finished or interrupted."""
+    import os
+
+    from paligemma.batch.run import run_batch
+    from paligemma.batch.worker import How
+
+    how = How(threads or max(1, (os.cpu_count() or 1) // workers), None, part, draw and draw.absolute())
+    before = folder.about.get("versions", {})
+    from paligemma import __version__
+
+    if before.get("paligemma") != __version__:
+        note(f"note: the run was begun by version {before.get('paligemma')}, this is {__version__}")
+    with progress_line() as show:
+        return run_batch(folder, workers, how, stop_after_errors, retry_errors, show, note)
+
+
+def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: Path | None) -> None:
+    """Says how it went, and exits with what the errors allow."""
+    errors = sum(ended.errors.values())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in ended.errors.items())
+    note(f"{ended.answered:,} rows answered, {errors:,} failed{f' ({kinds})' if kinds else ''}: {folder.path}")
+    if ended.failure is not None:
+        print_error(RuntimeError(f"{ended.failure}. The same command goes on"))
+        raise typer.Exit(1)
+    if ended.signal is not None:
+        note("interrupted; the same command goes on")
+        raise typer.Exit(128 + ended.signal)
+    if ended.stopped:
+        print_error(RuntimeError("stopped by --stop-after-errors. The same command goes on"))
+        raise typer.Exit(1)
+    if coco is not None and ended.summary["complete"]:
+        from paligemma.batch.export import export
+
+        export(folder, "coco", coco)
+    limit, is_share = allowed
+    if errors > (limit / 100 * (ended.answered + errors) if is_share else limit):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def progress_line() -> Iterator[Any]:
+    """Yields a function that shows how far the run is: on a terminal a bar, else a line now and then."""
+    from rich import progress as rich_progress
+
+    if notes.is_terminal:
+        with rich_progress.Progress(
+            rich_progress.BarColumn(), rich_progress.TextColumn("{task.description}"), console=notes, transient=True
+        ) as bar:
+            task = bar.add_task("loading the model", total=None)
+            yield lambda now: bar.update(task, completed=now.rows, total=now.total, description=in_words(now))
+        return
+    last = time.monotonic()
+
+    def log(now: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_EVERY:
+            last = time.monotonic()
+            note(in_words(now))
+
+    yield log
+
+
+def in_words(now: Progress) -> str:
+    left = "" if now.seconds_left is None else f", {duration(now.seconds_left)} left"
+    failed = f", {now.errors:,} failed" if now.errors else ""
+    return f"{now.rows:,} of {now.total:,} rows{failed}, {now.rate:.3g} rows/s{left}"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def show_estimate(settings: Settings, inputs: list[str], workers: int, threads: int | None) -> None:
+    """--dry-run: on stdout, since it is what was asked for."""
+    from paligemma.batch.answering import load_answer
+    from paligemma.batch.estimate import estimate
+
+    rows = rows_of(settings, inputs)
+    with notes.status("answering a few rows"):
+        import torch
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        try:
+            found = estimate(rows, settings, load_answer(settings), workers)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise typer.BadParameter(str(error)) from None
+    say(f"{found['rows']:,} rows in {found['shards']:,} shards")
+    if found["asked"]:
+        say(f"{found['asked']} of them answered to see how long it takes, {found['failed']} failed")
+        say(f"about {found['seconds_per_row']:.3g} s a row, {duration(found['seconds'])} with {workers} workers, "
+            f"{found['bytes'] / 1e6:.3g} MB of answers")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- status, export
+
+
+def run_folder(folder: Path) -> RunFolder:
+    from paligemma.batch.folder import RunFolder
+
+    try:
+        return RunFolder(folder)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Folder = Annotated[Path, typer.Argument(help="The folder of a run.", metavar="DIR")]
+
+
+def status(
+    folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="The state as one JSON object.")] = False
+) -> None:
+    """How far a run of `paligemma batch` is."""
+    from paligemma.batch.status import status_of
+
+    state = status_of(run_folder(folder))
+    if as_json:
+        echo_json(state)
+        return
+    errors = sum(state["errors"].values())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(state["errors"].items()))
+    say(f"{state['answered'] + errors:,} of {state['rows']:,} rows are done" + (", all" if state["complete"] else ""))
+    say(f"{state['answered']:,} answered, {errors:,} failed{f' ({kinds})' if kinds else ''}")
+    say(f"{state['shards_done']:,} of {state['shards']:,} shards finished, {state['shards_worked_on']} worked on")
+    if state["rows_in_open_shards"]:
+        say(f"{state['rows_in_open_shards']:,} more rows in shards that are not finished")
+
+
+def export(
+    folder: Folder,
+    target: Annotated[Path, typer.Argument(help="The file to write; for yolo a folder.", metavar="FILE_OR_FOLDER")],
+    to: Annotated[str, typer.Option(help=f"{', '.join(EXPORTS)}.", callback=one_of(*EXPORTS))],
+) -> None:
+    """Write the answers of a run for other tools."""
+    from paligemma.batch.export import export as write
+
+    run = run_folder(folder)
+    missing = run.num_shards - len(run.done())
+    if missing:
+        note(f"note: {missing:,} of {run.num_shards:,} shards are not finished, and are left out")
+    note(f"{write(run, to, target):,} rows written: {target}")
