@@ -16,21 +16,22 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
-from paligemma.generation import Generated
+from paligemma.answers.parsing import NUM_LOC
+from paligemma.engine import Engine, Request, Ticket
+from paligemma.generation import Generated, Options
 from paligemma.inference import PaliGemma
 from paligemma.serve.errors import ApiError, unavailable
 from paligemma.serve.metrics import Metrics
 from paligemma.serve.pictures import FeatureCache
 from paligemma.serve.rows import Row, encode, row_failed
 from paligemma.serve.settings import Settings
-from paligemma.serve.slice_engine import Engine, Request, Ticket, row_options
 
 ENCODING = 0.05  # seconds that pictures of waiting rows are encoded for between two steps; at least one row's are
 T = TypeVar("T")
@@ -38,26 +39,34 @@ T = TypeVar("T")
 
 @dataclass
 class Times:
-    """Moments of a job, `time.perf_counter`; 0 for what has not happened."""
+    """Moments of a job, `time.perf_counter`; 0 for what has not happened. What the engine waited for before it read
+    the prompt counts as queue."""
 
     ready: float = field(default_factory=time.perf_counter)
     taken: float = 0.0
-    admitted: float = 0.0
+    encoded: float = 0.0
+    started: float = 0.0
     first: float = 0.0
     ended: float = 0.0
 
+    @property
+    def queue(self) -> float:
+        return self.taken - self.ready + self.started - self.encoded
+
     def in_ms(self) -> dict[str, float]:
-        steps = {
-            "queue": (self.ready, self.taken), "vision": (self.taken, self.admitted),
-            "prefill": (self.admitted, self.first), "decode": (self.first, self.ended),
-        }  # fmt: skip
-        return {name: round(max(0.0, end - start) * 1000, 2) for name, (start, end) in steps.items()}
+        seconds = {
+            "queue": self.queue,
+            "vision": self.encoded - self.taken,
+            "prefill": self.first - self.started,
+            "decode": self.ended - self.first,
+        }
+        return {name: round(max(0.0, value) * 1000, 2) for name, value in seconds.items()}
 
 
 class Job:
     """One row on its way through the engine, as the event loop sees it.
 
-    started: it has left the queue. ids, logprobs: what it has written so far. result or error: set once, at its end.
+    started: its prompt is being read. ids, logprobs: what it has written so far. result or error: set once, at its end.
     news: set whenever any of these changed.
     """
 
@@ -68,26 +77,38 @@ class Job:
         self.logprobs: list[float] = []
         self.result: Generated | None = None
         self.error: ApiError | None = None
-        # The engine thread's
+        # The engine thread's own
         self.cancelled = False
         self.ticket: Ticket | None = None
-        self.told = 0  # tokens that the event loop knows of
+        self.told: tuple[bool, int] = False, 0  # of `started` and `ids`: what the event loop knows
 
     @property
     def ended(self) -> bool:
         return self.result is not None or self.error is not None
 
-    def tell(self, ids: list[int], logprobs: list[float], result: Generated | None, error: ApiError | None) -> None:
-        """On the event loop."""
-        self.started = True
-        self.ids += ids
-        self.logprobs += logprobs
-        if not self.ended:
-            self.result, self.error = result, error
-        self.news.set()
+
+@dataclass(frozen=True)
+class News:
+    """What the event loop is told of one job."""
+
+    job: Job
+    started: bool = False
+    ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    result: Generated | None = None
+    error: ApiError | None = None
 
 
-News = tuple[Job, list[int], list[float], "Generated | None", "ApiError | None"]
+def tell(news: Sequence[News]) -> None:
+    """On the event loop."""
+    for one in news:
+        job = one.job
+        job.started |= one.started
+        job.ids += one.ids
+        job.logprobs += one.logprobs
+        if not job.ended:
+            job.result, job.error = one.result, one.error
+        job.news.set()
 
 
 class EngineThread:
@@ -157,7 +178,7 @@ class EngineThread:
     @property
     def cache_bytes(self) -> int:
         """Keys and values of the running rows."""
-        return getattr(self.engine, "cache_bytes_used", 0)
+        return 0 if self.engine is None else self.engine.bytes_held
 
     @property
     def is_stuck(self) -> bool:
@@ -202,15 +223,16 @@ class EngineThread:
             self._end(error)
 
     def _end(self, error: ApiError) -> None:
+        """Whoever still waits for this thread hears that it is over."""
         with self._changed:
-            self.state = "failed"
+            self.state = error.code
             left = [*self.running, *self._waiting]
             calls = [future for _, future in self._calls]
             self._waiting.clear()
             self._calls.clear()
         self.running = []
         self.busy_since = None
-        self._tell([(job, [], [], None, error) for job in left])
+        self._tell([News(job, True, error=error) for job in left])
         for future in calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
@@ -237,29 +259,26 @@ class EngineThread:
 
     def _take_jobs(self) -> None:
         """Hands waiting rows to the engine while it has room for them."""
-        news: list[News] = []
         until = time.perf_counter() + ENCODING
         while len(self.running) < self.settings.max_rows:
             with self._changed:
                 if not self._waiting:
-                    break
+                    return
                 job = self._waiting.popleft()
             job.times.taken = time.perf_counter()
             try:
                 ticket = self._admit(job)
             except Exception as error:
                 self.metrics.errors.inc()
-                news.append((job, [], [], None, row_failed(error)))
+                self._tell([News(job, True, error=row_failed(error))])
                 continue
             with self._changed:
                 job.ticket = ticket
-            if job.cancelled:  # while it was being admitted
-                ticket.cancel()
+                if job.cancelled:  # while it was being admitted
+                    ticket.cancel()
             self.running.append(job)
-            news.append((job, [], [], None, None))
             if time.perf_counter() > until:
-                break
-        self._tell(news)
+                return
 
     def _admit(self, job: Job) -> Ticket:
         assert self.pg is not None and self.engine is not None
@@ -273,48 +292,50 @@ class EngineThread:
                 (known,) = encode(self.pg, [picture.pixels])
             self.cache.put(picture, known)
             features.append(known)
-        job.times.admitted = time.perf_counter()
-        row = job.row
-        return self.engine.admit(Request(row.ids, torch.stack(features), row_options(self.pg, row), row.constraint))
+        job.times.encoded = time.perf_counter()
+        tokenizer, row = self.pg.processor.tokenizer, job.row
+        options = Options(
+            row.max_new_tokens,
+            watch=(tokenizer.first_loc_id, NUM_LOC),
+            num_tokens=len(tokenizer),
+            **row.sampling.options(),
+        )
+        return self.engine.admit(Request(row.ids, torch.stack(features), options, row.constraint))
 
     def _step(self) -> None:
         if not self.running:
             return
         assert self.engine is not None
-        self.metrics.rows.observe(len(self.running))
+        before = self.engine.rows_running
         self.engine.step()
-        now = time.perf_counter()
-        news: list[News] = []
-        going: list[Job] = []
-        for job in self.running:
-            ticket = job.ticket
-            assert ticket is not None
-            new = ticket.written(job.told)  # (ids, log-probabilities)
-            if new[0] and not job.told:
-                job.times.first = now
-            job.told += len(new[0])
-            if not ticket.done:
-                going.append(job)
-                if new[0]:
-                    news.append((job, *new, None, None))
-                continue
-            job.times.ended = now
-            job.times.first = job.times.first or now
-            try:
-                news.append((job, *new, ticket.result(), None))
-            except Exception as error:
-                if not job.cancelled:
-                    self.metrics.errors.inc()
-                news.append((job, *new, None, row_failed(error)))
-        self.running = going
-        self._tell(news)
+        self.metrics.rows.observe(max(before, self.engine.rows_running))
+        news = [self._news_of(job) for job in self.running]
+        self.running = [one.job for one in news if one.result is None and one.error is None]
+        self._tell([one for one in news if one.started or one.ids or one.result or one.error])
+        if self.engine.failure is not None:
+            raise self.engine.failure
+
+    def _news_of(self, job: Job) -> News:
+        """What has come to a job since it was last asked for."""
+        ticket, (told_started, told) = job.ticket, job.told
+        assert ticket is not None
+        done = ticket.done  # before the tokens are read: they are complete then
+        ids, logprobs = ticket.written(told)
+        started = ticket.started is not None or done
+        job.told = started, told + len(ids)
+        if not done:
+            return News(job, started and not told_started, ids, logprobs)
+        times, now = job.times, time.perf_counter()
+        times.started = ticket.started or now
+        times.first, times.ended = ticket.first_token or now, ticket.ended or now
+        try:
+            return News(job, True, ids, logprobs, ticket.result())
+        except Exception as error:
+            if not job.cancelled:
+                self.metrics.errors.inc()
+            return News(job, True, ids, logprobs, None, row_failed(error))
 
     def _tell(self, news: list[News]) -> None:
         """One wake-up of the event loop for all rows of a step."""
         if news and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_tell_all, news)
-
-
-def _tell_all(news: list[News]) -> None:
-    for job, ids, logprobs, result, error in news:
-        job.tell(ids, logprobs, result, error)
+            self._loop.call_soon_threadsafe(tell, news)

@@ -142,7 +142,6 @@ class Service:
             ) from None  # fmt: skip
         if job.error is not None:
             raise job.error
-        self.metrics.queue.observe(job.times.taken - job.times.ready)
 
     async def news_of(self, job: Job) -> bool:
         """Waits for news of the row. False: there was none for a while."""
@@ -164,6 +163,7 @@ class Service:
         assert job.result is not None
         count, times = len(job.result.token_ids), job.times
         self.metrics.tokens.labels("answer").inc(count)
+        self.metrics.queue.observe(times.queue)
         self.metrics.first_token.observe(times.first - times.ready)
         if count > 1:
             self.metrics.per_token.observe((times.ended - times.first) / (count - 1))

@@ -1,0 +1,287 @@
+"""What a stranger may send to break the server: each gets the right status and a message that names the thing, and the
+memory stays within 400 MB of what the server takes anyway."""
+
+import base64
+import io
+import json
+import os
+import socket
+import struct
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import SCENE, chat, error_of, png, running
+
+URL = "/v1/chat/completions"
+
+
+def resident():
+    """Bytes of memory that this process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak:
+    """The largest growth of this process's memory within the block, looked at a hundred times a second."""
+
+    def __enter__(self):
+        self.base = self.most = resident()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.over.wait(0.01):
+            self.most = max(self.most, resident())
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+    @property
+    def growth(self):
+        return self.most - self.base
+
+
+def bomb(side, channels, rows):
+    """A PNG of side x side equal pixels, of which only the first rows are there: the rest would be zeros too."""
+    packed = zlib.compress(b"\0" * (1 + side * channels) * rows, 9)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, {1: 0, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_pixel_bombs_sixteen_at_a_time(client, channels):
+    """177 million pixels in a few kilobytes."""
+    body = chat(image=bomb(13_300, channels, rows=1_000))
+    with Peak() as peak, ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda _: client.post(URL, json=body), range(16)))
+    for reply in replies:
+        status, code, param = error_of(reply)
+        assert (status, code) == (413, "too_many_pixels") and param.endswith("image_url.url")
+    assert "13,300 x 13,300" in replies[0].json()["error"]["message"]
+    assert peak.growth < 400e6
+
+
+def test_the_largest_picture_that_is_taken_sixteen_at_a_time(pg):
+    """40 million transparent pixels take 280 MB while they are decoded, so they are decoded one at a time."""
+    data = png(Image.new("RGBA", (6_300, 6_300), (0, 0, 0, 0)), compress_level=1)
+    with running(pg) as server, server.client() as client, Peak() as peak, ThreadPoolExecutor(16) as pool:
+        body = chat(image=data, max_tokens=2)
+        replies = list(pool.map(lambda _: client.post(URL, json=body), range(16)))
+    assert {reply.status_code for reply in replies} == {200}
+    assert peak.growth < 400e6
+
+
+def gif():
+    file = io.BytesIO()
+    frames = [Image.new("P", (64, 64), color) for color in range(50)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def test_of_an_animation_the_first_picture_is_taken(client):
+    assert client.post(URL, json=chat(image=gif(), max_tokens=2)).status_code == 200
+
+
+BROKEN = {
+    "cut off": SCENE[: len(SCENE) // 2],
+    "header alone": SCENE[:40],
+    "no picture": b"hello",
+    "empty": b"",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "eps, which would start a program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "pdf": b"%PDF-1.4\n",
+    "noise behind a header": SCENE[:60] + os.urandom(2_000),
+    "jpeg cut off": b"\xff\xd8\xff\xe0\x00\x10JFIF\x00",
+    "no pixels": SCENE.replace(SCENE[16:24], struct.pack(">II", 0, 0)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_pictures(client, name):
+    status, code, param = error_of(client.post(URL, json=chat(image=BROKEN[name])))
+    assert (status, code, param) == (400, "bad_image", "messages[0].content[0].image_url.url")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["data:image/png;base64,!!!!", "data:image/png;base64,AAAAA", "data:image/png,abc", "data:", "data:;base64,\xe9"],
+)
+def test_bad_base64(client, url):
+    reply = client.post("/v1/detect", json={"image": url, "labels": ["dog"]})
+    assert error_of(reply) == (400, "bad_base64", "image")
+
+
+def test_base64_as_other_programs_write_it(client):
+    packed = base64.b64encode(SCENE).decode()
+    lines = "\n".join(packed[i : i + 76] for i in range(0, len(packed), 76))
+    for data in (lines, packed.rstrip("="), packed.replace("+", "-").replace("/", "_")):
+        body = {"image": f"data:image/png;base64,{data}", "labels": ["dog"], "max_tokens": 1}
+        assert client.post("/v1/detect", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd", "/etc/passwd", "examples/scene.png", "http://example.org/a.png", "http://127.0.0.1/a.png",
+        "http://169.254.169.254/latest/meta-data/", "https://2130706433/a.png", "https://0x7f.1/a.png",
+        "https://[::1]/a.png", "https://localhost/a.png", "ftp://example.org/a.png", "https://exa mple.org", "https://[",
+        "", "gopher://x", "https://example.org/a.png",
+    ],
+)  # fmt: skip
+def test_no_picture_is_fetched_by_default(client, url):
+    reply = client.post("/v1/detect", json={"image": url, "labels": ["dog"]})
+    assert error_of(reply) == (400, "url_not_allowed", "image")
+
+
+# ------------------------------------------------------------------------------------------------ bodies and headers
+
+
+def raw(server, *pieces, seconds=20):
+    """What a server answers to these bytes, sent as they are."""
+    with socket.create_connection(server.address, timeout=seconds) as connection:
+        with_error = None
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+        except OSError as error:  # it has closed the connection already
+            with_error = error
+        answer = b""
+        try:
+            while piece := connection.recv(65536):
+                answer += piece
+                if b"\r\n\r\n" in answer and b"content-length" in answer.lower():
+                    head, _, body = answer.partition(b"\r\n\r\n")
+                    length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+                    if len(body) >= length:
+                        break
+        except OSError:
+            assert answer or with_error
+        return answer
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+
+
+def test_a_chunked_body_of_a_gigabyte(server):
+    chunk = b"100000\r\n" + b"x" * 2**20 + b"\r\n"
+    with Peak() as peak:
+        answer = raw(server, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 1024)
+    assert b" 413 " in answer and b"body_too_large" in answer
+    assert peak.growth < 400e6
+
+
+def test_a_body_that_says_it_is_too_long(server):
+    answer = raw(server, HEAD + b"Content-Length: 999999999\r\n\r\n")
+    assert b" 413 " in answer and b"32 MB" in answer
+
+
+def test_large_bodies_together_are_limited(pg):
+    """Sixteen that come slowly cannot hold more than four could."""
+    with running(pg, max_body=1, body_timeout=3) as server:
+        begun = [socket.create_connection(server.address) for _ in range(6)]
+        for connection in begun:
+            connection.sendall(HEAD + b"Content-Length: 1000000\r\n\r\n" + b" " * 900_000)
+        answers = [connection.recv(300) for connection in begun]
+        assert sum(b" 429 " in answer for answer in answers) == 2
+        assert sum(b" 408 " in answer for answer in answers) == 4
+        assert server.service.memory.held == 0
+        for connection in begun:
+            connection.close()
+
+
+def test_a_slow_body(pg):
+    with running(pg, body_timeout=0.3) as server:
+        answer = raw(server, HEAD + b'Content-Length: 100\r\n\r\n{"mess')
+        assert b" 408 " in answer and b"body_timeout" in answer and b"0.3 seconds" in answer
+
+
+def test_slow_headers(pg):
+    with running(pg, header_timeout=0.3) as server:
+        assert b" 408 " in raw(server, b"POST /v1/chat/comp")
+        assert b" 408 " in raw(server)
+        with socket.create_connection(server.address, timeout=10) as connection:  # the second request of a connection
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"ok" in connection.recv(1000)
+            connection.sendall(b"GET /health HT")
+            assert b" 408 " in connection.recv(1000)
+        with server.client() as client:  # an answer may take longer
+            assert client.post(URL, json=chat()).status_code == 200
+
+
+def test_headers_of_200_kilobytes(server):
+    answer = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000 + b"\r\n\r\n")
+    assert answer == b"" or b" 400 " in answer or b" 431 " in answer
+
+
+def test_no_http_at_all(server):
+    assert b" 400 " in raw(server, b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"{'messages': []}", b"\xff\xfe", b'{"messages": ' + b"9" * 5_000,
+        b"[" + b"[]," * 200_000 + b"[]]",
+    ],
+)  # fmt: skip
+def test_what_is_no_json(client, body):
+    reply = client.post(URL, content=body, headers={"content-type": "application/json"})
+    assert error_of(reply) == (400, "invalid_json", None)
+
+
+@pytest.mark.parametrize("body", [b"null", b"[]", b"7", b'"text"'])
+def test_json_that_is_no_object(client, body):
+    reply = client.post(URL, content=body, headers={"content-type": "application/json"})
+    assert error_of(reply) == (400, "invalid_value", None)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 400])
+def test_numbers_that_are_none(client, value):
+    body = json.dumps(chat(temperature="here")).replace('"here"', value)
+    reply = client.post(URL, content=body, headers={"content-type": "application/json"})
+    assert error_of(reply) == (400, "invalid_value", "temperature")
+
+
+def test_a_body_of_many_values_is_refused_before_it_is_read(client):
+    body = b'{"messages": [' + b"[]," * 5_000_000 + b"[]]}"
+    with Peak() as peak:
+        reply = client.post(URL, content=body, headers={"content-type": "application/json"})
+    assert error_of(reply)[1] == "invalid_json" and peak.growth < 200e6
+
+
+def test_the_loop_is_free_while_hostile_bodies_are_read(server):
+    """Others are answered meanwhile: nothing that takes long runs on the event loop."""
+    body = json.dumps(chat(image=bytes(20_000_000)))
+    slow = []
+
+    def ask():
+        with server.client() as client:
+            client.post(URL, content=body, headers={"content-type": "application/json"})
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    with server.client() as client:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            start = time.perf_counter()
+            assert client.get("/health").status_code == 200
+            slow.append(time.perf_counter() - start)
+    assert np.median(slow) < 0.5

@@ -1,0 +1,232 @@
+"""Clients that leave, times that run out, and more clients than places."""
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from serving import SCENE, chat, data_url, error_of, picture, running, wait_until
+
+URL = "/v1/chat/completions"
+
+
+class Held:
+    """A constraint of a row that lets its engine go on only while the test says so: for looking at it in the middle."""
+
+
+@pytest.fixture
+def held(pg, monkeypatch):
+    """A server with a gate in front of each step of its engine: `gate.clear()` holds it, `gate.set()` lets it go."""
+    with running(pg, max_rows=2, max_queue=4) as server:
+        gate, step = threading.Event(), server.service.engine.engine.step
+        gate.set()
+        server.gate = gate
+        server.steps = 0
+
+        def gated_step():
+            gate.wait(20)
+            server.steps += 1
+            return step()
+
+        monkeypatch.setattr(server.service.engine.engine, "step", gated_step)
+        yield server
+        gate.set()
+
+
+def begin(server, body):
+    """Sends a request and returns the open connection."""
+    content = json.dumps(body).encode()
+    connection = socket.create_connection(server.address, timeout=20)
+    head = f"POST {URL} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_while_it_waits(held, stream):
+    engine = held.service.engine
+    held.gate.clear()
+    connections = [begin(held, chat(stream=stream)) for _ in range(4)]
+    wait_until(lambda: len(engine.running) == 2 and engine.waiting == 2)
+    connections[-1].close()
+    wait_until(lambda: engine.waiting == 1)  # at once: the engine has not moved
+    assert held.service.taken == 3
+    held.gate.set()
+    wait_until(lambda: held.service.taken == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_client_that_leaves_while_its_row_runs(held, pg, stream, phase):
+    """The row is gone within two steps, and its neighbour's answer is what it would have been."""
+    service, engine = held.service, held.service.engine
+    with ThreadPoolExecutor(1) as pool, held.client() as client:
+        held.gate.clear()
+        leaving = begin(held, chat("caption en", max_tokens=100, stream=stream))
+        wait_until(lambda: len(engine.running) == 1)
+        neighbour = pool.submit(client.post, URL, json=chat("detect book ; house"))
+        wait_until(lambda: service.taken == 2)
+        if phase == "decode":
+            held.gate.set()
+            wait_until(lambda: held.steps >= 3)
+            held.gate.clear()
+        leaving.close()
+        wait_until(lambda: service.taken == 1)
+        steps = held.steps
+        held.gate.set()
+        wait_until(lambda: engine.engine.rows_running <= 1 and held.steps >= steps + 2)
+        content = neighbour.result().json()["choices"][0]["message"]["content"]
+        assert content == pg.generate(SCENE, "detect book ; house", 512, constrained=True).text
+    assert "paligemma_cancelled_total 1.0" in service.metrics.text().decode()
+
+
+def test_more_clients_than_places(held):
+    """Beyond the queue: 429 at once, with the seconds after which another try may help."""
+    held.gate.clear()
+    connections = [begin(held, chat()) for _ in range(6)]
+    wait_until(lambda: held.service.taken == 6)
+    with held.client() as client:
+        start = time.perf_counter()
+        reply = client.post(URL, json=chat())
+        seconds = time.perf_counter() - start
+        assert error_of(reply) == (429, "queue_full", None) and 1 <= int(reply.headers["retry-after"]) <= 60
+        assert seconds < 1  # measured: 5 ms
+        assert client.get("/health").status_code == 200
+        held.gate.set()
+        wait_until(lambda: held.service.taken == 0)
+        assert client.post(URL, json=chat(max_tokens=1)).status_code == 200
+    for connection in connections:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        connection.close()
+
+
+def test_openai_client_tries_again_after_429(held):
+    held.gate.clear()
+    connections = [begin(held, chat(max_tokens=1)) for _ in range(6)]
+    wait_until(lambda: held.service.taken == 6)
+    asked = []
+    http = httpx.Client(
+        event_hooks={"response": [lambda response: (asked.append(response.status_code), held.gate.set())]}
+    )
+    with openai.OpenAI(base_url=f"{held.url}/v1", api_key="none", max_retries=3, http_client=http) as client:
+        answer = client.chat.completions.create(**chat("caption en", max_tokens=1))
+    assert answer.choices[0].message.content and asked == [429, 200]
+    for connection in connections:
+        connection.close()
+
+
+def test_a_request_whose_turn_does_not_come(pg, monkeypatch):
+    with running(pg, max_rows=1, queue_timeout=0.2, timeout=5) as server, server.client() as client:
+        gate, step = threading.Event(), server.service.engine.engine.step
+        monkeypatch.setattr(server.service.engine.engine, "step", lambda: gate.wait(20) and step())
+        with ThreadPoolExecutor(2) as pool:
+            replies = [pool.submit(client.post, URL, json=chat(stream=s)) for s in (False, True)]
+            codes = [error_of(reply.result()) for reply in replies]
+            gate.set()
+        assert codes == [(503, "queue_timeout", None)] * 2
+        wait_until(lambda: not server.service.engine.running)
+
+
+def test_an_answer_that_takes_too_long(pg, monkeypatch):
+    """504; in the middle of a stream, an event with the error and no [DONE]."""
+    with running(pg, timeout=0.5) as server, server.client() as client:
+        engine, step = server.service.engine.engine, server.service.engine.engine.step
+        monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.05), step())[1])
+        assert error_of(client.post(URL, json=chat("detect book ; house"))) == (504, "timeout", None)
+        reply = client.post(URL, json=chat("detect book ; house", stream=True))
+        assert reply.status_code == 200 and "[DONE]" not in reply.text
+        assert json.loads(reply.text.strip().split("data: ")[-1])["error"]["code"] == "timeout"
+        wait_until(lambda: not server.service.engine.running)
+        client_of_openai = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.APIError, match="was not complete after 0.5 seconds"):
+            list(client_of_openai.chat.completions.create(**chat("detect book ; house"), stream=True))
+
+
+def test_a_stream_is_kept_open_by_comments(pg, monkeypatch):
+    with running(pg, comment_every=0.05) as server, server.client() as client:
+        engine, step = server.service.engine.engine, server.service.engine.engine.step
+        monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.2), step())[1])
+        text = client.post(URL, json=chat(stream=True, max_tokens=3)).text
+    assert ": the answer is on its way\n\n" in text and text.endswith("data: [DONE]\n\n")
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(pg):
+    """Its connection is full, and its time runs out; its neighbours are answered."""
+    with running(pg, timeout=1.5) as server, server.client() as client:
+        lazy = socket.create_connection(server.address)
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        body = json.dumps(chat("detect book ; house", stream=True, logprobs=True)).encode()
+        head = (
+            f"POST {URL} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        lazy.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert client.post(URL, json=chat()).status_code == 200
+        wait_until(lambda: server.service.taken == 0)
+        lazy.close()
+
+
+def overload(server, clients, seconds, expected):
+    """Statuses of all requests that so many clients send for so long; each right answer is compared."""
+    end, statuses, seconds_of_429, waits = time.monotonic() + seconds, [], [], []
+    images = [data_url(picture(i)) for i in range(4)]
+
+    def ask(number):
+        with server.client() as client:
+            while time.monotonic() < end:
+                body = {"image": images[number % 4], "prompt": "caption en", "max_tokens": 4}
+                start = time.perf_counter()
+                reply = client.post("/v1/answer", json=body)
+                statuses.append(reply.status_code)
+                if reply.status_code == 200:
+                    assert reply.json()["text"] == expected[number % 4]
+                else:
+                    assert 1 <= int(reply.headers["retry-after"]) <= 60
+                    seconds_of_429.append(time.perf_counter() - start)
+                    time.sleep(0.2)
+
+    def look():
+        with server.client() as client:
+            while time.monotonic() < end:
+                start = time.perf_counter()
+                assert client.get("/health").status_code == 200
+                waits.append(time.perf_counter() - start)
+                time.sleep(0.1)
+
+    with ThreadPoolExecutor(clients + 1) as pool:
+        for result in [pool.submit(look), *(pool.submit(ask, number) for number in range(clients))]:
+            result.result()
+    return statuses, sorted(seconds_of_429), sorted(waits)
+
+
+def test_overload(pg):
+    expected = [pg.generate(picture(i), "caption en", 4).text for i in range(4)]
+    with running(pg, max_rows=4, max_queue=4) as server:
+        statuses, _, _ = overload(server, clients=24, seconds=1.5, expected=expected)
+        assert set(statuses) == {200, 429}
+        assert server.service.taken == 0 and threading.active_count() < 60
+
+
+@pytest.mark.slow
+def test_overload_for_a_minute(pg, record_property):
+    """200 clients against 64 places: every request ends in 200, 429 or 503, no answer is wrong, memory is flat."""
+    from test_hostile import resident
+
+    expected = [pg.generate(picture(i), "caption en", 4).text for i in range(4)]
+    with running(pg, max_rows=16, max_queue=48) as server:
+        overload(server, clients=200, seconds=5, expected=expected)
+        before = resident()
+        statuses, refused, waits = overload(server, clients=200, seconds=60, expected=expected)
+        growth = resident() - before
+    figures = {
+        "statuses": {status: statuses.count(status) for status in set(statuses)},
+        "p99 of 429 (ms)": round(refused[int(len(refused) * 0.99)] * 1000),
+        "p99 of /health (ms)": round(waits[int(len(waits) * 0.99)] * 1000),
+        "growth (MB)": round(growth / 1e6),
+    }
+    print(figures)
+    assert set(statuses) <= {200, 429, 503} and statuses.count(200) > 100
+    assert growth < 50e6
