@@ -238,7 +238,8 @@ def test_no_http_at_all(server):
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"{'messages': []}", b"\xff\xfe", b'{"messages": ' + b"9" * 5_000,
+        b"", b"{", b"[" * 100_000, b'{"a":' * 100_000, b"{'messages': []}", b"\xff\xfe",
+        b'{"messages": ' + b"9" * 5_000,
         b"[" + b"[]," * 200_000 + b"[]]",
     ],
 )  # fmt: skip

@@ -14,10 +14,6 @@ from serving import SCENE, chat, data_url, error_of, picture, running, wait_unti
 URL = "/v1/chat/completions"
 
 
-class Held:
-    """A constraint of a row that lets its engine go on only while the test says so: for looking at it in the middle."""
-
-
 @pytest.fixture
 def held(pg, monkeypatch):
     """A server with a gate in front of each step of its engine: `gate.clear()` holds it, `gate.set()` lets it go."""
@@ -142,7 +138,7 @@ def test_an_answer_that_takes_too_long(pg, monkeypatch):
         assert json.loads(reply.text.strip().split("data: ")[-1])["error"]["code"] == "timeout"
         wait_until(lambda: not server.service.engine.running)
         client_of_openai = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.APIError, match="was not complete after 0.5 seconds"):
+        with pytest.raises(openai.APIError, match="was not complete after"):
             list(client_of_openai.chat.completions.create(**chat("detect book ; house"), stream=True))
 
 
