@@ -234,7 +234,10 @@ function showRows() {
     for (const edge of item.box) row.append(element("td", edge.toFixed(0), "number"));
     row.onmouseenter = button.onfocus = () => choose(i);
     row.onmouseleave = button.onblur = () => choose(pinned);
-    row.onclick = () => pin(i);
+    row.onclick = () => {
+      pin(i);
+      $("frame").scrollIntoView({ block: "nearest" }); // on a telephone it is above the table
+    };
     return row;
   }));
   for (const part of document.querySelectorAll("#found .scroll, #found .note")) part.hidden = !items.length;

@@ -1,8 +1,8 @@
 // A picture, and the bytes of it that are sent.
 //
-// Server and page must mean the same pixels. JPEG and PNG files go as they are: both sides turn them upright by their
-// EXIF orientation and put transparent pixels on white. Anything else is drawn on a canvas first, which also keeps the
-// first frame of an animation alone.
+// Server and page must mean the same pixels. JPEG and PNG files go as they are: both sides turn a JPEG upright by its EXIF
+// orientation and put transparent pixels on white. Anything else is drawn on a canvas first, as this browser sees it:
+// browsers do not agree on the orientation of PNG and WebP files, and of an animation only the first frame is meant.
 //
 // A telephone's photo has 12 to 200 million pixels, while the model looks at 896 x 896 at most. Above LONGEST the page
 // sends a smaller copy: less to upload, and below the server's limits. Everything the page tells is then converted back
@@ -10,7 +10,9 @@
 
 const LONGEST = 2048; // pixels of the longer side
 const MOST_BYTES = 8e6;
-const AS_THEY_ARE = ["image/jpeg", "image/png"];
+
+const goesAsItIs = async (file) => file.size <= MOST_BYTES &&
+  (file.type === "image/jpeg" || (file.type === "image/png" && !(await file.text()).includes("eXIf")));
 
 // {name, width, height: of the file, upright; sentWidth, sentHeight; shown: URL for an <img>; data: the data: URL to send}
 export async function openPicture(file) {
@@ -23,8 +25,7 @@ export async function openPicture(file) {
   const { width, height } = bitmap;
   const scale = Math.min(1, LONGEST / Math.max(width, height));
   const sentWidth = Math.max(1, Math.round(width * scale)), sentHeight = Math.max(1, Math.round(height * scale));
-  const asItIs = scale === 1 && file.size <= MOST_BYTES && AS_THEY_ARE.includes(file.type);
-  const sent = asItIs ? file : await redrawn(bitmap, sentWidth, sentHeight, file.type);
+  const sent = scale === 1 && (await goesAsItIs(file)) ? file : await redrawn(bitmap, sentWidth, sentHeight, file.type);
   bitmap.close();
   const name = file.name || "picture";
   return { name, width, height, sentWidth, sentHeight, shown: URL.createObjectURL(sent), data: await dataUrl(sent) };
