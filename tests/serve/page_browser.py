@@ -4,16 +4,44 @@ import base64
 import io
 import json
 import shutil
+import threading
+import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from paligemma.serve.engine_thread import EngineThread
+from paligemma.serve.server import Server, create_app, listen
+from paligemma.serve.settings import Settings
 
 needs_browser = pytest.mark.skipif(shutil.which("chromedriver") is None, reason="needs chromium and chromedriver")
 QUIET = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
 ]  # fmt: skip
+
+
+@contextmanager
+def served(pg, patch=None, slower=0.0, **settings):
+    """The URL of a server of the embedded model, in a thread of this process. slower: seconds that are added to every
+    step of the engine, so that there is something to see; it needs `patch`, a monkeypatch."""
+    if slower:
+        step = EngineThread._step
+        patch.setattr(EngineThread, "_step", lambda self: (step(self), time.sleep(slower)))
+    settings = Settings(embedded=True, **settings)
+    listening, url = listen("127.0.0.1", 0)
+    ready = threading.Event()
+    server = Server(create_app(lambda: pg, settings), settings, ready.set)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        assert ready.wait(60), "the server did not start"
+        yield url + "/"
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 def start_browser(folder):

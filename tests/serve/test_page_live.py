@@ -1,19 +1,23 @@
 """The page while an answer is written, when something goes wrong, and on every screen: also in a real browser."""
 
+import importlib.util
+import itertools
 import json
-import os
 import shutil
 import subprocess
 import time
 import urllib.request
 
 import pytest
-from page_browser import Page, needs_browser, start_browser
+from page_browser import Page, needs_browser, served, start_browser
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
+import paligemma
+
 pytestmark = [pytest.mark.slow, needs_browser]
 SCENE = "examples/scene.png"
+needs_engine = pytest.mark.skipif(importlib.util.find_spec("paligemma.engine") is None, reason="needs the engine")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +35,15 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url():
-    return os.environ["PAGE_URL"]
+def tiny():
+    return paligemma.load("tiny", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def url(tiny):
+    """Of a server that takes its time for each token."""
+    with pytest.MonkeyPatch.context() as patch, served(tiny, patch, slower=0.03) as url:
+        yield url
 
 
 @pytest.fixture
@@ -63,6 +74,7 @@ def row_is_gone(url, cancelled_before):
 # ---------------------------------------------------------------------------------------------- while it is written
 
 
+@needs_engine
 def test_the_text_grows(page):
     watch = """
         window.seen = [];
@@ -72,11 +84,12 @@ def test_the_text_grows(page):
     page.run()
     seen = [text for text in page.script("return window.seen") if text]
     assert len(seen) > 5
-    assert all(after.startswith(before) for before, after in zip(seen, seen[1:]))
+    assert all(after.startswith(before) for before, after in itertools.pairwise(seen))
     assert seen[-1] == page.text("#text")
     assert page.find("#text").get_attribute("aria-busy") == "false"
 
 
+@needs_engine
 def test_boxes_appear_while_they_are_written(page):
     page.task("detect")
     page.labels("book", "umbrella", "house")
@@ -87,6 +100,7 @@ def test_boxes_appear_while_they_are_written(page):
     assert len(page.rows()) == 3
 
 
+@needs_engine
 @pytest.mark.parametrize("way", ["mouse", "keyboard"])
 def test_stop_ends_the_row_on_the_server(page, url, way):
     before = cancelled_and_running(url)[0]
@@ -106,6 +120,7 @@ def test_stop_ends_the_row_on_the_server(page, url, way):
     assert "book" in page.text("#text")
 
 
+@needs_engine
 def test_an_answer_that_comes_after_a_new_picture_is_dropped(page, url, tmp_path):
     before = cancelled_and_running(url)[0]
     Image.new("RGB", (200, 100), "white").save(tmp_path / "other.png")
@@ -152,7 +167,9 @@ def test_look_inside_opens_the_page_of_this_picture_and_prompt(page, browser):
 
 def reply_with(page, body, status=200, headers=None):
     """The next requests of the page get this reply."""
-    code = "const [body, status, headers] = arguments; window.fetch = async () => new Response(body, { status, headers })"
+    code = (
+        "const [body, status, headers] = arguments; window.fetch = async () => new Response(body, { status, headers })"
+    )
     page.script(code, body, status, headers or {})
 
 
@@ -178,7 +195,9 @@ def test_errors_are_worded_by_the_server(page):
     page.task("free")
     page.find("#free").send_keys("caption <image>")
     assert "<image>" in error_after_run(page)
-    busy = json.dumps({"error": {"message": "the queue is full", "type": "rate_limit_error", "param": None, "code": "x"}})
+    busy = json.dumps(
+        {"error": {"message": "the queue is full", "type": "rate_limit_error", "param": None, "code": "x"}}
+    )
     reply_with(page, busy, 429, {"Retry-After": "7"})
     assert error_after_run(page) == "the queue is full (try again in 7 s)"
     reply_with(page, "<h1>Bad gateway</h1>", 502)
@@ -230,10 +249,41 @@ def test_a_very_long_answer_has_room(page):
 def test_an_empty_answer_is_said(page):
     page.task("detect")
     page.labels("book")
-    reply_with(page, events(piece(paligemma={**RESULT, "finished": False, "invalid": [{"span": [0, 1], "reason": "x"}]})))
+    reply_with(
+        page, events(piece(paligemma={**RESULT, "finished": False, "invalid": [{"span": [0, 1], "reason": "x"}]}))
+    )
     page.run()
     assert page.text("#count") == "Nothing found."
     assert page.text("#status").endswith("cut off at its limit of tokens · 1 part could not be read")
+
+
+# ---------------------------------------------------------------------------------------------- the key
+
+
+def test_a_key_is_asked_for_and_kept_in_this_tab(browser, tiny, scene):
+    with served(tiny, api_key="open sesame") as url:
+        page = Page(browser, url).open()
+        page.wait("!document.getElementById('key-form').hidden")
+        assert page.text("#model") == "needs a key"
+        page.press("wrong", Keys.ENTER)  # the field has the focus
+        page.wait("document.getElementById('key').value === ''")
+        assert page.shown("#key-form")
+        page.press("open sesame", Keys.ENTER)
+        page.wait("document.getElementById('key-form').hidden")
+        page.pick(scene)
+        page.run()
+        assert "book" in page.text("#text")
+        browser.refresh()
+        page.wait("document.body.dataset.state === 'ready'")
+        assert page.script("return [Object.values(sessionStorage), localStorage.length]") == [["open sesame"], 0]
+        page.script("sessionStorage.setItem('paligemma-key', 'changed')")  # the server was started anew with another
+        page.pick(scene)
+        assert "key" in error_after_run(page) and page.shown("#key-form")
+
+
+def test_on_loopback_without_a_key_none_is_asked_for(page):
+    assert not page.shown("#key-form") and page.text("#model") == "tiny"
+    assert page.shown("#banner")
 
 
 # ---------------------------------------------------------------------------------------------- every screen
@@ -256,7 +306,9 @@ def states(page):
     page.find("#free").send_keys("<image>" + "long" * 60)
     error_after_run(page)
     yield "error"
-    page.script("document.getElementById('key-form').hidden = false; document.getElementById('progress').hidden = false")
+    page.script(
+        "document.getElementById('key-form').hidden = false; document.getElementById('progress').hidden = false"
+    )
     page.script("document.getElementById('stop').hidden = false; document.getElementById('run').ariaDisabled = 'true'")
     yield "running, key"
 
@@ -288,7 +340,9 @@ def test_no_other_host_is_asked_and_the_console_is_empty(page, browser, url):
     asked = page.requests()
     assert asked and all(address.startswith((url, "blob:", "data:")) for address in asked)
     assert browser.get_log("browser") == []
-    attributes = "return [...document.querySelectorAll('[src], [href], [action]')].map(e => e.src || e.href || e.action)"
+    attributes = (
+        "return [...document.querySelectorAll('[src], [href], [action]')].map(e => e.src || e.href || e.action)"
+    )
     assert all(address.startswith((url, "blob:" + url)) for address in page.script(attributes))
 
 
@@ -300,7 +354,16 @@ def axe(request):
     folder = request.config.cache.mkdir("axe-core")
     script = folder / "node_modules" / "axe-core" / "axe.min.js"
     if not script.exists():
-        command = ["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund", "axe-core@4.14.1"]
+        command = [
+            "npm",
+            "install",
+            "--prefix",
+            str(folder),
+            "--ignore-scripts",
+            "--no-audit",
+            "--no-fund",
+            "axe-core@4.14.1",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             pytest.skip(f"axe-core could not be installed: {done.stderr.strip()[-200:]}")
