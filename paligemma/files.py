@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -143,13 +144,14 @@ def written_whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; the file that lies there at the end takes the place of `path`.
 
     After an error nothing is left of it, and an old file is as it was. Parent folders are made. The temporary name
-    has the suffix of `path`, since some writers choose their format by it.
+    has the suffix of `path`, since some writers choose their format by it, and it is random, since on a shared disk
+    processes of two machines may have the same number.
 
         with written_whole(path) as beside:
             beside.write_text(text)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    beside = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield beside
         os.replace(beside, path)

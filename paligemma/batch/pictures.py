@@ -12,7 +12,7 @@ A picture is where its row says:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,22 @@ def open_picture(where: Where, max_pixels: float | None = None) -> Image.Image:
         raise RowFailure("too_many_pixels", f"{_message(error)} (--max-pixels)") from None
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise RowFailure("unreadable", _message(error)) from None
+
+
+def places_of(image: Where | Sequence[Where] | None) -> Sequence[Where]:
+    """The pictures of a row, of which there may be none or several."""
+    if image is None:
+        return ()
+    return [image] if isinstance(image, (str, Mapping)) else image
+
+
+def bytes_of(where: Where) -> bytes:
+    """Bytes by which a picture is known again: those of its file, as far as it has one of its own."""
+    if isinstance(where, str) and where[:5].lower() != "data:":
+        with open(where, "rb") as file:
+            return file.read()
+    content = repr(sorted(where.items())) if isinstance(where, Mapping) and "video" in where else read(where)
+    return content if isinstance(content, bytes) else str(content).encode("utf-8", "surrogatepass")
 
 
 def read(where: Where) -> Any:

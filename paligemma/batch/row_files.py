@@ -41,6 +41,16 @@ def list_rows(file: str, prompt: str | None = None) -> Iterator[InputRow]:
             yield _of_record(record, records, number, place, prompt)
 
 
+def is_batch_file(file: str | None) -> bool:
+    """Whether a file of rows is a batch file in OpenAI's format, to be answered in its own format."""
+    if file is None or not os.path.isfile(file):
+        return False
+    try:
+        return is_request(_opened(Path(file))[0])
+    except (ValueError, IndexError):
+        return False
+
+
 def _opened(path: Path) -> JsonLines | CsvFile | ArrowFiles:
     ending = path.suffix.lower()
     if ending in (".parquet", ".pq", ".arrow"):

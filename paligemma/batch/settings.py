@@ -63,9 +63,14 @@ class Settings:
         return cls(**{**settings, "inputs": tuple(settings.get("inputs", ()))})
 
 
+def task_of(prompt: str) -> str:
+    """The first word: detect and segment have a grammar, and a larger budget."""
+    return prompt.strip().partition(" ")[0]
+
+
 def budget_of(prompt: str) -> int:
     """New tokens that the answer to a prompt may have, where nothing else is said."""
-    return BOX_BUDGET if prompt.strip().partition(" ")[0] in ("detect", "segment") else TEXT_BUDGET
+    return BOX_BUDGET if task_of(prompt) in ("detect", "segment") else TEXT_BUDGET
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

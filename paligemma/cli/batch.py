@@ -252,6 +252,8 @@ def worked(
 
 def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: Path | None) -> None:
     """Says how it went, and exits with what the errors allow."""
+    from paligemma.batch.row_files import is_batch_file
+
     errors = sum(ended.errors.values())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in ended.errors.items())
     note(f"{ended.answered:,} rows answered, {errors:,} failed{f' ({kinds})' if kinds else ''}: {folder.path}")
@@ -268,6 +270,11 @@ def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: P
         from paligemma.batch.export import export
 
         export(folder, "coco", coco)
+    if ended.summary["complete"] and is_batch_file(folder.settings.rows):
+        from paligemma.batch.export import export
+
+        export(folder, "openai", folder.path / "output.jsonl")
+        note(f"answers in OpenAI's format: {folder.path / 'output.jsonl'}")
     limit, is_share = allowed
     if errors > (limit / 100 * (ended.answered + errors) if is_share else limit):
         raise typer.Exit(1)

@@ -4,8 +4,8 @@ import os
 import signal
 import time
 
-from paligemma.batch.answering import pictures_of
 from paligemma.batch.folder import open_run
+from paligemma.batch.pictures import open_picture, places_of
 from paligemma.batch.rows import InputRow, RowFailure, failed
 from paligemma.batch.settings import Settings
 
@@ -65,9 +65,11 @@ def opening(settings, device=None, draw=None):
     """Opens the pictures, and says nothing about them."""
 
     def answer_row(row):
-        pictures = pictures_of(row, settings.max_pixels)
-        if isinstance(pictures, RowFailure):
-            return failed(row, pictures.kind, pictures.message)
+        try:
+            for place in places_of(row.image):
+                open_picture(place, settings.max_pixels)
+        except RowFailure as error:
+            return failed(row, error.kind, error.message)
         return line_of(row)
 
     return in_batches(answer_row, settings.batch_size)

@@ -1,0 +1,41 @@
+"""--draw: the pictures of a run with boxes and masks over them, in a folder of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paligemma.batch.pictures import open_picture, places_of
+from paligemma.batch.rows import InputRow, RowFailure
+
+if TYPE_CHECKING:
+    from paligemma.answers.results import Answer, Detection, Segment
+
+
+def draw_answer(folder: Path, row: InputRow, answer: Answer, max_pixels: float | None) -> None:
+    """FOLDER/ID.png: the (first) picture of the row with what was found in it. Nothing where nothing was found.
+
+    The picture is opened a second time: while its answer is awaited, only the model's square of it is kept.
+    """
+    from paligemma.answers.drawing import draw
+    from paligemma.files import written_whole
+
+    items: list[Detection | Segment] = [*answer.detections, *answer.segments]
+    places = places_of(row.image)
+    if not items or not places:
+        return
+    try:
+        picture = open_picture(places[0], max_pixels)
+    except RowFailure:  # it was removed a moment ago
+        return
+    drawn = draw(picture, items, scale=max(1, -(-512 // max(picture.size))))
+    with written_whole(drawing_path(folder, row.id)) as beside:
+        drawn.save(beside)
+
+
+def drawing_path(folder: Path, name: str) -> Path:
+    """Where the drawing of a row goes: below `folder`, whatever its id is. The folders of the id are kept, so that
+    equal names in two folders do not meet, and so is the ending: a.jpg and a.png are two pictures."""
+    parts = [part[:200] for part in name.replace("\\", "/").split("/") if part not in ("", ".")] or ["picture"]
+    parts[-1] += ".png"
+    return folder.joinpath(*("_" if part == ".." else part for part in parts))

@@ -1,0 +1,237 @@
+"""`paligemma batch export`: the answers of a run for other tools. Part after part is read, so memory stays small.
+
+    jsonl, parquet    all lines in one file
+    csv               a table; boxes and masks as JSON in their cells
+    coco              a COCO data set: images, annotations with scores, categories
+    yolo              labels/ID.txt for each picture, and classes.txt
+    label-studio      tasks with predictions, to import: boxes, outlines of masks, or the text
+    openai            answers in OpenAI's batch format
+
+Rows that failed are in jsonl, parquet, csv and openai, which have a place for errors. The others leave them out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from paligemma.answers.formats import outline, rle_encode, to_yolo
+from paligemma.answers.results import Detection, Segment
+from paligemma.batch.folder import RunFolder
+from paligemma.batch.openai_format import response_line
+from paligemma.batch.rows import Line, mask_of
+from paligemma.data.prompts import labels_of
+from paligemma.files import written_whole
+
+COLUMNS = (
+    "id", "image", "prompt", "text", "score", "finished", "detections", "segments", "invalid", "image_size",
+    "error_kind", "error_message", "attempts", "ms",
+)  # fmt: skip
+
+
+def export(folder: RunFolder, to: str, target: Path) -> int:
+    """Writes the finished shards of a run to a file, for yolo to a folder. How many rows were written.
+
+    to: one of the formats above. ValueError for another one, and for a target that is no place for it.
+    """
+    if to == "yolo":
+        return export_yolo(folder, target)
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder, expected the name of a file to write")
+    if to == "parquet":
+        from paligemma.batch.parquet import write_parquet
+
+        with written_whole(target) as beside:
+            return write_parquet(beside, lines_of(folder))
+    writers = {
+        "jsonl": write_jsonl, "csv": write_csv, "coco": write_coco, "label-studio": write_label_studio,
+        "openai": write_openai,
+    }  # fmt: skip
+    if to not in writers:
+        raise ValueError(f"there is no format {to!r}; there are: parquet, yolo, {', '.join(writers)}")
+    with written_whole(target) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+        return writers[to](folder, file)
+
+
+def lines_of(folder: RunFolder) -> Iterator[Line]:
+    """All lines of finished shards, in the order of the list."""
+    for shard in sorted(folder.done()):
+        yield from folder.lines(shard)
+
+
+def answered(folder: RunFolder) -> Iterator[Line]:
+    """The same without rows that failed."""
+    return (line for line in lines_of(folder) if line["error"] is None)
+
+
+def items_of(line: Line) -> list[dict[str, Any]]:
+    return [*line["detections"], *line["segments"]]
+
+
+# ---------------------------------------------------------------------------------------------- lines and tables
+
+
+def write_jsonl(folder: RunFolder, file: IO[str]) -> int:
+    count = 0
+    for line in lines_of(folder):
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        count += 1
+    return count
+
+
+def write_openai(folder: RunFolder, file: IO[str]) -> int:
+    count = 0
+    for line in lines_of(folder):
+        file.write(json.dumps(response_line(line, folder.settings.model), ensure_ascii=False) + "\n")
+        count += 1
+    return count
+
+
+def write_csv(folder: RunFolder, file: IO[str]) -> int:
+    writer, count = csv.DictWriter(file, COLUMNS, extrasaction="ignore"), 0
+    writer.writeheader()
+    for line in lines_of(folder):
+        error = line["error"] or {}
+        cells = {name: _cell(value) for name, value in line.items()}
+        writer.writerow({**cells, "error_kind": error.get("kind"), "error_message": error.get("message")})
+        count += 1
+    return count
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+# ---------------------------------------------------------------------------------------------- boxes and masks
+
+
+def classes_of(folder: RunFolder) -> list[str]:
+    """The labels of a run, numbered: those of the prompts in their order, then others as they come."""
+    found: dict[str, None] = {}
+    prompts: set[str] = set()
+    for line in answered(folder):
+        if line["prompt"] not in prompts and line["prompt"].strip().partition(" ")[0] in ("detect", "segment"):
+            prompts.add(line["prompt"])
+            found.update(dict.fromkeys(labels_of(line["prompt"].strip())))
+        found.update(dict.fromkeys(item["label"] for item in items_of(line)))
+    return list(found)
+
+
+def write_coco(folder: RunFolder, file: IO[str]) -> int:
+    """{"images": [...], "annotations": [...], "categories": [...]}, written as it goes. A picture that is asked about
+    in several rows is one image."""
+    numbers = {label: number for number, label in enumerate(classes_of(folder), 1)}
+    images: dict[str, int] = {}
+    count = 0
+    file.write('{"images": [')
+    for line in answered(folder):
+        count += 1
+        name = _file_name(line)
+        if name not in images and line["image_size"] is not None:
+            width, height = line["image_size"]
+            images[name] = len(images) + 1
+            _element(file, {"id": images[name], "file_name": name, "width": width, "height": height}, len(images) > 1)
+    file.write('\n], "annotations": [')
+    annotations = 0
+    for line in answered(folder):
+        for item in items_of(line):
+            annotations += 1
+            entry = {"id": annotations, "image_id": images[_file_name(line)], "category_id": numbers[item["label"]]}
+            _element(file, {**entry, **_coco_of(item)}, annotations > 1)
+    categories = [{"id": number, "name": label} for label, number in numbers.items()]
+    file.write(f'\n], "categories": {json.dumps(categories, ensure_ascii=False)}}}\n')
+    return count
+
+
+def _element(file: IO[str], value: Any, follows: bool) -> None:
+    file.write(",\n" if follows else "\n")
+    file.write(json.dumps(value, ensure_ascii=False))
+
+
+def _coco_of(item: dict[str, Any]) -> dict[str, Any]:
+    x0, y0, x1, y1 = item["box"]
+    entry = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
+    entry["score"] = 1.0 if item["score"] is None else item["score"]
+    mask = mask_of(item)
+    if mask is not None:
+        entry |= {"segmentation": rle_encode(mask), "area": int(mask.sum())}
+    return entry
+
+
+def _file_name(line: Line) -> str:
+    """The id where it is the name of the picture, else the picture: several rows may ask about one."""
+    image = line["image"]
+    image = image[0] if isinstance(image, list) else image
+    return line["id"] if image is None or image.endswith(f"/{line['id']}") else image
+
+
+def export_yolo(folder: RunFolder, target: Path) -> int:
+    """A text file for each row that was answered, also where nothing was found: it was looked at, and is empty."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, expected a folder for the label files")
+    classes, count = classes_of(folder), 0
+    written: dict[Path, str] = {}
+    for line in answered(folder):
+        path = target / "labels" / Path(*_inside(line["id"])).with_suffix(".txt")
+        if path in written:
+            raise ValueError(f"{written[path]} and {line['id']} would have one label file: give them other ids")
+        written[path] = line["id"]
+        items = [_result(item) for item in items_of(line)]
+        text = "".join(f"{label}\n" for label in to_yolo(items, tuple(line["image_size"] or (1, 1)), classes))
+        with written_whole(path) as beside:
+            beside.write_text(text, encoding="utf-8", newline="\n")
+        count += 1
+    with written_whole(target / "classes.txt") as beside:
+        beside.write_text("".join(f"{label}\n" for label in classes), encoding="utf-8", newline="\n")
+    return count
+
+
+def _inside(name: str) -> list[str]:
+    """An id as the parts of a path that leads nowhere else."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")] or ["picture"]
+    return ["_" if part == ".." else part for part in parts]
+
+
+def _result(item: dict[str, Any]) -> Detection | Segment:
+    """A box or mask of a line as the result it was."""
+    x0, y0, x1, y1 = item["box"]
+    if "mask" in item:
+        return Segment(item["label"], (x0, y0, x1, y1), mask_of(item), score=item["score"])
+    return Detection(item["label"], (x0, y0, x1, y1), item["score"])
+
+
+def write_label_studio(folder: RunFolder, file: IO[str]) -> int:
+    """A list of tasks with predictions. The labelling interface needs an Image named "image", and RectangleLabels or
+    PolygonLabels named "label", or a TextArea named "answer"."""
+    count = 0
+    file.write("[")
+    for line in answered(folder):
+        results = [_label_studio_of(item, line["image_size"]) for item in items_of(line)]
+        if not results:
+            text = {"from_name": "answer", "to_name": "image", "type": "textarea", "value": {"text": [line["text"]]}}
+            results = [text]
+        prediction = {"model_version": folder.settings.model, "score": line["score"], "result": results}
+        data = {"image": line["image"], "id": line["id"], "prompt": line["prompt"]}
+        count += 1
+        _element(file, {"data": data, "predictions": [prediction]}, count > 1)
+    file.write("\n]\n")
+    return count
+
+
+def _label_studio_of(item: dict[str, Any], size: list[int]) -> dict[str, Any]:
+    """Coordinates are percents of the picture."""
+    width, height = size
+    mask = mask_of(item)
+    points = [] if mask is None else (outline(mask) / [width, height] * 100).tolist()
+    if points:
+        kind, value = "polygonlabels", {"points": points, "closed": True, "polygonlabels": [item["label"]]}
+    else:
+        x0, y0, x1, y1 = item["box"]
+        left, top = x0 / width * 100, y0 / height * 100
+        sides = {"width": (x1 - x0) / width * 100, "height": (y1 - y0) / height * 100, "rotation": 0}
+        kind, value = "rectanglelabels", {"x": left, "y": top, **sides, "rectanglelabels": [item["label"]]}
+    about = {"from_name": "label", "to_name": "image", "type": kind, "value": value, "score": item["score"]}
+    return {**about, "original_width": width, "original_height": height, "image_rotation": 0}
