@@ -103,19 +103,20 @@ class Request:
 class Ticket:
     """A request on its way. All methods may be called from any thread.
 
-    Iterating, `pieces` and `result` wait for what comes next. In the thread that drives the engine (calls its `step`),
-    and where no thread does, they call `step` themselves.
+    Iterating, `pieces` and `result` wait for what comes next while another thread drives the engine (calls `step`).
+    Where no other thread does, they take the steps themselves.
 
+    done: whether the row has ended. error: what it ended with, None for an answer.
     admitted, started, first_token, ended: when (`time.perf_counter()`) it was admitted, its prompt began to be read,
-    and its first and last token came; None so far.
+    its first token came, and it ended; None before that.
     """
 
     def __init__(self, engine: Engine, listener: Callable[[], object] | None = None):
         self._engine, self._listener = engine, listener
         self._answer = Generated()
-        self._error: BaseException | None = None
         self._changed = threading.Condition()
         self.done = False
+        self.error: BaseException | None = None
         self.admitted = time.perf_counter()
         self.started: float | None = None
         self.first_token: float | None = None
@@ -153,8 +154,8 @@ class Ticket:
     def result(self) -> Generated:
         """The answer. Raises the error of this row, or `concurrent.futures.CancelledError` after `cancel`."""
         self._more_than(math.inf)
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return self._answer
 
     def written(self, start: int = 0) -> tuple[list[int], list[float]]:
@@ -173,23 +174,27 @@ class Ticket:
                 with self._changed:  # for a second at most, because the thread that drives the engine may die
                     self._changed.wait_for(lambda: self.done or len(self._answer.token_ids) > count, timeout=1)
             else:
-                self._engine.step()
+                self._engine._step()
         return len(self._answer.token_ids) > count
 
     def _tell(self) -> None:
         """A token has come, or the end."""
-        if self.first_token is None:
+        if self.first_token is None and self._answer.token_ids:
             self.first_token = time.perf_counter()
         with self._changed:
             self._changed.notify_all()
         if self._listener is not None:
-            self._listener()
+            try:
+                self._listener()
+            except Exception as error:  # the fault of this row alone; it is not called again
+                self._listener = None
+                self._end(error)
 
     def _end(self, error: BaseException | None = None) -> None:
         with self._changed:
             if self.done:
                 return
-            self._error, self.done, self.ended = error, True, time.perf_counter()
+            self.error, self.ended, self.done = error, time.perf_counter(), True
         self._tell()
 
 
@@ -249,7 +254,7 @@ class Engine:
         self._steps_since_prefill = 0
         self._failures = 0
         self._rules: dict[object, Rules] = {}
-        self._stepping = threading.Lock()
+        self._admitting, self._stepping = threading.Lock(), threading.Lock()
         self._driver: threading.Thread | None = None
 
     # ------------------------------------------------------------------------------------------ from any thread
@@ -257,35 +262,35 @@ class Engine:
     def admit(self, request: Request, listener: Callable[[], object] | None = None) -> Ticket:
         """Takes a request and returns at once. Nothing is computed yet.
 
-        listener: called without arguments in the engine's thread after each token and at the end; it must return at
-        once (for asyncio: `lambda: loop.call_soon_threadsafe(event.set)`).
+        listener: called without arguments after each token and at the end, in the thread that drives the engine (or
+        cancels); it must return at once. For asyncio: `lambda: loop.call_soon_threadsafe(event.set)`.
         Raises ValueError for a request that can never be answered: one too long for the model's positions or the
         cache, one whose pictures do not fit its prompt; RuntimeError if the engine has failed.
         """
-        if self.failure is not None:
-            raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
-        options = request.options
+        options, prompt = request.options, request.prompt
+        if prompt.ndim != 1 or not len(prompt):
+            raise ValueError(f"the prompt has shape {list(prompt.shape)}, expected [S]: one row, S at least 1")
         if options.num_beams > 1:
             raise ValueError("beams are not offered for rows that come and go: use generate")
         rules = self._rules_of(options)
-        prompt = _batch_of([request])
-        if request.prompt.ndim != 1 or not len(request.prompt):
-            raise ValueError(f"the prompt has shape {list(request.prompt.shape)}, expected [S]: one row, S at least 1")
-        check_prompts(self.model.config, prompt, rules)
-        check_image_tokens(request.prompt == self.model.config.image_token_index, request.image_features)
-        needed = (len(request.prompt) + options.max_new_tokens) * self._token_bytes
+        check_prompts(self.model.config, _batch_of([request]), options.max_new_tokens, rules.eos)
+        check_image_tokens(prompt == self.model.config.image_token_index, request.image_features)
+        needed = (len(prompt) + options.max_new_tokens) * self._token_bytes
         if needed > self.cache_bytes:
             raise ValueError(
-                f"the row's keys and values take up to {needed / 1e6:,.0f} MB, and the cache may take "
-                f"{self.cache_bytes / 1e6:,.0f}: lower max_new_tokens or raise cache_bytes"
+                f"the row's keys and values take up to {needed / 1e6:,.1f} MB, and the cache may take "
+                f"{self.cache_bytes / 1e6:,.1f}: lower max_new_tokens or raise cache_bytes"
             )
         (constraint,) = one_per_row(options.constraint, 1) if request.constraint is None else (request.constraint,)
         generator = None
         if options.do_sample:
             generator = torch.Generator(self.model.device).manual_seed(*seeds_of(options, 1))
-        ticket = Ticket(self, listener)
-        self._waiting.append(_Row(request, ticket, rules, constraint, generator))
-        return ticket
+        row = _Row(request, Ticket(self, listener), rules, constraint, generator)
+        with self._admitting:
+            if self.failure is not None:
+                raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
+            self._waiting.append(row)
+        return row.ticket
 
     def runs_elsewhere(self) -> bool:
         """Whether another thread drives this engine."""
@@ -298,7 +303,7 @@ class Engine:
 
     @property
     def rows_waiting(self) -> int:
-        return len(self._waiting)
+        return sum(not row.ticket.done for row in list(self._waiting))
 
     @property
     def bytes_held(self) -> int:
@@ -308,23 +313,30 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ the loop
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """One pass through the model: the prompts of rows that join, or the next token of all running rows.
 
-        The calling thread now drives the engine. Returns False when no row is running or waiting.
+        The calling thread drives the engine from now on. Returns False when no row is running or waiting.
         """
+        self._driver = threading.current_thread()
+        return self._step()
+
+    @torch.inference_mode()
+    def _step(self) -> bool:
         with self._stepping:
-            self._driver = threading.current_thread()
             self._keep([n for n, row in enumerate(self._running) if not row.ticket.done])  # others were cancelled
+            at_risk = joining = self._joining()
             try:
-                if joining := self._joining():
-                    self._prefill(joining)
+                if joining:
+                    going_on, cache = self._prefill(joining)
+                    at_risk = [*self._running, *joining]
+                    self._join(going_on, cache)
                 elif self._running:
+                    at_risk = self._running
                     self._decode()
                 self._failures = 0
             except BaseException as error:
-                self._fail(joining, error)
+                self._fail(at_risk, error)
                 if not isinstance(error, Exception):  # Ctrl-C
                     raise
             return bool(self._running or self._waiting)
@@ -365,8 +377,8 @@ class Engine:
         heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
         return text.num_hidden_layers * text.hidden_size * (heads * text.head_dim + 3 * text.intermediate_size)
 
-    def _prefill(self, rows: list[_Row]) -> None:
-        """Reads the prompts of these rows, chooses their first tokens and adds the rows to those that run."""
+    def _prefill(self, rows: list[_Row]) -> tuple[list[_Row], KVCache]:
+        """Reads the prompts of these rows and chooses their first tokens: the rows that go on, and their cache."""
         self._steps_since_prefill = 0
         for row in rows:
             row.ticket.started = time.perf_counter()
@@ -377,12 +389,15 @@ class Engine:
         kept = self._choose(rows, logits, allowed, fitting)
         if len(kept) < len(rows):
             cache.select(torch.tensor(kept, dtype=torch.int64, device=device))
-        if kept and self._cache is None:
-            self._cache = cache
-        elif kept:
-            assert self._cache is not None
+        return [rows[n] for n in kept], cache
+
+    def _join(self, rows: list[_Row], cache: KVCache) -> None:
+        """Adds rows whose prompts were read to those that run."""
+        if self._cache is None:
+            self._cache = cache if rows else None
+        elif rows:
             self._cache.join(cache)
-        self._running += [rows[n] for n in kept]
+        self._running += rows
 
     def _decode(self) -> None:
         """The next token of all running rows."""
@@ -413,16 +428,18 @@ class Engine:
             self._cache.select(torch.tensor(kept, device=self.model.device))
             self._cache.trim()
 
-    def _fail(self, joining: list[_Row], error: BaseException) -> None:
-        """Ends all rows that take part in this step. What waits stays, unless the engine has failed."""
+    def _fail(self, rows: list[_Row], error: BaseException) -> None:
+        """Ends these rows: either all that run, or only some that were about to join. What waits stays."""
+        if self._running and self._running[0] in rows:
+            self._running, self._cache = [], None
         self._failures += 1
-        ended = [*self._running, *joining]
-        self._running, self._cache = [], None
-        if self._failures >= MOST_FAILURES:
-            self.failure = error
-            ended += self._waiting
-            self._waiting.clear()
-        for row in ended:
+        if self._failures >= MOST_FAILURES:  # nothing stays
+            with self._admitting:
+                self.failure = error
+                rows = [*rows, *self._running, *self._waiting]
+                self._running, self._cache = [], None
+                self._waiting.clear()
+        for row in rows:
             row.ticket._end(error)
 
     # ------------------------------------------------------------------------------------------ one token a row
@@ -490,8 +507,7 @@ class Engine:
 
     def _rules_of(self, options: Options) -> Rules:
         """Shared by rows with the same options, because a row of bools for each of 257,216 ids is not small."""
-        suppressed = tuple(options.suppress_tokens or ())
-        key = options.eos_token_id, options.num_tokens, suppressed, options.watch, options.max_new_tokens
+        key = options.eos_token_id, options.num_tokens, tuple(options.suppress_tokens or ()), options.watch
         if key not in self._rules:
             if len(self._rules) >= 64:
                 self._rules.clear()
@@ -596,10 +612,12 @@ def generate(
     requests = requests_of(model, inputs, given)
     engine = Engine(model, max_rows=max(1, len(requests)), cache_bytes=math.inf, prefill_every=None)
     tickets = [engine.admit(request) for request in requests]
-    while engine.step() and not any(ticket.done and ticket._error for ticket in tickets):
+    while engine.step() and not any(ticket.error for ticket in tickets):
         pass
-    failed = [ticket for ticket in tickets if ticket.done and ticket._error]
-    return [ticket.result() for ticket in failed or tickets]
+    for ticket in tickets:
+        if ticket.error is not None:
+            raise ticket.error
+    return [ticket.result() for ticket in tickets]
 
 
 def requests_of(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any], options: Options) -> list[Request]:
@@ -610,19 +628,19 @@ def requests_of(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, A
     rules = Rules(model, options)
     if not rows:
         return []
-    check_prompts(model.config, prompt, rules)
+    check_prompts(model.config, prompt, options.max_new_tokens, rules.eos)
     is_image = ids == model.config.image_token_index
     features = prompt.get("image_features")
     if (pixels := prompt.get("pixel_values")) is not None:
         features = model.encode_image(pixels)
     check_image_tokens(is_image, features)
     counts = [0] * rows if features is None else (is_image.sum(-1) // features.shape[1]).tolist()
-    of_rows = [None] * rows if features is None else features.split(counts)
-    requests = []
+    requests, first = [], 0
     for n, length in enumerate(prompt["attention_mask"].sum(-1).tolist()):
         own = replace(options, seed=None if seeds is None else seeds[n], constraint=None)
-        pictures = of_rows[n] if counts[n] else None
+        pictures = features[first : first + counts[n]] if features is not None and counts[n] else None
         requests.append(Request(ids[n, -length:], pictures, own, constraints[n], types[n, -length:]))
+        first += counts[n]
     return requests
 
 

@@ -394,15 +394,15 @@ class Rules:
     def __init__(self, model: PaliGemmaForConditionalGeneration, options: Options):
         check_model(model)
         config = model.config
-        self.options = options
+        self.watch = options.watch
         self.eos = config.eos_token_id if options.eos_token_id is None else options.eos_token_id
         self.never = never_produced(config, options.num_tokens, options.suppress_tokens).to(model.device)  # bool [V]
         if not 0 <= self.eos < len(self.never):
             raise ValueError(f"eos_token_id is {self.eos}, expected an id from 0 to {len(self.never) - 1}")
-        if options.watch is not None:
-            first, count = options.watch
+        if self.watch is not None:
+            first, count = self.watch
             if not 0 <= first < first + count <= len(self.never):
-                raise ValueError(f"watch is {options.watch}, expected (first id, count) within {len(self.never)} ids")
+                raise ValueError(f"watch is {self.watch}, expected (first id, count) within {len(self.never)} ids")
 
     def record(self, answer: Generated, token: int, logprob: float, bin: tuple[float, float]) -> None:
         """Adds a chosen token to an answer; `bin` is what the row's watched range looked like."""
@@ -410,16 +410,17 @@ class Rules:
             answer.finished, answer.eos_logprob = True, logprob
             return
         answer.token_logprobs.append(logprob)
-        if (watch := self.options.watch) is not None:
-            answer.bins.append(bin if 0 <= token - watch[0] < watch[1] else NOT_WATCHED)
+        if self.watch is not None:
+            first, count = self.watch
+            answer.bins.append(bin if 0 <= token - first < count else NOT_WATCHED)
         answer.token_ids.append(token)  # last: who follows an answer from another thread counts these
 
 
-def check_prompts(config: PaliGemmaConfig, prompt: Mapping[str, Tensor], rules: Rules) -> None:
+def check_prompts(config: PaliGemmaConfig, prompt: Mapping[str, Tensor], max_new_tokens: int, eos: int) -> None:
     """ValueError for prompts that cannot be answered. prompt: from `prepare`, at least one row."""
-    check_length(config, prompt["attention_mask"], rules.options.max_new_tokens)
+    check_length(config, prompt["attention_mask"], max_new_tokens)
     # Rows made for training. Answering after their answer is never what was meant.
-    ended = (prompt["input_ids"][:, -1] == rules.eos) & (prompt["token_type_ids"][:, -1] == SUFFIX)
+    ended = (prompt["input_ids"][:, -1] == eos) & (prompt["token_type_ids"][:, -1] == SUFFIX)
     if ended.any():
         row = int(ended.long().argmax())
         raise ValueError(f"row {row} already ends in eos: leave the suffix out of the processor's call")
@@ -460,7 +461,7 @@ def beam_search(
     of_rows = one_per_row(options.constraint, rows)
     if not rows:
         return []
-    check_prompts(model.config, prompt, rules)
+    check_prompts(model.config, prompt, options.max_new_tokens, rules.eos)
     answers: list[list[tuple[float, Generated]]] = [[] for _ in range(rows)]  # per row (score, answer), best first
     beams = [_Beam(row, Generated()) for row in range(rows)]  # one per row at first, grouped by row
     logits, cache = prefill(model, prompt, options.max_new_tokens)
