@@ -40,6 +40,7 @@ from paligemma.answers.constraints import (
     nothing_allowed,
     one_per_row,
 )
+from paligemma.answers.scores import Distribution
 from paligemma.arguments import check_model, check_number, check_whole_numbers, is_whole
 from paligemma.attention_mask import SUFFIX
 from paligemma.kv_cache import KVCache
@@ -70,7 +71,7 @@ def generate_greedily(
 # ---------------------------------------------------------------------------------------------- options and result
 
 MOST_BEAMS = 1_000  # more is a slip: their caches would fill any machine
-NOT_WATCHED = (math.nan, math.nan)  # what `Generated.bins` has for a token outside the watched range
+QUANTILES = 12  # of a distribution over watched ids
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ class Options:
         with what a row has generated and the tokens left in its budget, and returns the sorted ids, int64 [n], or None
         for any. See `answers/constraints.py`.
     watch: (first id, count). For each token in this range `Generated.bins` gets the mean and the spread (standard
-        deviation) of the distribution among the allowed tokens of the range, counted from its first id. Over the 1,024
-        location tokens: where a box's edge is, and how sure the model was.
+        deviation) of the distribution among the allowed tokens of the range, counted from its first id, and
+        `Generated.distributions` more of it. Over the 1,024 location tokens: where a box's edge is, and how sure the
+        model was.
     eos_token_id: default: the configuration's.
     num_tokens: `len(tokenizer)`. Pass it where <image> may not be the last token, see `never_produced`.
 
@@ -162,6 +164,9 @@ class Options:
                 )
 
 
+NOT_WATCHED = Distribution(math.nan, math.nan, math.nan, ())  # in the place of a token outside the watched range
+
+
 @dataclass
 class Generated:
     """The answer of one row.
@@ -170,16 +175,22 @@ class Generated:
     temperature, top-k and top-p). finished: ended with eos; False when the budget ended it, also where a constraint
     closed the answer and the model would have gone on (`answers/constraints.py`). eos_logprob: of the eos, where there
     is one. bins: with `watch` one (mean, spread) per token, (nan, nan) for a token outside the range; else empty.
+    distributions: the same with all that is recorded.
     """
 
     token_ids: list[int] = field(default_factory=list)
     token_logprobs: list[float] = field(default_factory=list)
     finished: bool = False
     eos_logprob: float | None = None
-    bins: list[tuple[float, float]] = field(default_factory=list)
+    distributions: list[Distribution] = field(default_factory=list, repr=False)
+
+    @property
+    def bins(self) -> list[tuple[float, float]]:
+        return [(seen.mean, seen.spread) for seen in self.distributions]
 
     def copy(self) -> Generated:
-        return Generated([*self.token_ids], [*self.token_logprobs], self.finished, self.eos_logprob, [*self.bins])
+        seen = [*self.distributions]
+        return Generated([*self.token_ids], [*self.token_logprobs], self.finished, self.eos_logprob, seen)
 
 
 # ---------------------------------------------------------------------------------------------- through the model
@@ -373,16 +384,21 @@ def seeds_of(options: Options, rows: int) -> list[int]:
     return [int(seed) for seed in options.seed]
 
 
-def watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[tuple[float, float]]:
-    """Mean and spread of each row's distribution over the watched ids alone, counted from the first of them."""
+def watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[Distribution]:
+    """Each row's distribution over the watched ids alone."""
     if watch is None:
         return [NOT_WATCHED] * len(scores)
     first, count = watch
-    probs = scores[:, first : first + count].softmax(-1)  # [N, count]; nan where none of them is allowed
+    watched = scores[:, first : first + count]
+    probs = watched.softmax(-1)  # [N, count]; nan where none of them is allowed
     bins = torch.arange(count, dtype=probs.dtype, device=probs.device)
     mean = (probs * bins).sum(-1, keepdim=True)
     spread = (probs * (bins - mean).square()).sum(-1).sqrt()
-    return list(zip(mean[:, 0].tolist(), spread.tolist()))
+    share = (watched.logsumexp(-1) - scores.logsumexp(-1)).exp()
+    middles = (torch.arange(QUANTILES, dtype=probs.dtype, device=probs.device) + 0.5) / QUANTILES
+    places = torch.searchsorted(probs.cumsum(-1), middles.expand(len(probs), -1).contiguous()).clamp(max=count - 1)
+    columns = (mean[:, 0].tolist(), spread.tolist(), share.tolist(), map(tuple, places.tolist()))
+    return [Distribution(*values) for values in zip(*columns)]
 
 
 # ---------------------------------------------------------------------------------------------- what is checked first
@@ -404,7 +420,7 @@ class Rules:
             if not 0 <= first < first + count <= len(self.never):
                 raise ValueError(f"watch is {self.watch}, expected (first id, count) within {len(self.never)} ids")
 
-    def record(self, answer: Generated, token: int, logprob: float, bin: tuple[float, float]) -> None:
+    def record(self, answer: Generated, token: int, logprob: float, bin: Distribution) -> None:
         """Adds a chosen token to an answer; `bin` is what the row's watched range looked like."""
         if token == self.eos:
             answer.finished, answer.eos_logprob = True, logprob
@@ -412,7 +428,7 @@ class Rules:
         answer.token_logprobs.append(logprob)
         if self.watch is not None:
             first, count = self.watch
-            answer.bins.append(bin if 0 <= token - first < count else NOT_WATCHED)
+            answer.distributions.append(bin if 0 <= token - first < count else NOT_WATCHED)
         answer.token_ids.append(token)  # last: who follows an answer from another thread counts these
 
 

@@ -37,6 +37,7 @@ from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
+from paligemma.answers.scores import CALIBRATION_FILE, IDENTITY, Calibration
 from paligemma.arguments import is_whole
 from paligemma.engine import generate, stream
 from paligemma.generation import Generated, Options, check_length
@@ -112,9 +113,11 @@ def load(
     )
     vision = network.config.vision_config
     processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
-    own_codec = first_with(open_model(path, dtype, extra or {})[1], CODEC_FILE)
+    folders = open_model(path, dtype, extra or {})[1]
+    own_codec, calibrated = (first_with(folders, file) for file in (CODEC_FILE, CALIBRATION_FILE))
     codec = MaskCodec.load(own_codec / CODEC_FILE) if own_codec is not None else None
-    return PaliGemma(network, processor, codec=codec, loc_scale=loc_scale)
+    calibration = Calibration.load(calibrated / CALIBRATION_FILE) if calibrated is not None else IDENTITY
+    return PaliGemma(network, processor, codec=codec, loc_scale=loc_scale, calibration=calibration)
 
 
 class PaliGemma:
@@ -126,12 +129,14 @@ class PaliGemma:
         processor: PaliGemmaProcessor,
         codec: MaskCodec | None = None,
         loc_scale: int = 1024,
+        calibration: Calibration = IDENTITY,
     ):
         if loc_scale not in (1023, 1024):
             raise ValueError(f"loc_scale is {loc_scale!r}, expected 1024 or 1023")
         self.model = model.eval()
         self.processor = processor
         self.loc_scale = loc_scale
+        self.calibration = calibration  # of the scores of boxes and masks
         self._codec = codec
 
     @property
@@ -458,7 +463,8 @@ class PaliGemma:
             loc_scale=self.loc_scale,
             codec=codec or self._codec,
             token_logprobs=row.token_logprobs,
-            bins=row.bins,
+            distributions=row.distributions,
+            calibration=self.calibration,
         )
         answer = Answer(
             text=tokenizer.decode(row.token_ids),

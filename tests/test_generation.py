@@ -482,7 +482,7 @@ def test_eos_has_a_logprob_and_is_no_token():
     row = next(rows_of(ragged(model)))
     first = generate(model, row, 1, eos_token_id=NO_EOS)[0]
     silent = generate(model, row, 1, eos_token_id=first.token_ids[0])[0]
-    assert silent == Generated([], [], finished=True, eos_logprob=first.token_logprobs[0], bins=[])
+    assert silent == Generated([], [], finished=True, eos_logprob=first.token_logprobs[0])
     assert first.eos_logprob is None and not first.finished
 
 

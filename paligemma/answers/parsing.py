@@ -27,6 +27,7 @@ import torch
 
 from paligemma.answers.mask_codec import NUM_TOKENS, Box, MaskCodec, paste
 from paligemma.answers.results import Detection, Parsed, Segment
+from paligemma.answers.scores import IDENTITY, Calibration, Distribution, chance_of_overlap
 
 if TYPE_CHECKING:
     from paligemma.tokenizer import Tokenizer
@@ -68,7 +69,8 @@ def parse_tokens(
     codec: MaskCodec | None = None,
     paste_rule: str = "space",
     token_logprobs: Sequence[float] | None = None,
-    bins: Sequence[tuple[float, float]] | None = None,
+    distributions: Sequence[Distribution] | None = None,
+    calibration: Calibration = IDENTITY,
 ) -> Parsed:
     """`parse(tokenizer.decode(token_ids), ...)`, and how sure the model was of each item.
 
@@ -77,34 +79,34 @@ def parse_tokens(
 
     image_size: None for an answer about no picture; a box in it is then invalid.
 
-    token_logprobs: log-probability of each token -> `score`, the exponential of the mean over the item's tokens: four
-    locations, the label, and for a segment its sixteen codes. The geometric mean of probabilities, in [0, 1]. Items of
-    one class and kind have the same number of tokens, so among them (which is where average precision compares) the
-    ranking is that of the probability of the whole item; and unlike that product it does not sink with the length of
-    the label. It says how sharply the model chose, and is not calibrated: where two neighbouring bins are equally good,
-    each has half of the probability. Under a constraint that leaves one label, the label says nothing and the box
-    decides.
+    token_logprobs: log-probability of each token, and distributions: what was recorded of each location token -> the
+    item's `score`, the probability that it is right (`scores.py`), as `calibration` maps it. Without distributions, or
+    where a location is spelled out, the score is the geometric mean of the probabilities of the item's tokens, which
+    says how sharply the model chose: where two neighbouring bins are equally good, each has half of the probability.
 
-    bins: for each token the mean and the spread (standard deviation) of the distribution over the 1024 locations, in
-    bins -> `edges`, the same in pixels. Entries for other tokens are not looked at. A spelled-out location has none.
+    distributions: also -> `edges`, mean and spread in pixels. Entries for other tokens are not looked at.
     """
     token_ids = list(token_ids)
-    for name, values in (("token_logprobs", token_logprobs), ("bins", bins)):
+    for name, values in (("token_logprobs", token_logprobs), ("distributions", distributions)):
         if values is not None and len(values) != len(token_ids):
             raise ValueError(f"{name} has {len(values)} entries for {len(token_ids)} tokens; it needs one for each")
     text = tokenizer.decode(token_ids)
     if image_size is None:
         return Parsed(invalid=[(item.span, "a box without a picture") for item in _items(text)])
-    if (token_logprobs is None and bins is None) or not _TOKEN.search(text):
+    if (token_logprobs is None and distributions is None) or not _TOKEN.search(text):
         return parse(text, image_size, loc_scale, codec, paste_rule)
 
     tokens = _Tokens(token_ids, tokenizer, text)
 
     def score(item: _Item) -> float | None:
-        return None if token_logprobs is None else tokens.score(item, token_logprobs)
+        if token_logprobs is None:
+            return None
+        if distributions is None or tokens.locations(item) is None:
+            return tokens.mean_probability(item, token_logprobs)
+        return calibration(tokens.probability(item, token_logprobs, distributions), mask=bool(item.segs))
 
     def edges(item: _Item) -> np.ndarray | None:
-        return None if bins is None else tokens.edges(item, bins, image_size, loc_scale)
+        return None if distributions is None else tokens.edges(item, distributions, image_size, loc_scale)
 
     return _assemble(_items(text), image_size, loc_scale, codec, paste_rule, score, edges)
 
@@ -253,7 +255,7 @@ class _Tokens:
     """The tokens of an answer and their places in its text, to look up what the model said of the tokens of an item."""
 
     def __init__(self, token_ids: list[int], tokenizer: Tokenizer, text: str) -> None:
-        self.ids, self.first_loc = token_ids, tokenizer.first_loc_id
+        self.ids, self.first_loc, self.text = token_ids, tokenizer.first_loc_id, text
         self.starts = _token_starts(token_ids, tokenizer, text)
 
     def positions(self, piece: _Piece) -> range:
@@ -265,19 +267,44 @@ class _Tokens:
             first -= 1
         return range(first, bisect_left(self.starts, piece.end))
 
-    def score(self, item: _Item, logprobs: Sequence[float]) -> float:
+    def locations(self, item: _Item) -> list[int] | None:
+        """Positions of the item's four location tokens; None if one is spelled out."""
+        at = [self.positions(loc) for loc in item.locs]
+        if any(len(r) != 1 or not 0 <= self.ids[r[0]] - self.first_loc < NUM_LOC for r in at):
+            return None
+        return [r[0] for r in at]
+
+    def mean_probability(self, item: _Item, logprobs: Sequence[float]) -> float:
         """The geometric mean of the probabilities of the item's tokens."""
         used = {i for piece in [*item.locs, *item.segs, item.label_at] for i in self.positions(piece)}
         return math.exp(sum(logprobs[i] for i in used) / len(used))
 
+    def probability(self, item: _Item, logprobs: Sequence[float], distributions: Sequence[Distribution]) -> float:
+        """That the item is right, as `scores.py` says."""
+        at = self.locations(item)
+        assert at is not None
+        label, codes = (
+            {i for piece in pieces for i in self.positions(piece)} for pieces in ([item.label_at], item.segs)
+        )
+        begins = sum(logprobs[i] for i in self._separator_before(at[0]))
+        certain = sum(logprobs[i] for i in codes) / len(codes) if codes else 0.0
+        overlap = chance_of_overlap([loc.value for loc in item.locs], [distributions[i].quantiles for i in at])
+        return distributions[at[0]].share * overlap * math.exp(begins + sum(logprobs[i] for i in label) + certain)
+
+    def _separator_before(self, position: int) -> Iterator[int]:
+        """Positions of the tokens directly before this one that say nothing but ";" and spaces."""
+        while position and self.text[self.starts[position - 1] : self.starts[position]].strip() in ("", ";"):
+            position -= 1
+            yield position
+
     def edges(
-        self, item: _Item, bins: Sequence[tuple[float, float]], image_size: tuple[int, int], loc_scale: int
+        self, item: _Item, distributions: Sequence[Distribution], image_size: tuple[int, int], loc_scale: int
     ) -> np.ndarray | None:
         """Mean and spread in pixels, [4, 2] in the order x0 y0 x1 y1; None if a location is spelled out."""
-        at = [self.positions(loc) for loc in item.locs]
-        if any(len(r) != 1 or not 0 <= self.ids[r[0]] - self.first_loc < NUM_LOC for r in at):
+        at = self.locations(item)
+        if at is None:
             return None
-        y0, x0, y1, x1 = (bins[r[0]] for r in at)
+        y0, x0, y1, x1 = ((distributions[i].mean, distributions[i].spread) for i in at)
         size = np.array([image_size[0], image_size[1]] * 2)[:, None]
         pixels: np.ndarray = np.array([x0, y0, x1, y1], dtype=float) / loc_scale * size
         return pixels

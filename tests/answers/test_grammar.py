@@ -17,8 +17,10 @@ from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec, crop, paste
 from paligemma.answers.parsing import _token_starts, parse, parse_tokens
 from paligemma.answers.results import Detection, Segment
+from paligemma.answers.scores import Distribution
 from paligemma.answers.writing import canonical_order, format_detections, format_segments
 from paligemma.engine import generate
+from paligemma.generation import NOT_WATCHED
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
@@ -416,9 +418,9 @@ def test_a_score_covers_all_bytes_of_a_label(tokenizer):
 @pytest.mark.parametrize("loc_scale", [1023, 1024])
 def test_edges_are_in_pixels_and_in_the_order_of_the_box(tokenizer, loc_scale):
     ids = tokenizer.encode("a " + BOX + " cat")
-    nothing = (math.nan, math.nan)
-    bins = [nothing, nothing, (256.5, 1.0), (128.25, 2.0), (768.0, 4.0), (512.0, 8.0), nothing]
-    (item,) = parse_tokens(ids, tokenizer, SIZE, loc_scale, bins=bins).detections
+    edges = [(256.5, 1.0), (128.25, 2.0), (768.0, 4.0), (512.0, 8.0)]
+    seen = [NOT_WATCHED, NOT_WATCHED, *(Distribution(*edge, 1.0, ()) for edge in edges), NOT_WATCHED]
+    (item,) = parse_tokens(ids, tokenizer, SIZE, loc_scale, distributions=seen).detections
     expected = np.array([[128.25 * 640, 2 * 640], [256.5 * 480, 480], [512 * 640, 8 * 640], [768 * 480, 4 * 480]])
     np.testing.assert_allclose(item.edges, expected / loc_scale)
     assert item.score is None
@@ -432,7 +434,7 @@ def test_a_location_spelled_out_is_a_location_in_text_and_in_tokens(tokenizer):
     ids += tokenizer.encode(" cat")
     assert len(ids) == 4 * 9 + 1
     (item,) = parse_tokens(
-        ids, tokenizer, SIZE, token_logprobs=[-0.5] * len(ids), bins=[(1.0, 1.0)] * len(ids)
+        ids, tokenizer, SIZE, token_logprobs=[-0.5] * len(ids), distributions=[NOT_WATCHED] * len(ids)
     ).detections
     assert item.box == (80.0, 120.0, 320.0, 360.0) and item.label == "cat"
     assert item.score == pytest.approx(math.exp(-0.5)) and item.edges is None
@@ -441,8 +443,8 @@ def test_a_location_spelled_out_is_a_location_in_text_and_in_tokens(tokenizer):
 def test_tokens_and_what_is_said_of_them_must_match(tokenizer):
     with pytest.raises(ValueError, match="token_logprobs has 1 entries for 4 tokens"):
         parse_tokens(tokenizer.encode(BOX), tokenizer, SIZE, token_logprobs=[0.0])
-    with pytest.raises(ValueError, match="bins has 0 entries"):
-        parse_tokens(tokenizer.encode(BOX), tokenizer, SIZE, bins=[])
+    with pytest.raises(ValueError, match="distributions has 0 entries"):
+        parse_tokens(tokenizer.encode(BOX), tokenizer, SIZE, distributions=[])
 
 
 def draw_ids(data, tokenizer):
@@ -498,7 +500,7 @@ def test_tokens_and_text_are_read_alike(tokenizer, data):
     ids = draw_ids(data, tokenizer)
     expected = parse(tokenizer.decode(ids), SIZE)
     assert parse_tokens(ids, tokenizer, SIZE) == expected
-    scored = parse_tokens(ids, tokenizer, SIZE, token_logprobs=[-1.0] * len(ids), bins=[(5.0, 1.0)] * len(ids))
+    scored = parse_tokens(ids, tokenizer, SIZE, token_logprobs=[-1.0] * len(ids))
     assert scored.invalid == expected.invalid
     for name in ("detections", "segments"):
         items, plain = getattr(scored, name), getattr(expected, name)
