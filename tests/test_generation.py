@@ -585,11 +585,17 @@ def test_watched_bins(num_beams):
     ).logits[0, P - 1 : -1]
     assert len(answer.bins) == 6
     seen = set()
-    for token, step, (mean, spread) in zip(answer.token_ids, logits, answer.bins):
+    for place, (token, step, (mean, spread)) in enumerate(zip(answer.token_ids, logits, answer.bins)):
         seen.add(token >= 100)
         if token < 100:
             assert math.isnan(mean) and math.isnan(spread)
             continue
+        *_, share, quantiles = answer.distributions[place]
+        allowed = step[50:120] if place % 2 else step[100:120]
+        assert share == pytest.approx(float((step[100:120].logsumexp(-1) - allowed.logsumexp(-1)).exp()), abs=1e-4)
+        below = step[100:120].double().softmax(-1).cumsum(-1)
+        for n, bin in enumerate(quantiles):
+            assert below[bin] >= (n + 0.5) / 12 - 1e-4 and (bin == 0 or below[bin - 1] <= (n + 0.5) / 12 + 1e-4)
         probs = step[100:120].double().softmax(-1).tolist()
         expected = sum(p * i for i, p in enumerate(probs))
         assert mean == pytest.approx(expected, abs=1e-3)
