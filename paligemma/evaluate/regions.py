@@ -64,12 +64,11 @@ def match_boxes(
     return matches
 
 
-def instance_ious(truth: Sequence[Region], predicted: Sequence[Region]) -> list[float]:
-    """The mask IoU with which each true object was found, 0 where it was missed.
+def match_masks(truth: Sequence[Region], predicted: Sequence[Region]) -> list[tuple[int, int, float]]:
+    """[(index of a prediction, index of the object it found, mask IoU)], at most one prediction for an object.
 
-    The pair of equal label with the largest IoU is matched first, then the largest of the rest, and so on. Additional
-    predictions lower nothing here; precision counts them. ValueError if a true region has no mask; a predicted region
-    without one (an answer of boxes) finds nothing.
+    The pair of equal label with the largest IoU is matched first, then the largest of the rest, and so on. ValueError
+    if a true region has no mask; a predicted region without one (an answer of boxes) finds nothing.
     """
     if any(t.mask is None for t in truth):
         raise ValueError("a true region has no mask: mask IoU needs one for every object")
@@ -82,10 +81,15 @@ def instance_ious(truth: Sequence[Region], predicted: Sequence[Region]) -> list[
         ),
         key=lambda pair: -pair[0],
     )
-    found: dict[int, float] = {}
-    used: set[int] = set()
+    matches: list[tuple[int, int, float]] = []
     for iou, i, j in pairs:
-        if i not in found and j not in used:
-            found[i] = iou
-            used.add(j)
+        if all(j != other and i != found for other, found, _ in matches):
+            matches.append((j, i, iou))
+    return matches
+
+
+def instance_ious(truth: Sequence[Region], predicted: Sequence[Region]) -> list[float]:
+    """The mask IoU with which each true object was found (`match_masks`), 0 where it was missed. Additional predictions
+    lower nothing here; precision counts them."""
+    found = {i: iou for _, i, iou in match_masks(truth, predicted)}
     return [found.get(i, 0.0) for i in range(len(truth))]
