@@ -69,7 +69,7 @@ def fitted(boxes: Sequence[Item], masks: Sequence[Item], before: Calibration = I
     for name, items in (("boxes", boxes), ("masks", masks)):
         if items:
             try:
-                result = replace(result, **{name: fit(*zip(*items))})
+                result = replace(result, **{name: fit([score for score, _ in items], [right for _, right in items])})
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     return result
