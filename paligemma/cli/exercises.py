@@ -197,22 +197,25 @@ def smallest_window(pg: PaliGemma) -> Truth:
 
 
 def patches_that_say(pg: PaliGemma) -> Truth:
-    """How many patches say "umbrella" straight after the projector."""
+    """How many patches say "umbrella" after the last layer."""
     look = caption_of(pg)
     said = explore.lens(look, k=1, columns=look.image_columns.tolist()).ids[:, :, 0]  # [L + 1, P]
     words = [[pg.processor.tokenizer.decode([word]).strip() for word in row] for row in said.tolist()]
     counts = [row.count("umbrella") for row in words]
-    truth = counts[0]
+    truth, last = counts[-1], len(counts) - 1
     covered = len(course.patches(course.scene(), "umbrella", look.grid))
 
     def why_not(given: int) -> str:
-        if given == covered and given != truth:
-            return f"{given} patches show a part of the umbrella, but not all of them say so yet"
-        if given in counts[1:]:
-            return f"{given} say it in hidden state {counts.index(given)}; asked is state 0, before all layers"
-        return f"{given} is not the number of patches whose first word is 'umbrella' in hidden state 0"
+        if given == covered:
+            return f"{given} patches show a part of the umbrella, which is not the same as saying its name"
+        if given in counts:
+            return f"{given} patches say it in hidden state {counts.index(given)}; asked is the last one, {last}"
+        return f"{given} is not the number of patches whose likeliest word in hidden state {last} is 'umbrella'"
 
-    why = f"{truth} patches say the umbrella's name before the decoder's first layer; a part of it is on {covered}"
+    why = (
+        f"{truth} patches say it after the last layer and {counts[0]} straight from the projector, while {covered} "
+        "show a part of it: the layers have carried the word to patches beside the umbrella"
+    )
     return Truth(frozenset({truth}), why, why_not)
 
 
@@ -408,7 +411,7 @@ EXERCISES = {
     1: Exercise(f"which patch holds the pixel in row {PIXEL[0]}, column {PIXEL[1]}?", a_number, patch_of_a_pixel),
     2: Exercise(f"which position is most like that of patch {MOST_LIKE}?", a_number, position_most_alike),
     3: Exercise("how wide must a window be for the umbrella to go?", a_number, smallest_window),
-    4: Exercise("how many patches say 'umbrella' in hidden state 0?", a_number, patches_that_say),
+    4: Exercise("how many patches say 'umbrella' after the last layer?", a_number, patches_that_say),
     5: Exercise("how many pairs does the mask allow for the answer 'a dog'?", a_number, allowed_edges),
     6: Exercise(f"which head of layer {LAYER} does not look at the book?", a_number, head_that_does_not_look),
     7: Exercise(
