@@ -15,7 +15,8 @@ What else there is, by what it is for:
     results        Answer, Detection, Segment, Items, Parsed, parse
     files          load_hf_model, save_pretrained, convert, merge, quantize, load_tokenizer, load_image
     inputs         PaliGemmaProcessor, Tokenizer, MaskCodec
-    generation     generate, Options, Generated, prefill, decode_one_token, KVCache, StaticKVCache, Engine, Request
+    generation     generate, Options, Generated, prefill, decode_one_token, KVCache, StaticKVCache
+    many rows      Engine, Request, Ticket: rows that come and go
     the model      PaliGemmaForConditionalGeneration, GemmaModel, GemmaAttention, GemmaMLP, SiglipVisionModel,
                    SiglipVisionTransformer, PaliGemmaConfig, GemmaConfig, SiglipVisionConfig
     look inside    explore: explore.look(pg, "photo.png", "caption en"), and what follows from it
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from paligemma.answers.mask_codec import MaskCodec
     from paligemma.answers.parsing import parse
     from paligemma.answers.results import Answer, Detection, Items, Parsed, Segment
-    from paligemma.engine import Engine, Request, generate
+    from paligemma.engine import Engine, generate
     from paligemma.fast.swap import quantize
     from paligemma.generation import Generated, Options, decode_one_token, prefill
     from paligemma.images import load_image
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionModel, SiglipVisionTransformer
     from paligemma.processing_paligemma import PaliGemmaProcessor
     from paligemma.static_kv_cache import StaticKVCache
+    from paligemma.tickets import Request, Ticket
     from paligemma.tokenizer import Tokenizer, load_tokenizer
     from paligemma.utils import load_hf_model
     from paligemma.weights.converting import convert, merge
@@ -61,7 +63,7 @@ _HOME = {
     "answers.results": "Answer Detection Items Parsed Segment",
     "answers.parsing": "parse",
     "answers.mask_codec": "MaskCodec",
-    "engine": "Engine Request generate",
+    "engine": "Engine generate",
     "generation": "Generated Options decode_one_token prefill",
     "kv_cache": "KVCache",
     "static_kv_cache": "StaticKVCache",
@@ -69,6 +71,7 @@ _HOME = {
     "PaliGemmaForConditionalGeneration",
     "modeling_siglip": "SiglipVisionConfig SiglipVisionModel SiglipVisionTransformer",
     "images": "load_image",
+    "tickets": "Request Ticket",
     "tokenizer": "Tokenizer load_tokenizer",
     "processing_paligemma": "PaliGemmaProcessor",
     "utils": "load_hf_model",
@@ -102,6 +105,7 @@ __all__ = [
     "SiglipVisionModel",
     "SiglipVisionTransformer",
     "StaticKVCache",
+    "Ticket",
     "Tokenizer",
     "__version__",
     "convert",

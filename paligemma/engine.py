@@ -32,7 +32,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -71,7 +70,7 @@ from paligemma.generation import (
 )
 from paligemma.kv_cache import KVCache, bytes_per_token
 from paligemma.modeling_gemma import check_image_tokens
-from paligemma.tokenizer import start_of_last_character
+from paligemma.tickets import Request, Ticket
 
 if TYPE_CHECKING:
     from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
@@ -81,121 +80,6 @@ MOST_FAILURES = 3  # in a row, after which the engine has failed
 
 # How many multiply-adds one prefill may take while other rows wait for it: a few tenths of a second.
 MOST_PREFILL_WORK = {"cpu": 2e10, "cuda": 1e13, "mps": 1e12}
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One row to answer.
-
-    prompt: int64 [S], without padding; <image> stands P times for each picture. image_features: [n, P, D] from
-    `model.encode_image`, the row's n pictures; None for a row without. options: its seed and constraint are this
-    row's; beams run in `generate` only. constraint: in place of the options' one. token_type_ids: int64 [S], 1 for the
-    beginning of an answer that is to be continued; None where all is prompt.
-    """
-
-    prompt: Tensor
-    image_features: Tensor | None = None
-    options: Options = field(default_factory=Options)
-    constraint: Constraint | None = None
-    token_type_ids: Tensor | None = None
-
-
-class Ticket:
-    """A request on its way. All methods may be called from any thread.
-
-    Iterating, `pieces` and `result` wait for what comes next while another thread drives the engine (calls `step`).
-    Where no other thread does, they take the steps themselves.
-
-    done: whether the row has ended. error: what it ended with, None for an answer.
-    admitted, started, first_token, ended: when (`time.perf_counter()`) it was admitted, its prompt began to be read,
-    its first token came, and it ended; None before that.
-    """
-
-    def __init__(self, engine: Engine, listener: Callable[[], object] | None = None):
-        self._engine, self._listener = engine, listener
-        self._answer = Generated()
-        self._changed = threading.Condition()
-        self.done = False
-        self.error: BaseException | None = None
-        self.admitted = time.perf_counter()
-        self.started: float | None = None
-        self.first_token: float | None = None
-        self.ended: float | None = None
-
-    def __iter__(self) -> Iterator[int]:
-        """The ids of the answer, without eos, from the first one. Raises as `result` does."""
-        count = 0
-        while self._more_than(count):
-            yield self._answer.token_ids[count]
-            count += 1
-        self.result()
-
-    def pieces(self) -> Generator[str, None, Generated]:
-        """The answer in pieces of text, as `stream` gives them; the generator returns the `Generated`.
-
-        Raises as `result` does, and ValueError if the engine has no tokenizer.
-        """
-        tokenizer, count, shown = self._engine.tokenizer, 0, 0
-        if tokenizer is None:
-            raise ValueError("the engine has no tokenizer: give it one to get text")
-        while self._more_than(count):
-            ids = self._answer.token_ids[:]
-            text, count = tokenizer.decode_stable(ids), len(ids)
-            whole = start_of_last_character(text)
-            if whole > shown:
-                yield text[shown:whole]
-                shown = whole
-        answer = self.result()
-        text = tokenizer.decode(answer.token_ids)
-        if len(text) > shown:
-            yield text[shown:]
-        return answer
-
-    def result(self) -> Generated:
-        """The answer. Raises the error of this row, or `concurrent.futures.CancelledError` after `cancel`."""
-        self._more_than(math.inf)
-        if self.error is not None:
-            raise self.error
-        return self._answer
-
-    def written(self, start: int = 0) -> tuple[list[int], list[float]]:
-        """The ids from place `start` on that are there now, and their log-probabilities. Does not wait."""
-        ids = self._answer.token_ids[start:]
-        return ids, self._answer.token_logprobs[start : start + len(ids)]
-
-    def cancel(self) -> None:
-        """Gives the answer up. The row leaves before the engine's next step; nothing happens if it has ended."""
-        self._end(CancelledError("the request was cancelled"))
-
-    def _more_than(self, count: float) -> bool:
-        """Waits until there are more than `count` tokens, or the row has ended. Whether there are."""
-        while not self.done and len(self._answer.token_ids) <= count:
-            if self._engine.runs_elsewhere():
-                with self._changed:  # for a second at most, because the thread that drives the engine may die
-                    self._changed.wait_for(lambda: self.done or len(self._answer.token_ids) > count, timeout=1)
-            else:
-                self._engine._step()
-        return len(self._answer.token_ids) > count
-
-    def _tell(self) -> None:
-        """A token has come, or the end."""
-        if self.first_token is None and self._answer.token_ids:
-            self.first_token = time.perf_counter()
-        with self._changed:
-            self._changed.notify_all()
-        if self._listener is not None:
-            try:
-                self._listener()
-            except Exception as error:  # the fault of this row alone; it is not called again
-                self._listener = None
-                self._end(error)
-
-    def _end(self, error: BaseException | None = None) -> None:
-        with self._changed:
-            if self.done:
-                return
-            self.error, self.ended, self.done = error, time.perf_counter(), True
-        self._tell()
 
 
 @dataclass(eq=False)
@@ -211,7 +95,7 @@ class _Row:
 
     @property
     def answer(self) -> Generated:
-        return self.ticket._answer
+        return self.ticket.answer
 
     @property
     def remaining(self) -> int:
@@ -319,10 +203,11 @@ class Engine:
         The calling thread drives the engine from now on. Returns False when no row is running or waiting.
         """
         self._driver = threading.current_thread()
-        return self._step()
+        return self.advance()
 
     @torch.inference_mode()
-    def _step(self) -> bool:
+    def advance(self) -> bool:
+        """`step` for whoever waits for an answer while no thread drives the engine."""
         with self._stepping:
             self._keep([n for n, row in enumerate(self._running) if not row.ticket.done])  # others were cancelled
             at_risk = joining = self._joining()
@@ -340,6 +225,21 @@ class Engine:
                 if not isinstance(error, Exception):  # Ctrl-C
                     raise
             return bool(self._running or self._waiting)
+
+    def run(self, tickets: Sequence[Ticket], until_started: bool = False) -> list[Ticket]:
+        """Takes steps until these rows have ended, or only until all of them run. Returns those that have not ended.
+
+        The first error of any of them is raised at once.
+        """
+        left = [*tickets]
+        while left := [ticket for ticket in left if not ticket.done or ticket.error is not None]:
+            for ticket in left:
+                if ticket.error is not None:
+                    raise ticket.error
+            if until_started and all(ticket.started is not None for ticket in left):
+                break
+            self.step()
+        return left
 
     def _joining(self) -> list[_Row]:
         """The rows whose prompts are read now, taken from those that wait."""
@@ -440,7 +340,7 @@ class Engine:
                 self._running, self._cache = [], None
                 self._waiting.clear()
         for row in rows:
-            row.ticket._end(error)
+            row.ticket.end(error)
 
     # ------------------------------------------------------------------------------------------ one token a row
 
@@ -459,7 +359,7 @@ class Engine:
                 ids, fits = allowed_next([row.constraint], [row.answer.token_ids], row.remaining, V, row.rules.eos)
                 allowed[n], fitting[n] = ids[0], fits.get(0)
             except Exception as error:
-                row.ticket._end(error)
+                row.ticket.end(error)
         return allowed, fitting
 
     def _choose(
@@ -492,16 +392,16 @@ class Engine:
             if not sound[n]:
                 nothing = allowed[n] is not None and bool((scores[n] == -math.inf).all())
                 dead_end = nothing_allowed(row.answer.token_ids, row.remaining)
-                row.ticket._end(dead_end if nothing else not_finite(self.model.dtype))
+                row.ticket.end(dead_end if nothing else not_finite(self.model.dtype))
             elif fits is not None and not contains(fits, token):
-                row.ticket._end()  # what it chose does not fit into the budget, so the answer ends without it
+                row.ticket.end()  # what it chose does not fit into the budget, so the answer ends without it
             else:
                 row.rules.record(row.answer, token, logprobs[n], bins[n])
                 if row.answer.finished or not row.remaining:
-                    row.ticket._end()
+                    row.ticket.end()
                 else:
                     row.unread.append(token)
-                    row.ticket._tell()
+                    row.ticket.tell()
                     kept.append(n)
         return kept
 
@@ -612,11 +512,7 @@ def generate(
     requests = requests_of(model, inputs, given)
     engine = Engine(model, max_rows=max(1, len(requests)), cache_bytes=math.inf, prefill_every=None)
     tickets = [engine.admit(request) for request in requests]
-    while engine.step() and not any(ticket.error for ticket in tickets):
-        pass
-    for ticket in tickets:
-        if ticket.error is not None:
-            raise ticket.error
+    engine.run(tickets)
     return [ticket.result() for ticket in tickets]
 
 

@@ -25,7 +25,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
@@ -39,9 +39,10 @@ from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
 from paligemma.answers.scores import CALIBRATION_FILE, IDENTITY, Calibration
 from paligemma.arguments import is_whole
-from paligemma.engine import generate, stream
-from paligemma.generation import Generated, Options, check_length
-from paligemma.images import ImageInput, ImageT, Picture, load_image, looks_swapped, preprocess
+from paligemma.encoding import encode_ahead
+from paligemma.engine import Engine, Ticket, requests_of, stream
+from paligemma.generation import Generated, Options, beam_search, check_length
+from paligemma.images import ImageInput, ImageT, Picture, load_image, looks_swapped
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.terminal import error_line, printable
 from paligemma.utils import load_hf_model
@@ -61,7 +62,7 @@ CODEC_FILE = "mask_codec.npz"  # a checkpoint may bring its own; the official on
 
 Row: TypeAlias = ImageInput | None  # what a row of the batch sees; None: no picture
 RowT = TypeVar("RowT", bound=Row)  # of a list, as `ImageT`
-Encoded: TypeAlias = tuple[Tensor, tuple[int, int]]  # image features [P, D], and (W, H) of the picture
+Size: TypeAlias = tuple[int, int]  # (W, H) of a picture
 
 
 class Sampling(TypedDict, total=False):
@@ -394,16 +395,8 @@ class PaliGemma:
         if isinstance(seeds, Sequence) and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} rows: give one for all, or one for each")
         answers: list[Answer] = []
-        features: dict[int, Encoded] = {}  # by identity: an image is opened and encoded once, for all of its prompts
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            if start:  # keep what is still needed
-                needed = {id(one) for image in images[rows] for one in _pictures(image)}
-                features = {key: value for key, value in features.items() if key in needed}
-            options: Sampling = {**sampling, "seed": seeds[rows] if isinstance(seeds, Sequence) else seeds}
-            answers += self._generate_batch(
-                images[rows], prompts[rows], features, max_new_tokens, constraints[rows], codec, options
-            )
+        for row, size in self._generated(images, prompts, max_new_tokens, constraints, seeds, batch_size, sampling):
+            answers.append(self._answer(row, images[len(answers)], size, codec))
         return answers if is_list else answers[0]
 
     def stream(
@@ -416,7 +409,7 @@ class PaliGemma:
         Options(max_new_tokens, **sampling)
         if isinstance(image, list) or isinstance(prompt, list):
             raise TypeError("a stream is of one image and one prompt, and one of them is a list: use generate")
-        inputs, (size,) = self._inputs([image], [prompt], {}, max_new_tokens)
+        ((_, inputs, (size,)),) = self._inputs([image], [prompt], max_new_tokens, 1)
         tokenizer = self.processor.tokenizer
         row = yield from stream(
             self.model,
@@ -430,28 +423,42 @@ class PaliGemma:
 
     # ------------------------------------------------------------------------------------------ inside
 
-    def _generate_batch(
+    def _generated(
         self,
         images: list[Row],
         prompts: list[str],
-        features: dict[int, Encoded],
         max_new_tokens: int,
         constraints: list[Constraint | None],
-        codec: MaskCodec | None,
+        seeds: int | Sequence[int] | None,
+        batch_size: int,
         sampling: Sampling,
-    ) -> list[Answer]:
+    ) -> Iterable[tuple[Generated, Size | None]]:
+        """What the model writes for each row, and the (W, H) of its first image."""
         tokenizer = self.processor.tokenizer
-        inputs, sizes = self._inputs(images, prompts, features, max_new_tokens)
-        rows = generate(
-            self.model,
-            inputs,
-            max_new_tokens=max_new_tokens,
-            constraint=constraints if any(constraints) else None,
-            watch=(tokenizer.first_loc_id, NUM_LOC),
-            num_tokens=len(tokenizer),
-            **sampling,
-        )
-        return [self._answer(row, image, size, codec) for row, image, size in zip(rows, images, sizes)]
+        engine = Engine(self.model, max_rows=batch_size, cache_bytes=math.inf, prefill_every=None)
+        rows: list[Generated] = []
+        sizes: list[Size | None] = []
+        tickets: list[Ticket] = []
+        running: list[Ticket] = []
+        for part, inputs, found in self._inputs(images, prompts, max_new_tokens, batch_size):
+            own: Sampling = {**sampling, "seed": seeds[part] if isinstance(seeds, Sequence) else seeds}
+            options = Options(
+                max_new_tokens,
+                constraint=constraints[part] if any(constraints[part]) else None,
+                watch=(tokenizer.first_loc_id, NUM_LOC),
+                num_tokens=len(tokenizer),
+                **own,
+            )
+            sizes += found
+            if options.num_beams > 1:
+                with torch.inference_mode():
+                    rows += beam_search(self.model, inputs, options)
+                continue
+            new = [engine.admit(request) for request in requests_of(self.model, inputs, options)]
+            tickets += new
+            running = engine.run([*running, *new], until_started=True)  # the next ones join while these run
+        engine.run(running)
+        return zip([*rows, *(ticket.result() for ticket in tickets)], sizes)
 
     def _answer(self, row: Generated, image: Row, size: tuple[int, int] | None, codec: MaskCodec | None) -> Answer:
         """size: (W, H) of the row's first image, None where it has none."""
@@ -490,30 +497,26 @@ class PaliGemma:
         )
 
     def _inputs(
-        self, images: list[Row], prompts: list[str], features: dict[int, Encoded], max_new_tokens: int
-    ) -> tuple[dict[str, Tensor], list[tuple[int, int] | None]]:
-        """Model inputs for some rows, and the (W, H) of each row's first image (None for a row without).
-
-        features: what is encoded already, by the identity of the image; filled with what is new, so that an image with
-        many prompts is opened, resized and encoded once.
+        self, images: list[Row], prompts: list[str], max_new_tokens: int, batch_size: int
+    ) -> Iterator[tuple[slice, dict[str, Tensor], list[Size | None]]]:
+        """Model inputs for `batch_size` rows at a time: which rows these are, the inputs, and the (W, H) of each row's
+        first image (None for a row without). The pictures of the next rows are opened meanwhile.
         """
-        for image, prompt in zip(images, prompts):
-            if looks_swapped(image, prompt):
-                raise ValueError(f"the prompt, {prompt!r}, is a file: the image comes first, then the prompt")
         rows = [_pictures(image) for image in images]
-        inputs = self.processor.lay_out(prompts, [len(row) for row in rows])
-        check_length(self.model.config, inputs["attention_mask"], max_new_tokens)  # before the images are encoded
-        new = {id(image): image for row in rows for image in row if id(image) not in features}
-        if new:
-            pictures = [load_image(image) for image in new.values()]
-            side = self.processor.image_size
-            pixels = torch.stack([preprocess(picture, side) for picture in pictures])  # [n, 3, S, S]
-            with torch.inference_mode():
-                encoded = self.model.encode_image(pixels.to(self.model.device))  # [n, P, D]
-            features.update({key: (f, p.size) for key, f, p in zip(new, encoded, pictures)})
-        if any(rows):
-            inputs["image_features"] = torch.stack([features[id(image)][0] for row in rows for image in row])
-        return inputs, [features[id(row[0])][1] if row else None for row in rows]
+        parts = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+        groups = [[one for row in rows[part] for one in row] for part in parts]
+        encoded = encode_ahead(self.model, self.processor.image_size, groups)
+        for part in parts:
+            for image, prompt in zip(images[part], prompts[part]):
+                if looks_swapped(image, prompt):
+                    raise ValueError(f"the prompt, {prompt!r}, is a file: the image comes first, then the prompt")
+            inputs = self.processor.lay_out(prompts[part], [len(row) for row in rows[part]])
+            check_length(self.model.config, inputs["attention_mask"], max_new_tokens)  # before the images are encoded
+            found = iter(features_and_sizes := next(encoded))
+            if features_and_sizes:
+                inputs["image_features"] = torch.stack([features for features, _ in features_and_sizes])
+            sizes = [[next(found)[1] for _ in row] for row in rows[part]]  # of all images of each row
+            yield part, inputs, [of_row[0] if of_row else None for of_row in sizes]
 
 
 def shown(pieces: Generator[str, None, Answer], write: Callable[[str], object]) -> Answer:

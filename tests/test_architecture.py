@@ -29,7 +29,7 @@ LAYERS = [
     "modeling_gemma",
     "answers fast",
     "weights",
-    "generation utils",
+    "generation tickets encoding utils",
     "engine",
     "inference",
     "data",
