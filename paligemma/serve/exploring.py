@@ -14,7 +14,7 @@ from PIL import Image
 
 from paligemma.inference import PaliGemma
 from paligemma.serve.errors import ApiError, invalid
-from paligemma.serve.pictures import content, decode
+from paligemma.serve.pictures import Source, check_header, content, decode
 from paligemma.serve.rows import Ask, lay_out
 from paligemma.serve.service import Service
 
@@ -30,14 +30,22 @@ async def explore(service: Service, ask: Ask) -> str:
         )
     service.exploring = True
     try:
-        pictures = []
-        for source in await service.contents(ask.sources):
-            data = await service.in_worker(content, source)
-            pictures.append(await service.in_worker(decode, data, source, service.settings.most_pixels))
+        sources = await service.contents(ask.sources)
+        pictures = await service.in_worker(decode_all, sources, service.settings.most_pixels)
         page = await service.engine.call(lambda pg: make_page(pg, pictures, ask.prompt))
     finally:
         service.exploring = False
     return service.keep_explored(page)
+
+
+def decode_all(sources: list[Source], most_pixels: int) -> list[Image.Image]:
+    """The pictures, which stay in memory until the page is made: together within the limit of one."""
+    pictures = []
+    for source in sources:
+        data = content(source)
+        most_pixels -= check_header(data, source, most_pixels)
+        pictures.append(decode(data, source))
+    return pictures
 
 
 def make_page(pg: PaliGemma, pictures: list[Image.Image], prompt: str) -> bytes:

@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from datetime import datetime, timezone
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -108,7 +108,7 @@ class Guard:
             (f"{folder}..." for folder in (*OPEN_FOLDERS, "/v1/models/") if path.startswith(folder)), "other"
         )
         self.service.metrics.requests.labels(route, str(status or 499)).inc()
-        written = path if route in ROUTES else route if route != "other" else printable(path)[:100]
+        written = quote(path)[:100] if route == "other" else route  # quoted: no line break, no control character
         client = scope["client"][0] if scope.get("client") else "-"
         moment = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         method, code, ms = printable(scope["method"])[:20], status or 499, round(seconds * 1000, 1)

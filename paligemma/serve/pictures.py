@@ -15,6 +15,7 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from PIL import Image
@@ -82,18 +83,18 @@ def read(source: Source, cache: FeatureCache, most_pixels: int, side: int) -> Pi
     digest = hashlib.sha256(data).digest()
     if (known := cache.get(digest)) is not None:
         return Picture(digest, known[0], None, known[1])
-    image = decode(data, source, most_pixels)
-    return Picture(digest, image.size, preprocess(image, side))
+    large = check_header(data, source, most_pixels) > LARGE
+    with _one_large_picture if large else nullcontext():
+        image = decode(data, source)
+        size, pixels = image.size, preprocess(image, side)
+        del image  # before the next one is decoded
+    return Picture(digest, size, pixels)
 
 
-def decode(data: bytes, source: Source, most_pixels: int) -> Image.Image:
-    """8-bit RGB, upright. ApiError for what is no picture, is damaged, or has too many pixels."""
-    pixels = check_header(data, source, most_pixels)
+def decode(data: bytes, source: Source) -> Image.Image:
+    """8-bit RGB, upright. ApiError for a picture that is damaged. Its header must have been checked."""
     try:
-        if pixels <= LARGE:
-            return load_image(data)
-        with _one_large_picture:
-            return load_image(data)
+        return load_image(data)
     except (ValueError, OSError) as error:
         raise bad_image(source, f"{source.param} is damaged or truncated: {error}") from None
 

@@ -40,7 +40,7 @@ class Running:
         return self.listening.getsockname()
 
     def client(self, **options):
-        return httpx.Client(base_url=self.url, **{"timeout": 60, **options})
+        return httpx.Client(base_url=self.url, **{"timeout": 60, "verify": False, **options})
 
     def stop(self):
         self.server.should_exit = True

@@ -112,7 +112,7 @@ def test_the_log_holds_no_prompt_picture_key_or_query(pg, capfd, form):
     with running(pg, api_key=KEY, log=form) as server, server.client(headers=BEARER) as client:
         client.post("/v1/chat/completions?secret=query", json=chat("answer en my secret?", max_tokens=2))
         client.post("/v1/detect", json={"image": data_url(SCENE), "labels": ["secret ; thing"]})
-        client.get("/v1/secret\x1b[31m")
+        client.get("/v1/secret%1b[31m%0a")
         client.get(server.service.keep_explored(b"page"))
     lines = [line for line in capfd.readouterr().err.splitlines() if "/" in line]
     assert len(lines) == 4 and "/explored/..." in lines[3]

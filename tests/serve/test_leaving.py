@@ -46,10 +46,12 @@ def begin(server, body):
 def test_a_client_that_leaves_while_it_waits(held, stream):
     engine = held.service.engine
     held.gate.clear()
-    connections = [begin(held, chat(stream=stream)) for _ in range(4)]
-    wait_until(lambda: len(engine.running) == 2 and engine.waiting == 2)
+    connections = [begin(held, chat(stream=stream))]
+    wait_until(lambda: len(engine.running) == 1)
+    connections += [begin(held, chat(stream=stream)) for _ in range(3)]
+    wait_until(lambda: engine.waiting == 3)
     connections[-1].close()
-    wait_until(lambda: engine.waiting == 1)  # at once: the engine has not moved
+    wait_until(lambda: engine.waiting == 2)  # at once: the engine has not moved
     assert held.service.taken == 3
     held.gate.set()
     wait_until(lambda: held.service.taken == 0)
@@ -167,11 +169,14 @@ def test_a_client_that_does_not_read_holds_nobody_up(pg):
 
 def overload(server, clients, seconds, expected):
     """Statuses of all requests that so many clients send for so long; each right answer is compared."""
-    end, statuses, seconds_of_429, waits = time.monotonic() + seconds, [], [], []
+    statuses, seconds_of_429, waits = [], [], []
+    together = threading.Barrier(clients + 1)
     images = [data_url(picture(i)) for i in range(4)]
 
     def ask(number):
         with server.client() as client:
+            together.wait()
+            end = time.monotonic() + seconds
             while time.monotonic() < end:
                 body = {"image": images[number % 4], "prompt": "caption en", "max_tokens": 4}
                 start = time.perf_counter()
@@ -186,6 +191,8 @@ def overload(server, clients, seconds, expected):
 
     def look():
         with server.client() as client:
+            together.wait()
+            end = time.monotonic() + seconds
             while time.monotonic() < end:
                 start = time.perf_counter()
                 assert client.get("/health").status_code == 200
