@@ -25,7 +25,7 @@ ROOT = Path(paligemma.__file__).parent
 LAYERS = [
     # the leaves: each can be read alone
     "configuration attention_mask kv_cache static_kv_cache modeling_siglip images tokenizer processing_paligemma "
-    "devices files terminal arguments",
+    "devices files terminal allocator arguments",
     "modeling_gemma",
     "answers fast",
     "weights",

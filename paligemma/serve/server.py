@@ -23,6 +23,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from paligemma.allocator import give_back_freed_memory
 from paligemma.inference import PaliGemma
 from paligemma.serve.app import create_app
 from paligemma.serve.guard import Guard
@@ -31,6 +32,7 @@ from paligemma.serve.settings import Settings
 LINGER = 2.0  # seconds that a server with a dead engine still answers, so that whoever watches /health sees it
 MOST_CONNECTIONS = 512  # with or without a request; beyond them a connection gets 503
 LONGEST_HEADERS = 2**16  # bytes
+FREED_AT_ONCE = 2**23  # bytes: bodies, and the blocks of large pictures
 LAST_BYTES = 5  # seconds for the last replies to be sent once everything has ended
 
 
@@ -41,6 +43,7 @@ def serve(
 
     Raises the error of `load`, where that fails.
     """
+    give_back_freed_memory(FREED_AT_ONCE)
     server = Server(create_app(load, settings), settings, lambda: say(url))
     server.run([listening])
     failure = server.service.engine.failure

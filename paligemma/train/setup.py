@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paligemma.allocator import give_back_freed_memory
 from paligemma.data.checkpoint import codec_of
 from paligemma.data.options import DataOptions
 from paligemma.data.rows import Rows
 from paligemma.devices import multiplies_bfloat16
 from paligemma.fast.swap import is_quantized
 from paligemma.train import parts
-from paligemma.train.allocator import give_back_freed_memory
 from paligemma.train.loop import TrainConfig
 from paligemma.train.optimizer import muon_and_adamw
 from paligemma.train.options import TrainOptions

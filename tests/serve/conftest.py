@@ -4,7 +4,14 @@ import pytest
 from serving import Running
 
 import paligemma
+from paligemma.allocator import give_back_freed_memory
+from paligemma.serve.server import FREED_AT_ONCE
 from paligemma.serve.settings import Settings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_the_command_does():
+    give_back_freed_memory(FREED_AT_ONCE)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from paligemma.fast.swap import quantize
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.train import parts, sharding
-from paligemma.train.allocator import give_back_freed_memory
+from paligemma.allocator import give_back_freed_memory
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.memory import Memory
 from paligemma.train.optimizer import muon_and_adamw
