@@ -3,8 +3,8 @@
 glibc, the C library of most Linux systems, keeps freed blocks of up to 32 MB for itself. Those of a training step come
 in so many sizes that holes are left between them: a run whose tensors need 0.59 GB held 1.15 GB. Told to ask the
 system for every block of a megabyte or more, it holds 0.63 GB, for a tenth more time where layers are small (a step's
-new pages have to be cleared) and none that could be measured where they are large. A server whose threads decode pictures of 40 million pixels one
-after another held 760 MB for them; told so for blocks of 8 MB, 330.
+new pages have to be cleared) and none that could be measured where they are large. A server whose threads decode
+pictures of 40 million pixels one after another held 760 MB for them; told so for blocks of 8 MB, 330.
 """
 
 from __future__ import annotations

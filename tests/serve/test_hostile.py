@@ -77,6 +77,7 @@ def test_pixel_bombs_sixteen_at_a_time(client, channels):
     assert peak.growth < 400e6
 
 
+@pytest.mark.slow
 def test_the_largest_pictures_that_are_taken(pg):
     """40 million transparent pixels take 320 MB while they are decoded, so they are decoded one at a time."""
     data = png(Image.new("RGBA", (6_300, 6_300), (0, 0, 0, 0)), compress_level=6)

@@ -16,12 +16,12 @@ import torch
 from reference import tiny_config
 from test_sharding import end_with_parent, in_processes
 
+from paligemma.allocator import give_back_freed_memory
 from paligemma.devices import multiplies_bfloat16, on_meta_device
 from paligemma.fast.swap import quantize
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.train import parts, sharding
-from paligemma.allocator import give_back_freed_memory
 from paligemma.train.loop import TrainConfig, train
 from paligemma.train.memory import Memory
 from paligemma.train.optimizer import muon_and_adamw
