@@ -106,12 +106,12 @@ def attention(look: Look, queries: str | Sequence[int] = "answer") -> Attention:
     valid = torch.ones_like(types, dtype=torch.bool)
     places = torch.arange(S, device=model.device)[None] + text.position_offset
     cos, sin = rotary_tables(places, text.head_dim, text.rope_theta, model.dtype)
-    weights = []
+    weights = torch.empty(text.num_hidden_layers, text.num_attention_heads, len(columns), S)
     for index, layer in enumerate(layers):
         x = layer.input_layernorm(look.hidden_states[index][None].to(model.device, model.dtype))  # [1, S, D]
         mask = prefix_lm_mask(types, valid, text.window(index))[0, 0, columns]  # [Q, S]
-        weights.append(_weights(layer.self_attn, x, columns.to(model.device), mask, cos, sin).cpu())
-    return Attention(look, torch.stack(weights), columns)
+        weights[index] = _weights(layer.self_attn, x, columns.to(model.device), mask, cos, sin)
+    return Attention(look, weights, columns)
 
 
 def _weights(layer: GemmaAttention, x: Tensor, columns: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
