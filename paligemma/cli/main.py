@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from paligemma.cli import batch, bench, data, evaluate, explore, run, serve, tiny, train, weights
+from paligemma.cli import batch, bench, data, evaluate, explore, export, run, serve, tiny, train, weights
 from paligemma.cli.output import print_error
 from paligemma.terminal import printable
 
@@ -61,6 +61,7 @@ app.command()(weights.convert)
 app.command()(weights.merge)
 app.command()(weights.quantize)
 app.command()(weights.download)
+app.command()(export.export)
 app.add_typer(data_app, name="data")
 data_app.command("check")(data.data_check)
 data_app.command("show")(data.data_show)

@@ -1,0 +1,240 @@
+"""The exported files compute what the model computes, under every shape that a caller may give them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from make_tokenizer import build_tokenizer
+from reference import make_inputs, randomize, tiny_config
+from torch.testing import assert_close
+from typer.testing import CliRunner
+
+from paligemma.cli.main import app
+from paligemma.generation import decode_one_token, prefill
+from paligemma.kv_cache import KVCache
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenizer import load_tokenizer
+from paligemma.weights.saving import save_pretrained
+
+ir = pytest.importorskip("onnx_ir", reason="needs the extra `export`")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+
+from paligemma.export import exporting, storing  # noqa: E402
+from paligemma.export.graphs import Decoder, TokenEmbedding, VisionEncoder  # noqa: E402
+from paligemma.export.runtime import ExportedModel  # noqa: E402
+
+FAMILIES = {
+    "gemma": {"num_key_value_heads": 1},
+    "gemma2": {"sliding_window": 4, "num_hidden_layers": 3},
+}
+STEPS = 20
+
+
+def make_model(family, vocab_size=320, **sizes) -> PaliGemmaForConditionalGeneration:
+    model = PaliGemmaForConditionalGeneration(
+        tiny_config(family, vocab_size=vocab_size, **FAMILIES[family], **sizes)
+    ).eval()
+    randomize(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def exported(request, tmp_path_factory):
+    """(model, folder of its files)"""
+    tokenizer = load_tokenizer(build_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    rows = (len(tokenizer) + 63) // 64 * 64
+    model = make_model(request.param, rows, image_token_index=tokenizer.image_token_id)
+    source, target = (tmp_path_factory.mktemp(request.param) / name for name in ("model", "exported"))
+    save_pretrained(model, source, PaliGemmaProcessor(tokenizer, 4, 28))
+    files = exporting.export(source, target, ["fp32", "q8"])
+    assert all(file.is_file() for file in files)
+    return model, target
+
+
+# ---------------------------------------------------------------------------------------------- before it is traced
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_wrapped_modules_are_the_model(family):
+    """Without ONNX: what is traced equals the model, with padding, and in steps that continue a past."""
+    model = make_model(family)
+    inputs = make_inputs(model.config, [5, 2, 7])
+    cache = KVCache(model.config.text_config, 3, 30)
+    expected = model(**inputs, cache=cache).logits
+    features = VisionEncoder(model)(inputs["pixel_values"])
+    assert_close(features, model.encode_image(inputs["pixel_values"]))
+    is_image = (inputs["input_ids"] == model.config.image_token_index)[..., None]
+    x = TokenEmbedding(model)(inputs["input_ids"]).masked_scatter(is_image, features)
+    mask = inputs["attention_mask"]
+    text = model.config.text_config
+    past = [torch.empty(3, text.num_key_value_heads, 0, text.head_dim)] * (2 * text.num_hidden_layers)
+    logits, *past = Decoder(model)(x, mask, mask.cumsum(-1).clamp(min=1), past)
+    assert_close(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+    for _ in range(6):  # beyond the window of 4
+        tokens = logits[:, -1].argmax(-1, keepdim=True)
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+        logits, *past = Decoder(model)(TokenEmbedding(model)(tokens), mask, mask.sum(-1, keepdim=True), past)
+        assert_close(logits, model(tokens, cache=cache).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_weights_are_near_and_the_largest_is_kept(bits):
+    weight = torch.randn(5, 80)  # two and a half groups of 32
+    stored, scale = storing.rounded(weight, bits)
+    assert stored.shape == (5, 3, 32 * bits // 8) and scale.shape == (5, 3)
+    n = torch.from_numpy(stored)
+    if bits == 4:
+        n = torch.stack([n & 15, n >> 4], dim=-1).flatten(-2)
+    back = ((n.float() - 2 ** (bits - 1)) * torch.from_numpy(scale)[..., None]).flatten(1)[:, :80]
+    assert (back - weight).abs().max() <= np.abs(scale).max() * 1.001  # a step where the opposite of the largest is cut
+    largest = weight.abs().argmax()
+    assert_close(back.flatten()[largest], weight.flatten()[largest])
+    assert_close(torch.from_numpy(storing.rounded(torch.zeros(2, 32), bits)[1]), torch.zeros(2, 1))
+
+
+def test_wrong_usage_is_told_at_once(tmp_path):
+    done = CliRunner().invoke(app, ["export", "tiny", str(tmp_path / "out"), "--weights", "fp32,int8"])
+    assert done.exit_code == 2 and "'int8' is none of them" in done.stderr
+    done = CliRunner().invoke(app, ["export", "tiny", str(tmp_path / "out"), "--format", "gguf"])
+    assert done.exit_code == 2 and "expected onnx" in done.stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        exporting.export("tiny", tmp_path / "full")
+    with pytest.raises(ValueError, match="weights are int8, expected fp32, fp16, q8, q4"):
+        exporting.export("tiny", tmp_path / "out", ["int8"])
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- onnxruntime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [[6], [11], [6, 2, 11]], ids=["one row", "a longer one", "three rows, padded"])
+@torch.inference_mode()
+def test_logits_equal_pytorch(exported, prefix):
+    """With lengths and batches that the graphs were not traced with: they knew two rows of five tokens after three."""
+    model, folder = exported
+    other = ExportedModel(folder)
+    inputs = make_inputs(model.config, prefix)
+    pixels = inputs["pixel_values"]
+    assert_close(other.encode_image(pixels), model.encode_image(pixels), rtol=0, atol=5e-5)
+    logits, cache = prefill(model, inputs, STEPS)
+    logits_too, cache_too = prefill(other, inputs, STEPS)
+    for step in range(STEPS + 1):
+        assert_close(logits_too, logits, rtol=0, atol=5e-5)
+        assert torch.equal(logits_too.argmax(-1), logits.argmax(-1))
+        if step < STEPS:
+            tokens = logits.argmax(-1)
+            logits, logits_too = decode_one_token(model, tokens, cache), decode_one_token(other, tokens, cache_too)
+
+
+@pytest.mark.slow
+def test_files_inputs_and_outputs_have_the_names_that_transformers_js_looks_for(exported):
+    model, folder = exported
+    names = {path.name for path in (folder / "onnx").iterdir()}
+    stems = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    assert names == {f"{stem}{suffix}.onnx" for stem in stems for suffix in ("", "_quantized")}
+    others = {path.name for path in folder.iterdir() if path.is_file()}
+    assert {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"} <= others
+    sessions = ExportedModel(folder).sessions
+    text = model.config.text_config
+    K, E, side, P = text.num_key_value_heads, text.head_dim, 28, 4
+
+    def shapes(values):
+        return {value.name: value.shape for value in values}
+
+    vision, embed, decoder = sessions.values()
+    assert shapes(vision.get_inputs()) == {"pixel_values": ["batch_size", 3, side, side]}
+    assert shapes(vision.get_outputs()) == {"image_features": ["batch_size", P, text.hidden_size]}
+    assert shapes(embed.get_inputs()) == {"input_ids": ["batch_size", "sequence_length"]}
+    assert shapes(embed.get_outputs()) == {"inputs_embeds": ["batch_size", "sequence_length", text.hidden_size]}
+    inputs, outputs = shapes(decoder.get_inputs()), shapes(decoder.get_outputs())
+    for layer in range(text.num_hidden_layers):
+        for part in ("key", "value"):
+            past = inputs.pop(f"past_key_values.{layer}.{part}")
+            assert past == ["batch_size", K, "past_sequence_length", E]
+            assert outputs.pop(f"present.{layer}.{part}") == ["batch_size", K, "total_sequence_length", E]
+    assert inputs == {
+        "inputs_embeds": ["batch_size", "sequence_length", text.hidden_size],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+    }
+    assert outputs == {"logits": ["batch_size", "num_logits", text.vocab_size]}
+
+
+@pytest.mark.slow
+def test_the_number_of_logits_may_be_chosen_or_left_out(exported):
+    model, folder = exported
+    other = ExportedModel(folder)
+    text, S = model.config.text_config, 7
+    (optional,) = other.sessions["decoder_model_merged"].get_overridable_initializers()
+    assert (optional.name, optional.type, optional.shape) == ("num_logits_to_keep", "tensor(int64)", [])
+    empty = torch.empty(1, text.num_key_value_heads, 0, text.head_dim)
+    given = {
+        "inputs_embeds": torch.randn(1, S, text.hidden_size),
+        "attention_mask": torch.ones(1, S, dtype=torch.int64),
+        "position_ids": torch.arange(1, S + 1)[None],
+    }
+    given |= {f"past_key_values.{i}.{part}": empty for i in range(text.num_hidden_layers) for part in ("key", "value")}
+    every = other.run("decoder_model_merged", **given)[0]
+    assert every.shape[1] == S
+    for count in (0, 1, 3):
+        some = other.run("decoder_model_merged", **given, num_logits_to_keep=torch.tensor(count))[0]
+        assert_close(some, every[:, -count:] if count else every, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_eight_bits_are_near(exported):
+    model, folder = exported
+    inputs = make_inputs(model.config, [6, 2])
+    logits, other = prefill(model, inputs, 1)[0], prefill(ExportedModel(folder, "q8"), inputs, 1)[0]
+    assert 1e-5 < (logits - other).abs().max() < 0.05 * logits.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["gemma"], indirect=True)
+@torch.inference_mode()
+def test_large_weights_lie_beside_the_graph(exported, tmp_path, monkeypatch):
+    """Under the name that transformers.js looks for, and only if the configuration says so."""
+    model, folder = exported
+    monkeypatch.setattr(exporting, "LARGEST_FILE", 1000)
+    save_pretrained(model, tmp_path / "model", None)
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / "model" / name).write_bytes((folder / name).read_bytes())
+    exporting.export(tmp_path / "model", tmp_path / "out", ["fp32", "q4"])
+    external = {"vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"}
+    external |= {f"{name.removesuffix('.onnx')}_q4.onnx" for name in external}
+    assert {path.name for path in (tmp_path / "out" / "onnx").iterdir()} == external | {f"{n}_data" for n in external}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["transformers.js_config"] == {"use_external_data_format": dict.fromkeys(external, 1)}
+    inputs = make_inputs(model.config, [6])
+    assert_close(
+        prefill(ExportedModel(tmp_path / "out"), inputs, 1)[0], prefill(model, inputs, 1)[0], rtol=0, atol=5e-5
+    )
+
+
+@pytest.mark.slow
+def test_openvino_reads_the_same_files(exported):
+    openvino = pytest.importorskip("openvino")
+    model, folder = exported
+    pixels = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        expected = model.encode_image(pixels)
+    compiled = openvino.Core().compile_model(folder / "onnx" / "vision_encoder.onnx", "CPU")
+    assert_close(torch.from_numpy(compiled({"pixel_values": pixels.numpy()})[0]), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.slow
+def test_the_command_writes_and_checks_the_embedded_model(tmp_path):
+    folder = tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", "tiny", str(folder), "--weights", "q8,fp32,fp16,q4", "--check"])
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["q8", "fp32", "fp16", "q4"]
+    assert lines[1].endswith("the likeliest token is the same in 42 of 42")
+    assert "dtype" not in json.loads((folder / "config.json").read_text())["transformers.js_config"]
