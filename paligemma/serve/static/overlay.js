@@ -34,12 +34,12 @@ export function draw(pen, items, style, { width, height, scale, chosen = -1, uni
     pen.drawImage(tint.canvas, left * width, top * height, (right - left) * width, (bottom - top) * height);
   }
   for (const i of order) {
-    pen.globalAlpha = chosen < 0 || i === chosen ? 1 : 0.45;
+    pen.globalAlpha = chosen < 0 || i === chosen ? 1 : 0.6;
     drawBox(pen, rectangle(items[i].box, scale, width, height), style[items[i].label], i === chosen ? 1.8 * line : line);
   }
   const placed = [];
   for (const i of [...order].reverse()) {
-    pen.globalAlpha = chosen < 0 || i === chosen ? 1 : 0.45;
+    pen.globalAlpha = chosen < 0 || i === chosen ? 1 : 0.6;
     drawTag(pen, items[i], rectangle(items[i].box, scale, width, height), style[items[i].label], placed, { width, height, unit });
   }
   pen.globalAlpha = 1;
