@@ -17,7 +17,8 @@ async function decode() {
     arrays[name] = new kinds[a.dtype](bytes.slice(a.offset, a.offset + a.bytes));
   }
 }
-const weight = (byte) => (byte / 255) ** 2;
+const WEIGHTS = Float64Array.from({ length: 256 }, (_, byte) => (byte / 255) ** 2);
+const weight = (byte) => WEIGHTS[byte];
 const percent = (x) => (100 * x).toFixed(x < 0.0995 ? 1 : 0) + "%";
 const readable = (text) => text.replace(/\n/g, "\u21b5") || "\u2205";
 
@@ -30,7 +31,7 @@ function element(kind, text, attributes = {}) {
 
 function table(head, rows) {
   const made = element("table"), top = element("tr");
-  for (const name of head) top.append(element("th", name, { scope: "col" }));
+  for (const name of head) top.append(name ? element("th", name, { scope: "col" }) : element("td"));
   made.append(top);
   for (const row of rows) {
     const line = element("tr");
@@ -52,45 +53,41 @@ async function openPictures() {
   }
 }
 
+const SIDE = 640, GAP = n > 1 ? 16 : 0; // of a picture on its canvas; it is shown smaller, so words are sharp
+const cell = SIDE / g;
+
 // Pictures side by side, and over every patch a number in [0, 1], on an absolute scale: 0 is dark, 1 is bright.
-function drawMap(canvas, values, marked = []) {
-  const side = 320, gap = n > 1 ? 8 : 0, w = canvas.getContext("2d");
-  canvas.width = n * side + (n - 1) * gap;
-  canvas.height = side;
-  const cell = side / g;
-  for (let image = 0; image < n; image++) {
-    const x0 = image * (side + gap);
-    w.drawImage(pictures[image], x0, 0, side, side);
+function drawMap(canvas, values, marked = [], tint = "rgb(255, 140, 60)") {
+  const w = canvas.getContext("2d");
+  canvas.width = n * SIDE + (n - 1) * GAP;
+  canvas.height = SIDE;
+  pictures.forEach((picture, image) => {
+    const x0 = image * (SIDE + GAP), wide = picture.width / g, high = picture.height / g;
+    w.drawImage(picture, x0, 0, SIDE, SIDE);
     w.fillStyle = "rgba(0, 0, 0, 0.62)";
-    w.fillRect(x0, 0, side, side);
+    w.fillRect(x0, 0, SIDE, SIDE);
+    w.fillStyle = tint;
     for (let p = 0; p < g * g; p++) {
       const value = values[image * g * g + p];
       if (!(value > 0.002)) continue;
-      w.save();
-      w.beginPath();
-      w.rect(x0 + (p % g) * cell, Math.floor(p / g) * cell, cell, cell);
-      w.clip();
+      const column = p % g, row = Math.floor(p / g), at = [x0 + column * cell, row * cell, cell, cell];
       w.globalAlpha = Math.min(1, Math.sqrt(value) * 1.3);
-      w.drawImage(pictures[image], x0, 0, side, side);
+      w.drawImage(picture, column * wide, row * high, wide, high, ...at);
       w.globalAlpha = Math.min(0.6, Math.sqrt(value) * 0.6);
-      w.fillStyle = "rgb(255, 140, 60)";
-      w.fillRect(x0, 0, side, side);
-      w.restore();
+      w.fillRect(...at);
     }
-    w.strokeStyle = "#fff";
-    for (const p of marked) {
-      if (Math.floor(p / (g * g)) === image) {
-        w.strokeRect(x0 + (p % g) * cell + 0.5, Math.floor((p % (g * g)) / g) * cell + 0.5, cell - 1, cell - 1);
-      }
-    }
-  }
+  });
+  w.globalAlpha = 1;
+  w.strokeStyle = "#fff";
+  w.lineWidth = 2;
+  for (const p of marked) w.strokeRect(left(p) + 1, above(p) + 1, cell - 2, cell - 2);
 }
+const left = (p) => Math.floor(p / (g * g)) * (SIDE + GAP) + (p % g) * cell, above = (p) => Math.floor((p % (g * g)) / g) * cell;
 function patchAt(canvas, event) {
-  const box = canvas.getBoundingClientRect(), gap = n > 1 ? 8 : 0;
-  const x = ((event.clientX - box.left) / box.width) * (n * 320 + (n - 1) * gap), y = ((event.clientY - box.top) / box.height) * 320;
-  const image = Math.min(n - 1, Math.floor(x / (320 + gap))), inside = x - image * (320 + gap);
-  const column = Math.min(g - 1, Math.floor((inside / 320) * g)), row = Math.min(g - 1, Math.floor((y / 320) * g));
-  return image * g * g + Math.max(0, row) * g + Math.max(0, column);
+  const box = canvas.getBoundingClientRect(), within = (x) => Math.max(0, Math.min(g - 1, Math.floor(x)));
+  const x = ((event.clientX - box.left) / box.width) * canvas.width, y = ((event.clientY - box.top) / box.height) * SIDE;
+  const image = Math.min(n - 1, Math.floor(x / (SIDE + GAP)));
+  return image * g * g + within(y / cell) * g + within((x - image * (SIDE + GAP)) / cell);
 }
 const place = (p) => (n > 1 ? `picture ${Math.floor(p / (g * g)) + 1}, ` : "") + `row ${Math.floor((p % (g * g)) / g) + 1}, column ${(p % g) + 1}`;
 function largest(values, count, name) {
@@ -132,6 +129,18 @@ function weightsOf(layer, head, token) {
   }
   return found;
 }
+// The share on the picture of every head, [L * H], for a token; kept, since layer and head are changed more often.
+let shares = { token: -1 };
+function sharesOf(token) {
+  if (shares.token === token) return shares.values;
+  const values = new Float32Array(L * H);
+  for (let row = 0; row < L * H; row++) {
+    const start = (row * A + token) * keys;
+    for (let k = 0; k < meta.attention_patches; k++) values[row] += WEIGHTS[arrays.attention[start + k]];
+  }
+  shares = { token, values };
+  return values;
+}
 function onPatches(found) { // pooled patches share their weight evenly
   const values = new Float32Array(P), pool = meta.pool, small = g / pool;
   for (let p = 0; p < P; p++) {
@@ -144,11 +153,12 @@ function onPatches(found) { // pooled patches share their weight evenly
 function attention() {
   tokenStrip("attention-tokens");
   if (!A) return;
-  const grid = [];
+  const grid = [], onPicture = sharesOf(state.token);
   for (let layer = 0; layer < L; layer++) {
+    const heads = onPicture.subarray(layer * H, (layer + 1) * H);
     const row = [element("th", "layer " + (layer + 1), { scope: "row" })];
     for (let h = -1; h < H; h++) {
-      const share = weightsOf(layer, h, state.token).slice(0, meta.attention_patches).reduce((a, b) => a + b, 0);
+      const share = h < 0 ? heads.reduce((a, b) => a + b) / H : heads[h];
       const cell = element("td", percent(share), { class: "heat", "data-layer": layer, "data-head": h });
       cell.style.background = `rgba(var(--cell), ${0.75 * share})`;
       if (layer === state.layer && h === state.head) cell.style.outline = "2px solid var(--accent)";
@@ -174,17 +184,14 @@ function words() {
   range.value = state.layer;
   $("words-said").textContent = state.layer === 0 ? "Before the first layer." : `After layer ${state.layer} of ${L}.`;
   const canvas = $("words-map"), w = canvas.getContext("2d");
-  drawMap(canvas, new Float32Array(P).fill(0.12), state.patch >= 0 ? [state.patch] : []);
-  const cell = 320 / g, gap = n > 1 ? 8 : 0;
+  drawMap(canvas, new Float32Array(P).fill(0.12), state.patch >= 0 ? [state.patch] : [], "transparent");
   w.textAlign = "center";
   w.textBaseline = "middle";
   w.fillStyle = "#fff";
   for (let p = 0; p < P; p++) {
-    const text = meta.words[arrays.words[(state.layer * P + p)]].trim();
-    const size = Math.max(4, Math.min(cell / 2.2, (1.7 * cell) / Math.max(1, text.length)));
-    w.font = size + "px system-ui, sans-serif";
-    const image = Math.floor(p / (g * g)), q = p % (g * g);
-    w.fillText(text, image * (320 + gap) + (q % g) * cell + cell / 2, Math.floor(q / g) * cell + cell / 2, cell - 1);
+    const text = meta.words[arrays.words[state.layer * P + p]].trim();
+    w.font = Math.max(8, Math.min(cell / 2.2, (1.7 * cell) / Math.max(1, text.length))) + "px system-ui, sans-serif";
+    w.fillText(text, left(p) + cell / 2, above(p) + cell / 2, cell - 2);
   }
   const chosen = Math.max(0, state.patch);
   fillTable("words-table", ["state", `patch at ${place(chosen)}`, "probability"], [...Array(L + 1).keys()].map((layer) => [
@@ -198,6 +205,7 @@ function knockOut() {
   tokenStrip("knock-out-tokens");
   if (!meta.arrays.drop || !A) {
     $("knock-out-said").textContent = meta.left_out["knock-out"] || "";
+    document.querySelector("#knock-out .side").hidden = true;
     return;
   }
   const drops = new Float32Array(P);
@@ -229,23 +237,23 @@ function locations() {
     button.onclick = () => go({ column: b });
     return button;
   }));
-  const canvas = $("locations-map"), w = canvas.getContext("2d"), margin = 60, side = 320;
-  canvas.width = canvas.height = side + 2 * margin;
-  w.drawImage(pictures[0], margin, margin, side, side);
+  const canvas = $("locations-map"), w = canvas.getContext("2d"), margin = 120;
+  canvas.width = canvas.height = SIDE + 2 * margin;
+  w.drawImage(pictures[0], margin, margin, SIDE, SIDE);
   const shown = meta.edges.filter((e) => e.box === state.column % boxes.length), at = {};
   w.strokeStyle = w.fillStyle = "rgb(255, 140, 60)";
   for (const edge of shown) {
     const row = meta.edges.indexOf(edge), highest = Math.max(1, ...arrays.mass.slice(row * 1024, row * 1024 + 1024));
-    at[edge.name] = margin + (edge.mean / 1024) * side;
+    at[edge.name] = margin + (edge.mean / 1024) * SIDE;
     for (let bin = 0; bin < 1024; bin++) {
-      const length = weight(arrays.mass[row * 1024 + bin]) / weight(highest) * (margin - 6), from = margin + (bin / 1024) * side, wide = Math.max(1, side / 1024);
+      const length = weight(arrays.mass[row * 1024 + bin]) / weight(highest) * (margin - 12), from = margin + (bin / 1024) * SIDE, wide = 2;
       if (edge.name === "x0") w.fillRect(from, margin - length, wide, length);
-      if (edge.name === "x1") w.fillRect(from, margin + side, wide, length);
+      if (edge.name === "x1") w.fillRect(from, margin + SIDE, wide, length);
       if (edge.name === "y0") w.fillRect(margin - length, from, length, wide);
-      if (edge.name === "y1") w.fillRect(margin + side, from, length, wide);
+      if (edge.name === "y1") w.fillRect(margin + SIDE, from, length, wide);
     }
   }
-  w.lineWidth = 2;
+  w.lineWidth = 3;
   w.strokeRect(at.x0, at.y0, at.x1 - at.x0, at.y1 - at.y0);
   fillTable("locations-table", ["edge", "mean, px", "spread, px"], shown.map((e) => [e.name, e.pixels.toFixed(1), e.pixel_spread.toFixed(1)]));
 }

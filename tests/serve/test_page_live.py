@@ -3,13 +3,11 @@
 import importlib.util
 import itertools
 import json
-import shutil
-import subprocess
 import time
 import urllib.request
 
 import pytest
-from page_browser import Page, needs_browser, served, start_browser
+from page_browser import Page, axe_core, needs_browser, served, start_browser, violations
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
@@ -349,26 +347,7 @@ def test_no_other_host_is_asked_and_the_console_is_empty(page, browser, url):
 
 @pytest.fixture(scope="module")
 def axe(request):
-    """axe-core from npm, kept in pytest's cache."""
-    if shutil.which("npm") is None:
-        pytest.skip("needs npm, for axe-core")
-    folder = request.config.cache.mkdir("axe-core")
-    script = folder / "node_modules" / "axe-core" / "axe.min.js"
-    if not script.exists():
-        command = [
-            "npm",
-            "install",
-            "--prefix",
-            str(folder),
-            "--ignore-scripts",
-            "--no-audit",
-            "--no-fund",
-            "axe-core@4.14.1",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            pytest.skip(f"axe-core could not be installed: {done.stderr.strip()[-200:]}")
-    return script.read_text(encoding="utf-8")
+    return axe_core(request.config)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -377,7 +356,4 @@ def test_axe_finds_nothing(page, browser, axe, scheme, width):
     page.scheme(scheme)
     page.size(width, 900, mobile=width < 800)
     for state in states(page):
-        browser.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})
-        found = browser.execute_async_script("const done = arguments[0]; axe.run().then((r) => done(r.violations))")
-        said = [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in found]
-        assert not said, (state, said)
+        assert not violations(browser, axe), state

@@ -1,9 +1,11 @@
-"""The page in Debian's chromium, driven by selenium: what the tests of the page have in common."""
+"""Our two pages in Debian's chromium, driven by selenium: what the tests of the page of `paligemma serve` and of the
+look-inside page have in common."""
 
 import base64
 import io
 import json
 import shutil
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
@@ -12,10 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paligemma.serve.engine_thread import EngineThread
-from paligemma.serve.server import Server, create_app, listen
-from paligemma.serve.settings import Settings
-
 needs_browser = pytest.mark.skipif(shutil.which("chromedriver") is None, reason="needs chromium and chromedriver")
 QUIET = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -23,10 +21,35 @@ QUIET = [
 ]  # fmt: skip
 
 
+def axe_core(config):
+    """The source of axe-core, an accessibility checker, from npm; kept in pytest's cache."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs npm, for axe-core")
+    folder = config.cache.mkdir("axe-core")
+    script = folder / "node_modules" / "axe-core" / "axe.min.js"
+    if not script.exists():
+        command = ["npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund"]
+        done = subprocess.run([*command, "axe-core@4.14.1"], capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            pytest.skip(f"axe-core could not be installed: {done.stderr.strip()[-200:]}")
+    return script.read_text(encoding="utf-8")
+
+
+def violations(browser, axe):
+    """What axe-core finds wrong with the page as it is shown: [(rule, elements)]."""
+    browser.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})  # a page's CSP does not concern the debugger
+    found = browser.execute_async_script("const done = arguments[0]; axe.run().then((r) => done(r.violations))")
+    return [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found]
+
+
 @contextmanager
 def served(pg, patch=None, slower=0.0, **settings):
     """The URL of a server of the embedded model, in a thread of this process. slower: seconds that are added to every
     step of the engine, so that there is something to see; it needs `patch`, a monkeypatch."""
+    from paligemma.serve.engine_thread import EngineThread
+    from paligemma.serve.server import Server, create_app, listen
+    from paligemma.serve.settings import Settings
+
     if slower:
         step = EngineThread._step
         patch.setattr(EngineThread, "_step", lambda self: (step(self), time.sleep(slower)))
