@@ -12,12 +12,17 @@ from paligemma import explore
 
 HERE = Path(__file__).parent
 SCENE = HERE.parent / "examples" / "scene.png"
-SCREENS = {  # name of the picture: prompt, view, height
-    "explore_attention": ("caption en", "#attention?token=2&layer=4&head=-1", 1240),
-    "explore_words": ("caption en", "#words?layer=5&patch=19", 1000),
-    "explore_routes": ("answer en what color is the umbrella ?", "#routes", 760),
+SCREENS = {  # name of the picture: prompt, view
+    "explore_attention": ("caption en", "#attention?token=2&layer=4&head=-1"),
+    "explore_words": ("caption en", "#words?layer=5&patch=19"),
+    "explore_routes": ("answer en what color is the umbrella ?", "#routes"),
 }
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
+
+
+def sized(browser: webdriver.Chrome, height: int) -> None:
+    metrics = {"width": 980, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def main() -> None:
@@ -27,14 +32,17 @@ def main() -> None:
         for argument in (*QUIET, f"--user-data-dir={folder}/profile"):
             options.add_argument(argument)
         browser = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
-        for name, (prompt, view, height) in SCREENS.items():
+        for name, (prompt, view) in SCREENS.items():
             explore.page(explore.look(pg, SCENE, prompt), f"{folder}/{name}.html")
-            browser.set_window_size(980, height)
+            sized(browser, 100)
             browser.get(f"file://{folder}/{name}.html{view}")
             ready = "return document.documentElement.dataset.ready"
             WebDriverWait(browser, 20).until(lambda b, ready=ready: b.execute_script(ready) == "1")
+            sized(browser, browser.execute_script("return document.documentElement.scrollHeight"))
             browser.save_screenshot(f"{folder}/{name}.png")
-            Image.open(f"{folder}/{name}.png").convert("P", palette=Image.Palette.ADAPTIVE).save(HERE / f"{name}.png")
+            Image.open(f"{folder}/{name}.png").convert("RGB").quantize(256, kmeans=2).save(
+                HERE / f"{name}.png", optimize=True
+            )
         browser.quit()
 
 

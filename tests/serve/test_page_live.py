@@ -1,6 +1,5 @@
 """The page while an answer is written, when something goes wrong, and on every screen: also in a real browser."""
 
-import importlib.util
 import itertools
 import json
 import time
@@ -15,8 +14,6 @@ import paligemma
 
 pytestmark = [pytest.mark.slow, needs_browser]
 SCENE = "examples/scene.png"
-one_by_one = importlib.util.find_spec("paligemma.serve.slice_engine") is not None
-needs_engine = pytest.mark.skipif(one_by_one, reason="the server answers in one piece until it runs on the engine")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +70,6 @@ def row_is_gone(url, cancelled_before):
 # ---------------------------------------------------------------------------------------------- while it is written
 
 
-@needs_engine
 def test_the_text_grows(page):
     watch = """
         window.seen = [];
@@ -88,7 +84,6 @@ def test_the_text_grows(page):
     assert page.find("#text").get_attribute("aria-busy") == "false"
 
 
-@needs_engine
 def test_boxes_appear_while_they_are_written(page):
     page.task("detect")
     page.labels("book", "umbrella", "house")
@@ -99,7 +94,6 @@ def test_boxes_appear_while_they_are_written(page):
     assert len(page.rows()) == 3
 
 
-@needs_engine
 @pytest.mark.parametrize("way", ["mouse", "keyboard"])
 def test_stop_ends_the_row_on_the_server(page, url, way):
     before = cancelled_and_running(url)[0]
@@ -119,7 +113,6 @@ def test_stop_ends_the_row_on_the_server(page, url, way):
     assert "book" in page.text("#text")
 
 
-@needs_engine
 def test_an_answer_that_comes_after_a_new_picture_is_dropped(page, url, tmp_path):
     before = cancelled_and_running(url)[0]
     Image.new("RGB", (200, 100), "white").save(tmp_path / "other.png")
