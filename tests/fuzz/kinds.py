@@ -22,6 +22,7 @@ from make_tokenizer import build_tokenizer
 from mutate import HOSTILE, of_file, of_text
 from PIL import Image
 from reference import randomize, tiny_config
+from typer.main import get_command
 
 import paligemma
 from paligemma.answers.mask_codec import MaskCodec
@@ -229,41 +230,33 @@ def answer_prompts(random: Random, folder: Path, broken: Path) -> None:
     paligemma.parse(answer, image_size=(random.choice([1, 640, 10**6]), 480), codec=_models[folder].codec)
 
 
+# Command lines that work, on the folder of valid inputs. To one of them, or to the bare command, options are added.
+WORKING = [
+    ["run", "caption en", "pictures/a.png", "--model", "model"],
+    ["run", "detect dog", "pictures", "--model", "model", "--save", "drawn", "--save-labels", "labels"],
+    ["explore", "caption en", "pictures/a.png", "--model", "model", "--out", "look.html", "--knock-out"],
+    ["explore", "detect dog", "pictures/a.png", "--model", "model", "--json"],
+    ["train", "jsonl/rows.jsonl", "--data", "jsonl/rows.jsonl", "--model", "model", "--steps", "1", "--out", "tuned"],
+    ["train", "--data", "coco/objects.json", "--model", "model", "--steps", "1", "--plan"],
+    ["train", "compare", "tuned", "tuned"],
+    ["evaluate", "--data", "jsonl/rows.jsonl", "--model", "model", "--out", "measured"],
+    ["info", "model"],
+    ["convert", "model", "new", "--dtype", "bfloat16"],
+    ["convert", "npz/model.npz", "new.npz"],
+    ["merge", "adapter", "merged"],
+    ["quantize", "model", "small", "--int8"],
+    ["download", "model"],
+    ["data", "check", "jsonl/rows.jsonl", "--model", "model"],
+    ["data", "show", "coco/objects.json", "--out", "shown", "--model", "model"],
+    ["tiny", "scenes", "--out", "scenes", "--count", "1"],
+]
+# Too long for one input of ten thousand, whatever the options: their arguments are checked alone.
+NEVER_RUN = [["bench"], ["tiny", "train"], ["tiny", "evaluate"]]
+
+
 def run_command(random: Random, folder: Path, broken: Path) -> None:
     """A random command line, in this process. It ends by an exit code, and never by another exception."""
-    from typer.main import get_command
-
-    commands = [
-        ["run"],
-        ["info"],
-        ["convert"],
-        ["merge"],
-        ["quantize"],
-        ["evaluate"],
-        ["data", "check"],
-        ["data", "show"],
-    ]
-    words = random.choice([*commands, ["tiny", "scenes"], ["train", "--plan"], [], [of_text(random, "run")]])
-    command: Any = get_command(cli.app)
-    for word in words:
-        command = getattr(command, "commands", {}).get(word, command)
-    options = [name for parameter in command.params for name in parameter.opts if name.startswith("-")]
-    plain = [
-        "caption en", "detect dog", "model", "pictures/a.png", "pictures", "jsonl/rows.jsonl", "coco/objects.json",
-        "out", "adapter", "npz/model.npz", "1", "2", "0", "-1", "1e9", "int8", "int4", "float32", "float16",
-        "cpu", "cuda", "-", "*",
-    ]  # fmt: skip
-    values = [
-        *plain,
-        *plain,
-        *(str(value) for value in HOSTILE if isinstance(value, str | int) and "\0" not in str(value)),
-    ]
-    arguments = [*words, *(random.choice(plain) for _ in range(random.randrange(3)))]
-    for _ in range(random.randrange(4)):
-        arguments += [random.choice(options or ["--help"])]
-        arguments += [random.choice(values)] if random.random() < 0.7 else []
-    if words[:1] == ["evaluate"] or words[:2] == ["tiny", "scenes"]:
-        arguments += ["--count", "1"]
+    arguments = a_command_line(random)
     before, sys.argv = sys.argv, ["paligemma", *arguments]
     here, stdin = Path.cwd(), sys.stdin
     try:
@@ -281,6 +274,50 @@ def run_command(random: Random, folder: Path, broken: Path) -> None:
     finally:
         sys.argv, sys.stdin = before, stdin
         os.chdir(here)
+
+
+def a_command_line(random: Random) -> list[str]:
+    """Mostly one that works, with up to four options more, whose values are mostly of the right type."""
+    line = [*random.choice(WORKING)]
+    if random.random() < 0.1:
+        line = [*random.choice(NEVER_RUN), "--help"]
+    elif random.random() < 0.2:  # something is missing, or is another file
+        at = random.randrange(len(line))
+        line[at : at + 1] = [] if random.random() < 0.5 else [random.choice(PLAIN)]
+    elif random.random() < 0.05:
+        line = [of_text(random, "run")]
+    command: Any = get_command(cli.app)
+    for words in (" ".join(line[:2]), line[0] if line else "", line[1] if len(line) > 1 else ""):
+        command = getattr(command, "commands", {}).get(words, command)
+    options = [parameter for parameter in command.params if parameter.opts[0].startswith("-")]
+    for _ in range(random.randrange(5)):
+        if not options:
+            break
+        option = random.choice(options)
+        line.append(random.choice([*option.opts, *option.secondary_opts]))
+        if not getattr(option, "is_flag", False) and random.random() < 0.95:
+            line.append(a_value(random, str(option.type_descriptor.annotation)))
+    return line
+
+
+# Counts stay small: ten thousand steps are no fault of the command.
+PLAIN = [
+    "caption en", "detect dog", "model", "pictures/a.png", "pictures", "jsonl/rows.jsonl", "coco/objects.json", "yolo",
+    "voc", "csv/rows.csv", "vqa/questions.json", "out", "adapter", "npz/model.npz", "sharded", "tokenizer", "1", "2",
+    "0", "-1", "int8", "int4", "float32", "float16", "bfloat16", "cpu", "cuda", "mps", "auto", "-", "*", "coco", "voc",
+    "boxes", "exact_match", "train", "validation", "adamw", "muon", "cosine", "linear", "all",
+]  # fmt: skip
+
+
+def a_value(random: Random, kind: str) -> str:
+    if random.random() < 0.15:
+        value = str(random.choice([value for value in HOSTILE if isinstance(value, str | int)]))
+        return value.replace("\0", "") if len(value) < 10 or not value.isdigit() else "3"
+    if "int" in kind:
+        return random.choice(["0", "1", "2", "3", "7", "28", "56", "-1", "1023"])
+    if "float" in kind:
+        return random.choice(["0", "0.5", "1", "1e-3", "1e-300", "-1", "nan", "inf", "2.5"])
+    return random.choice(PLAIN)
 
 
 KINDS = [

@@ -7,6 +7,8 @@ import zipfile
 from random import Random
 from typing import Any
 
+import numpy as np
+
 # Values that programs stumble over, put in place of any value in a JSON document.
 HOSTILE: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e-300, 1e308, float("nan"),
@@ -121,17 +123,60 @@ def of_safetensors(random: Random, data: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
 
+def of_array(random: Random, array: np.ndarray) -> np.ndarray:
+    """An array that is written right and means something else: other values, another dtype, another shape."""
+    match random.randrange(8):
+        case 0:  # values that arithmetic stumbles over
+            value = random.choice([np.nan, np.inf, -np.inf, 0.0, 1e38, -1e38, 1e-45])
+            return np.full_like(array, value) if random.random() < 0.3 else np.where(array > 0, value, array)
+        case 1:  # one of them
+            array = np.array(array)
+            array.reshape(-1)[random.randrange(array.size)] = random.choice([np.nan, np.inf, 3e38])
+            return array
+        case 2:  # the same bytes as other numbers, or the same numbers as other bytes
+            kind = random.choice(
+                ["<i4", ">f4", "<u4", "<f2", "<f8", "|u1", "<c8", "|b1", "<i8", "|S4", "<M8[s]", "<U1"]
+            )
+            return array.view(kind) if random.random() < 0.5 and array.ndim else array.astype("f4").astype(kind)
+        case 3:  # the same size in another shape
+            return array.T if random.random() < 0.5 else array.reshape(-1)
+        case 4:  # one axis longer or shorter
+            axis = random.randrange(max(array.ndim, 1))
+            return np.repeat(array, 2, axis) if random.random() < 0.5 else array[(slice(None),) * axis + (slice(1),)]
+        case 5:
+            return array[None] if random.random() < 0.5 else array.reshape(*array.shape, 1, 1)
+        case 6:
+            return np.zeros(random.choice([(), (0,), (1,), (0, 3), (1,) * 30]), array.dtype)
+        case _:  # the values in the other order of axes: a flag in the header
+            return np.asfortranarray(array)
+
+
 def of_zip(random: Random, data: bytes) -> bytes:
     """An .npz: mostly one member is changed, and the archive around it kept right."""
-    if random.random() < 0.4:
+    if random.random() < 0.15:
         return of_bytes(random, data)
     archive = zipfile.ZipFile(io.BytesIO(data))
     members = {name: archive.read(name) for name in archive.namelist()}
-    name = random.choice(list(members))
+    name, other = random.choice(list(members)), random.choice(list(members))
     content = members.pop(name)
-    if random.random() < 0.8:  # mostly its header
-        content = of_bytes(random, content[:128]) + content[128:]
-        members[name if random.random() < 0.9 else (of_text(random, name) or "a")] = content
+    match random.randrange(8):
+        case 0:  # its header
+            members[name] = of_bytes(random, content[:128]) + content[128:]
+        case 1:
+            members[of_text(random, name) or "a"] = content
+        case 2:  # two members have changed places
+            members[name] = members.get(other, content)
+            members[other] = content
+        case 3 if random.random() < 0.3:
+            pass  # it is missing
+        case _:
+            changed, array = io.BytesIO(), np.load(io.BytesIO(content))
+            try:
+                array = of_array(random, array)
+            except (ValueError, TypeError, IndexError):  # these numbers are not to be had as those
+                array = array.reshape(-1)
+            np.save(changed, array)
+            members[name] = changed.getvalue()
     out = io.BytesIO()
     packing = random.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
     with zipfile.ZipFile(out, "w", packing) as changed:

@@ -193,7 +193,8 @@ def main() -> None:
         for kind in chosen:
             inputs = options.inputs and -(-options.inputs // len(chosen))
             seconds = None if inputs else (options.seconds or 60.0) / len(chosen)
-            results[kind.name] = fuzz(kind, valid, options.seed, inputs, seconds)
+            results[kind.name] = result = fuzz(kind, valid, options.seed, inputs, seconds)
+            print(f"{kind.name}: {result.inputs:,} inputs, {result.bad} bad {dict(result.found)}", file=sys.stderr)
     print(table(results))
     for name, result in results.items():
         for what, count in result.found.most_common():
