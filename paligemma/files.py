@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import stat
@@ -143,20 +144,69 @@ def _whole(digits: str) -> int:
 def written_whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; the file that lies there at the end takes the place of `path`.
 
-    After an error nothing is left of it, and an old file is as it was. Parent folders are made. The temporary name
-    has the suffix of `path`, since some writers choose their format by it, and it is random, since on a shared disk
-    processes of two machines may have the same number.
+    After an error nothing is left of it, and an old file is as it was; what a killed process left in the folder is
+    removed. Parent folders are made. A full disk is named with `path`. The temporary name has the suffix of `path`,
+    since some writers choose their format by it, and is random, since a disk may be shared by several machines.
 
         with written_whole(path) as beside:
             beside.write_text(text)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}{path.suffix}")
+    _remove_left_behind(path.parent)
+    beside = path.with_name(f".{path.stem[:40]}.{_mark(os.getpid())}-{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
-        yield beside
-        os.replace(beside, path)
+        with named_in_errors(path):
+            yield beside
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Python names the file that cannot be opened, and not the one that cannot be written to, on a full disk: this
+    does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds lines to a text file in UTF-8. Killed in the middle, it may leave a part of them."""
+    with named_in_errors(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+def _mark(pid: int | str) -> str:
+    """What temporary names have in them, so that others see whose they are."""
+    return f"{socket.gethostname()}-{pid}"
+
+
+_tidied: set[Path] = set()
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Removes what killed processes of this machine left in a folder. Once is enough, since it may be a large one."""
+    if folder in _tidied:
+        return
+    _tidied.add(folder)
+    temporary = re.compile(rf"\..+[.-]{re.escape(_mark(''))}(\d+)([.-].*)?")
+    for path in folder.iterdir():
+        if (found := temporary.fullmatch(path.name)) and not _runs(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is somebody else's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -183,7 +233,8 @@ def new_folder_written_whole(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    _remove_left_behind(folder.parent)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{_mark(os.getpid())}-", dir=folder.parent))
     try:
         yield beside
         beside.chmod(0o755)  # mkdtemp makes it private
@@ -284,9 +335,12 @@ def _take(place: Path, doing: str) -> _Held:
                 continue
             about = {"doing": doing, "pid": os.getpid(), "host": socket.gethostname(), "machine": _machine()}
             about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(about).encode())
-        except BaseException:
+            with named_in_errors(place.parent):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps(about).encode())
+        except BaseException as error:
+            if not isinstance(error, BlockingIOError):
+                place.unlink(missing_ok=True)  # it is ours, and a full disk, say, keeps us from writing so
             with suppress(OSError):
                 os.close(descriptor)
             raise

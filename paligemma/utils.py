@@ -66,7 +66,10 @@ def load_hf_model(
         check_device_map(device_map, checkpoint.mode)
         return checkpoint.load(quantize, wanted, image_size, device), tokenizer
     if extra and quantize is not None:
-        raise ValueError("quantize rounds PaliGemma's own layers and cannot be combined with extra")
+        raise ValueError(
+            "quantize reads PaliGemma's own layers and cannot be combined with extra: load without it, then call "
+            f"paligemma.quantize(pg.model, {quantize!r}), which rounds the linear layers of the new parts too"
+        )
     if quantize is not None:
         check_package(quantize)
     if quantize is not None and quantize in STORED:

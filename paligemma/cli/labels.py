@@ -9,6 +9,7 @@ A picture in which nothing was found gets a file too: in all three formats that 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from paligemma.answers.results import Detection, Segment
 
 FORMATS = ("yolo", "coco", "voc")
+
+# YOLO finds the labels of images/7.jpg in labels/7.txt, so a data set needs a folder of each.
+YOLO_HEAD = "# Put this file above a folder `images` with the pictures and a folder `labels` with the text files.\n"
 
 
 class LabelFiles:
@@ -68,6 +72,8 @@ class LabelFiles:
 
         if self.format == "yolo":
             write_text(self.folder / "classes.txt", "".join(f"{label}\n" for label in self.classes))
+            names = "".join(f"  {k}: {json.dumps(label)}\n" for k, label in enumerate(self.classes))
+            write_text(self.folder / "data.yaml", f"{YOLO_HEAD}train: images\nnames:\n{names}")
         elif self.format == "coco":
             categories = [{"id": number, "name": label} for number, label in enumerate(self.classes, 1)]
             document = {"images": self.images, "annotations": self.annotations, "categories": categories}

@@ -1,7 +1,7 @@
 """The command `paligemma`. stdout carries the answer alone; progress and notes go to stderr.
 
 Each command imports what it needs when it runs, so that `--help` answers at once. Exit codes: 0 done, 1 failed,
-2 wrong usage, 130 interrupted.
+2 wrong usage, 130 and 143 interrupted (Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations

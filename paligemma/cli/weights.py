@@ -8,18 +8,20 @@ from typing import Annotated
 import typer
 
 from paligemma.cli.options import Dtype, Revision
-from paligemma.cli.output import note, say
+from paligemma.cli.output import echo_json, note, say
 
 
 def info(
     model: Annotated[str, typer.Argument(help="'tiny', a hub id, a folder, or a big_vision .npz.")] = "tiny",
     revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The facts as one JSON object; sizes in bytes.")] = False,
 ) -> None:
     """What a checkpoint is and what it needs, without loading its weights."""
     from paligemma.weights.info import describe as describe_checkpoint
     from paligemma.weights.info import render
 
-    say(render(describe_checkpoint(model, revision)))
+    facts = describe_checkpoint(model, revision)
+    echo_json(facts) if as_json else say(render(facts))
 
 
 def convert(

@@ -60,11 +60,12 @@ class BoxReader:
         return self.make.row(picture, size, found, i, where)
 
     def object(self, record: dict[str, Any], line: str, where: str) -> Object:
+        which = "" if line == where else f"{line}: "
         label = str(first_of(record, LABEL, ()) or "").strip()
         if not label:
-            raise RowError(where, "missing key", f"{line}: no label: expected a column class or label")
+            raise RowError(where, "missing key", f"{which}no label: expected a column class or label")
         try:
             corners = four_numbers([first_of(record, (edge,), ()) for edge in EDGES])
         except ValueError as error:
-            raise RowError(where, "box or mask", f"{line}: {error} (xmin, ymin, xmax, ymax)") from None
+            raise RowError(where, "box or mask", f"{which}{error} (xmin, ymin, xmax, ymax)") from None
         return Object(label, corners, line, in_shares=all(0 <= edge <= 1 for edge in corners))

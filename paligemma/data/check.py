@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from paligemma.data.box_statistics import BoxStatistics
 from paligemma.data.lengths import Lengths
 from paligemma.data.picture_checks import PictureChecks
-from paligemma.data.row_checks import text_problems
+from paligemma.data.row_checks import AskedLabels, text_problems
 from paligemma.data.rows import RowError, Rows
 from paligemma.terminal import printable
 
@@ -93,6 +94,7 @@ class CheckResult:
     repaired: dict[str, int] = field(default_factory=dict)  # key of NOTES -> in how many rows
     longest: tuple[int, str] | None = None  # tokens of the longest row with its pictures, and where it is
     longest_suffix: tuple[int, str] | None = None  # tokens, <eos> included
+    questions: list[str] = field(default_factory=list)  # what the rows together make doubtful, and only people know
     not_checked: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -114,6 +116,7 @@ class CheckResult:
                 lines.append(f"    ... and {count - len(self.first[problem]):,} more")
         if self.repaired:
             lines.append("\n" + "\n".join(f"note: {text}" for text in self.notes()))
+        lines += [f"\nquestion: {text}" for text in self.questions]
         if self.longest and self.longest_suffix:
             lines.append(
                 f"\nlongest row: {self.longest[0]} tokens with its pictures ({self.longest[1]}); "
@@ -155,6 +158,7 @@ def check(
     result = CheckResult(rows.note, len(rows))
     pictures = PictureChecks(open_pictures)
     lengths = Lengths(processor) if processor is not None else None
+    boxes, labels = BoxStatistics(), AskedLabels()
     begin = time.perf_counter()
     for i in range(len(rows)):
         found: dict[str, str] = {}
@@ -166,6 +170,8 @@ def check(
             source = row.source
             for name, message in (*pictures.problems(row), *text_problems(row)):
                 found.setdefault(name, message)
+            boxes.add(row)
+            labels.add(row)
             for note in (*row.notes, *pictures.notes):
                 result.repaired[note] = result.repaired.get(note, 0) + 1
             if lengths is not None and "reserved token" not in found:
@@ -178,6 +184,7 @@ def check(
         if progress is not None and (i % 1000 == 999 or i + 1 == len(rows)):
             progress(i + 1)
     result.seconds = time.perf_counter() - begin
+    result.questions = [*boxes.questions(), *labels.questions()]
     result.not_checked = what_was_not_checked(processor is not None, max_length, pictures)
     return result
 

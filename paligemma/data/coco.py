@@ -45,6 +45,7 @@ class Index:
     image_of: np.ndarray  # int64 [annotations], the number of the picture in `images`
     crowd: np.ndarray  # bool [annotations]
     single: int  # how many single objects are marked as crowds
+    unclear: int  # how many crowds are masks in several pieces, and not of COCO itself
     categories: dict[Any, str]  # id -> name, in the order of the file
     roots: list[str]  # categories that have no annotations, and only hold the others
 
@@ -58,10 +59,10 @@ def read_index(path: Path, with_categories: bool) -> Index:
     category_ids: list[Any] = []
     crowd = array("b")
     parents: set[str] = set()
-    single = 0
+    single = unclear = 0
 
     def look(key: str, element: Any) -> None:
-        nonlocal single
+        nonlocal single, unclear
         before = {"images": len(images), "categories": len(categories), "annotations": len(image_ids)}.get(key)
         if before is None:
             return
@@ -74,6 +75,7 @@ def read_index(path: Path, with_categories: bool) -> Index:
             marked = bool(element.get("iscrowd", 0))
             crowd.append(marked and not is_single(element))
             single += marked and not crowd[-1]
+            unclear += bool(crowd[-1]) and isinstance(element.get("segmentation"), dict) and not of_coco(element)
         elif key == "images":
             images[_id(element, "id", where)] = len(images)
         else:
@@ -92,13 +94,13 @@ def read_index(path: Path, with_categories: bool) -> Index:
     used = set(category_ids)
     roots = [name for i, name in categories.items() if name in parents and i not in used]
     image_of = np.array([images[i] for i in image_ids], np.int64)
-    return Index(file, image_of, np.array(crowd, bool), single, categories, roots)
+    return Index(file, image_of, np.array(crowd, bool), single, unclear, categories, roots)
 
 
 def is_single(annotation: dict[str, Any]) -> bool:
     """Whether an annotation that is marked as a crowd is one object: see the head of this file."""
-    number, mask = annotation.get("id"), annotation.get("segmentation")
-    if not isinstance(mask, dict) or (isinstance(number, int) and number >= OWN_CROWDS):
+    mask = annotation.get("segmentation")
+    if not isinstance(mask, dict) or of_coco(annotation):
         return False
     if "attributes" in annotation:
         return True
@@ -110,6 +112,12 @@ def is_single(annotation: dict[str, Any]) -> bool:
     except ValueError:
         return False
     return sum(runs) == size[0] * size[1] <= MOST_PIXELS and min(runs) >= 0 and is_one_piece(runs, size[0])
+
+
+def of_coco(annotation: dict[str, Any]) -> bool:
+    """Whether it is one of COCO's own crowds."""
+    number = annotation.get("id")
+    return isinstance(number, int) and number >= OWN_CROWDS
 
 
 def _id(element: dict[str, Any], key: str, where: str) -> Any:
@@ -145,6 +153,8 @@ def objects(path: Path, folder: str, kind: str, make: ObjectRows) -> Rows:
     left_out += [f"{int(index.crowd.sum()):,} crowds"] if index.crowd.any() else []
     note = f"{path}: COCO {'masks' if make.segment else 'boxes'}, {len(images):,} rows"
     note += f" ({' and '.join(left_out)} left out)" if left_out else ""
+    if index.unclear:
+        note += f"; {index.unclear:,} of the crowds may be single objects in several pieces: iscrowd 0 would say so"
     if index.single:
         note += f"; {index.single:,} single objects among those marked as crowds (iscrowd): taken"
     if make.every_label and index.roots:

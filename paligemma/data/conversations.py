@@ -17,6 +17,7 @@ import numpy as np
 
 from paligemma.data.records import NOTES_KEY, Records
 from paligemma.data.rows import RowError, short
+from paligemma.files import parse_json
 
 KEYS = ("conversations", "messages")
 ASKS = {"human", "user"}
@@ -24,7 +25,10 @@ ANSWERS = {"gpt", "assistant", "model"}
 
 
 def is_conversation(record: dict[str, Any]) -> bool:
-    return any(isinstance(record.get(key), list) for key in KEYS) and not {"prefix", "question"} & set(record)
+    if {"prefix", "question"} & set(record):
+        return False
+    as_text = not {"caption", "text", "label", "suffix"} & set(record)
+    return any(isinstance(record.get(key), (list, str) if as_text else list) for key in KEYS)
 
 
 class Questions:
@@ -63,9 +67,17 @@ class Questions:
 
 def questions_of(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """RowError for a conversation that is not question, answer, question, answer, ..."""
-    turns = next((record[key] for key in KEYS if isinstance(record.get(key), list)), None)
-    if turns is None:
+    key = next((key for key in KEYS if isinstance(record.get(key), (list, str))), "")
+    if not is_conversation(record):
         return [record]  # another form of record in the same file
+    turns = record[key]
+    if isinstance(turns, str):  # in a column of a table: JSON
+        try:
+            turns = parse_json(turns, any_number=True)
+        except ValueError:
+            turns = None
+    if not isinstance(turns, list):
+        raise RowError(where, "wrong type", f"{key} is {short(record[key])}, expected a list of turns, or one as JSON")
     pictures: list[Any] = []
     found: list[dict[str, Any]] = []
     asked: str | None = None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from paligemma.data.rows import short
 from paligemma.files import read_json
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -18,15 +19,13 @@ def in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | 
     who trains on "test" too doesn't see it."""
     saved = folder / "dataset_dict.json"  # several data sets that `datasets` has saved together
     if saved.is_file():
-        splits = {name: [folder / name] for name in read_json(saved)["splits"]}
+        splits = {name: [folder / Path(name).name] for name in _names_in(saved, "splits")}
         return in_folder(of_one_split(splits, folder, split)[0], kind, None)
     state = folder / "state.json"
     if state.is_file() and kind in (None, "arrow"):
         if split is not None:
             raise ValueError(f"{folder} is one data set, without splits: leave out split= (--split)")
-        files = read_json(state)["_data_files"]
-        # Names out of a file, so they must not lead elsewhere.
-        return "arrow", [folder / Path(file["filename"]).name for file in files]
+        return "arrow", [folder / Path(name).name for name in _names_in(state, "_data_files")]
     yaml = [folder / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (folder / name).is_file()]
     if yaml and (kind is None or kind.startswith("yolo")):
         return kind or "yolo-detect", yaml[:1]  # which has the splits
@@ -47,6 +46,17 @@ def in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | 
         "data set of Hugging Face, YOLO, VOC or LabelMe, or a folder for each class): write a CSV with the columns "
         "image, prefix, suffix"
     )
+
+
+def _names_in(file: Path, key: str) -> list[str]:
+    """The names under a key of `dataset_dict.json` or `state.json`: text, or objects with a "filename". They come out
+    of a file, so the caller takes their last part alone: they must not lead elsewhere."""
+    entries = listed if isinstance(listed := read_json(file).get(key), list) else None
+    found = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries or ()]
+    names = [name for name in found if isinstance(name, str) and Path(name).name not in ("", "..")]
+    if entries is None or len(names) < len(found) or (key == "splits" and not names):
+        raise ValueError(f"{file}: expected names of files under {key!r}, got {short(listed)}: save it again")
+    return names
 
 
 def _tables(folder: Path, kind: str | None) -> Iterator[tuple[str | None, list[Path]]]:

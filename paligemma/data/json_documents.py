@@ -19,6 +19,7 @@ import numpy as np
 
 from paligemma.data.rows import RowError, short
 from paligemma.data.text_files import BLOCK, BOM, Pieces, unreadable
+from paligemma.files import parse_json
 
 
 class JsonFile:
@@ -48,8 +49,8 @@ class JsonFile:
     def element(self, key: str, i: int) -> Any:
         start, end = self.spans[key][i].tolist()
         try:
-            return json.loads(self.pieces.read(start, end))
-        except (RecursionError, ValueError) as error:
+            return parse_json(self.pieces.read(start, end), any_number=True)
+        except ValueError as error:
             raise RowError(self.where(key, i), "not JSON", unreadable(error)) from None
 
     def where(self, key: str, i: int) -> str:

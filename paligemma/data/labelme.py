@@ -3,8 +3,8 @@
     {"imagePath": "7.jpg", "imageWidth": 640, "imageHeight": 480,
      "shapes": [{"label": "dog", "shape_type": "polygon", "points": [[8, 9], [90, 9], [50, 80]], "group_id": null}]}
 
-Polygons, rectangles and circles are objects; shapes of one label and one `group_id` are parts of one. Points and lines
-have no area and are named as problems.
+Polygons, rectangles, circles and masks are objects; shapes of one label and one `group_id` are parts of one. Points
+and lines have no area and are named as problems.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from paligemma.data.masks import around_polygons, fill, polygon_of
+from paligemma.data.masks import around_polygons, box_around, fill, polygon_of
 from paligemma.data.objects import Object, ObjectRows
 from paligemma.data.rows import Picture, Row, RowError, Rows, short
+from paligemma.files import LARGEST_JSON, read_bytes
+from paligemma.images import load_image
 
 NO_SHAPES = re.compile(rb'"shapes"\s*:\s*\[\s*\]')
 
@@ -57,7 +59,7 @@ def names_in(file: Path) -> list[str]:
 def parsed(file: Path) -> dict[str, Any]:
     where = str(file)
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_bytes(file, LARGEST_JSON))  # whatever its encoding
     except (ValueError, RecursionError) as error:
         raise RowError(where, "not JSON", f"not JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
@@ -89,17 +91,21 @@ class ShapeReader:
         return self.make.row(self.picture(file, content, where), size, found, i, where)  # type: ignore[arg-type]
 
     def object(self, group: list[tuple[int, dict[str, Any]]], size: tuple[int, int], where: str) -> Object:
-        polygons = []
+        outlines, masks = [], []
         for k, shape in group:
             try:
-                polygons.append(outline_of(shape))
+                if shape.get("shape_type") == "mask":
+                    masks.append(painted(shape, size))
+                    x0, y0, x1, y1 = box_around(masks[-1])
+                    outlines.append(np.array([(x0, y0), (x1, y1)], float))
+                else:
+                    outlines.append(outline_of(shape))
+                    masks += [fill(outlines[-1], size)] if self.make.segment else []
             except ValueError as error:
                 raise RowError(where, "box or mask", f"shapes[{k}]: {error}") from None
-        mask = None
-        if self.make.segment:
-            mask = np.logical_or.reduce([fill(polygon, size) for polygon in polygons])
         k, shape = group[0]
-        return Object(shape["label"].strip(), around_polygons(polygons), f"shapes[{k}]", mask)
+        mask = np.logical_or.reduce(masks) if self.make.segment else None
+        return Object(shape["label"].strip(), around_polygons(outlines), f"shapes[{k}]", mask)
 
     def picture(self, file: Path, content: dict[str, Any], where: str) -> Picture:
         """Beside the file (or in `images`), or else the copy that the file holds."""
@@ -115,13 +121,32 @@ class ShapeReader:
             raise RowError(where, "missing key", "no imagePath, and no imageData that can be read") from None
 
 
+def painted(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """The pixels of a mask, bool [H, W]: a PNG file in base64, whose first pixel lies at the first of the points.
+    ValueError for one that cannot be read or has no pixels."""
+    points, width, height = shape.get("points"), *size
+    try:
+        x, y = (int(value) for value in points[0])  # type: ignore[index]
+        picture = load_image(base64.b64decode(shape["mask"], validate=True), max_pixels=width * height)
+    except (KeyError, TypeError, ValueError, OverflowError, OSError, IndexError) as error:
+        raise ValueError(f"its mask cannot be read ({type(error).__name__}: {short(str(error))})") from None
+    inside = np.asarray(picture)[:, :, 0] > 0
+    if x < 0 or y < 0 or y + inside.shape[0] > height or x + inside.shape[1] > width:
+        raise ValueError(f"its mask at {x}, {y} reaches out of the picture, which is {width} x {height}")
+    if not inside.any():
+        raise ValueError("its mask has no pixels")
+    whole = np.zeros((height, width), bool)
+    whole[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
+    return whole
+
+
 def outline_of(shape: dict[str, Any]) -> np.ndarray:
     """The corners of a shape: float [n, 2]. ValueError for one without area."""
     kind, points = shape.get("shape_type", "polygon"), shape.get("points")
     if kind == "polygon":
         return polygon_of(points)
     if kind not in ("rectangle", "circle"):
-        raise ValueError(f"a shape of the type {kind!r} has no area: expected polygon, rectangle or circle")
+        raise ValueError(f"a shape of the type {kind!r} has no area: expected polygon, rectangle, circle or mask")
     # Two points: opposite corners, or the centre and a point on the circle.
     flat = [value for point in points for value in point] if isinstance(points, list) else []
     if len(flat) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in flat):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from paligemma.data.objects import numbers
 from paligemma.data.prompts import asks_for_boxes, labels_of, plain_form
@@ -105,6 +107,29 @@ def _mismatches(prefix: str, suffix: str, annotated: bool = False) -> Iterator[t
             "boxes not asked for",
             f"the answer is boxes, but the prompt {short(prefix)} is neither detect nor segment",
         )
+
+
+@dataclass
+class AskedLabels:
+    """Labels that prompts ask for again and again, and that no answer has: the model learns that they are nowhere."""
+
+    rows: int = 0
+    asked: Counter[str] = field(default_factory=Counter)
+    answered: set[str] = field(default_factory=set)
+
+    def add(self, row: Row) -> None:
+        if not row.prefix.startswith(("detect ", "segment ")):
+            return
+        self.rows += 1
+        self.asked.update(labels_of(row.prefix))
+        for suffix in row.suffixes or (row.suffix,):
+            self.answered.update(piece.rpartition(">")[2].strip() for piece in suffix.split(";"))
+
+    def questions(self) -> list[str]:
+        never = [label for label, count in self.asked.items() if label not in self.answered and count == self.rows > 1]
+        if not never:
+            return []
+        return [f"all {self.rows:,} prompts ask for {_listed(never)}, and no answer has it: is that meant?"]
 
 
 def _listed(labels: list[str]) -> str:

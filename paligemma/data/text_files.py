@@ -27,6 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 from paligemma.data.rows import RowError
+from paligemma.files import parse_json
 
 BLOCK = 1 << 16  # bytes read at a time
 BOM = b"\xef\xbb\xbf"  # what Windows programs like to put in front of UTF-8
@@ -104,20 +105,20 @@ class JsonLines:
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        record = parse_json(text, any_number=True)
     except json.JSONDecodeError as error:
         # Not `str(error)`: its line number would count within the line.
         raise RowError(where, "not JSON", f"not JSON: {error.msg} at character {error.pos + 1}") from None
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise RowError(where, "not JSON", unreadable(error)) from None
     if not isinstance(record, dict):
         raise RowError(where, "not JSON", f'expected an object like {{"image": ...}}, got {type(record).__name__}')
     return record
 
 
-def unreadable(error: Exception) -> str:
-    """What Python does not read though it is JSON."""
-    deep = isinstance(error, RecursionError)
+def unreadable(error: ValueError) -> str:
+    """What `parse_json` does not read though it is JSON."""
+    deep = "nested" in str(error)
     return f"not JSON that can be read: {'nested too deeply' if deep else 'a number of thousands of digits'}"
 
 

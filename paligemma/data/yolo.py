@@ -112,7 +112,7 @@ def pictures_in(folder: Path) -> list[Path]:
     known = {labels_of(picture) for picture in pictures}
     labels = labels_of(folder / "x.jpg").parent
     if labels != folder and labels.is_dir():
-        orphans = sorted(set(labels.rglob("*.txt")) - known)
+        orphans = sorted(file for file in set(labels.rglob("*.txt")) - known if file.name != "classes.txt")
         pictures += [folder / orphan.relative_to(labels).with_suffix(".jpg") for orphan in orphans]
     return sorted(pictures)
 

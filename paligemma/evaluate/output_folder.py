@@ -22,7 +22,7 @@ import numpy as np
 
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.summary import Scored
-from paligemma.files import locked, read_json_value, write_text
+from paligemma.files import append_text, locked, parse_json, read_json_value, write_text
 from paligemma.images import load_image
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
             if not line.endswith(b"\n"):
                 break
             try:
-                entry = json.loads(line)
+                entry = parse_json(line, any_number=True)
                 found[entry["id"]] = entry
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
@@ -177,8 +177,7 @@ def append(path: Path, batch: Sequence[Example], predictions: Sequence[Predictio
         }
         for e, p in zip(batch, predictions)
     ]
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    append_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def write_scores(folder: Path, rows: Iterable[Scored]) -> None:

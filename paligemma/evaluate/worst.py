@@ -9,6 +9,7 @@ from typing import Any
 
 from paligemma.evaluate.comparison import compare
 from paligemma.evaluate.examples import Example, Prediction
+from paligemma.files import written_whole
 
 
 class WorstRows:
@@ -38,6 +39,7 @@ class WorstRows:
         drawn = []
         for k, (bad, _, _, example, prediction) in enumerate(chosen):
             name = f"{k:02d}_{example.task}.png"
-            compare(example, prediction).save(folder / name)
+            with written_whole(folder / name) as beside:
+                compare(example, prediction).save(beside)
             drawn.append({"file": f"worst/{name}", "id": example.id, "task": example.task, "badness": bad})
         return drawn

@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from paligemma.files import library_errors, named_in_errors, read_json_value
 from paligemma.train.distributed import is_sharded, own_rows, together
 from paligemma.train.sharding import from_own_rows, places_of_own_rows
 
@@ -63,7 +64,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 1) -> Path:
             _write(rows, beside / f"rows-{rank:05d}-of-{world:05d}.safetensors")
         if rank == 0:
             _write(tensors, beside / "tensors.safetensors")
-            (beside / "state.json").write_text(json.dumps(plain))
+            with named_in_errors(place):
+                (beside / "state.json").write_text(json.dumps(plain))
             _flush(beside / "state.json")
 
     def put_in_place() -> None:
@@ -104,8 +106,10 @@ def load(place: Path, mesh: Any = None) -> dict[str, Any]:
     if names and len(names) != int(ROWS.search(names[0].name)[2]):  # type: ignore[index]
         raise ValueError(f"{place} is not complete: {len(names)} files of rows, beginning with {names[0].name}")
     files = {True: [safe_open(name, "pt") for name in names], False: [safe_open(place / "tensors.safetensors", "pt")]}
-    plain = json.loads((place / "state.json").read_text())
-    return _put_tensors(plain, lambda name, sharded: _read(files[sharded], name, mesh))
+    with library_errors(f"{place} is no checkpoint of a training, or damaged; remove it to go on from an older one"):
+        plain = read_json_value(place / "state.json", any_number=True)
+        state: dict[str, Any] = _put_tensors(plain, lambda name, sharded: _read(files[sharded], name, mesh))
+    return state
 
 
 def _set_aside(place: Path) -> None:
@@ -122,7 +126,10 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
         if memory in seen:
             tensors[name] = tensor.clone()  # safetensors refuses tensors that share memory
         seen.add(memory)
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # its words for what the system said
+        raise OSError(f"{path} could not be written: {error}") from None
     _flush(path)
 
 

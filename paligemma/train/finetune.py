@@ -16,7 +16,6 @@ With several processes (torchrun) only the first one checks, talks and writes.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import time
@@ -32,6 +31,7 @@ from safetensors import SafetensorError
 
 from paligemma.data.rows import Rows
 from paligemma.evaluate.output_folder import fingerprint
+from paligemma.files import read_json
 from paligemma.inference import PaliGemma, load
 from paligemma.train import distributed
 from paligemma.train.announcement import announcement, cuts_not_reported
@@ -78,7 +78,7 @@ def finetune(options: TrainOptions, say: Say | None = None) -> dict[str, Any]:
     ValueError for rows that cannot be trained on (naming them), for options that do not fit together, and for a folder
     that holds a run with others; FloatingPointError, naming step and rows, for a loss that is not finite; OSError when
     something cannot be written: the last good checkpoint stays; ImportError for a package that is missing;
-    KeyboardInterrupt after Ctrl-C, when all is saved.
+    KeyboardInterrupt after Ctrl-C (SIGTERM: its subclass Terminated), when all is saved.
     """
     check_model(options)
     check_packages(options)
@@ -107,7 +107,7 @@ def run_in_folder(
             f"{out} is finished already; --longer with more --steps, --epochs or --minutes trains it further, "
             "--no-resume begins anew, another --out leaves it as it is"
         )
-        return json.loads((out / FINISHED).read_text(encoding="utf-8"))
+        return read_json(out / FINISHED)
 
     dtype = pg.model.dtype
     compute_dtype = compute_dtype_of(options, dtype, pg.model.device)
@@ -222,7 +222,7 @@ def explained(out: Path, batches: RowBatches) -> Iterator[None]:
             "without these rows if it is their fault"
         ) from None
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(
+        raise type(stop)(
             f"{str(stop) or 'stopped at once: ' + last_checkpoint(out)}; the same command goes on from there"
         ) from None
     except (MemoryError, RuntimeError) as error:
@@ -245,7 +245,8 @@ def explained(out: Path, batches: RowBatches) -> Iterator[None]:
 
 def is_full(error: BaseException) -> bool:
     number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()
+    text = str(error).lower()
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "no space left" in text or "file too large" in text
 
 
 def is_out_of_memory(error: BaseException) -> bool:

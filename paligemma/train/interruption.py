@@ -9,9 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, not Ctrl-C: the exit code is 143, not 130."""
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed (or SIGTERM came). A second one stops at once."""
+    """Yields a function that says whether Ctrl-C was pressed (or SIGTERM came). A second Ctrl-C stops at once. After
+    SIGTERM, the KeyboardInterrupt that is raised inside becomes Terminated."""
     asked: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -25,6 +30,10 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(asked)
+    except KeyboardInterrupt as stop:
+        if asked[:1] == [signal.SIGTERM]:
+            raise Terminated(*stop.args) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -24,7 +24,7 @@ from typing import Any
 
 from paligemma.data.rows import Rows
 from paligemma.evaluate.report import environment
-from paligemma.files import locked, read_json, write_json
+from paligemma.files import append_text, locked, parse_json, read_json, write_json
 from paligemma.train import checkpointing
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
@@ -59,9 +59,13 @@ def fingerprint_of_data(rows: Rows) -> str | None:
 
     What else lies in the folder does not count (it may be the run itself), nor do names: data may be moved.
     """
+    digest = hashlib.sha256()
+    if rows.kind == "class-folders":  # there the names are the data
+        for row in rows:
+            digest.update(f"{row.suffix}/{Path(str(row.image)).name}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
     if not rows.files:
         return None
-    digest = hashlib.sha256()
     for file in rows.files:
         if len(rows.files) > 1:
             digest.update(f"{file.stat().st_size}\n".encode())  # where one ends and the next begins
@@ -180,15 +184,14 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     path = out / LOG
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            entries.append(json.loads(line))
+            entries.append(parse_json(line, any_number=True))
         except ValueError:
             continue
     return entries
 
 
 def append_to_log(out: Path, entry: Mapping[str, Any]) -> None:
-    with open(out / LOG, "a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(entry)) + "\n")
+    append_text(out / LOG, json.dumps(dict(entry)) + "\n")
 
 
 def last_checkpoint_step(out: Path) -> int:

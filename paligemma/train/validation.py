@@ -27,6 +27,7 @@ from paligemma.evaluate.metrics import METRICS
 from paligemma.evaluate.output_folder import read_predictions
 from paligemma.evaluate.own_rows import load_pictures, merge_captions, metric_of_prompt, to_example
 from paligemma.evaluate.report import Report
+from paligemma.files import written_whole
 from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
 from paligemma.train.options import TrainOptions
 
@@ -114,7 +115,8 @@ class Validation:
         answered = [(example, Prediction.from_dict(answers[name])) for name, example in drawn.items()]
         (folder / "examples").mkdir(exist_ok=True)
         for k, (example, prediction) in enumerate(answered):
-            compare(example, prediction).save(folder / "examples" / f"{k:02d}.png")
+            with written_whole(folder / "examples" / f"{k:02d}.png") as beside:
+                compare(example, prediction).save(beside)
         return report, answered
 
     def _examples(self, drawn: dict[str, Example], unreadable: list[str]) -> Iterator[Example]:

@@ -81,6 +81,7 @@ def save_adapter(
     if not hasattr(model, "peft_config"):
         raise ValueError("the model has no LoRA to save: `save_pretrained` writes all of its weights")
     from peft import get_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     learned: Any = model  # with what peft has put into it
@@ -94,7 +95,10 @@ def save_adapter(
     with checkpoint_written_whole(Path(folder)) as place:
         if processor is not None:
             processor.save_pretrained(place)
-        save_file(tensors, place / TENSORS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, place / TENSORS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{Path(folder) / TENSORS} could not be written: {error}") from None
         config.save_pretrained(place)
 
 

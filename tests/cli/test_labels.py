@@ -39,6 +39,18 @@ def test_yolo(folder):
     assert (out / "classes.txt").read_text() == "cat\ndog\n"
 
 
+def test_yolo_can_be_trained_on(folder):
+    """After its pictures and label files were put into two folders, as data.yaml says."""
+    out = written(folder, "yolo")
+    assert (out / "data.yaml").read_text().startswith("# Put this file above a folder `images`")
+    (folder / "set" / "images").mkdir(parents=True)
+    (out / "data.yaml").rename(folder / "set" / "data.yaml")
+    out.rename(folder / "set" / "labels")
+    (folder / "a.png").rename(folder / "set" / "images" / "a.png")
+    (row, *_) = open_rows(folder / "set")
+    assert row.prefix == "detect cat ; dog" and row.suffix.count("<loc") == 8
+
+
 def test_coco_can_be_trained_on(folder):
     out = written(folder, "coco")
     document = json.loads((out / "annotations.json").read_text())

@@ -23,6 +23,7 @@ import torch
 
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.devices import cpu_count, pick_device
+from paligemma.files import LOCK, locked
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tiny.recipe.codec import mask_codes, train_codec
 from paligemma.tiny.recipe.joint_training import JointModel, train_jointly
@@ -56,12 +57,20 @@ def train(
 
     resume=False deletes the folder first. device: None for the best there is; a GPU gets larger batches.
 
-    Raises ValueError if the folder was begun with another recipe.
+    Raises ValueError if the folder was begun with another recipe, BlockingIOError if another process trains there.
     """
     run = _Run(Path(out), minutes, recipe, pick_device(device))
+    run.out.mkdir(parents=True, exist_ok=True)
+    with locked(run.out, "paligemma tiny train") if run.rank == 0 else nullcontext():
+        return _train(run, resume, in_all)
+
+
+def _train(run: _Run, resume: bool, in_all: float | None) -> Path:
     beside = in_all is not None and run.device.type == "cpu"
     if not resume and run.rank == 0:
-        shutil.rmtree(out, ignore_errors=True)
+        for old in run.out.iterdir():
+            if old.name != LOCK:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if run.rank == 0:
         remember(run.recipe, run.out)
         run.prepare(beside)
