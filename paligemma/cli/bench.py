@@ -16,6 +16,9 @@ def bench(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A published name (random weights, no download), or a checkpoint.")
     ] = "paligemma-3b-pt-224",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Measure servers under load instead: paligemma serve.")
+    ] = False,
     precisions: Annotated[
         str, typer.Option(help="plain, bf16, int8, int4; with -torch without the kernel. Separated by commas.")
     ] = "bf16,int8,int4",
@@ -30,7 +33,13 @@ def bench(
     work: Annotated[Path | None, typer.Option(help="Where random weights lie for the time of the run.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for the record and the picture.")] = Path("benchmarks"),
 ) -> None:
-    """Measure speed and memory on this machine, beside its limits and beside transformers."""
+    """Measure speed and memory on this machine, beside its limits and beside transformers.
+
+    With --serve: requests a second, latency and time to the first token of servers with 1, 4 and 16 clients.
+    """
+    if serve:
+        bench_serving(model, transformers, 1 if quick else rounds, 2 if quick else 8, tokens, threads, work, out)
+        return
     from paligemma.bench.plot import draw
     from paligemma.bench.run import benchmark, record_path
     from paligemma.bench.tables import growth_lines, table
@@ -63,5 +72,32 @@ def bench(
         note(f"picture: {path.with_suffix('.png')}")
     except (ImportError, ValueError) as error:
         note(f"note: no picture: {error}")
+    if record["failed"]:
+        raise typer.Exit(1)
+
+
+def bench_serving(
+    model: str,
+    transformers: bool | None,
+    rounds: int,
+    requests: int,
+    tokens: int,
+    threads: int | None,
+    work: Path | None,
+    out: Path,
+) -> None:
+    from paligemma.bench.serving import benchmark_serving, serving_record_path, table
+
+    path = serving_record_path(out, model)
+    with notes.status("") as status:
+        record = benchmark_serving(
+            model, transformers=transformers, rounds=rounds, requests=requests, tokens=tokens, threads=threads,
+            work=work, out=path, command="paligemma " + " ".join(sys.argv[1:]),
+            say=lambda text: status.update(Text(text)),
+        )  # fmt: skip
+    print_table(table(record))
+    for failed in record["failed"]:
+        note(f"failed: {failed['what']}: {failed['why']}")
+    note(f"record: {path}")
     if record["failed"]:
         raise typer.Exit(1)

@@ -20,17 +20,16 @@ the client is told so. What is wrong with a request is said in one line that nam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from paligemma.serve.deployment import Deployment
+from typing import Any
 
 __all__ = ["Deployment"]
 
+Deployment: Any
+
 
 def __getattr__(name: str) -> object:
-    if name == "Deployment":  # imported when it is used: ray is an extra
-        from paligemma.serve.deployment import Deployment
+    if name == "Deployment":  # made when it is used: ray is an extra
+        from paligemma.serve.deployment import deployment
 
-        return Deployment
+        return deployment()
     raise AttributeError(f"module 'paligemma.serve' has no attribute {name!r}")
