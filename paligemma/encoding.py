@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
@@ -44,10 +44,12 @@ def encode_ahead(
     kept: OrderedDict[bytes, Tensor] = OrderedDict()
     opened: dict[int, Future[Opened]] = {}  # by identity: one object is opened once, also for many rows
     pool = ThreadPoolExecutor(min(MOST_THREADS, cpu_count()))
+    several = len({id(picture) for group in groups for picture in group}) > 1
+    submit = pool.submit if several else _done_at_once  # for one picture a thread would only be in the way
     try:
         for group, following in pairwise([*groups, ()]):
             opened = {
-                id(picture): opened.get(id(picture)) or pool.submit(_open, picture, side)
+                id(picture): opened.get(id(picture)) or submit(_open, picture, side)
                 for picture in (*group, *following)
             }
             results = [opened[id(picture)].result() for picture in group]
@@ -70,3 +72,13 @@ def _open(picture: Picture, side: int) -> Opened:
     image = load_image(picture)
     pixels = preprocess(image, side)
     return hashlib.sha256(pixels.numpy().tobytes()).digest(), pixels, image.size
+
+
+def _done_at_once(function: Callable[..., Opened], *arguments: object) -> Future[Opened]:
+    """`ThreadPoolExecutor.submit` without a thread."""
+    future: Future[Opened] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return future
