@@ -49,8 +49,7 @@ def encode_ahead(
     try:
         for group, following in pairwise([*groups, ()]):
             opened = {
-                id(picture): opened.get(id(picture)) or submit(_open, picture, side)
-                for picture in (*group, *following)
+                id(picture): opened.get(id(picture)) or submit(_open, picture, side) for picture in (*group, *following)
             }
             results = [opened[id(picture)].result() for picture in group]
             new = {digest: pixels for digest, pixels, _ in results if digest not in kept}

@@ -94,10 +94,11 @@ def load(
 
     model: "tiny" (ships with the package), a hub id such as "google/paligemma2-3b-mix-224", a folder (an adapter's too)
     or a big_vision `.npz`. device: default CUDA, else MPS, else CPU. dtype: default bfloat16 for official sizes, the
-    checkpoint's own for small ones. quantize: "int8" or "int4" rounds the weights, see `load_hf_model`. revision: of a
-    hub id. image_size: resamples the position table for another resolution. loc_scale: 1024 (default) or 1023, what
-    a location token counts to. device_map: "auto" for a model larger than its device; max_memory: what it may use of
-    each, see `load_hf_model`. extra: modules in the place of the model's own parts, or beside them, by their names: see
+    checkpoint's own for small ones (float32 on a CPU that multiplies bfloat16 slowly). quantize: "int8" or "int4"
+    rounds the weights, see `load_hf_model`. revision: of a hub id. image_size: resamples the position table for another
+    resolution. loc_scale: 1024 (default) or 1023, what a location token counts to. device_map: "auto" for a model
+    larger than its device; max_memory: what it may use of each, see `load_hf_model`. extra: modules in the place of the
+    model's own parts, or beside them, by their names: see
     `docs/changing.md`.
     Raises ValueError or OSError in a line that says what to do.
     """

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from paligemma.devices import pick_device
+from paligemma.devices import multiplies_bfloat16, pick_device
 from paligemma.fast.offload import check_device_map, offload
 from paligemma.fast.swap import STORED, check_mode, check_package
 from paligemma.fast.swap import quantize as quantize_model
@@ -20,7 +20,8 @@ from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.tokenizer import TOKENIZERS, Tokenizer, check_tokenizer, load_tokenizer
 from paligemma.weights.extra import NO_EXTRA, Extra
 from paligemma.weights.finding import first_with, open_model, resolve
-from paligemma.weights.loading import load_model, parse_dtype
+from paligemma.weights.loading import default_dtype, load_model, parse_dtype
+from paligemma.weights.opening import Checkpoint
 from paligemma.weights.published import published_name
 from paligemma.weights.quantized import QuantizedCheckpoint, load_quantizing
 
@@ -41,12 +42,13 @@ def load_hf_model(
     model_path: "tiny" (the model that ships), a hub id, a folder, a `.safetensors` file or a big_vision `.npz`. An
     adapter is folded into its base, and takes the base's tokenizer where it has none of its own.
     device: default CUDA, else MPS, else CPU. dtype: a torch.dtype or its name; default bfloat16 for the published
-    sizes, the checkpoint's own for small ones. revision: branch, tag or commit of a hub id. image_size: another
-    resolution than the checkpoint's, for which its table of positions is resampled. quantize: "int8" or "int4" rounds
-    the weights as they are read, "bnb-int8" or "nf4" through bitsandbytes; a checkpoint may be quantised already. On a
-    CPU the published sizes take "bf16" by themselves, which changes no weight (see `fast/swap.py`). device_map:
-    "auto" for a model larger than its device, by accelerate; max_memory: what may be used of each (see `offload.py`).
-    extra: modules by their names, for a model in which parts are not PaliGemma's own (see `weights/extra.py`).
+    sizes, the checkpoint's own for small ones, but float32 on a CPU that multiplies bfloat16 slowly. revision: branch,
+    tag or commit of a hub id. image_size: another resolution than the checkpoint's, for which its table of positions is
+    resampled. quantize: "int8" or "int4" rounds the weights as they are read, "bnb-int8" or "nf4" through bitsandbytes;
+    a checkpoint may be quantised already. On a CPU the published sizes take "bf16" by themselves, which changes no
+    weight (see `fast/swap.py`). device_map: "auto" for a model larger than its device, by accelerate; max_memory: what
+    may be used of each (see `offload.py`). extra: modules by their names, for a model in which parts are not
+    PaliGemma's own (see `weights/extra.py`).
 
     Raises ValueError or OSError (FileNotFoundError, PermissionError for a gated repository, ...) in a line or two that
     say what to do.
@@ -74,9 +76,31 @@ def load_hf_model(
         check_package(quantize)
     if quantize is not None and quantize in STORED:
         return load_quantizing(checkpoint, quantize, wanted, image_size), tokenizer
+    if wanted is None and runs_in_float32(checkpoint, device):
+        wanted = torch.float32
     model = load_model(checkpoint, "cpu" if device_map else device, wanted, image_size, extra)
     is_published = published_name(model.config) is not None and model.dtype == torch.bfloat16
     if quantize is None and not extra and device.type == "cpu" and is_published:
         quantize = "bf16"  # the same weights, read faster
     model = model if quantize is None else quantize_model(model, quantize)
     return (model if device_map is None else offload(model, device, max_memory)), tokenizer
+
+
+def runs_in_float32(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether a small model in bfloat16 answers several times as fast in float32, as on CPUs with AVX2 alone.
+
+    (The published sizes stay in bfloat16: there are kernels for it, see `fast/`, and float32 would not fit everywhere.)
+    """
+    small = published_name(checkpoint.config) is None
+    return small and checkpoint.dtype == torch.bfloat16 and not multiplies_bfloat16(device)
+
+
+def stored_dtype(
+    model_path: str | os.PathLike[str], revision: str | None = None, extra: Extra = NO_EXTRA
+) -> torch.dtype | None:
+    """The dtype that a model has by default where no device has a say: to save it as it was found.
+
+    None for a quantised checkpoint. Raises as `load_hf_model` does.
+    """
+    checkpoint, _ = open_model(resolve(model_path, revision, None), None, extra)
+    return None if isinstance(checkpoint, QuantizedCheckpoint) else default_dtype(checkpoint)

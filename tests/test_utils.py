@@ -14,7 +14,7 @@ from reference import make_inputs, randomize, tiny_config
 import paligemma.utils
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.tokenizer import load_tokenizer
-from paligemma.utils import load_hf_model
+from paligemma.utils import load_hf_model, stored_dtype
 from paligemma.weights.converting import convert
 from paligemma.weights.finding import resolve
 from paligemma.weights.saving import save_pretrained
@@ -73,6 +73,18 @@ def test_dtype_and_resolution(folder):
     assert load_hf_model(folder, "cpu", image_size=56)[0].config.vision_config.num_patches == 16
     with pytest.raises(ValueError, match="dtype is 'int4', expected one of bfloat16, float16, float32"):
         load_hf_model(folder, "cpu", dtype="int4")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_small_model_in_bfloat16_runs_in_float32_where_that_is_faster(folder, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: fast)
+    convert(folder, tmp_path / "bf16", dtype="bfloat16")
+    here = torch.bfloat16 if fast else torch.float32
+    assert load_hf_model(tmp_path / "bf16", "cpu")[0].dtype == here
+    assert paligemma.load(tmp_path / "bf16", "cpu").model.dtype == here
+    assert load_hf_model(tmp_path / "bf16", "cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert load_hf_model(folder, "cpu")[0].dtype == torch.float32  # stored so
+    assert stored_dtype(tmp_path / "bf16") == torch.bfloat16 and stored_dtype(folder) == torch.float32
 
 
 def test_an_unknown_quantisation_is_refused(folder):

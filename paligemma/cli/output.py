@@ -106,7 +106,7 @@ def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list
 
 
 def hint_at_float32(pg: PaliGemma) -> None:
-    """A hint where bfloat16 would be slow. (Published sizes are loaded in the better dtype, see `utils.py`.)"""
+    """A hint where bfloat16 was asked for and is slow. (By default the better dtype is taken, see `utils.py`.)"""
     import torch
 
     from paligemma.devices import multiplies_bfloat16

@@ -64,6 +64,7 @@ from paligemma.train.setup import (
 )
 from paligemma.train.tensorboard import TensorBoard
 from paligemma.train.validation import validation_of
+from paligemma.utils import stored_dtype
 
 Say = Callable[[str], None]
 
@@ -86,7 +87,8 @@ def finetune(options: TrainOptions, say: Say | None = None) -> dict[str, Any]:
     say = (lambda line: None) if rank else say or to_stderr
     rows, validation_rows = open_rows(options)
     device = options.device or own_device(world)
-    pg = load(options.model, device, options.dtype, options.quantize, options.revision, options.image_size)
+    dtype = options.dtype or stored_dtype(options.model, options.revision)  # in which it is saved
+    pg = load(options.model, device, dtype, options.quantize, options.revision, options.image_size)
 
     with locked_run(Path(options.out)) if rank == 0 else nullcontext():
         return run_in_folder(options, pg, rows, validation_rows, say)

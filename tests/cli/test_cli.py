@@ -416,8 +416,10 @@ def test_help_answers_at_once_and_names_every_command(folder):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize(("fast", "options"), [(False, []), (True, []), (False, ["--dtype", "float32"])])
-def test_evaluate_hints_at_float32_where_bfloat16_is_slow(paligemma, fast, options, monkeypatch):
+@pytest.mark.parametrize(
+    ("fast", "options"), [(False, []), (False, ["--dtype", "bfloat16"]), (True, ["--dtype", "bfloat16"])]
+)
+def test_evaluate_hints_at_float32_where_bfloat16_was_asked_for_and_is_slow(paligemma, fast, options, monkeypatch):
     monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: fast)
     code, _, err = paligemma("evaluate", "--count", "1", *options)
-    assert code == 0 and ("--dtype float32" in err) == (not fast and not options)
+    assert code == 0 and ("--dtype float32" in err) == (not fast and bool(options))
