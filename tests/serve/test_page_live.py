@@ -238,6 +238,21 @@ def test_a_very_long_answer_has_room(page):
     assert len(page.rows()) == 200 and page.script("return document.documentElement.scrollWidth") <= 360
 
 
+def test_the_slider_leaves_out_what_scores_less(page):
+    found = [{"label": name, "box": [10, 10, 90, 90], "score": score} for name, score in (("book", 0.3), ("ball", 0.8))]
+    page.task("detect")
+    page.labels("book", "ball")
+    reply_with(page, events(piece(paligemma={**RESULT, "detections": found})))
+    page.run()
+    page.tab_to("#score")
+    page.press(*[Keys.ARROW_RIGHT] * 31)
+    assert len(page.rows()) == 1 and page.text("#count") == "1 of 2 shown."
+    page.press(Keys.END)
+    assert page.rows() == [] and not page.overlay().any()
+    page.press(Keys.HOME)
+    assert len(page.rows()) == 2
+
+
 def test_an_empty_answer_is_said(page):
     page.task("detect")
     page.labels("book")

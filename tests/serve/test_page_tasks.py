@@ -288,23 +288,6 @@ def test_rows_and_boxes_light_up_together(page, scene):
     assert page.script(chosen) == [False, False, False]
 
 
-def test_the_slider_leaves_out_what_scores_less(page, scene, tiny):
-    from selenium.webdriver.common.keys import Keys
-
-    page.pick(scene)
-    page.task("detect")
-    page.labels("book", "umbrella")
-    page.run()
-    scores = sorted(item.score for item in tiny.detect(SCENE, ["book", "umbrella"]))
-    page.tab_to("#score")
-    page.press(*[Keys.ARROW_RIGHT] * (int(scores[0] * 100) + 1))
-    assert len(page.rows()) == 1 and page.text("#count") == "1 of 2 shown."
-    page.press(Keys.END)
-    assert page.rows() == [] and not page.overlay().any()
-    page.press(Keys.HOME)
-    assert len(page.rows()) == 2
-
-
 # ---------------------------------------------------------------------------------------------- what leaves the page
 
 
