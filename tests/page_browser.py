@@ -6,9 +6,6 @@ import io
 import json
 import shutil
 import subprocess
-import threading
-import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -40,31 +37,6 @@ def violations(browser, axe):
     browser.execute_cdp_cmd("Runtime.evaluate", {"expression": axe})  # a page's CSP does not concern the debugger
     found = browser.execute_async_script("const done = arguments[0]; axe.run().then((r) => done(r.violations))")
     return [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found]
-
-
-@contextmanager
-def served(pg, patch=None, slower=0.0, **settings):
-    """The URL of a server of the embedded model, in a thread of this process. slower: seconds that are added to every
-    step of the engine, so that there is something to see; it needs `patch`, a monkeypatch."""
-    from paligemma.serve.engine_thread import EngineThread
-    from paligemma.serve.server import Server, create_app, listen
-    from paligemma.serve.settings import Settings
-
-    if slower:
-        step = EngineThread._step
-        patch.setattr(EngineThread, "_step", lambda self: (step(self), time.sleep(slower)))
-    settings = Settings(embedded=True, **settings)
-    listening, url = listen("127.0.0.1", 0)
-    ready = threading.Event()
-    server = Server(create_app(lambda: pg, settings), settings, ready.set)
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    try:
-        assert ready.wait(60), "the server did not start"
-        yield url + "/"
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 def start_browser(folder):

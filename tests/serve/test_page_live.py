@@ -6,11 +6,12 @@ import time
 import urllib.request
 
 import pytest
-from page_browser import Page, axe_core, needs_browser, served, start_browser, violations
+from page_browser import Page, axe_core, needs_browser, start_browser, violations
 from PIL import Image
 from selenium.webdriver.common.keys import Keys
+from serving import running
 
-import paligemma
+from paligemma.serve.engine_thread import EngineThread
 
 pytestmark = [pytest.mark.slow, needs_browser]
 SCENE = "examples/scene.png"
@@ -31,15 +32,12 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return paligemma.load("tiny", device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def url(tiny):
+def url(pg):
     """Of a server that takes its time for each token."""
-    with pytest.MonkeyPatch.context() as patch, served(tiny, patch, slower=0.03) as url:
-        yield url
+    step = EngineThread._step
+    with pytest.MonkeyPatch.context() as patch, running(pg, embedded=True) as server:
+        patch.setattr(EngineThread, "_step", lambda self: (step(self), time.sleep(0.03)))
+        yield server.url + "/"
 
 
 @pytest.fixture
@@ -267,9 +265,9 @@ def test_an_empty_answer_is_said(page):
 # ---------------------------------------------------------------------------------------------- the key
 
 
-def test_a_key_is_asked_for_and_kept_in_this_tab(browser, tiny, scene):
-    with served(tiny, api_key="open sesame") as url:
-        page = Page(browser, url).open()
+def test_a_key_is_asked_for_and_kept_in_this_tab(browser, pg, scene):
+    with running(pg, api_key="open sesame") as server:
+        page = Page(browser, server.url + "/").open()
         page.wait("!document.getElementById('key-form').hidden")
         assert page.text("#model") == "needs a key"
         page.press("wrong", Keys.ENTER)  # the field has the focus

@@ -4,19 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from page_browser import Page, needs_browser, served, start_browser
+from page_browser import Page, needs_browser, start_browser
 from PIL import Image
+from serving import running
 
-import paligemma
 from paligemma.answers.drawing import _pixel_box
 
 pytestmark = [pytest.mark.slow, needs_browser]
 SCENE = "examples/scene.png"
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return paligemma.load("tiny", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +29,9 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(tiny):
-    with served(tiny) as url:
-        yield url
+def url(pg):
+    with running(pg, embedded=True) as server:
+        yield server.url + "/"
 
 
 @pytest.fixture
@@ -49,14 +44,14 @@ def page(browser, url):
 # ---------------------------------------------------------------------------------------------- tasks
 
 
-def test_every_task_by_mouse(page, scene, tiny):
+def test_every_task_by_mouse(page, scene, pg):
     page.pick(scene)
     assert page.text("#picture-name") == "scene.png · 384 × 384"
     for name, field, value, answer in (
-        ("caption", None, None, tiny.caption(SCENE)),
-        ("ask", "#question", "what color is the book ?", tiny.ask(SCENE, "what color is the book ?")),
-        ("ocr", None, None, tiny.ocr(SCENE)),
-        ("free", "#free", "answer en how many objects are there ?", tiny.ask(SCENE, "how many objects are there ?")),
+        ("caption", None, None, pg.caption(SCENE)),
+        ("ask", "#question", "what color is the book ?", pg.ask(SCENE, "what color is the book ?")),
+        ("ocr", None, None, pg.ocr(SCENE)),
+        ("free", "#free", "answer en how many objects are there ?", pg.ask(SCENE, "how many objects are there ?")),
     ):
         page.click(f"input[value={name}]")
         if field:
@@ -65,7 +60,7 @@ def test_every_task_by_mouse(page, scene, tiny):
         assert page.text("#text") == answer.text, name
         assert f"score {answer.score:.2f}" in page.text("#status")
         assert not page.shown("#found")
-    for name, items in (("detect", tiny.detect(SCENE, ["book", "house"])), ("segment", tiny.segment(SCENE, ["book"]))):
+    for name, items in (("detect", pg.detect(SCENE, ["book", "house"])), ("segment", pg.segment(SCENE, ["book"]))):
         page.click(f"input[value={name}]")
         page.labels(*dict.fromkeys(item.label for item in items))
         page.run()
@@ -75,7 +70,7 @@ def test_every_task_by_mouse(page, scene, tiny):
         assert not page.shown("#text") and page.shown("#found")
 
 
-def test_every_task_by_keyboard_alone(page, tiny):
+def test_every_task_by_keyboard_alone(page, pg):
     """Tab, arrows, Enter, Ctrl+Enter; never a pointer. The file dialog belongs to the system, so: the example."""
     from selenium.webdriver.common.keys import Keys
 
@@ -85,7 +80,7 @@ def test_every_task_by_keyboard_alone(page, tiny):
     assert page.script("return document.activeElement.id") == "run"
     page.press(Keys.ENTER)
     page.finished()
-    assert page.text("#text") == tiny.caption(SCENE).text
+    assert page.text("#text") == pg.caption(SCENE).text
     assert page.script("return document.activeElement.id") == "run", "the focus stays where it was"
     page.script("document.activeElement.blur(); scrollTo(0, 0)")
     page.tab_to("input[name=task]")
@@ -148,7 +143,7 @@ def test_pictures_are_dropped_and_pasted(page, scene):
 
 @pytest.mark.parametrize("orientation", [6, 7])
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
-def test_exif_orientation_is_the_same_for_page_and_server(page, tmp_path, tiny, orientation, ending):
+def test_exif_orientation_is_the_same_for_page_and_server(page, tmp_path, pg, orientation, ending):
     """A picture that lies on its side in the file: the box is where the thing is seen."""
     turned = {6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE}
     upright = Image.open(SCENE).convert("RGB").crop((0, 0, 384, 300))
@@ -165,13 +160,13 @@ def test_exif_orientation_is_the_same_for_page_and_server(page, tmp_path, tiny, 
     page.task("detect")
     page.labels("house")
     page.run()
-    (house,) = tiny.detect(seen, ["house"])
+    (house,) = pg.detect(seen, ["house"])
     assert len(page.rows()) == 1
     numbers = [float(number) for number in page.rows()[0].split()[-4:]]
     assert numbers == pytest.approx(list(house.box), abs=9)
 
 
-def test_a_huge_photo_is_sent_smaller_and_told_in_its_own_pixels(page, tmp_path, tiny):
+def test_a_huge_photo_is_sent_smaller_and_told_in_its_own_pixels(page, tmp_path, pg):
     scene = Image.open(SCENE).convert("RGB")
     scene.resize((7680, 7680), Image.Resampling.BICUBIC).save(tmp_path / "phone.jpg", quality=80)  # 59 million pixels
     page.pick(tmp_path / "phone.jpg")
@@ -180,7 +175,7 @@ def test_a_huge_photo_is_sent_smaller_and_told_in_its_own_pixels(page, tmp_path,
     page.labels("book")
     page.run()
     numbers = [float(number) for number in page.rows()[0].split()[-4:]]
-    (book,) = tiny.segment(scene, ["book"])
+    (book,) = pg.segment(scene, ["book"])
     assert numbers == pytest.approx([20 * edge for edge in book.box], abs=20 * 384 / 128)
     copied = copied_json(page)
     assert copied["image_size"] == [7680, 7680]
@@ -218,7 +213,7 @@ def of_color(canvas, color):
 
 
 @pytest.mark.parametrize("density", [1, 2, 3])
-def test_a_box_is_drawn_where_the_library_draws_it(page, scene, tiny, density):
+def test_a_box_is_drawn_where_the_library_draws_it(page, scene, pg, density):
     page.size(1000, 900, density)
     page.pick(scene)
     page.task("detect")
@@ -228,7 +223,7 @@ def test_a_box_is_drawn_where_the_library_draws_it(page, scene, tiny, density):
     scale = canvas.shape[1] / 384
     width = page.script("return document.getElementById('overlay').getBoundingClientRect().width")
     assert canvas.shape[1] == round(width * density), "one pixel of the canvas is one of the screen"
-    (umbrella,) = tiny.detect(SCENE, ["umbrella"])
+    (umbrella,) = pg.detect(SCENE, ["umbrella"])
     left, top, right, bottom = _pixel_box(umbrella.box, scale, (canvas.shape[1], canvas.shape[0]))
     drawn = of_color(canvas, chip_color(page, "umbrella"))
     middle = (top + bottom) // 2  # a row of pixels that crosses both sides, far from the label
@@ -239,14 +234,14 @@ def test_a_box_is_drawn_where_the_library_draws_it(page, scene, tiny, density):
     assert not canvas[middle, : left - 2].any() and not canvas[middle, right + 2 :].any(), "nothing outside"
 
 
-def test_a_mask_covers_the_pixels_that_it_names(page, scene, tiny):
+def test_a_mask_covers_the_pixels_that_it_names(page, scene, pg):
     page.size(1000, 900)
     page.pick(scene)
     page.task("segment")
     page.labels("book")
     page.run()
     canvas = page.overlay()
-    (book,) = tiny.segment(SCENE, ["book"])
+    (book,) = pg.segment(SCENE, ["book"])
     height, width = canvas.shape[:2]
     expected = np.array(Image.fromarray(book.mask).resize((width, height), Image.Resampling.NEAREST))
     left, top, right, bottom = _pixel_box(book.box, width / 384, (width, height))
@@ -303,13 +298,13 @@ def copied_json(page):
     return json.loads(copied(page, "#copy-json"))
 
 
-def test_json_and_curl(page, scene, tiny):
+def test_json_and_curl(page, scene, pg):
     page.pick(scene)
     page.task("detect")
     page.labels("book")
     page.run()
     answer = copied_json(page)
-    (book,) = tiny.detect(SCENE, ["book"])
+    (book,) = pg.detect(SCENE, ["book"])
     assert answer["image"] == "scene.png" and answer["prompt"] == "detect book" and answer["finished"]
     assert answer["detections"][0]["box"] == list(book.box)
     assert answer["detections"][0]["score"] == pytest.approx(book.score, abs=1e-5)
