@@ -50,6 +50,7 @@ from paligemma.answers.constraints import (
 )
 from paligemma.arguments import check_model
 from paligemma.attention_mask import PREFIX
+from paligemma.compiled import generate_compiled
 from paligemma.devices import free_memory
 from paligemma.generation import (
     NOT_WATCHED,
@@ -509,6 +510,8 @@ def generate(
     given = Options(*options, **named)
     if given.num_beams > 1:
         return beam_search(model, inputs, given)
+    if given.compile:
+        return generate_compiled(model, inputs, given)
     requests = requests_of(model, inputs, given)
     engine = Engine(model, max_rows=max(1, len(requests)), cache_bytes=math.inf, prefill_every=None)
     tickets = [engine.admit(request) for request in requests]
@@ -559,6 +562,8 @@ def stream(
     options = Options(max_new_tokens, **{"num_tokens": len(tokenizer), **named})
     if options.num_beams > 1:
         raise ValueError("streaming with beams is not offered: which beam wins is known at the end; use generate")
+    if options.compile:
+        raise ValueError("streaming with compile=True is not offered: use generate")
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if isinstance(ids, Tensor) and len(ids) != 1:
         raise ValueError(f"inputs has {len(ids)} rows, and a stream is of one: use generate")

@@ -96,6 +96,7 @@ class Options:
         model was.
     eos_token_id: default: the configuration's.
     num_tokens: `len(tokenizer)`. Pass it where <image> may not be the last token, see `never_produced`.
+    compile: of `generate`; decode with one compiled graph, see `compiled.py`. For GPUs.
 
     Raises ValueError for values out of range and for options that do not go together.
     """
@@ -113,6 +114,7 @@ class Options:
     watch: tuple[int, int] | None = None
     eos_token_id: int | None = None
     num_tokens: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -133,6 +135,9 @@ class Options:
                 "(several samples: repeat the row with a seed each)"
             )
 
+        if self.compile and self.num_beams > 1:
+            raise ValueError("beams are not compiled: their cache is reordered in every step. Leave out one of them")
+
     def _check_types(self) -> None:
         for name in ("max_new_tokens", "num_beams", "top_k", "num_tokens"):
             value = getattr(self, name)
@@ -141,8 +146,9 @@ class Options:
         for name in ("temperature", "top_p", "length_penalty"):
             if not (name == "top_p" and self.top_p is None):
                 check_number(name, getattr(self, name))
-        if not isinstance(self.do_sample, bool):
-            raise TypeError(f"do_sample is {self.do_sample!r}, expected True or False")
+        for name in ("do_sample", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, expected True or False")
         if self.seed is not None:
             seeds = [self.seed] if isinstance(self.seed, (int, Integral)) else self.seed
             check_whole_numbers("seed", seeds, "a whole number, or a list with one for each row")

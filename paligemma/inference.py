@@ -39,6 +39,7 @@ from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
 from paligemma.answers.scores import CALIBRATION_FILE, IDENTITY, Calibration
 from paligemma.arguments import is_whole
+from paligemma.compiled import generate_compiled
 from paligemma.encoding import encode_ahead
 from paligemma.engine import Engine, Ticket, requests_of, stream
 from paligemma.generation import Generated, Options, beam_search, check_length
@@ -76,6 +77,7 @@ class Sampling(TypedDict, total=False):
     length_penalty: float
     seed: int | Sequence[int] | None
     suppress_tokens: Sequence[int] | None
+    compile: bool
 
 
 def load(
@@ -451,9 +453,9 @@ class PaliGemma:
                 **own,
             )
             sizes += found
-            if options.num_beams > 1:
+            if options.num_beams > 1 or options.compile:  # whole batches, one after the other
                 with torch.inference_mode():
-                    rows += beam_search(self.model, inputs, options)
+                    rows += (beam_search if options.num_beams > 1 else generate_compiled)(self.model, inputs, options)
                 continue
             new = [engine.admit(request) for request in requests_of(self.model, inputs, options)]
             tickets += new

@@ -38,8 +38,8 @@ FAR = 2**40  # a place that no query reaches
 class StaticKVCache(KVCache):
     """A cache for `batch` rows of at most `max_length` tokens (padding not counted), to be used as `KVCache`.
 
-    Rows stay where they are: there is no `select`. The prompt cannot be read under a mask of the caller's own. A row
-    that grows beyond `max_length` is an error of PyTorch's: index out of bounds.
+    Rows stay where they are, and there is one length: `put` is all that changes them. The prompt cannot be read under a
+    mask of the caller's own. A row that grows beyond `max_length` is an error of PyTorch's: index out of bounds.
     """
 
     def __init__(
@@ -93,6 +93,20 @@ class StaticKVCache(KVCache):
         self.lengths[row] = len(columns)
         self.used = self.max_length + 1
 
+    def reset(self) -> None:
+        """Empties it, for other rows."""
+        self.lengths.zero_()
+        self.used = 0
+
     def select(self, rows: Tensor) -> None:
-        """Not offered: a graph was compiled for these rows. Raises ValueError."""
-        raise ValueError("the rows of a StaticKVCache stay where they are: use KVCache to drop or reorder them")
+        """Not offered, and neither are `join`, `trim` and `grow`: a graph was compiled for these shapes."""
+        raise ValueError("a StaticKVCache keeps its rows and its length: use KVCache to drop, add or reorder rows")
+
+    def join(self, other: KVCache) -> None:
+        self.select(self.lengths)
+
+    def trim(self) -> None:
+        self.select(self.lengths)
+
+    def grow(self, max_length: int) -> None:
+        self.select(self.lengths)

@@ -30,6 +30,7 @@ LAYERS = [
     "answers fast",
     "weights",
     "generation tickets encoding utils",
+    "compiled",
     "engine",
     "inference",
     "data",

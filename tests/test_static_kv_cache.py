@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_an_error(model):
         decode_one_token(model, logits.argmax(-1), cache)
     with pytest.raises(ValueError, match="the cache holds 1 rows, and 2 are to be read"):
         decode_one_token(model, torch.tensor([7, 8]), cache)
-    with pytest.raises(ValueError, match="the rows of a StaticKVCache stay where they are"):
+    with pytest.raises(ValueError, match="a StaticKVCache keeps its rows and its length"):
         cache.select(torch.tensor([0]))
     full = prefill(model, make_inputs(model.config, [12]), 1)[1]
     with pytest.raises(ValueError, match="the cache holds 10 tokens a row, and the prompt has 16"):

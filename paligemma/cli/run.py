@@ -46,6 +46,9 @@ def run(
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beam search of this width.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Decode with one compiled graph: faster on a GPU, after a minute.")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     quantize: Annotated[
@@ -93,6 +96,10 @@ def run(
     A picture that cannot be read is named on stderr; the others are answered all the same, and the exit code is 1.
     """
     sampling = sampling_options(temperature, top_k, top_p, beams, seed)
+    if compile and (beams > 1 or quantize):
+        raise typer.BadParameter("--compile goes neither with --beams nor with --quantize")
+    if compile:
+        sampling["compile"] = True
     task = prompt.strip().partition(" ")[0]
     boxes = task in ("detect", "segment")
     if free and not boxes:
@@ -127,7 +134,7 @@ def run(
                     loc_scale=loc_scale, device_map=device_map,
                 )  # fmt: skip
         terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
-        if terminal and not as_json and save is None and not boxes and not several and beams == 1:
+        if terminal and not as_json and save is None and not boxes and not several and beams == 1 and not compile:
             pieces = pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling)
             note_spent_budget(images[0], shown(pieces, lambda piece: say(piece, newline=False)), budget)
             return
