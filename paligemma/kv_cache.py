@@ -102,6 +102,17 @@ class KVCache:
         self.values[layer][:, :, columns] = values
         return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
+    def rewind(self, columns: int) -> None:
+        """Forgets the last columns, so many of them. What stands before them stays as it is, to the bit.
+
+        For a prefix that is read once and continued in different ways. Raises ValueError for more than are used.
+        """
+        if not 0 <= columns <= self.used:
+            raise ValueError(f"columns is {columns}, and the cache holds {self.used}")
+        kept = self.used - columns
+        self.lengths = self.lengths - self.valid[:, kept : self.used].sum(-1)
+        self.used = kept
+
     def select(self, rows: Tensor) -> None:
         """Keeps a copy of these rows, int64 [B'], in this order: to reorder beams, and to drop rows that have ended."""
         self.valid, self.positions, self.lengths = self.valid[rows], self.positions[rows], self.lengths[rows]

@@ -242,12 +242,13 @@ class GemmaEmbedding(nn.Embedding):
 
 
 class GemmaModel(nn.Module):
-    """Embedding, layers and the final norm."""
+    """Embedding, layers and the final norm. embedding: False for a model that reads no tokens, only vectors."""
 
-    def __init__(self, config: GemmaConfig):
+    def __init__(self, config: GemmaConfig, embedding: bool = True):
         super().__init__()
         self.config = config
-        self.embed_tokens = GemmaEmbedding(config.vocab_size, config.hidden_size)
+        if embedding:
+            self.embed_tokens = GemmaEmbedding(config.vocab_size, config.hidden_size)
         layer_class = Gemma2DecoderLayer if config.model_type == "gemma2" else GemmaDecoderLayer
         self.layers = nn.ModuleList(layer_class(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -99,8 +99,11 @@ class StaticKVCache(KVCache):
         self.used = 0
 
     def select(self, rows: Tensor) -> None:
-        """Not offered, and neither are `join`, `trim` and `grow`: a graph was compiled for these shapes."""
+        """Not offered, and neither are `rewind`, `join`, `trim` and `grow`: a graph was compiled for these shapes."""
         raise ValueError("a StaticKVCache keeps its rows and its length: use KVCache to drop, add or reorder rows")
+
+    def rewind(self, columns: int) -> None:
+        self.select(self.lengths)
 
     def join(self, other: KVCache) -> None:
         self.select(self.lengths)
