@@ -19,6 +19,7 @@ What else there is, by what it is for:
     many rows      Engine, Request, Ticket: rows that come and go
     the model      PaliGemmaForConditionalGeneration, GemmaModel, GemmaAttention, GemmaMLP, SiglipVisionModel,
                    SiglipVisionTransformer, PaliGemmaConfig, GemmaConfig, SiglipVisionConfig
+    many pictures  Predictor, for Ray Data; the command is `paligemma batch`
     look inside    explore: explore.look(pg, "photo.png", "caption en"), and what follows from it
 
 A name is imported when it is first used: `import paligemma` alone is instant and does not load torch.
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from paligemma.answers.mask_codec import MaskCodec
     from paligemma.answers.parsing import parse
     from paligemma.answers.results import Answer, Detection, Items, Parsed, Segment
+    from paligemma.batch.predictor import Predictor
     from paligemma.engine import Engine, generate
     from paligemma.fast.swap import quantize
     from paligemma.generation import Generated, Options, decode_one_token, prefill
@@ -64,6 +66,7 @@ _HOME = {
     "answers.parsing": "parse",
     "answers.mask_codec": "MaskCodec",
     "engine": "Engine generate",
+    "batch.predictor": "Predictor",
     "generation": "Generated Options decode_one_token prefill",
     "kv_cache": "KVCache",
     "static_kv_cache": "StaticKVCache",
@@ -99,6 +102,7 @@ __all__ = [
     "PaliGemmaForConditionalGeneration",
     "PaliGemmaProcessor",
     "Parsed",
+    "Predictor",
     "Request",
     "Segment",
     "SiglipVisionConfig",

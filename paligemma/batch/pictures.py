@@ -8,6 +8,8 @@ A picture is where its row says:
     {"file": "x.jsonl", ..., "picture": 0}                      the same, where these bytes are a line of JSON
     {"table": "x.parquet", "row": 7, "column": "image", ...}    a cell of a parquet file
     {"video": "x.mp4", "time": 2.5, "name": ...}                a frame of a video, in seconds from its beginning
+
+For `Predictor` it may also be there already: the bytes of a file, or an array.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def bytes_of(where: Where) -> bytes:
 
 def read(where: Where) -> Any:
     """What `load_image` takes: a path, a data: URL, bytes, or a decoded frame."""
-    if isinstance(where, str):
+    if not isinstance(where, Mapping):
         return where
     if "video" in where:
         return frame_of_video(where["video"], where["time"])

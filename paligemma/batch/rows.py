@@ -104,7 +104,9 @@ def name_of(image: Any) -> Any:
         return None
     if isinstance(image, str):
         return plain(f"{image[:40]}..." if image[:5].lower() == "data:" else image)
-    return plain(image["name"]) if isinstance(image, Mapping) else [name_of(one) for one in image]
+    if isinstance(image, Mapping):
+        return plain(image["name"])
+    return [name_of(one) for one in image] if isinstance(image, list) else None
 
 
 def plain(name: str) -> str:

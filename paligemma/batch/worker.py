@@ -10,13 +10,12 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paligemma.batch.answering import load_answer
 from paligemma.batch.folder import RunFolder
 from paligemma.batch.rows import Line
 from paligemma.batch.settings import Settings
@@ -31,13 +30,25 @@ PAUSE = 1.0  # seconds between two looks for a free shard
 @dataclass(frozen=True)
 class How:
     """How one worker works, which decides no answer. part: (1, 4) is the first of four parts of the shards. load: makes
-    what answers rows."""
+    what answers rows; None: `answering.load_answer`."""
 
     threads: int | None = None
     device: str | None = None
     part: tuple[int, int] = (1, 1)
     draw: Path | None = None
-    load: Callable[[Settings, str | None, Path | None], Answer] = load_answer
+    load: Callable[[Settings, str | None, Path | None], Answer] | None = None
+
+    def loaded(self, settings: Settings) -> Answer:
+        """What answers rows. The model, and torch with it, is imported only now."""
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+        if self.load is not None:
+            return self.load(settings, self.device, self.draw)
+        from paligemma.batch.answering import load_answer
+
+        return load_answer(settings, self.device, self.draw)
 
 
 def shards_of(folder: RunFolder, part: tuple[int, int]) -> range:
@@ -47,7 +58,7 @@ def shards_of(folder: RunFolder, part: tuple[int, int]) -> range:
 
 def finish_shards(
     folder: RunFolder,
-    shards: range,
+    shards: Sequence[int],
     answer: Callable[[], Answer],
     stop: Callable[[], bool],
     on_line: Callable[[Line], object],
@@ -84,16 +95,9 @@ def run_worker(path: Path, how: How, counts: Any) -> None:
     def count(line: Line) -> None:
         counts[0 if line["error"] is None else 1] += 1
 
-    def load() -> Answer:
-        import torch
-
-        if how.threads is not None:
-            torch.set_num_threads(how.threads)
-        return how.load(folder.settings, how.device, how.draw)
-
     with errors_in_a_line():
         folder = RunFolder(path)
-        finish_shards(folder, shards_of(folder, how.part), load, stop, count)
+        finish_shards(folder, shards_of(folder, how.part), lambda: how.loaded(folder.settings), stop, count)
     if stop():
         sys.exit(STOPPED)
 

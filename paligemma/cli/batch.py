@@ -247,6 +247,10 @@ def worked(
     if before.get("paligemma") != __version__:
         note(f"note: the run was begun by version {before.get('paligemma')}, this is {__version__}")
     with progress_line() as show:
+        if ray is not None:
+            from paligemma.batch.on_ray import run_on_ray
+
+            return run_on_ray(folder, ray, workers, how, stop_after_errors, retry_errors, show, note)
         return run_batch(folder, workers, how, stop_after_errors, retry_errors, show, note)
 
 
