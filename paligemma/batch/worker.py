@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class How:
 
     def loaded(self, settings: Settings) -> Answer:
         """What answers rows. The model, and torch with it, is imported only now."""
+        # Pillow warns of pictures from half the size on at which it refuses them.
+        warnings.filterwarnings("ignore", "Image size .* exceeds limit")
         if self.threads is not None:
             import torch
 

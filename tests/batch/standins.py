@@ -5,7 +5,6 @@ import signal
 import time
 
 from paligemma.batch.folder import open_run
-from paligemma.batch.pictures import open_picture, places_of
 from paligemma.batch.rows import InputRow, RowFailure, failed
 from paligemma.batch.settings import Settings
 
@@ -52,10 +51,14 @@ def quick(settings, device=None, draw=None):
 
 
 def slow(settings, device=None, draw=None):
-    """20 ms a row, so that there is time to be killed."""
+    """20 ms a row, so that there is time to be killed. STANDIN_LOG: a file that notes every row that is answered."""
+    log = os.environ.get("STANDIN_LOG")
 
     def answer_row(row):
         time.sleep(0.02)
+        if log:
+            with open(log, "a") as file:
+                file.write(f"{row.id}\n")
         return line_of(row)
 
     return in_batches(answer_row, settings.batch_size)
@@ -63,6 +66,7 @@ def slow(settings, device=None, draw=None):
 
 def opening(settings, device=None, draw=None):
     """Opens the pictures, and says nothing about them."""
+    from paligemma.batch.pictures import open_picture, places_of  # imports torch, which the others need not wait for
 
     def answer_row(row):
         try:
@@ -73,6 +77,10 @@ def opening(settings, device=None, draw=None):
         return line_of(row)
 
     return in_batches(answer_row, settings.batch_size)
+
+
+def failing(settings, device=None, draw=None):
+    return in_batches(lambda row: failed(row, "missing", "there is no such file"), settings.batch_size)
 
 
 def deadly(settings, device=None, draw=None):

@@ -1,0 +1,256 @@
+"""Runs in processes that are killed, stopped and started again. What answers is a stand-in (standins.py)."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import standins
+from standins import MARKS, broken, deadly, lines_of, opening, quick, run_of, slow
+
+from paligemma.batch import leases, run, worker
+from paligemma.batch.folder import RunFolder, open_run
+from paligemma.batch.rows import InputRow
+from paligemma.batch.run import run_batch
+from paligemma.batch.settings import Settings
+from paligemma.batch.status import status_of
+from paligemma.batch.worker import How, finish_shards
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(run, "LOOK", 0.05)
+    monkeypatch.setattr(worker, "PAUSE", 0.05)
+
+
+def ids(count):
+    return [f"row {number}" for number in range(count)]
+
+
+def without_times(lines):
+    return [{key: value for key, value in line.items() if key not in ("ms", "attempts")} for line in lines]
+
+
+def test_workers_finish_a_run(tmp_path):
+    folder = run_of(tmp_path / "run", 95)
+    seen = []
+    ended = run_batch(folder, 2, How(load=slow), on_progress=seen.append)
+    assert ended.complete and (ended.answered, ended.errors) == (95, {})
+    assert [line["id"] for line in lines_of(folder)] == ids(95)
+    assert seen[-1].rows <= 95 == seen[-1].total and seen[-1].rate > 0
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert (summary["rows"], summary["answered"], summary["complete"], summary["workers_lost"]) == (95, 95, True, 0)
+
+
+def test_parts_of_a_job_array(tmp_path):
+    """--part 1/3, 2/3, 3/3: each finishes its shards, and together they are the run."""
+    folder = run_of(tmp_path / "run", 50)
+    first = run_batch(folder, 1, How(load=quick, part=(1, 3)))
+    assert first.complete and not first.summary["complete"] and folder.done() == {0, 3}
+    for number in (2, 3):
+        ended = run_batch(folder, 1, How(load=quick, part=(number, 3)))
+    assert ended.summary["complete"] and [line["id"] for line in lines_of(folder)] == ids(50)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_run(tmp_path, capfd):
+    folder = run_of(tmp_path / "run", 10)
+    ended = run_batch(folder, 1, How(load=broken))
+    assert ended.failure and not ended.complete
+    assert capfd.readouterr().err == "error: this model cannot be loaded\n"
+    assert run_batch(folder, 1, How(load=quick)).complete
+
+
+def test_a_row_that_kills_its_worker_is_found(tmp_path):
+    """Two workers die over a shard, two more over the row alone. All other rows are answered."""
+    folder = run_of(tmp_path / "run", 30)
+    notes = []
+    ended = run_batch(folder, 1, How(load=deadly), note=notes.append)
+    assert ended.complete and ended.errors == {"internal": 1} and ended.summary["workers_lost"] == 4
+    lines = lines_of(folder)
+    assert [line["id"] for line in lines] == ids(30)
+    assert [line["id"] for line in lines if line["error"]] == ["row 13"]
+    assert "SIGKILL" in notes[0]
+
+
+def test_many_errors_end_the_run_if_asked_and_it_goes_on(tmp_path):
+    rows = [InputRow(f"row {number}", "nowhere.png", "ocr") for number in range(40)]
+    settings = Settings("ocr", shard_size=10, batch_size=2)
+    folder = open_run(tmp_path / "run", settings, MARKS, lambda: rows)
+    ended = run_batch(folder, 1, How(load=standins.failing), stop_after_errors=5)
+    assert ended.stopped and not ended.complete
+    ended = run_batch(folder, 1, How(load=standins.failing))
+    assert ended.complete and ended.errors == {"missing": 40}
+    ended = run_batch(folder, 1, How(load=quick), retry_errors=True)
+    assert (ended.answered, ended.errors) == (40, {})
+    assert [line["attempts"] for line in lines_of(folder)] == [2] * 40
+
+
+def test_status_counts_what_lies_in_the_folder(tmp_path):
+    folder = run_of(tmp_path / "run", 30)
+    run_batch(folder, 1, How(load=quick, part=(1, 3)))
+    lease = leases.take(folder.lease(1))
+    (folder.work / "00001.x.jsonl").write_text('{"id": "row 10"}\n{"trying": "row 11"}\n')
+    state = status_of(folder)
+    assert (state["rows"], state["answered"], state["shards_done"], state["complete"]) == (30, 10, 1, False)
+    assert (state["shards_worked_on"], state["rows_in_open_shards"]) == (1, 1) and lease
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+# A run in a process group of its own, as a user would start it: the folder, the number of rows, of workers.
+STARTER = """
+import sys, signal
+sys.path.insert(0, sys.argv[1])
+from standins import *
+from paligemma.batch import run, worker
+from paligemma.batch.run import run_batch
+from paligemma.batch.worker import How, finish_shards
+run.LOOK = worker.PAUSE = 0.05
+if __name__ == "__main__":
+    folder = run_of(sys.argv[2], int(sys.argv[3]))
+    ended = run_batch(folder, int(sys.argv[4]), How(load=slow))
+    sys.exit(0 if ended.complete else 128 + ended.signal if ended.signal else 1)
+"""
+
+
+@pytest.fixture
+def starter(tmp_path):
+    """Starts a run: `process = starter(folder, rows, workers)`."""
+    script = tmp_path / "starter.py"
+    script.write_text(STARTER)
+    started = []
+
+    def start(folder, rows, workers):
+        command = [sys.executable, str(script), str(HERE), str(folder), str(rows), str(workers)]
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        kill_group(process)
+
+
+def kill_group(process):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def children(process):
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def answered_so_far(folder):
+    work = sum(path.read_bytes().count(b"\n") for path in Path(folder).glob("work/*.jsonl"))
+    return work + sum(path.read_bytes().count(b"\n") for path in Path(folder).glob("parts/*.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_batch_end(starter, tmp_path, number):
+    folder = tmp_path / "run"
+    process = starter(folder, 200, 2)
+    wait_for(lambda: answered_so_far(folder) > 20)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert not list((folder / "work").glob("*.lease*"))
+    done = answered_so_far(folder)
+    assert starter(folder, 200, 2).wait(120) == 0
+    lines = lines_of(RunFolder(folder))
+    assert [line["id"] for line in lines] == ids(200) and done < 200
+
+
+@pytest.mark.slow
+def test_two_starters_on_one_folder_both_finish(starter, tmp_path):
+    folder = tmp_path / "run"
+    processes = [starter(folder, 100, 1) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert [line["id"] for line in lines_of(RunFolder(folder))] == ids(100)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(starter, tmp_path):
+    """20 times kill -9, of a worker, of the parent, or of all. In the end every id has one line, equal to that of the
+    undisturbed run, and every lost worker cost one batch at most."""
+    dice = random.Random(7)
+    count, batch = 300, 4
+    whole = run_of(tmp_path / "whole", count)
+    run_batch(whole, 1, How(load=quick))
+    folder, computed = tmp_path / "run", tmp_path / "computed"
+    os.environ["STANDIN_LOG"] = str(computed)
+    try:
+        lost, process = 0, None
+        for _ in range(20):
+            if process is None or process.poll() is not None:
+                process = starter(folder, count, 2)
+            before = answered_so_far(folder)
+            wait_for(lambda p=process, b=before: p.poll() is not None or answered_so_far(folder) > b)
+            time.sleep(dice.random() * 0.2)
+            workers = children(process)
+            who = dice.choice(["worker", "parent", "all"])
+            if who == "worker" and workers:
+                os.kill(dice.choice(workers), signal.SIGKILL)
+                lost += 1
+            elif who == "parent":
+                process.kill()
+                process.wait()
+            else:
+                lost += len(workers)
+                kill_group(process)
+        wait_for(lambda: starter(folder, count, 2).wait(120) == 0)
+    finally:
+        del os.environ["STANDIN_LOG"]
+    lines = lines_of(RunFolder(folder))
+    assert [line["id"] for line in lines] == ids(count)
+    assert without_times(lines) == without_times(lines_of(whole))
+    assert not list((folder / "work").iterdir())
+    twice = len(computed.read_text().split("\n")) - 1 - count
+    assert twice <= batch * lost
+
+
+# ---------------------------------------------------------------------------------------------- ten thousand rows
+
+
+def picture_rows(folder, count, bad_every):
+    """`count` rows about a good picture, but for every bad_every-th one. {id: kind} of the bad ones."""
+    from PIL import Image
+    from test_batch_answers import bad_pictures
+
+    scene = Image.new("RGB", (8, 6), "red")
+    scene.save(folder / "good.png")
+    bad = list(bad_pictures(folder, scene).items())
+    rows, kinds = [], {}
+    for number in range(count):
+        name = "good.png"
+        if number % bad_every == bad_every - 1:
+            name, kinds[f"row {number}"] = bad[number // bad_every % len(bad)]
+        rows.append(InputRow(f"row {number}", str(folder / name), "caption en"))
+    return rows, kinds
+
+
+def test_one_row_of_a_hundred_is_bad(tmp_path):
+    """10,000 rows: as many lines, 100 errors of the right kinds."""
+    rows, kinds = picture_rows(tmp_path, 10_000, 100)
+    folder = open_run(tmp_path / "run", Settings("caption en"), MARKS, lambda: rows)
+    finish_shards(folder, range(folder.num_shards), lambda: opening(folder.settings), lambda: False, lambda line: None)
+    lines = lines_of(folder)
+    assert [line["id"] for line in lines] == [row.id for row in rows]
+    assert {line["id"]: line["error"]["kind"] for line in lines if line["error"]} == kinds
+    assert len(kinds) == 100 and set(kinds.values()) == {"missing", "unreadable", "too_many_pixels"}
