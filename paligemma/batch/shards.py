@@ -85,7 +85,10 @@ def _finish(
         for row in [row for row in missing if left.tried[row.id] >= LOSSES]:
             message = f"{left.tried[row.id]} workers were killed while they answered this row alone"
             keep(row, failed(row, "internal", message, 1 + left.tried[row.id]))
-        for group in [[row] for row in missing if row.id not in lines] if alone else [missing]:
+        # A row that was noted before comes last. So whoever kills workers at random hits another row each time, and
+        # only a row that is guilty is noted twice.
+        later = sorted((row for row in missing if row.id not in lines), key=lambda row: left.tried[row.id])
+        for group in [[row] for row in later] if alone else [later]:
             if alone:
                 append({"trying": group[0].id})
             for row, line in answer(group, stop):

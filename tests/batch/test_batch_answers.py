@@ -171,7 +171,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(pg, monkeypatch):
         sizes.append(len(engine._running) + len(rows))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        prefill(engine, rows)
+        return prefill(engine, rows)
 
     monkeypatch.setattr(Engine, "_prefill", crowded)
     rows = [InputRow(str(k), SCENE, "caption en", {"max_new_tokens": 4}) for k in range(8)]
@@ -186,7 +186,7 @@ def test_a_row_for_which_memory_does_not_suffice_even_alone(pg, monkeypatch):
     def crowded(engine, rows):
         if any(len(row.request.prompt) > 80 for row in [*engine._running, *rows]):
             raise MemoryError
-        prefill(engine, rows)
+        return prefill(engine, rows)
 
     monkeypatch.setattr(Engine, "_prefill", crowded)
     rows = [InputRow(str(k), SCENE, "caption en", {"max_new_tokens": 4}) for k in range(3)]
@@ -202,7 +202,7 @@ def test_an_error_of_the_whole_batch_meets_the_row_that_it_belongs_to(pg, monkey
     def failing(engine, rows):
         if any(len(row.request.prompt) > 80 for row in [*engine._running, *rows]):
             raise RuntimeError("a kernel does not know what to do")
-        prefill(engine, rows)
+        return prefill(engine, rows)
 
     monkeypatch.setattr(Engine, "_prefill", failing)
     rows = [InputRow(str(k), SCENE, "caption en", {"max_new_tokens": 4}) for k in range(5)]

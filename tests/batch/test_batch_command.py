@@ -1,0 +1,206 @@
+"""The command: wrong usage is told at once, errors have their exit codes, and stdout stays empty."""
+
+import json
+import sys
+
+import pytest
+import standins
+from PIL import Image
+
+from paligemma.batch import run
+from paligemma.batch.folder import RunFolder
+from paligemma.batch.status import Tally, write_summary
+from paligemma.batch.worker import finish_shards, shards_of
+from paligemma.cli import main as cli
+from paligemma.cli.batch import duration, in_words, parsed_max_errors
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """photos/ with 8 pictures and one that is broken."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number in range(8):
+        Image.new("RGB", (8, 6), "red").save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "8.png").write_bytes(b"broken")
+    return tmp_path
+
+
+@pytest.fixture
+def paligemma(photos, monkeypatch, capsys):
+    """Runs a command, whose work is done by a stand-in in this process: `code, out, err = paligemma("batch", ...)`."""
+
+    def run_batch(folder, workers, how, stop_after_errors, retry_errors, on_progress, note):
+        answer = standins.opening(folder.settings)
+        finish_shards(folder, shards_of(folder, how.part), lambda: answer, lambda: False, lambda line: None)
+        tally = Tally(folder, shards_of(folder, how.part))
+        tally.update()
+        errors = dict(tally.errors)
+        return run.Ended(write_summary(folder, 1.0, 9, 0), tally.answered, errors, tally.is_complete)
+
+    monkeypatch.setattr(run, "run_batch", run_batch)
+
+    def run_command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["paligemma", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run_command
+
+
+def test_a_folder_of_pictures(paligemma):
+    code, out, err = paligemma("batch", "caption en", "photos", "--out", "run")
+    assert (code, out) == (1, "")
+    assert "8 rows answered, 1 failed (1 unreadable): run" in err
+    lines = standins.lines_of(RunFolder("run"))
+    assert [line["id"] for line in lines] == [f"{number}.png" for number in range(9)]
+
+
+@pytest.mark.parametrize(("allowed", "code"), [("0", 1), ("1", 0), ("12%", 0), ("11%", 1), ("100%", 0)])
+def test_max_errors(paligemma, allowed, code):
+    assert paligemma("batch", "caption en", "photos", "--out", "run", "--max-errors", allowed)[0] == code
+
+
+def test_another_prompt_or_model_in_the_same_folder(paligemma, monkeypatch):
+    paligemma("batch", "caption en", "photos", "--out", "run")
+    before = {path: path.stat().st_mtime_ns for path in RunFolder("run").path.rglob("*")}
+    code, out, err = paligemma("batch", "caption de", "photos", "--out", "run")
+    assert (code, out) == (2, "") and "'caption en' there, 'caption de' here" in " ".join(err.split())
+    monkeypatch.setattr("paligemma.batch.settings.fingerprint_of_model", lambda *_: "another")
+    code, out, err = paligemma("batch", "caption en", "photos", "--out", "run")
+    assert (code, out) == (2, "") and "the weights are others" in err
+    assert {path: path.stat().st_mtime_ns for path in RunFolder("run").path.rglob("*")} == before
+
+
+def test_what_may_differ_when_a_run_goes_on(paligemma):
+    paligemma("batch", "caption en", "photos", "--out", "run", "--part", "1/2", "--shard-size", "2")
+    more = ["--workers", "2", "--threads", "1", "--max-errors", "5%", "--stop-after-errors", "9", "--retry-errors"]
+    code, _, err = paligemma(
+        "batch", "caption en", "photos", "--out", "run", "--shard-size", "2", *more, "--draw", "drawn"
+    )
+    assert code == 1 and "1 failed" in err
+    assert len(standins.lines_of(RunFolder("run"))) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "expected PROMPT INPUT"),
+        (["caption en"], "no INPUT after the prompt"),
+        (["caption en", "photos"], "--out DIR is missing"),
+        (["caption en", "photos", "--rows", "rows.jsonl", "--out", "run"], "from INPUT or from --rows"),
+        (["caption en", "photos", "--labels", "dog", "--out", "run"], "--labels is for the prompt"),
+        (["detect", "photos", "--labels", ", ,", "--out", "run"], "--labels names nothing"),
+        (["caption en", "photos", "--out", "run", "--max-errors", "many"], "--max-errors is 'many'"),
+        (["caption en", "photos", "--out", "run", "--max-errors", "0.5"], "--max-errors is '0.5'"),
+        (["caption en", "photos", "--out", "run", "--part", "3/2"], "--part is '3/2'"),
+        (["caption en", "photos", "--out", "run", "--every", "0"], "--every is 0"),
+        (["caption en", "photos", "--out", "run", "--max-pixels", "0"], "--max-pixels is 0"),
+        (["caption en", "photos", "--out", "run", "--loc-scale", "7"], "--loc-scale is 7"),
+        (["caption en", "photos", "--out", "run", "--seed", "1"], "--seed is for sampling"),
+        (["caption en", "https://x/a.jpg", "--out", "run"], "download it first"),
+        (["caption en", "*.gif", "--out", "run"], "no file matches"),
+        (["caption en", "photos/0.png", "photos/0.png", "--out", "run"], "more than once"),
+        (["caption en", "photos", "--out", "photos/0.png"], "is a file"),
+        (["caption en", "photos", "--out", "photos"], "holds no run"),
+        (["--rows", "nowhere.jsonl", "--out", "run"], "no such file"),
+    ],
+)
+def test_wrong_usage_is_told_at_once(paligemma, photos, arguments, said):
+    code, out, err = paligemma("batch", *arguments)
+    assert (code, out) == (2, "")
+    assert said in " ".join(err.split())
+    assert not (photos / "run").exists()
+
+
+def test_a_mistyped_model_is_told_before_anything_is_written(paligemma, photos):
+    code, _, err = paligemma("batch", "caption en", "photos", "--out", "run", "-m", "tyni")
+    assert code in (1, 2) and "tyni: no such file" in err and not (photos / "run").exists()
+
+
+def test_labels_complete_a_prompt(paligemma):
+    paligemma("batch", "detect", "photos", "--labels", "dog, cat", "--out", "run")
+    assert RunFolder("run").settings.prompt == "detect dog ; cat"
+
+
+def test_status_and_export(paligemma, photos):
+    paligemma("batch", "caption en", "photos", "--out", "run", "--shard-size", "4", "--part", "1/3")
+    assert paligemma("batch", "status", "run")[1].splitlines() == [
+        "4 of 9 rows are done",
+        "4 answered, 0 failed",
+        "1 of 3 shards finished, 0 worked on",
+    ]
+    paligemma("batch", "caption en", "photos", "--out", "run", "--shard-size", "4")
+    state = json.loads(paligemma("batch", "status", "run", "--json")[1])
+    assert (state["rows"], state["answered"], state["errors"], state["complete"]) == (9, 8, {"unreadable": 1}, True)
+    code, out, err = paligemma("batch", "export", "run", "--to", "jsonl", "all.jsonl")
+    assert (code, out) == (0, "") and "9 rows written" in err
+    assert len((photos / "all.jsonl").read_text().splitlines()) == 9
+    assert paligemma("batch", "status", "nowhere")[0] == 2
+    assert paligemma("batch", "export", "run", "--to", "word", "x")[0] == 2
+
+
+def test_a_batch_file_of_openai_is_answered_in_its_format(paligemma, photos):
+    content = [{"type": "text", "text": "caption en"}, {"type": "image_url", "image_url": {"url": "photos/0.png"}}]
+    body = {"model": "x", "messages": [{"role": "user", "content": content}]}
+    request = {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (photos / "batch.jsonl").write_text(json.dumps(request) + "\n")
+    code, _, err = paligemma("batch", "--rows", "batch.jsonl", "--out", "run")
+    assert code == 0 and "run/output.jsonl" in err
+    answer = json.loads((photos / "run" / "output.jsonl").read_text())
+    assert answer["custom_id"] == "r1"
+    assert answer["response"]["body"]["choices"][0]["message"]["content"] == "caption en r1"
+
+
+def test_dry_run_estimates_and_writes_nothing(paligemma, photos, monkeypatch):
+    answer = standins.opening(standins.Settings())
+    monkeypatch.setattr("paligemma.batch.answering.load_answer", lambda settings: answer)
+    code, out, _ = paligemma("batch", "caption en", "photos", "--dry-run")
+    assert code == 0 and out.startswith("9 rows in 1 shards\n9 of them answered")
+    assert sorted(path.name for path in photos.iterdir()) == ["photos"]
+
+
+def test_the_sample_of_an_estimate_is_spread_over_all_rows():
+    from paligemma.batch.estimate import sample_of
+
+    count, sample = sample_of(standins.rows_of(1000), 4)
+    numbers = [int(row.id.split()[1]) for row in sample]
+    assert count == 1000 and len(numbers) == 12 and numbers[0] == 0 and numbers[-1] > 700
+
+
+def test_words_of_progress():
+    now = run.Progress(rows=1500, total=3000, errors=3, seconds=100, new=1000)
+    assert in_words(now) == "1,500 of 3,000 rows, 3 failed, 10 rows/s, 2:30 left"
+    assert duration(3725) == "1:02:05"
+    assert parsed_max_errors("2.5%") == (2.5, True)
+    assert run.killed_by(-9) == "SIGKILL, perhaps for want of memory"
+
+
+@pytest.mark.slow
+def test_the_model_that_ships_answers_in_two_workers(photos, monkeypatch, capsys):
+    """Whatever the workers, threads and interruptions: the same lines."""
+    lines = {}
+    for name, more in {"one": ["--workers", "1"], "two": ["--workers", "2", "--threads", "1"]}.items():
+        options = [
+            "--out",
+            name,
+            "--shard-size",
+            "2",
+            "--batch-size",
+            "2",
+            "--max-new-tokens",
+            "8",
+            "--max-errors",
+            "1",
+        ]
+        monkeypatch.setattr(sys, "argv", ["paligemma", "batch", "caption en", "photos", *options, *more])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 0, capsys.readouterr().err
+        free = ("ms", "attempts", "score")
+        lines[name] = [
+            {key: value for key, value in line.items() if key not in free}
+            for line in standins.lines_of(RunFolder(name))
+        ]
+    assert lines["one"] == lines["two"] and len(lines["one"]) == 9

@@ -1,0 +1,136 @@
+"""What other tools get: COCO, YOLO, Label Studio, tables."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from standins import MARKS, in_batches, line_of
+
+from paligemma.answers.formats import rle_encode
+from paligemma.answers.results import Detection, Segment
+from paligemma.batch.export import export
+from paligemma.batch.folder import open_run
+from paligemma.batch.rows import InputRow, answered, failed
+from paligemma.batch.settings import Settings
+from paligemma.batch.shards import work_on
+from paligemma.inference import Answer
+
+MASK = np.zeros((10, 20), bool)
+MASK[2:6, 4:14] = True
+
+
+def answer_row(row):
+    """Row a/0.jpg failed, a/1.jpg has a dog and a car, a/2.jpg is empty, b/1.jpg has a mask."""
+    if row.id == "a/0.jpg":
+        return failed(row, "missing", "gone")
+    dog, car = Detection("dog", (2.0, 1.0, 12.0, 6.0), 0.75), Detection("car", (0.0, 0.0, 20.0, 10.0), None)
+    segment = Segment("dog", (4.0, 2.0, 14.0, 6.0), MASK, [0] * 16, 0.5)
+    found = {"a/1.jpg": ([dog, car], []), "a/2.jpg": ([], []), "b/1.jpg": ([], [segment])}[row.id]
+    answer = Answer("words", [1], [0.0], 0.9, True, *found, [((0, 2), "half a box")])
+    return answered(row, answer, (20, 10), "rle")
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def folder(tmp_path, request):
+    if request.param == "parquet":
+        pytest.importorskip("pyarrow")
+    settings = Settings("detect car ; dog", shard_size=3, format=request.param)
+    names = ["a/0.jpg", "a/1.jpg", "a/2.jpg", "b/1.jpg"]
+    rows = [InputRow(name, f"/photos/{name}", "detect car ; dog") for name in names]
+    run = open_run(tmp_path / "run", settings, MARKS, lambda: rows)
+    for shard in range(run.num_shards):
+        assert work_on(run, shard, in_batches(answer_row, 2))
+    return run
+
+
+def exported(folder, to, name="out"):
+    path = folder.path.parent / name
+    count = export(folder, to, path)
+    return count, path
+
+
+def test_jsonl_has_the_lines_of_all_parts(folder):
+    count, path = exported(folder, "jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert count == len(lines) == 4
+    for line in lines:
+        row = InputRow(line["id"], line["image"], line["prompt"])
+        assert {**line, "ms": 0} == {**json.loads(json.dumps(answer_row(row))), "ms": 0}
+
+
+def test_parquet_has_columns(folder):
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    count, path = exported(folder, "parquet")
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert count == len(rows) == 4 and rows[1]["detections"][0]["box"] == [2, 1, 12, 6]
+    assert json.loads(rows[3]["segments"][0]["mask"]) == rle_encode(MASK)
+    assert rows[0]["error"] == {"kind": "missing", "message": "gone"} and rows[0]["text"] is None
+
+
+def test_csv_is_a_table(folder):
+    _, path = exported(folder, "csv")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["error_kind"] for row in rows] == ["missing", "", "", ""]
+    assert json.loads(rows[1]["detections"])[1]["label"] == "car" and rows[1]["text"] == "words"
+
+
+def test_coco_is_a_data_set(folder):
+    count, path = exported(folder, "coco")
+    data = json.loads(path.read_text())
+    assert count == 3 and data["categories"] == [{"id": 1, "name": "car"}, {"id": 2, "name": "dog"}]
+    assert [image["file_name"] for image in data["images"]] == ["a/1.jpg", "a/2.jpg", "b/1.jpg"]
+    dog, _, segment = data["annotations"]
+    assert dog == {
+        "id": 1, "image_id": 1, "category_id": 2, "bbox": [2, 1, 10, 5], "area": 50, "iscrowd": 0, "score": 0.75,
+    }  # fmt: skip
+    assert segment["segmentation"] == rle_encode(MASK) and segment["area"] == 40 and segment["image_id"] == 3
+    coco = pytest.importorskip("faster_coco_eval").COCO(str(path))
+    assert (coco.annToMask(coco.loadAnns([3])[0]).astype(bool) == MASK).all()
+
+
+def test_yolo_is_a_file_for_each_picture(folder):
+    count, path = exported(folder, "yolo")
+    assert count == 3 and (path / "classes.txt").read_text() == "car\ndog\n"
+    assert (path / "labels" / "a" / "1.txt").read_text().splitlines()[0] == "1 0.350000 0.350000 0.500000 0.500000"
+    assert (path / "labels" / "a" / "2.txt").read_text() == ""
+    assert (path / "labels" / "b" / "1.txt").read_text().startswith("1 0.200000 0.200000")
+    assert not (path / "labels" / "a" / "0.txt").exists()
+
+
+def test_label_studio_gets_predictions(folder):
+    _, path = exported(folder, "label-studio")
+    boxes, words, masks = json.loads(path.read_text())
+    dog = boxes["predictions"][0]["result"][0]
+    assert dog["value"] == {
+        "x": 10, "y": 10, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["dog"],
+    }  # fmt: skip
+    assert words["predictions"][0]["result"][0]["value"] == {"text": ["words"]}
+    outline = masks["predictions"][0]["result"][0]["value"]
+    assert sorted(map(tuple, outline["points"])) == [(20, 20), (20, 60), (70, 20), (70, 60)]
+
+
+def test_openai_has_a_line_for_each_row(folder):
+    count, path = exported(folder, "openai")
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    assert count == 4 and [answer["response"]["status_code"] for answer in answers] == [400, 200, 200, 200]
+
+
+def test_what_cannot_be_written_is_said(folder):
+    with pytest.raises(ValueError, match="there is no format 'word'"):
+        exported(folder, "word")
+    with pytest.raises(ValueError, match="is a folder"):
+        export(folder, "csv", folder.path)
+    with pytest.raises(ValueError, match="is a file"):
+        export(folder, "yolo", folder.path / "run.json")
+
+
+def test_two_pictures_that_would_have_one_label_file(tmp_path):
+    rows = [InputRow(name, None, "detect dog") for name in ("a.jpg", "a.png")]
+    folder = open_run(tmp_path / "run", Settings("detect dog"), MARKS, lambda: rows)
+    work_on(folder, 0, in_batches(line_of, 2))
+    with pytest.raises(ValueError, match=r"a\.jpg and a\.png would have one label file"):
+        export(folder, "yolo", tmp_path / "labels")
