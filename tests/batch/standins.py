@@ -80,7 +80,13 @@ def opening(settings, device=None, draw=None):
 
 
 def failing(settings, device=None, draw=None):
-    return in_batches(lambda row: failed(row, "missing", "there is no such file"), settings.batch_size)
+    """Every row fails, after 50 ms."""
+
+    def answer_row(row):
+        time.sleep(0.05)
+        return failed(row, "missing", "there is no such file")
+
+    return in_batches(answer_row, settings.batch_size)
 
 
 def deadly(settings, device=None, draw=None):
