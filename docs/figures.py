@@ -280,8 +280,11 @@ def figure_5(seen: Seen) -> tuple[Figure, dict[str, str]]:
         axes.text((start + end) / 2, -1, name, ha="center", va="bottom", rotation=0 if end - start > 8 else 45)
         axes.text(-1, (start + end) / 2, name, ha="right", va="center")
     axes.set_xlabel("key: who is looked at")
+    axes.set_ylabel("query: who looks", labelpad=48)
     axes.text(image / 2, image / 2, "the prefix sees itself,\nin both directions", ha="center", va="center")
-    axes.text(image / 2, (prefix + S) / 2, "the answer sees all of the prefix ...", ha="center", va="center")
+    axes.text(
+        image / 2, (prefix + S) / 2, "the answer sees all of the prefix ...", ha="center", va="center", fontsize=8
+    )
     axes.annotate("... and of the\nanswer what\nwas written so far", (S - 8, S - 4.5), (S + 3, S - 9), va="center",
                   arrowprops={"arrowstyle": "-", "color": GREY}, annotation_clip=False)  # fmt: skip
     axes.annotate("the prefix does\nnot see the answer", (S - 8, 30), (S + 3, 30), va="center",
@@ -314,6 +317,7 @@ def figure_6(seen: Seen) -> tuple[Figure, dict[str, str]]:
         "layers": str(L), "heads": str(H), "last": str(L - 1), "queries": str(len(found.queries)), "columns": str(S),
         "shape": str(list(found.weights.shape)), "late": percent(float(on_umbrella[-3:].mean())),
         "first": percent(float(on_umbrella[0].mean())), "prefix": str(seen.look.first_answer),
+        "size": str(config.head_dim),
         "shape.keys": str([1, config.num_key_value_heads, seen.look.first_answer, config.head_dim]),
     }  # fmt: skip
 
@@ -331,8 +335,8 @@ def figure_7(seen: Seen) -> tuple[Figure, dict[str, str]]:
     left.set_yticks(np.arange(len(share)) + 0.5, [f"layer {layer}" for layer in layers])
     left.set_title("share of attention")
     places = np.arange(len(bos))
-    right.barh(places - 0.2, image, 0.4, color=ORANGE, label="nobody sees the picture")
-    right.barh(places + 0.2, bos, 0.4, color=BLUE, label="nobody sees <bos>")
+    right.barh(places - 0.2, image, 0.4, color=ORANGE, label="no text sees the picture")
+    right.barh(places + 0.2, bos, 0.4, color=BLUE, label="nothing sees <bos>")
     right.set_yticks(places, [token.strip() or "newline" for token in look.tokens[look.first_answer :]], fontsize=7.5)
     right.invert_yaxis()
     right.set_xlabel("log-probability lost (nats)")

@@ -121,7 +121,7 @@ def test_figures_and_numbers_are_those_of_the_model(tmp_path):
         drawn, kept = Image.open(tmp_path / f"{name}.png"), Image.open(DOCS / "course" / "figures" / f"{name}.png")
         assert abs(drawn.width - kept.width) <= 4 and abs(drawn.height - kept.height) <= 4
         small = [np.asarray(one.convert("RGB").resize((120, 80)), dtype=float) for one in (drawn, kept)]
-        assert np.abs(small[0] - small[1]).mean() < 2, name
+        assert np.abs(small[0] - small[1]).mean() < 1, name  # attention of the column beside: 1.6
 
 
 @pytest.mark.slow
