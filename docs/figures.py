@@ -34,6 +34,7 @@ from paligemma import explore
 from paligemma.attention_mask import prefix_lm_mask
 from paligemma.images import preprocess
 from paligemma.tiny import course
+from paligemma.tiny.renderer import render
 from paligemma.weights.published import published_config
 
 CHAPTERS = Path(__file__).parent / "course"
@@ -476,12 +477,27 @@ def figure_11(seen: Seen) -> tuple[Figure, dict[str, str]]:
     axes[0, 1].set_xlim(0, course.SIZE)
     axes[1, 0].set_ylim(course.SIZE, 0)
     axes[1, 0].invert_xaxis()
+    inside = [edge for seed in range(20) for edge in within_two_spreads(seen.pg, seed)]
     trained = len(explore.loc_similarity(seen.pg.model).ids)
     token = look.tokens[look.first_answer]
     return figure, {
-        **numbers, "token": f"`{token}`", "bin": str(int(token[4:-1])), "trained": str(trained),
+        **numbers, "edges": str(len(inside)), "inside": percent(float(np.mean(inside))), "token": f"`{token}`", "bin": str(int(token[4:-1])), "trained": str(trained),
         "picture": str(course.SIZE), "step": str(1024 // trained), "pixel": f"{1024 / course.SIZE:.2f}",
     }  # fmt: skip
+
+
+def within_two_spreads(pg: paligemma.PaliGemma, seed: int) -> list[bool]:
+    """For every edge of the objects of a scene that are alone of their kind: does the truth lie within two spreads?"""
+    scene = render(seed, "test")
+    labels = [thing.label for thing in scene.objects]
+    found = []
+    for thing in scene.objects:
+        if thing.label == "sign" or labels.count(thing.label) > 1:
+            continue
+        for detection in pg.detect(scene.image, [thing.label])[:1]:
+            mean, spread = detection.edges.T  # x0, y0, x1, y1 in pixels
+            found += (np.abs(mean - np.array(thing.box)) <= 2 * spread).tolist()
+    return found
 
 
 def figure_12(seen: Seen) -> tuple[Figure, dict[str, str]]:
