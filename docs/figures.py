@@ -12,18 +12,29 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files, whatever screen there is
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
+from figure_style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    OPPOSED,
+    ORANGE,
+    PALE,
+    SCALE,
+    STYLE,
+    bare,
+    framed,
+    heat,
+    lines,
+    percent,
+    show_picture,
+)
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -41,18 +52,6 @@ CHAPTERS = Path(__file__).parent / "course"
 FIGURES = CHAPTERS / "figures"
 # A number, a shape in brackets or a token in backticks, and its name.
 NUMBER = re.compile(r"(\[[^\[\]\n]*\]|`[^`\n]*`|[^\s<>`]+)<!--([\w.-]+)-->")
-
-# Colours that people with any colour vision tell apart (Okabe and Ito), and one scale from white to dark.
-INK, GREY, PALE = "#222222", "#767676", "#dddddd"
-ORANGE, BLUE, GREEN, PURPLE = "#d55e00", "#0072b2", "#009e73", "#cc79a7"
-SCALE = LinearSegmentedColormap.from_list("scale", ["#ffffff", "#fbd3b0", "#f08c3c", "#d55e00", "#5a2400"])
-OPPOSED = LinearSegmentedColormap.from_list("opposed", ["#0072b2", "#ffffff", "#d55e00"])
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY,
-    "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 9.5, "axes.titlelocation": "left",
-    "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False,
-    "figure.facecolor": "white", "legend.frameon": False,
-}  # fmt: skip
 
 
 @dataclass
@@ -81,52 +80,6 @@ def first_sight() -> Seen:
     return Seen(pg, scene, explore.look(pg, scene.image, "caption en"))
 
 
-# ---------------------------------------------------------------------------------------------- drawing
-
-
-def percent(value: float) -> str:
-    return f"{value:.0%}"
-
-
-def show_picture(axes: Axes, seen: Seen, dim: float = 1.0, image: np.ndarray | None = None) -> None:
-    """The scene in units of patches, so that patch (row, column) is the square from there to one further."""
-    g = seen.grid
-    pixels = seen.scene.image if image is None else image
-    shown = 255 - (255 - pixels.astype(float)) * dim
-    axes.imshow(shown.astype(np.uint8), extent=(0, g, g, 0), interpolation="antialiased")
-    bare(axes)
-
-
-def bare(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(True)
-        spine.set_color(PALE)
-
-
-def lines(axes: Axes, grid: int, color: str = PALE) -> None:
-    for place in range(1, grid):
-        axes.axhline(place, color=color, linewidth=0.6)
-        axes.axvline(place, color=color, linewidth=0.6)
-
-
-def framed(axes: Axes, patch: int, grid: int, color: str = ORANGE) -> None:
-    axes.add_patch(Rectangle((patch % grid, patch // grid), 1, 1, fill=False, edgecolor=color, linewidth=2))
-
-
-def heat(
-    axes: Axes, values: np.ndarray, top: float = 1.0, texts: Callable[[float], str] | None = None, font: float = 7.5
-) -> None:
-    """A map or table on a scale from 0 to `top`, with a text in each cell if wanted."""
-    axes.imshow(values, cmap=SCALE, vmin=0, vmax=top, extent=(0, values.shape[1], values.shape[0], 0), aspect="auto")
-    for row, column in np.ndindex(*values.shape) if texts is not None else ():
-        dark = values[row, column] > 0.55 * top
-        axes.text(column + 0.5, row + 0.5, texts(values[row, column]), ha="center", va="center", fontsize=font,
-                  color="white" if dark else INK)  # fmt: skip
-    bare(axes)
-
-
 # ---------------------------------------------------------------------------------------------- the chapters
 
 
@@ -142,7 +95,7 @@ def figure_1(seen: Seen) -> tuple[Figure, dict[str, str]]:
         vector = seen.pg.model.vision_tower.vision_model.embeddings(pixels[None])[0, patch]
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(8.4, 3.1), width_ratios=(1.3, 1, 1))
-    show_picture(left, seen)
+    show_picture(left, seen.scene.image, g)
     lines(left, g)
     for number in range(g * g):
         left.text(number % g + 0.08, number // g + 0.27, str(number), fontsize=5.5, color=INK)
@@ -242,7 +195,7 @@ def figure_4(seen: Seen) -> tuple[Figure, dict[str, str]]:
     g, words = seen.grid, words_of_patches(seen)
     labels = [thing.label for thing in seen.scene.objects]
     figure, axes = plt.subplots(figsize=(5.2, 5.2))
-    show_picture(axes, seen, dim=0.45)
+    show_picture(axes, seen.scene.image, g, dim=0.45)
     lines(axes, g)
     for patch, word in enumerate(words[0]):
         known = word in labels
@@ -305,7 +258,7 @@ def figure_6(seen: Seen) -> tuple[Figure, dict[str, str]]:
     figure, many = plt.subplots(L, H, figsize=(1.35 * H + 0.6, 1.45 * L), squeeze=False)
     for layer, head in np.ndindex(L, H):
         axes, share = many[layer, head], on_image[layer, head].view(g, g).numpy()
-        show_picture(axes, seen, dim=0.35)
+        show_picture(axes, seen.scene.image, g, dim=0.35)
         axes.imshow(share, cmap=SCALE, vmin=0, vmax=0.4, extent=(0, g, g, 0), alpha=np.clip(share / 0.12, 0, 0.85))
         axes.set_xlabel(f"{percent(float(on_image[layer, head].sum()))} on the picture", fontsize=7, labelpad=2)
         if head == 0:
@@ -428,7 +381,7 @@ def figure_10(seen: Seen) -> tuple[Figure, dict[str, str]]:
     found = explore.patch(red, blue, token=0, groups=groups)
     figure, many = plt.subplots(1, 3, figsize=(8, 2.8), width_ratios=(1, 1, 1.7))
     for axes, scene, name in ((many[0], seen.scene, "a: red"), (many[1], twin, "b: blue")):
-        show_picture(axes, seen, image=scene.image)
+        show_picture(axes, scene.image, seen.grid)
         axes.set_title(name)
     for name, values, color, style in zip(found.names, found.restored, (ORANGE, GREY, BLUE), ("o-", "x-", "s-")):
         many[2].plot(values.numpy(), style, color=color, label=name, clip_on=False)
@@ -481,7 +434,8 @@ def figure_11(seen: Seen) -> tuple[Figure, dict[str, str]]:
     trained = len(explore.loc_similarity(seen.pg.model).ids)
     token = look.tokens[look.first_answer]
     return figure, {
-        **numbers, "edges": str(len(inside)), "inside": percent(float(np.mean(inside))), "token": f"`{token}`", "bin": str(int(token[4:-1])), "trained": str(trained),
+        **numbers, "edges": str(len(inside)), "inside": percent(float(np.mean(inside))), "token": f"`{token}`",
+        "bin": str(int(token[4:-1])), "trained": str(trained),
         "picture": str(course.SIZE), "step": str(1024 // trained), "pixel": f"{1024 / course.SIZE:.2f}",
     }  # fmt: skip
 
