@@ -3,7 +3,8 @@
 - Source pages. The documentation links to files of the code. On the site these links lead to pages that show the code.
 - Docstrings. They are plain English with drawings of shapes, written for people who read the code, and not in Sphinx's
   markup. Indented parts are shown as they stand, the rest as text.
-- The API reference is complete: a public name that `api.rst` does not place in a section comes at its end.
+- Nothing is forgotten: a public name that `api.rst` does not place in a section comes at its end, and a page that
+  `index.rst` does not name comes at the end of the list of pages.
 """
 
 import os
@@ -104,7 +105,16 @@ def show_docstring(app: Sphinx, what: str, name: str, obj: object, options: obje
     lines[:] = as_markup(lines)
 
 
-# ---------------------------------------------------------------------------------------------- a complete reference
+# ---------------------------------------------------------------------------------------------- nothing is forgotten
+
+
+def complete_pages(app: Sphinx, document: str, source: list[str]) -> None:
+    if document != "index":
+        return
+    placed = {*re.findall(r"^   ([\w/-]+)$", source[0], re.MULTILINE), "README"}
+    rest = sorted({path.stem for path in Path(app.srcdir).glob("*.md")} - placed)
+    if rest:
+        source[0] += "\n.. toctree::\n   :hidden:\n   :caption: More\n\n" + "".join(f"   {name}\n" for name in rest)
 
 
 def complete_reference(app: Sphinx, document: str, source: list[str]) -> None:
@@ -122,5 +132,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-read", lead_to_source_pages, priority=100)  # before Sphinx collects what is to be downloaded
     app.connect("html-collect-pages", source_pages)
     app.connect("autodoc-process-docstring", show_docstring)
+    app.connect("source-read", complete_pages)
     app.connect("source-read", complete_reference)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
