@@ -79,9 +79,13 @@ def test_every_script_and_module_is_there_and_has_the_options_it_is_given(page):
             assert f'"--{option}"' in source, f"{page.name}: {name} has no --{option}"
 
 
+# Run elsewhere: the course's snippets by test_course.py, those that need a server by tests/serve/test_serving_docs.py.
+RUN_HERE = [page for page in PAGES if page.parent.name != "course" and page.name != "serving.md"]
+
+
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if blocks(page, "python") and page.parent.name != "course"],  # those: test_course.py
+    [page for page in RUN_HERE if blocks(page, "python")],
     ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
 def test_every_snippet_of_python_runs(page):
