@@ -225,7 +225,8 @@ def _reason(
         )
     return (
         "The download is incomplete, or it is another model's, or a part of the model was changed: then give the part "
-        "to load(..., extra={name: module}), see docs/changing.md."
+        "to load(..., extra={name: module}), see docs/changing.md (convert, merge and quantize know PaliGemma's own "
+        "parts alone: save such a model by save_pretrained, in the dtype it was loaded in)."
     )
 
 

@@ -423,3 +423,10 @@ def test_evaluate_hints_at_float32_where_bfloat16_was_asked_for_and_is_slow(pali
     monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: fast)
     code, _, err = paligemma("evaluate", "--count", "1", *options)
     assert code == 0 and ("--dtype float32" in err) == (not fast and bool(options))
+
+
+def test_info_as_json(paligemma):
+    code, out, err = paligemma("info", "model", "--json")
+    facts = json.loads(out)
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert facts["source"] == "model" and facts["parameters"]["total"] > 0 and facts["image_size"] == 28

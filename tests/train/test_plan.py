@@ -141,6 +141,7 @@ def test_the_rehearsal_needs_what_the_run_needs(tmp_path, kind, run):
     assert plan.total - plan.components[UNSEEN] == pytest.approx(sum(memory.fullest.values()), rel=0.03)
 
 
+@pytest.mark.slow  # three rehearsals of a middle size
 def test_the_parts_of_a_plan():
     config = MID_SIZE
     with on_meta_device():
