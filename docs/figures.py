@@ -174,13 +174,15 @@ def figure_3(seen: Seen) -> tuple[Figure, dict[str, str]]:
         axes.set_title({0: "before the layers", 1: "after 1 layer"}.get(layer, f"after {layer} layers"))
     figure.supxlabel("change of each patch's vector, in percent of its length (5 and more)", fontsize=9, color=GREY)
     others = [int((change > 0.05).sum()) - 1 for change in changes]
-    single = explore.without(seen.look, [patch], where="pixels").text
+    own = seen.patches("umbrella")
+    gone = {where: explore.without(seen.look, own, where=where).text for where in ("features", "pixels")}
     alone = [explore.without(seen.look, [one], where="pixels").text for one in seen.patches("umbrella")]
     return figure, {
         "patch": str(patch), "layers": str(L), "one": str(others[1]), "half": str(others[L // 2]),
         "middle": str(L // 2), "all": str(others[L]), "shape": str([1, g * g, vision.hidden_size]),
         "of": str(len(alone)), "lost": str(sum("umbrella" not in answer for answer in alone)),
-        "same": "yes" if single == seen.look.answer else "no",
+        **{where: f"`{text}`" for where, text in gone.items()},
+        **{f"things.{where}": str(len(re.findall(r"\ban? ", text)) - 1) for where, text in gone.items()},
     }  # fmt: skip
 
 
@@ -360,6 +362,15 @@ def figure_9(seen: Seen) -> tuple[Figure, dict[str, str]]:
     cow = explore.look(seen.pg, seen.scene.image, "answer en is there a cow ?")
     absent = explore.routes(cow, 0)
     of_picture = [change for name, change in zip(absent.names, absent.change) if name.startswith("image->")]
+    # Which column of the prompt needs the picture: it is kept from one column at a time, in all layers.
+    kept = {
+        column: 1
+        - float(torch.exp(-explore.cut(look, [column], look.image_columns.tolist(), range(look.num_layers)).drop[0]))
+        for column in look.groups()["prompt"]
+    }
+    book = next(column for column in kept if look.tokens[column].strip() == "book")
+    others = max(abs(change) for column, change in kept.items() if column != book)
+    numbers |= {"there.book": percent(kept[book]), "there.others": percent(others)}
     numbers |= {"no": cow.answer, "no.image": percent(float(torch.stack(of_picture).abs().max()))}
     figure.legend(*many[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure, {**numbers, "shape": str(list(found.change.shape)), "layers": str(found.change.shape[1])}

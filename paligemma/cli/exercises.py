@@ -190,8 +190,8 @@ def smallest_window(pg: PaliGemma) -> Truth:
         return f"without {given} x {given} patches around {centre} the answer is still {answer(given)!r}"
 
     why = (
-        f"without {truth} x {truth} patches around {centre} the answer is {answer(truth)!r}; fewer leave a neighbour "
-        "whose vector tells of the umbrella as well, because the vision layers have mixed them"
+        f"without {truth} x {truth} patches around {centre} the answer is {answer(truth)!r}; fewer leave patches that "
+        "show a part of the umbrella, and the vision layers tell them of the rest"
     )
     return Truth(frozenset({truth}), why, why_not)
 
