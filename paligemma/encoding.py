@@ -48,9 +48,8 @@ def encode_ahead(
     submit = pool.submit if several else _done_at_once  # for one picture a thread would only be in the way
     try:
         for group, following in pairwise([*groups, ()]):
-            opened = {
-                id(picture): opened.get(id(picture)) or submit(_open, picture, side) for picture in (*group, *following)
-            }
+            needed = {id(picture): picture for picture in (*group, *following)}
+            opened = {key: opened.get(key) or submit(_open, picture, side) for key, picture in needed.items()}
             results = [opened[id(picture)].result() for picture in group]
             new = {digest: pixels for digest, pixels, _ in results if digest not in kept}
             if new:

@@ -114,7 +114,7 @@ def masked_logits(logits: Tensor, never: Tensor, allowed: Sequence[Tensor | None
     never: bool [V], or [N, V] where rows differ. allowed: from `allowed_next`, one per row of `logits`. A row in which
     nothing is left has -inf everywhere: `nothing_allowed` is the error for it.
     """
-    scores = logits.float().masked_fill(never, -math.inf)
+    scores = logits.to(torch.float32, copy=True).masked_fill_(never, -math.inf)
     for row, ids in enumerate(allowed):
         if ids is None:
             continue
