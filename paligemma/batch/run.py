@@ -22,15 +22,16 @@ from typing import Any
 from paligemma.batch.folder import RunFolder
 from paligemma.batch.shards import reopen
 from paligemma.batch.status import Tally, write_summary
-from paligemma.batch.worker import FAILED, How, run_worker, shards_of
+from paligemma.batch.worker import FAILED, STOPPED, How, run_worker, shards_of
 
 LOOK = 1.0  # seconds between two looks at the workers
+TALLY = 10.0  # seconds between two looks at the parts of other processes
 GIVE_UP = 8  # workers that may die one after the other without a single row between them
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: rows that are answered or failed, of all; errors; seconds and rows of this call."""
+    """How far a run is: rows that are answered or failed, of all; errors; seconds and new rows since the first one."""
 
     rows: int
     total: int
@@ -132,7 +133,10 @@ class Watch:
         self.failure: str | None = None
         self.stopped = False
         self.started, self.seconds = time.monotonic(), 0.0
-        self.before = tally.answered + tally.errors.total()
+        self.first: tuple[float, int] | None = None  # when the first rows came, and how many
+        self.next_tally = TALLY
+        self.before_errors = tally.errors.total()
+        self.before = tally.answered + self.before_errors
         self.workers: list[Worker] = []
 
     @property
@@ -190,24 +194,42 @@ class Watch:
             self.fruitless = 0 if worker.rows else self.fruitless
             if code == FAILED:
                 self.failure = "a worker could not go on: see the line above"
-            elif code < 0:
-                self.lost += 1
-                self.fruitless += 1
-                if stopping:
-                    continue
-                if self.fruitless >= GIVE_UP:
-                    self.failure = f"{self.fruitless} workers died before they had answered a row ({killed_by(code)})"
-                    continue
-                self.note(f"a worker was lost ({killed_by(code)}); another one goes on")
-                self.workers.insert(number, Worker(self.folder, worker.how))
+            elif code and not (stopping and code == STOPPED):
+                self.replace(number, worker, code, stopping)
+
+    def replace(self, number: int, worker: Worker, code: int, stopping: bool) -> None:
+        """Starts another worker in the place of one that ended before its time."""
+        self.lost += 1
+        self.fruitless += 1
+        if stopping:
+            return
+        if self.fruitless >= GIVE_UP:
+            self.failure = f"{self.fruitless} workers died before they had answered a row ({killed_by(code)})"
+            return
+        self.note(f"a worker was lost ({killed_by(code)}); another one goes on")
+        self.workers.insert(number, Worker(self.folder, worker.how))
 
     def report(self) -> None:
-        rows, errors = self.before + self.new, self.tally.errors.total() + self.new_errors
-        self.on_progress(Progress(min(rows, self.tally.rows), self.tally.rows, errors, self.seconds, self.new))
+        """Rows of other processes count too, when their parts are there. The rate is that of this call since its first
+        row: before, models are loaded."""
+        if self.seconds >= self.next_tally:
+            self.next_tally = self.seconds + TALLY
+            self.tally.update()
+        found, failures = self.tally.answered, self.tally.errors.total()
+        rows, errors = (
+            max(self.before + self.new, found + failures),
+            max(self.before_errors + self.new_errors, failures),
+        )
+        if self.new and self.first is None:
+            self.first = self.seconds, self.new
+        seconds, new = (0.0, 0) if self.first is None else (self.seconds - self.first[0], self.new - self.first[1])
+        self.on_progress(Progress(min(rows, self.tally.rows), self.tally.rows, errors, seconds, new))
 
 
 def killed_by(code: int) -> str:
-    """The signal that an exit code stands for; the system's own killer uses SIGKILL."""
+    """What an exit code says, in words. The system's own killer uses SIGKILL."""
+    if code > 0:
+        return f"exit code {code}"
     try:
         name = signal.Signals(-code).name
     except ValueError:

@@ -114,6 +114,8 @@ def batch(
 
     sampling_options(temperature, top_k, top_p, beams, seed)
     check_usage(prompt, inputs, rows, out, dry_run, every, loc_scale, max_pixels)
+    if coco is not None and coco.is_dir():
+        raise typer.BadParameter(f"--coco {coco} is a folder, expected the name of a file to write")
     allowed = parsed_max_errors(max_errors)
     which = parsed_part(part)
     settings = Settings(
@@ -269,6 +271,9 @@ def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: P
         raise typer.Exit(128 + ended.signal)
     if ended.stopped:
         print_error(RuntimeError("stopped by --stop-after-errors. The same command goes on"))
+        raise typer.Exit(1)
+    if not ended.complete:
+        print_error(RuntimeError("the run is not complete. The same command goes on"))
         raise typer.Exit(1)
     if coco is not None and ended.summary["complete"]:
         from paligemma.batch.export import export

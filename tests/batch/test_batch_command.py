@@ -1,7 +1,10 @@
 """The command: wrong usage is told at once, errors have their exit codes, and stdout stays empty."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import standins
@@ -204,3 +207,18 @@ def test_the_model_that_ships_answers_in_two_workers(photos, monkeypatch, capsys
             for line in standins.lines_of(RunFolder(name))
         ]
     assert lines["one"] == lines["two"] and len(lines["one"]) == 9
+
+
+@pytest.mark.slow
+def test_the_first_commands_of_the_page_run(photos, monkeypatch, capsys):
+    """docs/batch.md, from the pictures to the export; with fewer new tokens and pictures than there."""
+    page = Path(__file__).parent.parent.parent / "docs" / "batch.md"
+    first = re.search(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    commands = [shlex.split(line, comments=True) for line in first.splitlines()]
+    assert len(commands) == 4
+    for words in commands:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code, (words, capsys.readouterr().err)
+    assert json.loads((photos / "answers.json").read_text())["categories"]

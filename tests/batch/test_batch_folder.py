@@ -1,5 +1,6 @@
 """The folder of a run: whatever is killed at whatever moment, every id has one line in the end."""
 
+import errno
 import json
 import os
 import threading
@@ -411,6 +412,24 @@ def test_a_full_disk_ends_the_shard_and_keeps_what_was_written(tmp_path, monkeyp
     asked = []
     assert work_on(folder, 0, answer, on_line=asked.append)
     assert [line["id"] for line in lines_of(folder)] == ids(10) and len(asked) == 5
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_nobody_may_write_to(tmp_path, monkeypatch, number):
+    """The error is the system's, with the name; what lies there stays as it is."""
+    folder = run_of(tmp_path / "run", 10)
+    before = sorted(path.name for path in folder.path.rglob("*"))
+
+    def refuse(path, flags, *more):
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), os.fspath(path))
+        return os_open(path, flags, *more)
+
+    os_open = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match=r"00000\.lease"):
+        work_on(folder, 0, answer)
+    assert sorted(path.name for path in folder.path.rglob("*")) == before
 
 
 def test_a_folder_that_was_removed_is_not_made_again(tmp_path):

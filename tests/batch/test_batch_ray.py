@@ -1,0 +1,123 @@
+"""The same on Ray: a cluster of this machine alone, on loopback, without the dashboard."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from standins import lines_of, run_of, slow
+
+from paligemma.batch.folder import RunFolder
+from paligemma.batch.run import run_batch
+from paligemma.batch.worker import How
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+# A run on two actors, one of which is killed by -9 as soon as something has been answered.
+KILLED_RUN = """
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from standins import run_of, slow
+from paligemma.batch.on_ray import run_on_ray
+from paligemma.batch.worker import How
+from paligemma.files import parse_json
+
+folder = run_of(Path(sys.argv[2]), 300, shard_size=20)
+killed = []
+
+def kill_one():
+    while not killed:
+        for lease in folder.work.glob("*.lease"):
+            try:
+                pid = parse_json(lease.read_bytes())["pid"]
+                if any(path.stat().st_size for path in folder.work.glob("*.jsonl")):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                    break
+            except (OSError, ValueError):
+                pass
+        time.sleep(0.05)
+
+threading.Thread(target=kill_one, daemon=True).start()
+ended = run_on_ray(folder, "local", 2, How(load=slow))
+assert killed and ended.complete and ended.answered == 300, ended
+"""
+
+# `Predictor` in a pipeline that somebody else wrote, with a picture that is cut short.
+FOREIGN = """
+import json, logging, os, sys
+import paligemma
+assert "ray" not in sys.modules and paligemma.Predictor and "ray" not in sys.modules
+import ray
+
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+folder = sys.argv[1]
+scene = open("examples/scene.png", "rb").read()
+for number in range(4):
+    with open(f"{folder}/{number}.png", "wb") as file:
+        file.write(scene[: len(scene) // 2] if number == 2 else scene)
+rows = ray.data.from_items([{"image": f"{folder}/{number}.png", "number": number} for number in range(4)])
+done = rows.map_batches(
+    paligemma.Predictor,
+    fn_constructor_kwargs={"model": "tiny", "prompt": "detect book", "device": "cpu", "max_new_tokens": 30},
+    batch_size=2,
+    compute=ray.data.ActorPoolStrategy(size=1),
+).take_all()
+found = {row["number"]: row for row in done}
+assert [json.loads(found[n]["error"])["kind"] if found[n]["error"] else None for n in range(4)] == [
+    None, None, "unreadable", None
+], found
+assert json.loads(found[0]["detections"])[0]["label"] == "book"
+print("four rows")
+"""
+
+
+@pytest.fixture
+def python():
+    """Runs code in a process of its own, with a Ray that tells nobody and asks nobody."""
+    pytest.importorskip("ray")
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+    quiet["PYTHONPATH"] = os.pathsep.join([str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")])  # for the actors
+
+    def run(code, *arguments):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, timeout=500, env={**os.environ, **quiet}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+def without_times(lines):
+    return [{key: value for key, value in line.items() if key not in ("ms", "attempts")} for line in lines]
+
+
+@pytest.mark.slow
+def test_one_of_two_actors_is_killed_and_the_parts_are_those_of_two_workers(python, tmp_path):
+    python(KILLED_RUN, HERE, tmp_path / "ray")
+    whole = run_of(tmp_path / "processes", 300, shard_size=20)
+    assert run_batch(whole, 2, How(load=slow)).complete
+    on_ray = RunFolder(tmp_path / "ray")
+    assert without_times(lines_of(on_ray)) == without_times(lines_of(whole))
+    assert not [path.name for path in on_ray.work.iterdir()]
+    assert json.loads((on_ray.path / "summary.json").read_text())["answered"] == 300
+
+
+@pytest.mark.slow
+def test_a_truncated_picture_does_not_end_a_foreign_pipeline(python, tmp_path):
+    assert python(FOREIGN, tmp_path).endswith("four rows\n")
+
+
+def test_without_ray_the_way_out_is_named(tmp_path, monkeypatch):
+    from paligemma.batch.on_ray import run_on_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'paligemma\[ray\]'"):
+        run_on_ray(run_of(tmp_path / "run", 3), "local", 1, How())
