@@ -4,6 +4,8 @@ import ast
 import copy
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -260,9 +262,14 @@ def test_the_state_does_not_see_the_actions(policy, prefix):
     assert (seen[0][:, 1:] - seen[1][:, 1:]).abs().max() > 0.01
 
 
+def commands(page: str) -> list[str]:
+    (block,) = re.findall(r"```sh\n(.*?)```", (EXAMPLES.parent / "docs" / page).read_text(encoding="utf-8"), re.S)
+    return block.splitlines()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["pi0.py"], ["colpali.py", "tiny", "a green book", "examples/scene.png"]])
-def test_an_example_runs(arguments):
-    command = [sys.executable, f"examples/{arguments[0]}", *arguments[1:]]
-    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
+@pytest.mark.parametrize("command", commands("building_on_top.md"))
+def test_a_command_of_the_page_runs(command):
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    done = subprocess.run(words, cwd=EXAMPLES.parent, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout, done.stderr

@@ -1,6 +1,9 @@
 """The exported files compute what the model computes, under every shape that a caller may give them."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,11 +233,22 @@ def test_openvino_reads_the_same_files(exported):
 
 
 @pytest.mark.slow
-def test_the_command_writes_and_checks_the_embedded_model(tmp_path):
-    folder = tmp_path / "out"
-    done = CliRunner().invoke(app, ["export", "tiny", str(folder), "--weights", "q8,fp32,fp16,q4", "--check"])
+def test_the_command_of_the_page_writes_and_checks_the_embedded_model(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "exporting.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"```sh\npaligemma (.*)\n```", page)
+    folder = tmp_path / "exported"
+    words = shlex.split(command.replace("fp32,q8", "q8,fp32,fp16,q4").replace("exported/", str(folder)))
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["q8", "fp32", "fp16", "q4"]
     assert lines[1].endswith("the likeliest token is the same in 42 of 42")
     assert "dtype" not in json.loads((folder / "config.json").read_text())["transformers.js_config"]
+    # The sizes that the page gives, by the ends of file names.
+    for name, size in re.findall(r"\| `(\w+)` \| .* \| (\d+) MB \|", page):
+        files = (
+            folder.glob(f"onnx/*[a-z]{storing.SUFFIXES[name]}.onnx")
+            if name != "fp32"
+            else [file for file in folder.glob("onnx/*.onnx") if not file.stem.endswith(("_fp16", "_quantized", "_q4"))]
+        )
+        assert sum(file.stat().st_size for file in files) / 1e6 == pytest.approx(int(size), abs=0.6), name
