@@ -68,7 +68,7 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_weights(model, work, say))
+        folder = stack.enter_context(checkpoint_of(model, work, say))
         config = PaliGemmaConfig.from_pretrained(folder)
         recorder = _Recorder(_new_record(model, config, command), out, say)
         # Quantised once; from then on the workers load the files, as users do.
@@ -81,7 +81,7 @@ def benchmark(
                 recorder.run(job, recorder.growth(name), f"how it grows: {name}")
     if grow and model.removeprefix("google/").startswith("paligemma-3b"):
         other = "paligemma2-3b-pt-224"
-        with _weights(other, work, say) as folder:
+        with checkpoint_of(other, work, say) as folder:
             for job in jobs[: len(jobs) - len(precisions) + 1]:  # transformers and the first precision
                 job = replace(job, folder=str(folder), passes=1)  # for int8 and int4 it is quantised while it is loaded
                 recorder.run(job, recorder.growth(other), f"{other}: {job.name}")
@@ -211,7 +211,7 @@ def _temporary(work: Path | None) -> tempfile.TemporaryDirectory[str]:
 
 
 @contextlib.contextmanager
-def _weights(model: str, work: Path | None, say: Say) -> Iterator[Path]:
+def checkpoint_of(model: str, work: Path | None, say: Say) -> Iterator[Path]:
     """The folder of a checkpoint: the user's own, or random weights in a published shape, removed at the end."""
     config = published_shape(model) if not Path(model).exists() else None
     if config is None:

@@ -37,7 +37,7 @@ from PIL import Image
 from rich.table import Table
 
 from paligemma.bench.machine import describe_machine
-from paligemma.bench.run import Say, _weights
+from paligemma.bench.run import Say, checkpoint_of
 from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -88,7 +88,7 @@ def benchmark_serving(
         "prompt": PROMPT, "tokens": tokens, "requests_of_each_client": requests,
         "runs": [], "failed": [],
     }  # fmt: skip
-    with _weights(model, work, say) as source, _ready_for_both(source, work) as folder:
+    with checkpoint_of(model, work, say) as source, _ready_for_both(source, work) as folder:
         for number in range(rounds):
             for server in servers if number % 2 else servers[::-1]:
                 say(f"round {number + 1} of {rounds}: {server}")

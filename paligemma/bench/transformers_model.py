@@ -27,3 +27,8 @@ def load_transformers(folder: str) -> Any:
 
 def answer_transformers(model: Any, inputs: dict[str, Any], tokens: int) -> None:
     model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+
+
+def answer_compiled(model: Any, inputs: dict[str, Any], tokens: int) -> None:
+    """With its static cache, for which `generate` compiles the decoding step on a GPU by itself."""
+    model.generate(**inputs, max_new_tokens=tokens, do_sample=False, cache_implementation="static")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from paligemma.cli.options import one_of
 from paligemma.cli.output import note, notes, print_table, say
 
 
@@ -32,11 +33,19 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="Default: PyTorch's own choice.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where random weights lie for the time of the run.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for the record and the picture.")] = Path("benchmarks"),
+    device: Annotated[
+        str, typer.Option(help="cpu; or cuda: eager, compiled, and transformers.", callback=one_of("cpu", "cuda"))
+    ] = "cpu",
 ) -> None:
     """Measure speed and memory on this machine, beside its limits and beside transformers.
 
     With --serve: requests a second, latency and time to the first token of servers with 1, 4 and 16 clients.
     """
+    if serve and device != "cpu":
+        raise typer.BadParameter("--serve measures on the CPU: leave --device out")
+    if device != "cpu":
+        bench_gpu(model, device, transformers, 1 if quick else rounds, max(tokens, 128), work, out)
+        return
     if serve:
         bench_serving(model, transformers, 1 if quick else rounds, 2 if quick else 8, tokens, threads, work, out)
         return
@@ -101,3 +110,28 @@ def bench_serving(
     note(f"record: {path}")
     if record["failed"]:
         raise typer.Exit(1)
+
+
+def bench_gpu(
+    model: str, device: str, transformers: bool | None, rounds: int, tokens: int, work: Path | None, out: Path
+) -> None:
+    """`--device cuda`: how fast decoding is, eager and compiled."""
+    from paligemma.bench.gpu import benchmark_gpu, check_device, table
+    from paligemma.bench.run import checkpoint_of, record_path
+    from paligemma.bench.transformers_model import installed
+
+    check_device(device)
+    path = record_path(out, f"{model}-{device}")
+    with notes.status("") as status, checkpoint_of(model, work, lambda text: status.update(Text(text))) as folder:
+        record = benchmark_gpu(
+            folder,
+            device,
+            transformers=installed() if transformers is None else transformers,
+            rounds=rounds,
+            tokens=tokens,
+            out=path,
+            command="paligemma " + " ".join(sys.argv[1:]),
+            say=lambda text: status.update(Text(text)),
+        )
+    print_table(table(record))
+    note(f"record: {path}")

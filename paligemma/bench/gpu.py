@@ -1,0 +1,147 @@
+"""Decoding on a GPU: eager, compiled, and transformers with its static cache and compilation, in turns.
+
+Each model answers with one token and with many; the difference, for each further token, is what decoding takes. The
+least that it can take is what the card needs to read the language model's weights once. All models are in memory at the
+same time, and the order changes from round to round, so that a card that gets warm is unfair to none of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paligemma.bench.machine import describe_machine
+from paligemma.bench.transformers_model import answer_compiled, load_transformers
+from paligemma.bench.worker import bytes_of, make_inputs
+from paligemma.engine import generate
+from paligemma.files import write_text
+from paligemma.weights.loading import load_model
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Answer = Callable[[dict[str, Any], int], object]
+
+
+def check_device(device: str) -> None:
+    """RuntimeError where there is no such device: the figures of another one say nothing."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RuntimeError("this machine has no GPU that PyTorch can use (CUDA): nothing was measured")
+
+
+def benchmark_gpu(
+    folder: Path,
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+    transformers: bool = True,
+    rounds: int = 3,
+    tokens: int = 128,
+    out: Path | None = None,
+    command: str = "",
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measures a checkpoint and returns the record; with `out` it is saved there.
+
+    Raises RuntimeError where there is no such device.
+    """
+    check_device(device)
+    say("loading")
+    model = load_model(folder, device=device, dtype=dtype)
+    no_end = [model.config.eos_token_id]  # every answer has the same length
+
+    def ours(compile: bool) -> Answer:
+        return lambda inputs, count: generate(
+            model, inputs, max_new_tokens=count, suppress_tokens=no_end, compile=compile
+        )
+
+    answers: dict[str, Answer] = {"eager": ours(False), "compiled": ours(True)}
+    if transformers:
+        theirs = load_transformers(str(folder)).to(device)
+        answers["transformers, compiled"] = lambda inputs, count: answer_compiled(theirs, inputs, count)
+    side = model.config.vision_config.image_size
+    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    inputs = {name: x.to(device) for name, x in {**make_inputs(model.config, 1), "pixel_values": pixels}.items()}
+    for name, answer in answers.items():
+        say(f"{name}: compiling, and a first answer")
+        answer(inputs, tokens)
+    record: dict[str, Any] = {
+        "what": "seconds of an answer with one token and with `tokens`; and what the card can do at best",
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "command": command,
+        "model": folder.name,
+        **describe_machine(),
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "dtype": dtype,
+        "tokens": tokens,
+        "token_bytes": bytes_of(model)["token_bytes"],
+        "read_gb_s": read_rate(device),
+        "runs": [],
+    }
+    for number in range(rounds):
+        for name, answer in list(answers.items())[:: 1 if number % 2 else -1]:
+            say(f"round {number + 1} of {rounds}: {name}")
+            first, whole = (seconds_of(partial(answer, inputs, count), device) for count in (1, tokens))
+            record["runs"].append({"name": name, "first_token_s": first, "answer_s": whole})
+    record["summary"] = summary(record)
+    if out is not None:
+        write_text(out, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """The device works on while the host goes on: both are waited for."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    begun = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - begun
+
+
+def read_rate(device: str) -> float:
+    """GB/s: summing up a gigabyte, in the fastest of a few runs."""
+    numbers = torch.ones(2**28 if device.startswith("cuda") else 2**24, device=device)
+    numbers.sum()
+    return numbers.nbytes / min(seconds_of(numbers.sum, device) for _ in range(5)) / 1e9
+
+
+def summary(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Medians: milliseconds to the first token and for each further one, and the share of the limit of reading."""
+    limit_ms = record["token_bytes"] / record["read_gb_s"] / 1e6
+    found = {}
+    for name in dict.fromkeys(run["name"] for run in record["runs"]):
+        runs = [run for run in record["runs"] if run["name"] == name]
+        steps = [1000 * (run["answer_s"] - run["first_token_s"]) / (record["tokens"] - 1) for run in runs]
+        ms = statistics.median(steps)
+        found[name] = {
+            "first_token_ms": round(1000 * statistics.median(run["first_token_s"] for run in runs), 2),
+            "token_ms": round(ms, 3),
+            "token_ms_min": round(min(steps), 3),
+            "token_ms_max": round(max(steps), 3),
+            "share_of_reading": round(limit_ms / ms, 3),
+        }
+    return found
+
+
+def table(record: dict[str, Any]) -> Table:
+    """For a terminal."""
+    from rich.table import Table
+
+    drawn = Table(
+        title=f"{record['model']}: {record['gpu']}, {record['dtype']}",
+        caption=f"the card reads {record['read_gb_s']:.0f} GB/s: {record['token_bytes'] / 1e9:.2f} GB for each token",
+    )
+    for name in ("", "first token, ms", "each token, ms (min - max)", "of the reading limit"):
+        drawn.add_column(name, justify="right" if name else "left")
+    for name, figures in record["summary"].items():
+        spread = f"{figures['token_ms']:.2f} ({figures['token_ms_min']:.2f} - {figures['token_ms_max']:.2f})"
+        drawn.add_row(name, f"{figures['first_token_ms']:.1f}", spread, f"{figures['share_of_reading']:.0%}")
+    return drawn

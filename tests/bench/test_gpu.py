@@ -1,0 +1,54 @@
+"""Decoding on a GPU, measured: here on the CPU, with a small model that is not compiled."""
+
+import json
+
+import pytest
+import torch
+from reference import tiny_config
+from typer.testing import CliRunner
+
+from paligemma import compiled
+from paligemma.bench import gpu, shapes
+from paligemma.cli.main import app
+from paligemma.generation import decode_one_token
+
+
+def test_the_record_has_every_model_and_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "compiled_step", lambda device_type: decode_one_token)
+    shapes.write_random_checkpoint(tiny_config("gemma"), tmp_path / "random")
+    said = []
+    record = gpu.benchmark_gpu(
+        tmp_path / "random",
+        "cpu",
+        transformers=False,
+        rounds=2,
+        tokens=5,
+        out=tmp_path / "record.json",
+        say=said.append,
+    )
+    assert record == json.loads((tmp_path / "record.json").read_text())
+    assert [run["name"] for run in record["runs"]] == ["compiled", "eager", "eager", "compiled"]  # in turns
+    assert list(record["summary"]) == ["compiled", "eager"] and record["read_gb_s"] > 0
+    table = gpu.table(record)
+    assert table.row_count == 2 and "each token" in table.columns[2].header
+
+
+def test_figures_follow_from_the_runs():
+    record = {
+        "token_bytes": 2e9,
+        "read_gb_s": 1000.0,
+        "tokens": 11,
+        "runs": [
+            {"name": "eager", "first_token_s": 0.1, "answer_s": 0.1 + 10 * seconds} for seconds in (0.01, 0.02, 0.04)
+        ],
+    }
+    figures = gpu.summary(record)["eager"]
+    assert figures == {
+        "first_token_ms": 100, "token_ms": 20, "token_ms_min": 10, "token_ms_max": 40, "share_of_reading": 0.1
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so():
+    done = CliRunner().invoke(app, ["bench", "--device", "cuda"])
+    assert isinstance(done.exception, RuntimeError) and "has no GPU that PyTorch can use" in str(done.exception)
