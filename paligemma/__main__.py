@@ -26,8 +26,8 @@ def main() -> None:
         from paligemma.cli.main import main as command
 
         command()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(getattr(stop, "exit_code", 130))  # `train` has a kind of its own for SIGTERM
 
 
 if __name__ == "__main__":

@@ -246,15 +246,13 @@ def finetune(
 
         Console().print(plan_of(options).table())
         return
-    from paligemma.train.interruption import Terminated
-
     try:
         from paligemma.train.finetune import finetune as run
 
         run(options)
     except KeyboardInterrupt as stop:
         note(str(stop) or "stopped")
-        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
 
 
 def names(listed: str) -> tuple[str, ...]:

@@ -10,7 +10,9 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came, not Ctrl-C: the exit code is 143, not 130."""
+    """SIGTERM came, not Ctrl-C."""
+
+    exit_code = 143  # Ctrl-C: 130
 
 
 @contextmanager

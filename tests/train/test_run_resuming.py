@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import paligemma
 from paligemma.train import run_folder
 from paligemma.train.batches import RowBatches
 from paligemma.train.finetune import finetune
+from paligemma.train.interruption import Terminated
 from paligemma.train.options import TrainOptions
 from paligemma.train.setup import open_rows as open_both_rows
 from paligemma.weights.saving import save_pretrained
@@ -41,6 +43,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(base, data, tmp_path, monkeyp
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     one, other = (paligemma.load(str(tmp_path / name)).model.state_dict() for name in ("cut", "whole"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sigterm_saves_too_and_has_an_exit_code_of_its_own(base, data, tmp_path, monkeypatch):
+    interrupt_in_step_4(monkeypatch, signal.SIGTERM)
+    with pytest.raises(Terminated, match="stopped after step 4, which is saved") as stop:
+        run(base, data, tmp_path / "out")
+    assert isinstance(stop.value, KeyboardInterrupt) and stop.value.exit_code == 143
 
 
 def test_stopped_while_the_next_batch_is_loaded(base, data, tmp_path, monkeypatch):

@@ -37,13 +37,13 @@ def run(base: str, data: str, out: Path, **others) -> list[str]:
     return said
 
 
-def interrupt_in_step_4(monkeypatch) -> None:
-    """Ctrl-C while its batch is made."""
+def interrupt_in_step_4(monkeypatch, number: int = signal.SIGINT) -> None:
+    """Ctrl-C (or another signal) while its batch is made."""
     lay_out = RowBatches.lay_out
 
     def interrupted(self, step, loaded):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return lay_out(self, step, loaded)
 
     monkeypatch.setattr(RowBatches, "lay_out", interrupted)
