@@ -118,10 +118,12 @@ def load(
     vision = network.config.vision_config
     processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
     folders = open_model(path, dtype, extra or {})[1]
-    own_codec, calibrated = (first_with(folders, file) for file in (CODEC_FILE, CALIBRATION_FILE))
+    own_codec = first_with(folders, CODEC_FILE)
     codec = MaskCodec.load(own_codec / CODEC_FILE) if own_codec is not None else None
-    calibration = Calibration.load(calibrated / CALIBRATION_FILE) if calibrated is not None else IDENTITY
-    return PaliGemma(network, processor, codec=codec, loc_scale=loc_scale, calibration=calibration)
+    calibrated = folders[0] / CALIBRATION_FILE  # of these weights: an adapter's base has another
+    if calibrated.exists():
+        processor.calibration = Calibration.load(calibrated)
+    return PaliGemma(network, processor, codec=codec, loc_scale=loc_scale)
 
 
 class PaliGemma:
@@ -133,15 +135,22 @@ class PaliGemma:
         processor: PaliGemmaProcessor,
         codec: MaskCodec | None = None,
         loc_scale: int = 1024,
-        calibration: Calibration = IDENTITY,
     ):
         if loc_scale not in (1023, 1024):
             raise ValueError(f"loc_scale is {loc_scale!r}, expected 1024 or 1023")
         self.model = model.eval()
         self.processor = processor
         self.loc_scale = loc_scale
-        self.calibration = calibration  # of the scores of boxes and masks
         self._codec = codec
+
+    @property
+    def calibration(self) -> Calibration:
+        """Maps the model's certainty of a box or mask to its score; the identity where nobody has fitted a map."""
+        return self.processor.calibration or IDENTITY
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        self.processor.calibration = calibration
 
     @property
     def codec(self) -> MaskCodec:

@@ -36,7 +36,7 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import tokenizers
 import torch
@@ -45,6 +45,9 @@ from PIL import Image
 from paligemma.files import read_json, write_texts
 from paligemma.images import ImageInput, ImageT, Picture, load_image, preprocess
 from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from paligemma.answers.scores import Calibration
 
 IGNORED = -100  # a label that the loss skips
 
@@ -79,6 +82,7 @@ class PaliGemmaProcessor:
         self.tokenizer: Tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.image_size = image_size
+        self.calibration: Calibration | None = None  # of scores; it is here because it is saved with the rest
 
     def __call__(
         self,
@@ -196,7 +200,8 @@ class PaliGemmaProcessor:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `preprocessor_config.json`, `tokenizer.json` and `tokenizer_config.json`, which `from_pretrained` and
-        transformers' `AutoProcessor` read. Existing files are replaced only when all new ones are complete."""
+        transformers' `AutoProcessor` read, and the calibration of scores, if there is one. Existing files are replaced
+        only when all new ones are complete."""
         config = {
             "processor_class": "PaliGemmaProcessor",
             "image_processor_type": "SiglipImageProcessor",
@@ -205,8 +210,12 @@ class PaliGemmaProcessor:
             "do_convert_rgb": True,
             **_IMAGE_SETTINGS,
         }
-        files = self.tokenizer.files()
-        write_texts(Path(folder), {**files, "preprocessor_config.json": json.dumps(config, indent=2) + "\n"})
+        files = {**self.tokenizer.files(), "preprocessor_config.json": json.dumps(config, indent=2) + "\n"}
+        if self.calibration is not None:
+            files["calibration.json"] = json.dumps(self.calibration.to_dict(), indent=2) + "\n"
+        elif (Path(folder) / "calibration.json").exists():  # of other weights, which made room for these
+            files["calibration.json"] = "{}\n"
+        write_texts(Path(folder), files)
 
 
 def _rows_of_images(images: ImageInput | list[ImageT] | list[list[ImageT]] | None, prompts: int) -> list[list[Picture]]:

@@ -22,7 +22,7 @@ from paligemma.cli.options import (
     Model,
     Revision,
 )
-from paligemma.cli.output import echo_json, hint_at_float32, print_table
+from paligemma.cli.output import echo_json, hint_at_float32, note, print_table
 from paligemma.data.options import DataOptions
 
 if TYPE_CHECKING:
@@ -54,6 +54,13 @@ def evaluate(
     image_name: ImageName = None,
     language: Language = DataOptions.language,
     every_label: EveryLabel = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Fit the scores of boxes and masks to how often they are right: calibration.json beside the model.",
+        ),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -71,6 +78,8 @@ def evaluate(
     row_options: dict[str, Any] = {"constrained": not free, "max_new_tokens": max_new_tokens}
     source = DataOptions(data, kind, images, annotations, image_name, split, language, every_label)
 
+    folder = _own_folder(model) if calibrate else None
+
     def loaded() -> PaliGemma:  # called after the data were checked: mistakes in them, or in --out, are found at once
         from paligemma.evaluate.output_folder import check_folder
         from paligemma.inference import load
@@ -79,6 +88,8 @@ def evaluate(
             check_folder(out)
         pg = load(model, device=device, dtype=dtype, revision=revision)
         hint_at_float32(pg)
+        if folder is not None:
+            pg.calibration = None  # the map is fitted to what the model says by itself
         return pg
 
     if data.partition(":")[0] == "tiny":  # even if there is a folder of this name: that is ./tiny
@@ -95,6 +106,40 @@ def evaluate(
         echo_json(report.to_dict())
     else:
         print_table(report.table())
+    if folder is not None:
+        _calibrate(report, folder)
+
+
+def _own_folder(model: str) -> Path:
+    """The user's own folder of a checkpoint, to which a calibration can be written."""
+    path = Path(model)
+    if path.is_dir() or path.is_file():
+        return path if path.is_dir() else path.parent
+    raise typer.BadParameter(
+        f"--calibrate writes calibration.json beside the model, and {model} is no folder of yours: make it one with "
+        f"`paligemma convert {model} FOLDER`"
+    )
+
+
+def _calibrate(report: Report, folder: Path) -> None:
+    """Fit the maps to the items of a report, and write them."""
+    from paligemma.answers.scores import CALIBRATION_FILE, IDENTITY, Calibration
+    from paligemma.evaluate.calibration import expected_calibration_error, fitted
+    from paligemma.files import write_json
+
+    kinds = {
+        kind: [item for task, items in report.items.items() if (task in report.mask_tasks) == masks for item in items]
+        for kind, masks in (("boxes", False), ("masks", True))
+    }
+    file = folder / CALIBRATION_FILE
+    calibration = fitted(**kinds, before=Calibration.load(file) if file.exists() else IDENTITY)
+    write_json(file, calibration.to_dict())
+    for kind, items in kinds.items():
+        if items:
+            mapped = [(calibration(score, mask=kind == "masks"), right) for score, right in items]
+            before, after = expected_calibration_error(items), expected_calibration_error(mapped)
+            note(f"{kind}: calibration error {before:.3f} without a map, {after:.3f} with it, on these {len(items):,}")
+    note(f"written: {file}")
 
 
 def _on_scenes(loaded: Callable[[], PaliGemma], data: str, count: int, about: dict[str, Any], **options: Any) -> Report:

@@ -33,8 +33,8 @@ def convert(
     """Rewrite a checkpoint in another format or dtype: safetensors as transformers reads it, or big_vision's .npz.
 
     The other files of a checkpoint (config.json, the tokenizer, preprocessor_config.json, generation_config.json,
-    mask_codec.npz) are written into the same folder, beside an .npz too. A command that would replace a different
-    file there is refused.
+    mask_codec.npz, calibration.json) are written into the same folder, beside an .npz too. A command that would replace
+    a different file there is refused.
     """
     from paligemma.weights.converting import convert as convert_checkpoint
     from paligemma.weights.finding import resolve

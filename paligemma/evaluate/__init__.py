@@ -6,6 +6,7 @@
     report = evaluate(pg, examples, out_folder="runs/measured")
 
 examples.py             what is asked, what was answered
+calibration.py          are scores of boxes and masks probabilities?
 regions.py text.py vqa.py yes_no.py captions.py average_precision.py refcoco.py     one metric a file, plain functions
 metrics.py              the metric of each task, by name
 intervals.py            95% intervals

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Item = tuple[float, bool]  # score, right
 BINS = 10
+CALIBRATION_ERROR = "calibration error"  # the name of the figure
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def expected_calibration_error(items: Sequence[Item]) -> float:
 def fitted(boxes: Sequence[Item], masks: Sequence[Item], before: Calibration = IDENTITY) -> Calibration:
     """The maps for these items, whose scores must be those without a map. A kind without items keeps its map `before`.
 
-    ValueError where a kind cannot be fitted; see `scores.fit`.
+    ValueError without any item, and where a kind cannot be fitted; see `scores.fit`.
     """
+    if not boxes and not masks:
+        raise ValueError("there are no boxes or masks with a score in these answers: nothing to calibrate")
     result = before
     for name, items in (("boxes", boxes), ("masks", masks)):
         if items:

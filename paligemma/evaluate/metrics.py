@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paligemma.evaluate.average_precision import coco_metrics, mean_area, packed, rank
+from paligemma.evaluate.calibration import CALIBRATION_ERROR
 from paligemma.evaluate.captions import bleu, cider_d
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.intervals import bootstrap
@@ -49,6 +50,7 @@ class Metric:
     lower_is_better: names of figures.
     masks: the regions need masks.
     keep: what is kept of a region until `corpus` sees all rows. (A whole mask has a byte for every pixel.)
+    scores: whether the scores of its boxes or masks are compared with how often they are right: `calibration.py`.
     """
 
     score: Callable[[Example, Prediction], Ratios]
@@ -57,6 +59,7 @@ class Metric:
     lower_is_better: tuple[str, ...] = ()
     masks: bool = False
     keep: Callable[[Region], Region] = without_mask
+    scores: bool = False
 
 
 def _exact(example: Example, prediction: Prediction) -> Ratios:
@@ -168,10 +171,10 @@ READING = Metric(_reading, lower_is_better=("character error rate", "word error 
 YES_NO = Metric(_pope)
 CAPTION = Metric(lambda example, prediction: {}, _captions)
 EMPTY = Metric(_empty)
-DETECT = Metric(_detect, _ranking, regions=True)
-COCO = Metric(_detect, _coco, regions=True)  # of boxes
-SEGMENT = Metric(_segment, regions=True, masks=True)
-COCO_MASKS = Metric(_segment, partial(_coco, masks=True), regions=True, masks=True, keep=packed)
+DETECT = Metric(_detect, _ranking, regions=True, scores=True, lower_is_better=(CALIBRATION_ERROR,))
+COCO = replace(DETECT, corpus=_coco)  # of boxes
+SEGMENT = replace(DETECT, score=_segment, corpus=None, masks=True)
+COCO_MASKS = replace(SEGMENT, corpus=partial(_coco, masks=True), keep=packed)
 
 METRICS: dict[str, Metric] = {
     "exact": EXACT,

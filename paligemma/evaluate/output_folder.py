@@ -5,6 +5,7 @@ runs/measured/
   predictions.jsonl   every answer, written as it comes: a run that was interrupted continues where it stopped
   scores.jsonl        what every row adds to each figure
   results.json        the figures
+  reliability.png     how often boxes and masks of each score are right
   worst/              pictures of the worst rows: the truth beside the answer
 """
 
@@ -28,7 +29,7 @@ from paligemma.images import load_image
 if TYPE_CHECKING:
     from paligemma.inference import PaliGemma
 
-WRITTEN = ("predictions.jsonl", "scores.jsonl", "results.json", "worst")  # beside run.json
+WRITTEN = ("predictions.jsonl", "scores.jsonl", "results.json", "reliability.png", "worst")  # beside run.json
 # Options that may change between two calls, since data and models may be moved. What counts is compared directly: the
 # weights, and row by row the prompt and the picture.
 PLACES = ("model", "data", "images", "annotations")

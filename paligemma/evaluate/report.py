@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+from paligemma.evaluate.calibration import Bin, Item, draw_reliability, reliability
 from paligemma.files import write_json
 
 
@@ -62,6 +63,8 @@ class Report:
     about: dict[str, Any]  # what was run: model, data, ...; see `evaluate`
     worst: list[dict[str, Any]] = field(default_factory=list)  # the rows that were drawn: id, task, file
     environment: dict[str, Any] = field(default_factory=dict)  # date, seconds, versions
+    items: dict[str, list[Item]] = field(default_factory=dict, repr=False)  # task -> score and rightness of each item
+    mask_tasks: list[str] = field(default_factory=list)  # those of them whose items are masks
 
     def __getitem__(self, key: tuple[str, str]) -> Figure:
         """report["caption", "exact"]"""
@@ -77,10 +80,20 @@ class Report:
             "figures": [{**vars(figure), "reached": figure.reached} for figure in self.figures],
             "counts": {task: vars(counts) for task, counts in self.counts.items()},
             "worst": self.worst,
+            "reliability": {
+                task: [None if one is None else vars(one) for one in bins] for task, bins in self.reliability.items()
+            },
         }
 
+    @property
+    def reliability(self) -> dict[str, list[Bin | None]]:
+        """Task -> for each tenth of [0, 1]: how many boxes or masks have such a score, and the share that is right."""
+        return {task: reliability(items) for task, items in self.items.items()}
+
     def save(self, folder: Path) -> None:
-        """folder/results.json"""
+        """folder/results.json, and folder/reliability.png where there are scores of boxes or masks."""
+        if self.items:
+            draw_reliability(self.reliability).save(folder / "reliability.png")
         write_json(folder / "results.json", self.to_dict())
 
     def table(self) -> Table:

@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paligemma.answers.scores import IDENTITY
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.metrics import METRICS, Metric
 from paligemma.evaluate.output_folder import (
@@ -76,6 +77,8 @@ def evaluate(
     about = {**(about or {}), "constrained": constrained, "max_new_tokens": max_new_tokens, "weights": fingerprint(pg)}
     if beams > 1:
         about["beams"] = beams
+    if (calibration := getattr(pg, "calibration", IDENTITY)) != IDENTITY:  # scores are saved as it maps them
+        about["calibration"] = calibration.to_dict()
     folder = Path(out_folder) if out_folder is not None else None
     with held(folder) if folder else nullcontext():
         started = time.perf_counter()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from paligemma.evaluate.calibration import CALIBRATION_ERROR, Item, expected_calibration_error, scored_items
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.intervals import ratio_interval
 from paligemma.evaluate.metrics import Metric, Ratios
@@ -26,12 +27,14 @@ class Scored:
     example: Example
     prediction: Prediction
     ratios: Ratios
+    items: list[Item] = field(default_factory=list)  # its boxes or masks, where their scores are measured
 
 
 def score(example: Example, prediction: Prediction, metric: Metric) -> Scored:
     ratios = {name: (float(a), float(b)) for name, (a, b) in metric.score(example, prediction).items()}
+    items = scored_items(example.regions, prediction.regions, metric.masks) if metric.scores else []
     true, found = ([metric.keep(region) for region in one.regions] for one in (example, prediction))
-    return Scored(replace(example, image=None, regions=true), replace(prediction, regions=found), ratios)
+    return Scored(replace(example, image=None, regions=true), replace(prediction, regions=found), ratios, items)
 
 
 def summarize(
@@ -43,7 +46,8 @@ def summarize(
 ) -> Report:
     """Figures task by task, in the order of `metrics`."""
     figures: list[Figure] = []
-    counts = {}
+    counts: dict[str, Counts] = {}
+    items: dict[str, list[Item]] = {}
     for task, metric in metrics.items():
         own = [row for row in rows if row.example.task == task]
         if not own:
@@ -53,6 +57,8 @@ def summarize(
             sum(is_invalid(row.prediction, metric) for row in own),
             sum(not row.prediction.finished for row in own),
         )
+        if scored := [item for row in own for item in row.items]:
+            items[task] = scored
         baselines = baseline(own, metric)
         for name, found in values(own, metric).items():
             value, low, high = map(nan_to_none, found)
@@ -70,7 +76,8 @@ def summarize(
                     lower_is_better=name in metric.lower_is_better,
                 )
             )
-    return Report(figures, counts, dict(about))
+    masks = [task for task in items if metrics[task].masks]
+    return Report(figures, counts, dict(about), items=items, mask_tasks=masks)
 
 
 def is_invalid(prediction: Prediction, metric: Metric) -> bool:
@@ -89,6 +96,8 @@ def values(rows: Sequence[Scored], metric: Metric) -> dict[str, tuple[float, flo
         found[name] = (sum(tops) / total if total else math.nan, *interval)
     if metric.corpus:
         found |= metric.corpus([(row.example, row.prediction) for row in rows])
+    if items := [item for row in rows for item in row.items]:
+        found[CALIBRATION_ERROR] = (expected_calibration_error(items), math.nan, math.nan)
     return found
 
 

@@ -41,6 +41,7 @@ def check_learned(out: Path) -> None:
 
 def save_model(pg: PaliGemma, options: TrainOptions, out: Path, dtype: torch.dtype) -> None:
     """The model as checkpoints are published, with its processor and, if it has one of its own, its mask codec."""
+    pg.calibration = None  # the one that it had was of other weights
     if options.lora:
         model: Any = pg.model  # peft has added an attribute
         model.peft_config["default"].revision = options.revision

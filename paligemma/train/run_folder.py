@@ -49,7 +49,7 @@ LENGTH = {"steps", "epochs", "minutes"}  # what may differ with --longer
 MODEL_FILES = (
     "config.json", "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
     "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "preprocessor_config.json", "mask_codec.npz",
+    "preprocessor_config.json", "mask_codec.npz", "calibration.json",
 )  # fmt: skip
 
 

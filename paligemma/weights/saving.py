@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paligemma.answers.scores import CALIBRATION_FILE
 from paligemma.arguments import check_model, check_path
 from paligemma.files import staging_folder, write_json
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -32,7 +33,8 @@ from paligemma.weights.writing import progress_in_bytes, write_safetensors
 # Files that belong to a checkpoint and hold no weights of the model: `convert` takes them along.
 COMPANIONS = (
     "tokenizer.json tokenizer.model paligemma_tokenizer.model tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json preprocessor_config.json processor_config.json generation_config.json mask_codec.npz"
+    "added_tokens.json preprocessor_config.json processor_config.json generation_config.json mask_codec.npz "
+    + CALIBRATION_FILE
 ).split()
 
 
@@ -145,7 +147,9 @@ def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
 def copy_companions(folders: Sequence[Path], staging: Path) -> None:
     """Takes tokenizer and the like along, of the first folder that has a file."""
     for name in COMPANIONS:
-        if found := next((folder / name for folder in folders if (folder / name).is_file()), None):
+        # A calibration is of the weights it lies beside: that of an adapter's base is of others.
+        where = folders[:1] if name == CALIBRATION_FILE else folders
+        if found := next((folder / name for folder in where if (folder / name).is_file()), None):
             shutil.copyfile(found, staging / name)
 
 

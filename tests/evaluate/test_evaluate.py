@@ -541,9 +541,9 @@ def ideal(examples: list[Example]) -> StubModel:
 
     def answer(image, prompt):
         example = by_prompt[id(image), prompt]
-        items = [Segment(r.label, r.box, r.mask, [0] * 16, 0.9) for r in example.regions]
+        items = [Segment(r.label, r.box, r.mask, [0] * 16, 1.0) for r in example.regions]
         if example.task != "segment":
-            items = [Detection(r.label, r.box, 0.9) for r in example.regions]
+            items = [Detection(r.label, r.box, 1.0) for r in example.regions]
         key = "segments" if example.task == "segment" else "detections"
         return says(example.answers[0] if example.answers else "...", **{key: items})
 
