@@ -213,8 +213,6 @@ class PaliGemmaProcessor:
         files = {**self.tokenizer.files(), "preprocessor_config.json": json.dumps(config, indent=2) + "\n"}
         if self.calibration is not None:
             files["calibration.json"] = json.dumps(self.calibration.to_dict(), indent=2) + "\n"
-        elif (Path(folder) / "calibration.json").exists():  # of other weights, which made room for these
-            files["calibration.json"] = "{}\n"
         write_texts(Path(folder), files)
 
 

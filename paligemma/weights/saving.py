@@ -137,10 +137,10 @@ def names_in(folder: Path) -> list[str]:
 
 
 def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
-    """Weights in the folder that do not belong to the new ones, and would be taken for a part of them."""
+    """Files in the folder that would be taken for a part of the new weights: other weights, and their calibration."""
     if WEIGHTS not in new and INDEX not in new:
         return []
-    pattern = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    pattern = rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|{re.escape(CALIBRATION_FILE)}"
     return [name for name in names_in(folder) if re.fullmatch(pattern, name) and name not in new]
 
 

@@ -142,4 +142,4 @@ def test_the_map_travels_with_the_checkpoint(tmp_path):
 
     pg.calibration = None  # other weights are saved over it
     paligemma.save_pretrained(pg.model, tmp_path / "saved", pg.processor)
-    assert Calibration.load(tmp_path / "saved" / CALIBRATION_FILE) == Calibration()
+    assert not (tmp_path / "saved" / CALIBRATION_FILE).exists()
