@@ -35,8 +35,8 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="tiny, tiny:heldout, tiny:twemoji (the small world; a folder of this name is ./tiny), your rows, or a "
-            "benchmark's folder."
+            help="tiny, tiny:val, tiny:heldout, tiny:twemoji (the small world; a folder of this name is ./tiny), your "
+            "rows, or a benchmark's folder."
         ),
     ] = "tiny",
     task: Annotated[
@@ -148,8 +148,8 @@ def _on_scenes(loaded: Callable[[], PaliGemma], data: str, count: int, about: di
     from paligemma.tiny.evaluation import METRICS, ROWS_PER_SCENE, targets, tiny_examples
 
     world = data.partition(":")[2] or "test"
-    if world not in ("test", "heldout", "twemoji"):
-        raise typer.BadParameter(f"--data is {data!r}, expected tiny, tiny:heldout or tiny:twemoji")
+    if world not in ("test", "val", "heldout", "twemoji"):
+        raise typer.BadParameter(f"--data is {data!r}, expected tiny, tiny:val, tiny:heldout or tiny:twemoji")
     return run_evaluation(
         loaded(),
         tiny_examples(count, world),

@@ -434,7 +434,7 @@ def test_tiny_is_the_small_world_whatever_lies_here(paligemma, folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--data", "tiny:moon"], 2, "expected tiny, tiny:heldout or tiny:twemoji"),
+        (["--data", "tiny:moon"], 2, "expected tiny, tiny:val, tiny:heldout or tiny:twemoji"),
         (["--data", "tiny", "--task", "vqa"], 2, "has its own tasks"),
         (["--data", ".", "--task", "gqa", "--free"], 2, "leave out the options for rows"),
         (["--data", ".", "--task", "vqav2", "--split", "test"], 2, "kept on a server: --out FOLDER"),
