@@ -73,7 +73,7 @@ def picker(side, columns, labels):
 def scan():
     """A gray print, scanned a little askew: dots of the print, paper that is not quite white."""
     page = Image.new("L", (420, 420), 246)
-    for style, label, x, y in (("openmoji", "house", 60, 150), ("openmoji", "tree", 240, 130)):
+    for style, label, x, y in (("noto", "house", 60, 150), ("noto", "tree", 240, 130)):
         image = pictogram(style, label, 130)
         page.paste(image.convert("L"), (x, y), image.getchannel("A"))
     draw = ImageDraw.Draw(page)
