@@ -58,6 +58,9 @@ _SYSTEM_FONTS = (
 )
 
 
+SAME_THING = 0.7  # IoU from which a box and a mask with one label show one thing
+
+
 class Style(TypedDict, total=False):
     """The options of `draw`."""
 
@@ -80,6 +83,9 @@ def draw(
     known. mask_opacity: of the colour over a mask, 0 to 1. scale: draw on an enlarged (or reduced) copy, so that the
     labels of a small picture have room.
 
+    A box is left out where a mask with the same label shows the same thing (`SAME_THING`): people put the answers to
+    `detect` and `segment` into one picture.
+
     ValueError for a mask that has not the size of the picture, for a box that is not finite, and for a scale of 0 or
     less.
     """
@@ -93,6 +99,7 @@ def draw(
         raise TypeError(f"items is {type(items).__name__}, expected a list of detections or segments, or an Answer")
     for item in items:
         _check(item, picture.size)
+    items = _each_once(items)
     if (width, height) != picture.size:
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     elif picture is image:
@@ -150,6 +157,26 @@ def _check(item: Item, size: tuple[int, int]) -> None:
     mask = getattr(item, "mask", None)
     if mask is not None and np.shape(mask) != size[::-1]:
         raise ValueError(f"the mask of {item.label!r} is {np.shape(mask)}, the picture {size[::-1]} (height, width)")
+
+
+def _each_once(items: Iterable[Item]) -> list[Item]:
+    """Without the boxes that a mask of the same label shows as well."""
+    items = list(items)
+    masked = [item for item in items if getattr(item, "mask", None) is not None]
+    return [
+        item
+        for item in items
+        if getattr(item, "mask", None) is not None
+        or not any(item.label == other.label and _iou(item.box, other.box) >= SAME_THING for other in masked)
+    ]
+
+
+def _iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes; 0 where both are empty."""
+    sides = [min(a[axis + 2], b[axis + 2]) - max(a[axis], b[axis]) for axis in (0, 1)]
+    shared = sides[0] * sides[1] if min(sides) > 0 else 0.0
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - shared
+    return shared / union if union > 0 else 0.0
 
 
 def _pixel_box(box: Sequence[float], scale: float, size: tuple[int, int]) -> Rectangle:

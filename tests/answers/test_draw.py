@@ -54,6 +54,21 @@ def test_a_mask_is_tinted_and_has_a_border():
     assert has_color(image, GREY)[5:14, 5:85].all()
 
 
+def test_a_box_and_a_mask_of_one_thing_are_drawn_as_one():
+    mask = np.zeros((60, 90), bool)
+    mask[20:40, 10:50] = True
+    segment, same, other = (
+        Segment("dog", (10, 20, 50, 40), mask),
+        Detection("dog", (11, 21, 51, 41)),
+        Detection("dog", (60, 20, 80, 40)),
+    )
+    together = draw(grey(90, 60), [same, segment, other])
+    assert np.array_equal(pixels(together), pixels(draw(grey(90, 60), [segment, other])))
+    for kept in (Detection("cat", same.box), Segment("dog", same.box)):  # another thing; a mask without a codec
+        alone = draw(grey(90, 60), [segment])
+        assert np.array_equal(pixels(draw(grey(90, 60), [kept, segment])), pixels(alone)) == (kept.label == "dog")
+
+
 def test_the_picture_given_is_left_alone():
     picture = grey(60, 40)
     draw(picture, [Detection("dog", (5, 5, 30, 30), 0.5)])
