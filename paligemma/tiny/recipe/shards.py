@@ -238,9 +238,9 @@ def _render_slowly(folder: Path, recipe: Recipe, share: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which ends this process afterwards
     training = os.getppid()  # if that is killed, another process becomes the parent
     while len(shard_paths(folder)) < recipe.shards and os.getppid() == training:
-        begun = time.process_time()
+        begun = time.monotonic()  # not the processor's: where the training waits for it, this process waits as long
         write_shard(folder, next_number(folder), recipe=recipe)
-        time.sleep((time.process_time() - begun) * (1 / share - 1))
+        time.sleep((time.monotonic() - begun) * (1 / share - 1))
 
 
 def next_number(folder: Path) -> int:
