@@ -123,6 +123,21 @@ def test_an_answer_that_comes_after_a_new_picture_is_dropped(page, url, tmp_path
     assert not page.shown("#answer") and not page.shown("#error") and page.text("#status") == ""
 
 
+def test_a_run_that_begins_while_a_picture_is_opened_is_dropped(page, tmp_path):
+    """Large photos take a second; the question then was about the picture before."""
+    Image.new("RGB", (200, 100), "white").save(tmp_path / "other.png")
+    slow = """
+        const open = window.createImageBitmap, later = () => new Promise((done) => setTimeout(done, 400));
+        window.createImageBitmap = (...all) => later().then(() => open(...all));"""
+    page.script(slow)
+    page.find("#file").send_keys(str(tmp_path / "other.png"))
+    page.click("#run")
+    page.wait("document.getElementById('picture-name').textContent.startsWith('other.png')")
+    time.sleep(1.2)
+    assert not page.shown("#answer") and not page.shown("#stop")
+    page.run()
+
+
 def test_a_double_click_asks_once(page, browser):
     from selenium.webdriver import ActionChains
 
@@ -145,6 +160,9 @@ def test_look_inside_opens_the_page_of_this_picture_and_prompt(page, browser):
         assert "/explored/" in browser.current_url
         assert f"caption en → {answer}"[:120] == page.text("h1")
         assert page.script("return window.opener") is None
+        page.click("nav a[data-screen=attention]")  # it also works in the sandbox that it is served in
+        page.press(Keys.ARROW_RIGHT, Keys.ARROW_UP)
+        assert "#attention?token=1&layer=4" in browser.current_url and "layer 5" in page.text("#attention-said")
     finally:
         for handle in set(browser.window_handles) - {first}:
             browser.switch_to.window(handle)

@@ -40,7 +40,7 @@ function request() {
 function taskChanged() {
   for (const field of document.querySelectorAll("[data-tasks]")) field.hidden = !field.dataset.tasks.split(" ").includes(task());
   $("prompt").textContent = request().prompt;
-  const style = styles(chips?.labels() ?? []);
+  const style = styles(chips.labels());
   for (const swatch of document.querySelectorAll("#labels .swatch")) swatch.style.background = style[swatch.dataset.label].css;
 }
 
@@ -55,6 +55,8 @@ async function usePicture(file, details = {}) {
   try {
     const opened = await openPicture(file);
     if (mine !== opening) return URL.revokeObjectURL(opened.shown);
+    drop(); // of what was asked about the picture before, while this one was opened
+    clearAnswer();
     if (picture) URL.revokeObjectURL(picture.shown);
     picture = { ...opened, ...details };
     const { width, height, sentWidth, sentHeight, shown, name } = picture;
@@ -74,7 +76,7 @@ async function usePicture(file, details = {}) {
 }
 
 async function useExample() {
-  const blob = await (await fetch("static/example.png")).blob();
+  const blob = await server.example();
   if (!$("question").value) $("question").value = "what color is the umbrella ?";
   if (!chips.labels().length) chips.set(["book", "umbrella", "house"]);
   taskChanged();
@@ -175,7 +177,6 @@ function showAnswer(mine, answer, done) {
   $("found").hidden = !looked;
   $("actions").hidden = false;
   $("score-line").hidden = !found.some((item) => typeof item.score === "number");
-  $("score").value = 0;
   const notes = [done];
   if (!looked && typeof answer.score === "number") notes.push(`score ${answer.score.toFixed(2)}`);
   if (answer.finished === false) notes.push("cut off at its limit of tokens");
@@ -356,7 +357,7 @@ $("key-form").onsubmit = async (event) => {
 for (const id of ["choose", "replace"]) $(id).onclick = () => $("file").click();
 for (const id of ["camera", "camera-again"]) $(id).onclick = () => $("camera-file").click();
 for (const id of ["file", "camera-file"]) $(id).onchange = () => { const [file] = $(id).files; $(id).value = ""; if (file) usePicture(file); };
-$("example").onclick = useExample;
+$("example").onclick = () => useExample().catch((error) => showError(error.message));
 
 addEventListener("paste", (event) => {
   const file = pictureIn(event.clipboardData);

@@ -20,7 +20,7 @@ export async function openPicture(file) {
   try {
     bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
   } catch {
-    throw new Error(`${file.name || "This"} is not a picture that this browser can show. JPEG, PNG and WebP always work.`);
+    throw new Error(`${file.name || "This"} is not a picture that this browser can show, or too large for it. JPEG, PNG and WebP always work.`);
   }
   const { width, height } = bitmap;
   const scale = Math.min(1, LONGEST / Math.max(width, height));

@@ -41,6 +41,8 @@ export async function model() {
   return (await (await request("v1/models")).json()).data[0];
 }
 
+export const example = async () => (await request("static/example.png")).blob();
+
 export async function explore(image, prompt) {
   const { url } = await (await post("v1/explore", { image, prompt })).json();
   return new URL(url.replace(/^\//, ""), document.baseURI).href;
