@@ -16,7 +16,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 HERE = Path(__file__).parent
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
 SCREENS = {  # name of the picture: views side by side, each (width, height, scheme, task)
-    "serve_page": [(1180, 900, "light", "segment")],
+    "serve_page": [(1260, 920, "light", "segment")],
     "serve_phone": [(360, 960, "light", "ask"), (360, 960, "dark", "detect")],
 }
 
