@@ -61,7 +61,7 @@ def test_every_chapter_has_its_parts(path):
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert text.startswith(f"# {number}. ")
     assert [name for name in headings if name != "Five predictions"] == [
-        "The tensor", "Run it", "Exercise", "What this does not show",
+        "The tensor", "Run it", "Exercise", "What this does not prove",
     ]  # fmt: skip
     assert re.findall(r"\]\((figures/.*?)\)", text) == [f"figures/{number:02d}.png"]
     assert re.findall(r"^paligemma explore --check (\d+) \"?ANSWER\"?$", text, re.MULTILINE) == [str(number)]
