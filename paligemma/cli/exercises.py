@@ -309,7 +309,7 @@ def table_used_twice(pg: PaliGemma) -> Truth:
     def why_not(given: str) -> str:
         named = [name for name in parameters if given in ends_of(name)]
         if not named:
-            return f"the model has no parameter {given!r}; `pg.model.named_parameters()` lists them"
+            return f"the model has no parameter {given!r}: its head uses one that has another use as well"
         shape = list(parameters[named[0]].shape)
         return f"{named[0]} has the shape {shape}; the head makes one number for each of {text.vocab_size} tokens"
 
