@@ -64,7 +64,7 @@ def run_on_ray(
     A GPU is reserved for each actor if the cluster has some and the device is not another one, and `how.threads` cores.
     Progress is known shard by shard. ImportError without ray, RuntimeError if a node does not share the folder.
     """
-    ray = imported_ray()
+    ray = imported_ray(address)
     shards = shards_of(folder, how.part)
     if retry_errors:
         again = sum(reopen(folder, shard) for shard in sorted(folder.done() & set(shards)))
@@ -105,7 +105,12 @@ def run_on_ray(
     return Ended(summary, tally.answered, kinds, tally.is_complete, number, failure, stopped)
 
 
-def imported_ray() -> Any:
+def imported_ray(address: str) -> Any:
+    """Ray. On this machine alone it listens on loopback and tells nobody; both are read from the environment, and the
+    first has an odd name (it is a default elsewhere)."""
+    if address == LOCAL:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         import ray.data
@@ -121,13 +126,11 @@ def start(ray: Any, address: str, workers: int, threads: int) -> None:
     if address != LOCAL:
         ray.init(address=address, log_to_driver=False)
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address=LOCAL,
         num_cpus=max(os.cpu_count() or 1, workers * threads),
         include_dashboard=False,
         log_to_driver=False,
-        _node_ip_address="127.0.0.1",
     )
 
 

@@ -93,12 +93,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _option(name: str) -> str:
     words = {"prompt": "the prompt", "inputs": "the input"}
-    return words.get(name, "--" + {"beams": "beams"}.get(name, name.replace("_", "-")))
+    return words.get(name, "--" + name.replace("_", "-"))
 
 
 def _in_words(value: Any) -> str:
-    text = {None: "not given", True: "on", False: "off"}.get(value) if isinstance(value, (bool, type(None))) else None
-    text = text or (", ".join(map(str, value)) if isinstance(value, list) else repr(value))
+    if value is None:
+        return "not given"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import typer
 
 from paligemma.cli.options import Device, Dtype, Free, MaxNewTokens, Model, Revision, one_of
 from paligemma.cli.output import echo_json, note, notes, print_error, say
-from paligemma.cli.run import sampling_options
+from paligemma.cli.run import note_embedded_model, note_unusual_prompt, sampling_options
 
 if TYPE_CHECKING:
     from paligemma.batch.folder import RunFolder
@@ -114,6 +115,7 @@ def batch(
 
     sampling_options(temperature, top_k, top_p, beams, seed)
     check_usage(prompt, inputs, rows, out, dry_run, every, loc_scale, max_pixels)
+    check_prompt(prompt, inputs, free, forbid_repeats, model)
     if coco is not None and coco.is_dir():
         raise typer.BadParameter(f"--coco {coco} is a folder, expected the name of a file to write")
     allowed = parsed_max_errors(max_errors)
@@ -159,6 +161,24 @@ def check_usage(
         raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
     if not max_pixels > 0:
         raise typer.BadParameter(f"--max-pixels is {max_pixels:g}, expected a number of million pixels above 0")
+
+
+def check_prompt(prompt: str | None, inputs: list[str] | None, free: bool, forbid_repeats: bool, model: str) -> None:
+    """Options that do not fit the prompt are an error, a prompt that is unusual for the model a note."""
+    if prompt is not None and inputs and os.path.exists(prompt) and not os.path.exists(inputs[0]):
+        raise typer.BadParameter(f"the prompt comes first, then the pictures: paligemma batch {inputs[0]!r} {prompt}")
+    if forbid_repeats and free:
+        raise typer.BadParameter("--forbid-repeats is a rule of the grammar, which --free leaves out: choose one")
+    if prompt is None:
+        return
+    task = prompt.strip().partition(" ")[0]
+    if (free or forbid_repeats) and inputs and task not in ("detect", "segment"):
+        raise typer.BadParameter(
+            "--free and --forbid-repeats are for detect and segment: other answers have no grammar"
+        )
+    if inputs:
+        note_unusual_prompt(prompt, task, model)
+        note_embedded_model(model)
 
 
 def with_labels(prompt: str | None, labels: str | None) -> str | None:
@@ -237,17 +257,14 @@ def worked(
     retry_errors: bool,
 ) -> Ended:
     """All shards of the part, finished or interrupted."""
-    import os
-
+    from paligemma import __version__
     from paligemma.batch.run import run_batch
     from paligemma.batch.worker import How
 
     how = How(threads or max(1, (os.cpu_count() or 1) // workers), None, part, draw and draw.absolute())
-    before = folder.about.get("versions", {})
-    from paligemma import __version__
-
-    if before.get("paligemma") != __version__:
-        note(f"note: the run was begun by version {before.get('paligemma')}, this is {__version__}")
+    begun_by = folder.about.get("versions", {}).get("paligemma")
+    if begun_by != __version__:
+        note(f"note: the run was begun by version {begun_by}, this is {__version__}")
     with progress_line() as show:
         if ray is not None:
             from paligemma.batch.on_ray import run_on_ray
@@ -286,7 +303,7 @@ def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: P
         note(f"answers in OpenAI's format: {folder.path / 'output.jsonl'}")
     limit, is_share = allowed
     if errors > (limit / 100 * (ended.answered + errors) if is_share else limit):
-        raise typer.Exit(1)
+        raise typer.Exit(1)  # every row has its line all the same
 
 
 @contextmanager
