@@ -41,14 +41,14 @@ def deployment() -> Any:
         ) -> None:
             pg = load(model, device, dtype, quantize)
             named = {"name": model, "embedded": model == "tiny", **settings}
-            self.app = create_app(lambda: pg, Settings(**named))
+            self.server = create_app(lambda: pg, Settings(**named))
 
         def __serve_build_asgi_app__(self) -> Any:
-            return self.app
+            return self.server
 
         def check_health(self) -> None:
             """Asked by Ray every few seconds; an exception has the replica replaced."""
-            if (state := self.app.service.state) in ("failed", "stuck"):
+            if (state := self.server.service.state) in ("failed", "stuck"):
                 raise RuntimeError(f"the engine is {state}")
 
     return Deployment
