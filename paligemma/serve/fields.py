@@ -10,6 +10,9 @@ from paligemma.serve.errors import invalid, shown
 KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
 
 
+LONGEST_TEXTS = 100_000
+
+
 def kind_of(value: object) -> str:
     return "null" if value is None else KINDS.get(type(value), type(value).__name__)
 
@@ -70,14 +73,17 @@ class Fields:
         return str(value)
 
     def texts(self, field: str, most: int) -> list[str] | None:
-        """A list of 1 to `most` strings."""
+        """A list of 1 to `most` strings, which together are not longer than any prompt may be."""
         value = self.take(field)
         if value is None:
             return None
         if not isinstance(value, list) or not 1 <= len(value) <= most:
             got = f"a list of {len(value):,}" if isinstance(value, list) else kind_of(value)
             raise invalid(self.path(field), f"{self.path(field)} is {got}, expected a list of 1 to {most:,} strings")
-        return [checked_text(text, f"{self.path(field)}[{i}]") for i, text in enumerate(value)]
+        texts = [checked_text(text, f"{self.path(field)}[{i}]") for i, text in enumerate(value)]
+        if sum(map(len, texts)) > LONGEST_TEXTS:
+            raise invalid(self.path(field), f"{self.path(field)} has more than {LONGEST_TEXTS:,} characters together")
+        return texts
 
     def neutral(self, field: str, values: Sequence[object], hint: str = "") -> None:
         """A field that is taken only where it changes nothing."""

@@ -10,6 +10,7 @@ import base64
 import io
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,8 +30,12 @@ from paligemma.tokenizer import Tokenizer, start_of_last_character
 def answer_of(pg: PaliGemma, job: Job) -> Answer:
     """The answer of a job that has ended, its segments without masks (see the head of this file)."""
     assert job.result is not None
-    bare = PaliGemma(pg.model, pg.processor, None, pg.loc_scale)
-    return bare._answer(job.result, None, job.row.image_size, None)
+    return without_codec(pg)._answer(job.result, None, job.row.image_size, None)
+
+
+@lru_cache(maxsize=1)
+def without_codec(pg: PaliGemma) -> PaliGemma:
+    return PaliGemma(pg.model, pg.processor, None, pg.loc_scale)
 
 
 def usage(job: Job) -> dict[str, int]:

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from paligemma.allocator import give_back_freed_memory
 from paligemma.inference import PaliGemma
 from paligemma.serve.app import create_app
+from paligemma.serve.conversation import log_fault
 from paligemma.serve.guard import Guard
 from paligemma.serve.settings import Settings
+from paligemma.terminal import error_line
 
 LINGER = 2.0  # seconds that a server with a dead engine still answers, so that whoever watches /health sees it
 MOST_CONNECTIONS = 512  # with or without a request; beyond them a connection gets 503
@@ -48,7 +51,10 @@ def serve(
     server.run([listening])
     failure = server.service.engine.failure
     if failure is not None and not server.announced:
-        raise failure
+        raise failure  # the model could not be loaded
+    if failure is not None:
+        log_fault(failure)
+        print(f"error: the engine died: {error_line(failure)}", file=sys.stderr, flush=True)
     return server.exit_code
 
 

@@ -40,7 +40,6 @@ class Settings:
     prefill_every: int = 8
     threads: int | None = None
     decode_workers: int = 2
-    compile: bool = False
     # The rest
     log: str = "text"
     page: bool = True

@@ -146,6 +146,8 @@ def test_neutral_values_are_taken(client):
         ({"stream": True, "stream_options": {"what": 1}}, "unknown_field", "stream_options.what"),
         ({"response_format": {"type": "json_schema"}}, "invalid_value", "response_format.type"),
         ({"guided_choice": ["a"]}, "unknown_field", "guided_choice"),
+        ({"structured_outputs": {"choice": ["a" * 100_001]}}, "invalid_value", "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a"] * 1_001}}, "invalid_value", "structured_outputs.choice"),
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": None}, "invalid_value", "messages"),
         ({"messages": ["hello"]}, "invalid_value", "messages[0]"),

@@ -24,7 +24,7 @@ def blocks(name, language):
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_curl_examples(pg):
-    examples = blocks("curl", "sh")
+    examples = blocks("curl", "bash")
     assert len(examples) >= 5
     with running(pg, api_key="choose-one") as server:
         for example in examples:
@@ -41,7 +41,7 @@ def test_the_python_examples(pg, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PALIGEMMA_API_KEY", "choose-one")
     with running(pg, api_key="choose-one") as server:
-        for example in blocks("python", "python"):
+        for example in blocks("python", "py"):
             exec(compile(example.replace("http://localhost:8000", server.url), "docs/serving.md", "exec"), {})
     assert "book" in capsys.readouterr().out
 
