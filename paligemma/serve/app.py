@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from paligemma.inference import PaliGemma
 from paligemma.serve.chat import parse_chat
-from paligemma.serve.conversation import Reply, Work, converse
+from paligemma.serve.conversation import Reply, Work, converse, internal_error, log_fault
 from paligemma.serve.errors import ApiError, json_bytes
 from paligemma.serve.exploring import explore
 from paligemma.serve.guard import Guard
@@ -55,7 +55,7 @@ def create_app(load: Callable[[], PaliGemma], settings: Settings) -> Guard:
     app = Starlette(
         routes=routes(service),
         lifespan=lifespan,
-        exception_handlers={HTTPException: http_error, ApiError: api_error},  # type: ignore[dict-item]
+        exception_handlers={HTTPException: http_error, ApiError: api_error, Exception: fault},  # type: ignore[dict-item]
     )
     return Guard(app, service)
 
@@ -237,6 +237,12 @@ async def page(request: Request) -> Response:
 
 async def api_error(request: Request, error: ApiError) -> Response:
     return json_reply(error.body(), error.status, error.headers())
+
+
+async def fault(request: Request, error: Exception) -> Response:
+    """A mistake of ours on a path that answers no question."""
+    log_fault(error)
+    return json_reply(internal_error().body(), 500)
 
 
 async def http_error(request: Request, error: HTTPException) -> Response:

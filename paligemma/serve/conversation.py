@@ -76,7 +76,7 @@ async def converse(service: Service, scope: Scope, receive: Receive, send: Send,
         await reply.error(error)
     except Exception as error:
         log_fault(error)
-        await reply.error(ApiError(500, "internal", "the server made a mistake, which its log describes"))
+        await reply.error(internal_error())
 
 
 async def _answer(service: Service, headers: Headers, kind: str, body: bytes, work: Work, reply: Reply) -> None:
@@ -109,6 +109,10 @@ async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, ser
 async def until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def internal_error() -> ApiError:
+    return ApiError(500, "internal", "the server made a mistake, which its log describes")
 
 
 def log_fault(error: BaseException) -> None:

@@ -27,7 +27,7 @@ from paligemma.answers.parsing import NUM_LOC
 from paligemma.engine import Engine, Request, Ticket
 from paligemma.generation import Generated, Options
 from paligemma.inference import PaliGemma
-from paligemma.serve.errors import ApiError, unavailable
+from paligemma.serve.errors import ApiError, invalid, unavailable
 from paligemma.serve.metrics import Metrics
 from paligemma.serve.pictures import FeatureCache
 from paligemma.serve.rows import Row, encode, row_failed
@@ -269,7 +269,8 @@ class EngineThread:
             try:
                 ticket = self._admit(job)
             except Exception as error:
-                self.metrics.errors.inc()
+                if not isinstance(error, ApiError):
+                    self.metrics.errors.inc()
                 self._tell([News(job, True, error=row_failed(error))])
                 continue
             with self._changed:
@@ -300,7 +301,10 @@ class EngineThread:
             num_tokens=len(tokenizer),
             **row.sampling.options(),
         )
-        return self.engine.admit(Request(row.ids, torch.stack(features), options, row.constraint))
+        try:
+            return self.engine.admit(Request(row.ids, torch.stack(features), options, row.constraint))
+        except ValueError as error:  # its keys and values would not fit into the whole cache
+            raise invalid("max_tokens", str(error)) from None
 
     def _step(self) -> None:
         if not self.running:

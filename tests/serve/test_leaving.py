@@ -88,11 +88,9 @@ def test_more_clients_than_places(held):
     connections = [begin(held, chat()) for _ in range(6)]
     wait_until(lambda: held.service.taken == 6)
     with held.client() as client:
-        start = time.perf_counter()
         reply = client.post(URL, json=chat())
-        seconds = time.perf_counter() - start
         assert error_of(reply) == (429, "queue_full", None) and 1 <= int(reply.headers["retry-after"]) <= 60
-        assert seconds < 1  # measured: 5 ms
+
         assert client.get("/health").status_code == 200
         held.gate.set()
         wait_until(lambda: held.service.taken == 0)
@@ -214,7 +212,7 @@ def test_overload(pg):
 
 
 @pytest.mark.slow
-def test_overload_for_a_minute(pg, record_property):
+def test_overload_for_a_minute(pg):
     """200 clients against 64 places: every request ends in 200, 429 or 503, no answer is wrong, memory is flat."""
     from test_hostile import resident
 

@@ -154,6 +154,13 @@ def test_a_picture_is_encoded_once_for_many_questions(pg):
         assert "paligemma_image_cache_hits 2.0" in client.get("/metrics").text
 
 
+def test_a_row_that_no_cache_could_hold(pg):
+    with running(pg, cache_memory=0.001) as server, server.client() as client:
+        body = {"image": IMAGE, "prompt": "caption en", "max_tokens": 500}
+        assert error_of(client.post("/v1/answer", json=body)) == (400, "invalid_value", "max_tokens")
+        assert client.post("/v1/answer", json={**body, "max_tokens": 2}).status_code == 200
+
+
 def test_the_page_that_looks_inside(client):
     reply = client.post("/v1/explore", json={"image": IMAGE, "prompt": "answer en how many dogs are there?"}).json()
     assert list(reply) == ["url"] and reply["url"].startswith("/explored/")

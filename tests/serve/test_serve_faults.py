@@ -98,6 +98,12 @@ def test_a_mistake_of_the_server_is_a_500_whose_log_does_not_quote(pg, monkeypat
     assert "fault: KeyError" in log and prompt not in log
 
 
+def test_a_mistake_on_a_path_without_questions(pg, monkeypatch):
+    with running(pg) as server, server.client() as client:
+        monkeypatch.setattr(server.service.metrics, "text", lambda: 1 / 0)
+        assert error_of(client.get("/metrics"))[:2] == (500, "internal")
+
+
 # ------------------------------------------------------------------------------------------------ the engine dies
 
 
