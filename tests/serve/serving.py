@@ -3,6 +3,10 @@
 import base64
 import contextlib
 import io
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -95,3 +99,32 @@ def wait_until(holds, seconds=20):
     while not holds():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.005)
+
+
+class Command:
+    """`paligemma serve` in a process of its own."""
+
+    def __init__(self, *options, wait=True, log=subprocess.PIPE, **environment):
+        command = [sys.executable, "-m", "paligemma", "serve", "--port", "0", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        self.url = self.process.stdout.readline().strip() if wait else None
+
+    def resident(self):
+        """Bytes of memory that it holds now."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def end(self, sig=signal.SIGTERM, seconds=60):
+        """(exit code, rest of stdout, stderr)"""
+        self.process.send_signal(sig)
+        out, err = self.process.communicate(timeout=seconds)
+        return self.process.returncode, out, err
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()

@@ -2,18 +2,15 @@
 
 import ctypes
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 import torch
-from serving import SCENE, Running, chat, data_url, error_of, running, wait_until
+from serving import SCENE, Command, Running, chat, data_url, error_of, running, wait_until
 
 import paligemma.engine as engine_module
 from paligemma.serve.settings import Settings
@@ -183,32 +180,6 @@ def test_no_thread_is_left(pg):
 
 
 # ------------------------------------------------------------------------------------------------ the command
-
-
-class Command:
-    """`paligemma serve` in a process of its own."""
-
-    def __init__(self, *options, wait=True, **environment):
-        command = [sys.executable, "-m", "paligemma", "serve", "--port", "0", *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        self.url = self.process.stdout.readline().strip() if wait else None
-
-    def end(self, sig=signal.SIGTERM, seconds=60):
-        """(exit code, rest of stdout, stderr)"""
-        self.process.send_signal(sig)
-        out, err = self.process.communicate(timeout=seconds)
-        return self.process.returncode, out, err
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
 
 
 @pytest.mark.slow
