@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from paligemma.inference import PaliGemma
+from paligemma.serve.bodies import Body
 from paligemma.serve.chat import parse_chat
 from paligemma.serve.conversation import Reply, Work, converse, internal_error, log_fault
 from paligemma.serve.errors import ApiError, json_bytes
@@ -29,7 +31,6 @@ from paligemma.serve.guard import Guard
 from paligemma.serve.metrics import CONTENT_TYPE
 from paligemma.serve.native import parse_native
 from paligemma.serve.openapi import document
-from paligemma.serve.pictures import Source
 from paligemma.serve.replies import Chunks, completion, native
 from paligemma.serve.service import Service
 from paligemma.serve.settings import Settings
@@ -98,9 +99,11 @@ class Endpoint:
 def chat(service: Service) -> Work:
     settings = service.settings
 
-    async def work(body: Any, files: list[Source], reply: Reply) -> None:
-        request = await service.in_worker(parse_chat, body, settings)
+    async def work(body: Body, reply: Reply) -> None:
+        request = await service.in_worker(parse_chat, body.value, settings)
         row = await service.row(request.ask)
+        request = replace(request, ask=replace(request.ask, sources=()))
+        body.release()
         id = f"chatcmpl-{secrets.token_hex(12)}"
         async with service.running(row) as job:
             await service.started(job)
@@ -138,9 +141,11 @@ async def stream(service: Service, reply: Reply, chunks: Chunks, job: Any) -> No
 def native_task(service: Service, task: str) -> Work:
     settings = service.settings
 
-    async def work(body: Any, files: list[Source], reply: Reply) -> None:
-        request = await service.in_worker(parse_native, task, body, files, settings)
+    async def work(body: Body, reply: Reply) -> None:
+        request = await service.in_worker(parse_native, task, body.value, body.files, settings)
         row = await service.row(request.ask)
+        request = replace(request, ask=replace(request.ask, sources=()))
+        body.release()
         async with service.running(row) as job:
             await service.started(job)
             await service.ended(job)
@@ -151,8 +156,8 @@ def native_task(service: Service, task: str) -> Work:
 
 
 def explored(service: Service) -> Work:
-    async def work(body: Any, files: list[Source], reply: Reply) -> None:
-        request = await service.in_worker(parse_native, "explore", body, files, service.settings)
+    async def work(body: Body, reply: Reply) -> None:
+        request = await service.in_worker(parse_native, "explore", body.value, body.files, service.settings)
         url = await explore(service, request.ask)
         await reply.whole(json_bytes({"url": url}))
 

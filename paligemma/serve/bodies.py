@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, UploadFile
@@ -27,6 +28,20 @@ MOST_VALUES = 100_000  # in a JSON body: 32 MB of "[],[],[],..." would take a gi
 
 class ClientLeft(Exception):
     """The client closed the connection: nobody is there to be told anything."""
+
+
+@dataclass
+class Body:
+    """What a client sent: the value of its JSON or of its form's fields, and the files named `image`."""
+
+    value: Any
+    files: list[Source]
+    account: _Account
+
+    def release(self) -> None:
+        """Forgets all of it, once its pictures are pixels: an answer may take long, and others want to send theirs."""
+        self.value, self.files = None, []
+        self.account.give_back()
 
 
 class BodyMemory:

@@ -17,9 +17,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from paligemma.serve.bodies import ClientLeft, content_type, parse_form, parse_object, read_body
+from paligemma.serve.bodies import Body, ClientLeft, content_type, parse_form, parse_object, read_body
 from paligemma.serve.errors import ApiError, json_bytes
-from paligemma.serve.pictures import Source
 from paligemma.serve.replies import event
 from paligemma.serve.service import Service
 
@@ -55,8 +54,7 @@ class Reply:
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
 
-# Given the value of the body and the files of a form: does the work and sends the reply.
-Work = Callable[[Any, list[Source], Reply], Coroutine[Any, Any, None]]
+Work = Callable[[Body, Reply], Coroutine[Any, Any, None]]  # does what is asked, and sends the reply
 
 
 async def converse(service: Service, scope: Scope, receive: Receive, send: Send, work: Work, forms: bool) -> None:
@@ -67,8 +65,10 @@ async def converse(service: Service, scope: Scope, receive: Receive, send: Send,
         headers = Headers(scope=scope)
         kind = content_type(headers, forms)
         with service.memory.account() as account:
-            body = await read_body(headers, receive, service.settings, account)
+            content = await read_body(headers, receive, service.settings, account)
             with service.place():
+                body = Body(content, [], account)
+                del content
                 await while_connected(_answer(service, headers, kind, body, work, reply), receive, service)
     except ClientLeft:
         service.metrics.cancelled.inc()
@@ -79,14 +79,12 @@ async def converse(service: Service, scope: Scope, receive: Receive, send: Send,
         await reply.error(internal_error())
 
 
-async def _answer(service: Service, headers: Headers, kind: str, body: bytes, work: Work, reply: Reply) -> None:
-    files: list[Source] = []
+async def _answer(service: Service, headers: Headers, kind: str, body: Body, work: Work, reply: Reply) -> None:
     if kind == "multipart/form-data":
-        value, files = await parse_form(headers, body, service.settings.max_images)
+        body.value, body.files = await parse_form(headers, body.value, service.settings.max_images)
     else:
-        value = await service.in_worker(parse_object, body)
-    del body
-    await work(value, files, reply)
+        body.value = await service.in_worker(parse_object, body.value)
+    await work(body, reply)
 
 
 async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, service: Service) -> None:

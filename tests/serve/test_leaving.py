@@ -167,6 +167,18 @@ def test_a_client_that_does_not_read_holds_nobody_up(pg):
         lazy.close()
 
 
+def test_a_body_is_forgotten_once_its_picture_is_pixels(held):
+    """However long its answer takes, and however many wait."""
+    held.gate.clear()
+    connections = [begin(held, chat()) for _ in range(6)]
+    wait_until(lambda: held.service.engine.waiting + len(held.service.engine.running) == 6)
+    assert held.service.taken == 6 and held.service.memory.held == 0
+    held.gate.set()
+    for connection in connections:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        connection.close()
+
+
 def overload(url, clients, seconds, expected):
     """Statuses of all requests that so many clients send for so long; every answer of 200 must be the right one."""
     statuses, together = [], threading.Barrier(clients)
