@@ -65,6 +65,8 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)  # date, seconds, versions
     items: dict[str, list[Item]] = field(default_factory=dict, repr=False)  # task -> score and rightness of each item
     mask_tasks: list[str] = field(default_factory=list)  # those of them whose items are masks
+    # (task, figure) -> row -> its group, and what it adds above and below the line; to compare two runs row by row
+    shares: dict[tuple[str, str], dict[str, tuple[str, float, float]]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, key: tuple[str, str]) -> Figure:
         """report["caption", "exact"]"""

@@ -77,7 +77,12 @@ def summarize(
                 )
             )
     masks = [task for task in items if metrics[task].masks]
-    return Report(figures, counts, dict(about), items=items, mask_tasks=masks)
+    shares: dict[tuple[str, str], dict[str, tuple[str, float, float]]] = {}
+    for row in rows:
+        for name, (top, bottom) in row.ratios.items():
+            of_rows = shares.setdefault((row.example.task, name), {})
+            of_rows[row.example.id] = (row.example.group or row.example.id, top, bottom)
+    return Report(figures, counts, dict(about), items=items, mask_tasks=masks, shares=shares)
 
 
 def is_invalid(prediction: Prediction, metric: Metric) -> bool:

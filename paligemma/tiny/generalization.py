@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from paligemma.evaluate import Figure, Report, evaluate
+from paligemma.evaluate.intervals import bootstrap
+from paligemma.evaluate.report import nan_to_none
 from paligemma.files import write_json
 from paligemma.tiny.degradations import DEGRADATIONS
 from paligemma.tiny.evaluation import METRICS, ROWS_PER_SCENE, targets, tiny_examples
@@ -101,11 +105,20 @@ def check_names(names: Sequence[str] | None) -> None:
 
 
 def to_dict(reports: Mapping[str, Report]) -> dict[str, Any]:
-    """{part: {"task: figure": value}}, and the losses against "clean"."""
+    """{part: {"task: figure": value}}, and the losses against "clean", with their intervals and the largest of each."""
     values = {name: {f"{f.task}: {f.name}": f.value for f in report.figures} for name, report in reports.items()}
     lost = {name: loss for name in values if name in DEGRADATIONS and (loss := largest_loss(reports, name)) is not None}
+    paired = {
+        name: {
+            f"{task}: {figure}": dict(zip(("loss", "low", "high"), map(nan_to_none, interval)))
+            for task, figure in FIGURES
+            if (interval := paired_loss(reports["clean"], reports[name], task, figure)) is not None
+        }
+        for name in lost
+    }
     return {
         "figures": values,
+        "losses": paired,
         "largest_loss": {name: {"figure": key, "loss": loss} for name, (key, loss) in lost.items()},
     }
 
@@ -122,6 +135,26 @@ def largest_loss(reports: Mapping[str, Report], name: str) -> tuple[str, float] 
         loss = after.value - before.value if before.lower_is_better else before.value - after.value
         losses.append((loss, f"{task}: {figure}"))
     return (max(losses)[1], max(losses)[0]) if losses else None
+
+
+def paired_loss(clean: Report, degraded: Report, task: str, figure: str) -> tuple[float, float, float] | None:
+    """What a degradation costs, over the rows that were asked of both pictures, and the ends of its 95% interval.
+
+    Both runs saw the same scenes, so the interval resamples scenes, each with its answers before and after: it is much
+    narrower than those of the two figures. None where there is no row to compare.
+    """
+    before, after = (report.shares.get((task, figure), {}) for report in (clean, degraded))
+    rows = [row for row in before if row in after]
+    numbers = np.array([[*before[row][1:], *after[row][1:]] for row in rows]).reshape(-1, 4)
+    if not numbers[:, 1].sum() or not numbers[:, 3].sum():
+        return None
+    sign = -1 if "error" in figure else 1
+
+    def loss(weights: np.ndarray) -> float:
+        a, b, c, d = weights @ numbers
+        return float(sign * (a / b - c / d)) if b and d else float("nan")
+
+    return loss(np.ones(len(rows))), *bootstrap(loss, [before[row][0] for row in rows], samples=500)
 
 
 def _figure(report: Report, task: str, name: str) -> Figure | None:

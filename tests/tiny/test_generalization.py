@@ -1,6 +1,7 @@
 """The table over several sets of scenes: what is in it, what counts as lost, and that a run continues."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from paligemma.evaluate import Figure, Report
 from paligemma.tiny import generalization
 from paligemma.tiny.degradations import DEGRADATIONS
 from paligemma.tiny.evaluation import METRICS, targets, tiny_examples
-from paligemma.tiny.generalization import FIGURES, PARTS, evaluate_parts, largest_loss, table, to_dict
+from paligemma.tiny.generalization import FIGURES, PARTS, evaluate_parts, largest_loss, paired_loss, table, to_dict
 
 
 def test_the_parts_are_the_renderer_s_own_scenes_what_is_new_and_each_degradation_alone():
@@ -59,6 +60,20 @@ def test_a_degradation_may_cost_four_points():
     assert largest_loss(reports, "jpeg") == ("ocr: character error rate", pytest.approx(0.1))
     assert to_dict(reports)["largest_loss"]["blur"] == {"figure": "caption: exact", "loss": pytest.approx(0.1)}
     assert largest_loss({"jpeg": report(1, 0)}, "jpeg") is None
+
+
+def test_a_loss_is_measured_scene_by_scene():
+    """Of ten scenes, two lose their answer. Two runs on different scenes could hardly tell; the same scenes can."""
+    key = ("what", "exact")
+    clean = replace(report(1, 0), shares={key: {f"{n}": (f"scene {n}", 1, 1) for n in range(100)}})
+    rows = {f"{n}": (f"scene {n}", n % 5 > 0, 1) for n in range(90)}  # ten rows were not asked
+    loss, low, high = paired_loss(clean, replace(clean, shares={key: rows}), *key)
+    assert loss == pytest.approx(0.2) and 0.1 < low < 0.2 < high < 0.3
+    error = ("ocr", "character error rate")
+    before = replace(clean, shares={error: {"1": ("a", 1, 10), "2": ("b", 1, 10)}})
+    after = replace(clean, shares={error: {"1": ("a", 3, 10), "2": ("b", 3, 10)}})
+    assert paired_loss(before, after, *error) == pytest.approx((0.2, 0.2, 0.2))
+    assert paired_loss(clean, after, *key) is None
 
 
 def test_the_embedded_model_is_measured_and_a_run_continues(tmp_path, monkeypatch):
