@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paligemma.answers.mask_codec import MaskCodec
 from paligemma.export.graphs import GRAPHS
 from paligemma.export.storing import SUFFIXES
 from paligemma.files import read_json
@@ -27,11 +28,14 @@ from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
 
 
-def load_exported(folder: str | Path, weights: str = "fp32", threads: int | None = None) -> PaliGemma:
-    """The exported model, with the methods of `paligemma.load`'s. Its masks need the official codec."""
+def load_exported(
+    folder: str | Path, weights: str = "fp32", threads: int | None = None, codec: MaskCodec | None = None
+) -> PaliGemma:
+    """The exported model, with the methods of `paligemma.load`'s. codec: of masks; default the official one."""
     model = ExportedModel(Path(folder), weights, threads)
     vision = model.config.vision_config
-    return PaliGemma(model, PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size))  # type: ignore[arg-type]
+    processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)
+    return PaliGemma(model, processor, codec)  # type: ignore[arg-type]
 
 
 class ExportedModel(nn.Module):

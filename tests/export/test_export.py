@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,14 @@ from reference import make_inputs, randomize, tiny_config
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
+from paligemma.bench.shapes import write_random_checkpoint
 from paligemma.cli.main import app
 from paligemma.generation import decode_one_token, prefill
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
+from paligemma.weights.published import published_config
 from paligemma.weights.saving import save_pretrained
 
 ir = pytest.importorskip("onnx_ir", reason="needs the extra `export`")
@@ -252,3 +256,40 @@ def test_the_command_of_the_page_writes_and_checks_the_embedded_model(tmp_path):
             else [file for file in folder.glob("onnx/*.onnx") if not file.stem.endswith(("_fp16", "_quantized", "_q4"))]
         )
         assert sum(file.stat().st_size for file in files) / 1e6 == pytest.approx(int(size), abs=0.6), name
+
+
+# In a process of its own. RssAnon is memory that is no page of a file.
+EXPORT = """
+import json, sys, threading, time
+def own():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+most = [0]
+def watch():
+    while True:
+        most[0] = max(most[0], own())
+        time.sleep(0.05)
+threading.Thread(target=watch, daemon=True).start()
+from paligemma.export.exporting import export
+files = export(sys.argv[1], sys.argv[2], ["fp32"])
+print(json.dumps({"most": most[0], "bytes": sum(file.stat().st_size for file in files)}))
+"""
+
+
+@pytest.mark.official
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_an_official_size_is_written_tensor_by_tensor(tmp_path):
+    """PaliGemma 1 3b in float32: 14 GB of files, since the embedding is in two of them. (20 GB of disk.)"""
+    config = published_config("paligemma-3b", 224)
+    write_random_checkpoint(config, tmp_path / "model")
+    PaliGemmaProcessor(load_tokenizer(build_tokenizer(tmp_path / "tokenizer")), 256, 224).save_pretrained(
+        tmp_path / "model"
+    )
+    command = [sys.executable, "-c", EXPORT, str(tmp_path / "model"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    weights = 4 * 2_923_466_480
+    print(f"\nweights {weights / 1e9:.1f} GB, files {facts['bytes'] / 1e9:.1f}, most memory {facts['most'] / 1e9:.2f}")
+    external = {path.name for path in (tmp_path / "out" / "onnx").glob("*_data")}
+    assert {"decoder_model_merged.onnx_data", "embed_tokens.onnx_data"} <= external
+    assert facts["most"] <= 1.5 * weights
