@@ -1,6 +1,8 @@
 """The page in a real browser: every task by mouse and by keyboard alone, and the pixels that it draws."""
 
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -298,7 +300,7 @@ def copied_json(page):
     return json.loads(copied(page, "#copy-json"))
 
 
-def test_json_and_curl(page, scene, pg):
+def test_json_is_what_the_server_answered(page, scene, pg):
     page.pick(scene)
     page.task("detect")
     page.labels("book")
@@ -309,8 +311,23 @@ def test_json_and_curl(page, scene, pg):
     assert answer["detections"][0]["box"] == list(book.box)
     assert answer["detections"][0]["score"] == pytest.approx(book.score, abs=1e-5)
     assert page.text("#copy-json") == "Copied"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("name", ["scene.png", """it's "my" photo; $HOME.png"""])
+def test_the_copied_command_asks_the_same(page, tmp_path, pg, name):
+    Image.open(SCENE).save(tmp_path / name)
+    page.pick(tmp_path / name)
+    page.task("detect")
+    page.labels("book")
+    page.run()
     command = copied(page, "#copy-curl")
-    assert command.startswith(f"curl '{page.url.rstrip('/')}/v1/answer'") and "image=@" in command
+    assert command.startswith(f"curl '{page.url}v1/answer'")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    answer = json.loads(done.stdout)
+    assert answer["image"] == name.replace('"', "%22")  # as curl and browsers write it in a form
+    assert answer["prompt"] == "detect book"
+    assert answer["detections"][0]["box"] == list(pg.detect(SCENE, ["book"])[0].box)
 
 
 def test_the_picture_is_saved_with_its_boxes(page, scene, browser, tmp_path):
