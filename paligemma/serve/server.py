@@ -36,6 +36,10 @@ LINGER = 2.0  # seconds that a server with a dead engine still answers, so that 
 MOST_CONNECTIONS = 512  # with or without a request; beyond them a connection gets 503
 LONGEST_HEADERS = 2**16  # bytes
 FREED_AT_ONCE = 2**23  # bytes: bodies, and the blocks of large pictures
+# Seconds for which the engine's thread keeps Python's lock while the event loop waits for it. With Python's own 5 ms, a
+# reply that takes several turns waits for each. Measured in turns with 48 clients: the 99th percentile of /health was
+# 170 and 85 ms with 5 ms, 87 and 18 ms with this; as many answers a second.
+SWITCH_INTERVAL = 0.0005
 LAST_BYTES = 5  # seconds for the last replies to be sent once everything has ended
 
 
@@ -47,6 +51,7 @@ def serve(
     Raises the error of `load`, where that fails.
     """
     give_back_freed_memory(FREED_AT_ONCE)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     server = Server(create_app(load, settings), settings, lambda: say(url))
     server.run([listening])
     failure = server.service.engine.failure
