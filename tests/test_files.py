@@ -208,3 +208,12 @@ def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
     with pytest.raises(OSError), locked(tmp_path, "paligemma train"):
         pass
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_two_writers_of_one_file_never_share_their_temporary_name(tmp_path):
+    """Not even on a shared disk, where processes of two machines may have the same number."""
+    with files.written_whole(tmp_path / "a.json") as one, files.written_whole(tmp_path / "a.json") as two:
+        assert one != two and one.suffix == two.suffix == ".json"
+        one.write_text("1")
+        two.write_text("2")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

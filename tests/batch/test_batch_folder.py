@@ -231,6 +231,14 @@ def test_what_a_work_file_has_is_not_computed_again(tmp_path, gone):
     assert [line["id"] for line in lines_of(folder)] == ids(10)
 
 
+def test_a_line_without_its_end_is_torn_even_where_its_json_is_whole(tmp_path):
+    """It would run into the next line of the part."""
+    folder = run_of(tmp_path / "run", 10)
+    (folder.work / "00000.lost.jsonl").write_text(json.dumps(line_of(folder.rows(0)[0])))
+    assert work_on(folder, 0, answer)
+    assert folder.part(0).read_bytes().count(b"\n") == 10 and [line["id"] for line in lines_of(folder)] == ids(10)
+
+
 def test_a_worker_that_is_asked_to_stop_keeps_what_it_has(tmp_path):
     folder = run_of(tmp_path / "run", 10)
     seen = []
