@@ -48,6 +48,8 @@ def test_every_page_and_chapter_is_there(site):
     for page in DOCS.rglob("*.md"):
         name = page.relative_to(DOCS).with_suffix(".html").as_posix()
         assert (site / ("index.html" if name == "README.html" else name)).is_file()
+        contents = (DOCS / "README.md").read_text("utf-8") + (DOCS / "course" / "README.md").read_text("utf-8")
+        assert f"{page.name})" in contents or page.name == "README.md", f"no table of contents names {page.name}"
     assert (site / "source/paligemma/modeling_siglip.py.html").is_file()
 
 
