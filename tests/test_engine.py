@@ -283,13 +283,11 @@ def test_numbers_that_are_none_in_the_middle_of_an_answer_end_that_row_alone():
         same(ticket.result(), Engine(model).admit(request).result())
 
 
-def test_cancelled_rows_are_gone_with_the_next_step():
-    model = model_of()
+def test_cancelled_rows_are_gone_with_the_next_step(monkeypatch):
+    model = copy.deepcopy(model_of())
+    passes = passes_of(monkeypatch, model)
     engine = Engine(model, prefill_every=1)
-    tickets = [
-        engine.admit(mixed_request(model, seed, constraint=None, max_new_tokens=20, eos_token_id=NO_EOS))
-        for seed in range(5)
-    ]
+    tickets = [engine.admit(plain(model, 20)) for _ in range(5)]
     for _ in range(3):
         engine.step()
     assert engine.rows_running == 5
@@ -297,11 +295,12 @@ def test_cancelled_rows_are_gone_with_the_next_step():
     tickets[3].cancel()
     written = tickets[1].written()[0]
     engine.step()
-    assert engine.rows_running == 3 and tickets[1].written()[0] == written
+    assert engine.rows_running == 3 and tickets[1].written()[0] == written and passes[-1] == (3, 1)
     tickets[1].cancel()  # a second time nothing happens
     for ticket in tickets[::2]:
         ticket.cancel()
-    assert not engine.step() and engine.bytes_held == 0
+    before = len(passes)
+    assert not engine.step() and engine.bytes_held == 0 and len(passes) == before
     finished = engine.admit(mixed_request(model, 1))
     answer = finished.result()
     finished.cancel()

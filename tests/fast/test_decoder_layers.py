@@ -46,6 +46,30 @@ def test_next_tokens_in_one_call_of_a_layer_are_equal_to_the_bit(kernels, mode, 
         assert torch.equal(kept, step_by_step)
 
 
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+def test_rows_that_joined_and_left_are_computed_in_one_call_as_well(kernels, mode, kind, monkeypatch):
+    """A trimmed cache is a view that does not begin where its memory does: equal to the bit to a copy of it."""
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: True)
+    called, real = [], linear_kernels.decoder_layer
+    monkeypatch.setattr(linear_kernels, "decoder_layer", lambda x, *rest: called.append(x.shape[1]) or real(x, *rest))
+    model = quantize(make_model(kind, torch.bfloat16), mode)
+    logits = []
+    for copied in (False, True):
+        _, cache = cached_passes(model)
+        _, other = cached_passes(model, rows=(9, 7))
+        cache.join(other)
+        cache.select(torch.tensor([3, 1]))  # the longest row leaves
+        cache.trim()
+        assert not cache.keys[0].is_contiguous() and cache.keys[0].storage_offset() > 0
+        if copied:
+            cache.grow(cache.max_length + 5)
+        called.clear()
+        logits.append(model(torch.tensor([[5, 6], [7, 8]]), cache=cache).logits)
+        assert called == [2] * len(cache.keys)
+    assert torch.equal(*logits)
+
+
 class HalfNorm(FastRMSNorm):
     def forward(self, x):
         return super().forward(x) / 2
