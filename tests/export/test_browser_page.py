@@ -29,7 +29,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def site(modules, tmp_path_factory):  # noqa: F811
     """The folder, and its address on a server like `python -m http.server`."""
-    spec = importlib.util.spec_from_file_location("build", ROOT / "examples" / "browser" / "build.py")
+    spec = importlib.util.spec_from_file_location("build", ROOT / "examples" / "build_browser.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     folder = tmp_path_factory.mktemp("site") / "web"

@@ -1,6 +1,6 @@
 """Makes a folder that runs the embedded model in a browser: the page, transformers.js, onnxruntime-web and the model.
 
-    python examples/browser/build.py web      # needs npm, and pip install 'paligemma[export]'
+    python examples/build_browser.py web      # needs npm, and pip install 'paligemma[export]'
     python -m http.server -d web              # then open http://localhost:8000
 
 Nothing is loaded from elsewhere: the two libraries come from npm and lie beside the page.
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "browser"
 PACKAGES = ["@huggingface/transformers@4.3.2"]  # brings onnxruntime-web
 FILES = [
     "@huggingface/transformers/dist/transformers.web.min.js",
