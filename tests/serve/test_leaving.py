@@ -18,18 +18,25 @@ URL = "/v1/chat/completions"
 
 @pytest.fixture
 def held(pg, monkeypatch):
-    """A server with a gate in front of each step of its engine: `gate.clear()` holds it, `gate.set()` lets it go."""
+    """A server with a gate in front of each step of its engine: `gate.clear()` holds it, `gate.set()` lets it go, and
+    `let(n)` lets it make n steps."""
     with running(pg, max_rows=2, max_queue=4) as server:
-        gate, step = threading.Event(), server.service.engine.engine.step
+        gate, permits, step = threading.Event(), threading.Semaphore(0), server.service.engine.engine.step
         gate.set()
-        server.gate = gate
-        server.steps = 0
+        server.gate, server.steps = gate, 0
 
         def gated_step():
-            gate.wait(20)
+            while not gate.is_set() and not permits.acquire(timeout=0.01):
+                pass
             server.steps += 1
             return step()
 
+        def let(count):
+            wanted = server.steps + count
+            permits.release(count)
+            wait_until(lambda: server.steps == wanted)
+
+        server.let = let
         monkeypatch.setattr(server.service.engine.engine, "step", gated_step)
         yield server
         gate.set()
@@ -68,17 +75,18 @@ def test_a_client_that_leaves_while_its_row_runs(held, pg, stream, phase):
         held.gate.clear()
         leaving = begin(held, chat("caption en", max_tokens=100, stream=stream))
         wait_until(lambda: len(engine.running) == 1)
+        (job,) = engine.running
         neighbour = pool.submit(client.post, URL, json=chat("detect book ; house"))
         wait_until(lambda: service.taken == 2)
         if phase == "decode":
-            held.gate.set()
-            wait_until(lambda: held.steps >= 3)
-            held.gate.clear()
+            held.let(3)
+            assert job.ticket.written()[0]
         leaving.close()
         wait_until(lambda: service.taken == 1)
-        steps = held.steps
+        held.let(2)
+        held.let(1)  # the second one has ended when the third begins
+        assert job not in engine.running and all(row.ticket is not job.ticket for row in engine.engine._running)
         held.gate.set()
-        wait_until(lambda: engine.engine.rows_running <= 1 and held.steps >= steps + 2)
         content = neighbour.result().json()["choices"][0]["message"]["content"]
         assert content == pg.generate(SCENE, "detect book ; house", 512, constrained=True).text
     assert "paligemma_cancelled_total 1.0" in service.metrics.text().decode()
