@@ -20,7 +20,7 @@ MARKED = re.compile(r"(\[[^\[\]\n]*\]|`[^`\n]*`|[^\s<>`]+)<!--([\w.-]+)-->")
 # Numbers that a chapter may state without a name, because they do not depend on the model: what an exercise asks for,
 # sizes of official models, how a logarithm works.
 FREE = {
-    "01": "3 1 -1 0 20 410 275",
+    "01": "3 1 -1 0 20 440 283",
     "02": "27 28 1 0 -1",
     "03": "1 3 5 7 20 5%",
     "04": "0 1",

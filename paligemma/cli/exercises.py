@@ -117,7 +117,7 @@ def counted(patch: int, patches: int) -> str:
 
 # ---------------------------------------------------------------------------------------------- the exercises
 
-PIXEL = (410, 275)  # row and column in the scene: the dog's nose
+PIXEL = (440, 283)  # row and column in the scene: the dog's nose
 
 
 def patch_of_a_pixel(pg: PaliGemma) -> Truth:
