@@ -80,10 +80,10 @@ def test_the_wrapped_modules_are_the_model(family):
     past = [torch.empty(3, text.num_key_value_heads, 0, text.head_dim)] * (2 * text.num_hidden_layers)
     logits, *past = Decoder(model)(x, mask, mask.cumsum(-1).clamp(min=1), past)
     assert_close(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
-    for _ in range(6):  # beyond the window of 4
-        tokens = logits[:, -1].argmax(-1, keepdim=True)
+    for count in (1, 1, 2, 1, 3):  # tokens at once; beyond the window of 4
+        tokens = logits[:, -1].argmax(-1, keepdim=True) + torch.arange(count)
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-        logits, *past = Decoder(model)(TokenEmbedding(model)(tokens), mask, mask.sum(-1, keepdim=True), past)
+        logits, *past = Decoder(model)(TokenEmbedding(model)(tokens), mask, mask.cumsum(-1)[:, -count:], past)
         assert_close(logits, model(tokens, cache=cache).logits, rtol=0, atol=1e-5)
 
 
