@@ -214,6 +214,7 @@ def test_parts_of_one_object_of_labelme(folder):
     (shape("dog", [[3, 4]], "point"), "box or mask", "a shape of the type 'point' has no area"),
     (shape("dog", [[3, 4], [3, 9]], "rectangle"), "box or mask", "has no area"),
     (shape("dog", [[3, None], [3, 9]], "rectangle"), "box or mask", "a rectangle has two points"),
+    (shape("dog", [1, 2], "rectangle"), "box or mask", "a rectangle has two points, got"),
     (shape("dog", None), "box or mask", "its polygon is None"),
     (shape("", [[0, 0]]), "missing key", "shapes[0] has no label"),
     (3, "missing key", "shapes[0] has no label: 3"),
