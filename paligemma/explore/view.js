@@ -156,7 +156,7 @@ function attention() {
   const grid = [], onPicture = sharesOf(state.token);
   for (let layer = 0; layer < L; layer++) {
     const heads = onPicture.subarray(layer * H, (layer + 1) * H);
-    const row = [element("th", "layer " + (layer + 1), { scope: "row" })];
+    const row = [element("th", "layer " + layer, { scope: "row" })];
     for (let h = -1; h < H; h++) {
       const share = h < 0 ? heads.reduce((a, b) => a + b) / H : heads[h];
       const cell = element("td", percent(share), { class: "heat", "data-layer": layer, "data-head": h });
@@ -167,12 +167,12 @@ function attention() {
     }
     grid.push(row);
   }
-  fillTable("attention-grid", ["", "mean", ...meta.heads.map((h) => "head " + (h + 1))], grid);
+  fillTable("attention-grid", ["", "mean", ...meta.heads.map((h) => "head " + h)], grid);
   const found = weightsOf(state.layer, state.head, state.token), values = onPatches(found);
   drawMap($("attention-map"), values.map((v) => v * 4));
   const share = found.slice(0, meta.attention_patches).reduce((a, b) => a + b, 0);
-  $("attention-said").textContent = `Predicting ${JSON.stringify(meta.answer[state.token])}: layer ${state.layer + 1}, ` +
-    (state.head < 0 ? "mean of the heads" : "head " + (meta.heads[state.head] + 1)) + `. ${percent(share)} is on the picture.`;
+  $("attention-said").textContent = `Predicting ${JSON.stringify(meta.answer[state.token])}: layer ${state.layer}, ` +
+    (state.head < 0 ? "mean of the heads" : "head " + meta.heads[state.head]) + `. ${percent(share)} is on the picture.`;
   const words = meta.text.map((text, i) => [readable(text), found[meta.attention_patches + i]]).filter((w) => w[1] > 0.005);
   words.sort((a, b) => b[1] - a[1]);
   fillTable("attention-words", ["text attended", "weight"], words.slice(0, 10).map(([t, v]) => [t, percent(v)]));
@@ -182,7 +182,7 @@ function attention() {
 function words() {
   const range = $("words-layer");
   range.value = state.layer;
-  $("words-said").textContent = state.layer === 0 ? "Before the first layer." : `After layer ${state.layer} of ${L}.`;
+  $("words-said").textContent = state.layer === 0 ? "Before the first layer." : `After ${state.layer} of ${L} layers.`;
   const canvas = $("words-map"), w = canvas.getContext("2d");
   drawMap(canvas, new Float32Array(P).fill(0.12), state.patch >= 0 ? [state.patch] : [], "transparent");
   w.textAlign = "center";
@@ -195,7 +195,7 @@ function words() {
   }
   const chosen = Math.max(0, state.patch);
   fillTable("words-table", ["state", `patch at ${place(chosen)}`, "probability"], [...Array(L + 1).keys()].map((layer) => [
-    layer === 0 ? "embedded" : "after layer " + layer,
+    layer === 0 ? "embedded" : `after ${layer} of ${L} layers`,
     readable(meta.words[arrays.words[layer * P + chosen]]),
     percent(weight(arrays.word_probability[layer * P + chosen])),
   ]));
@@ -265,7 +265,7 @@ function heat(id, names, columns, value) {
     return cell;
   })]));
 }
-const layerNames = () => [...Array(L).keys()].map((layer) => "layer " + (layer + 1));
+const layerNames = () => [...Array(L).keys()].map((layer) => "layer " + layer);
 function routes() {
   $("routes-tokens").replaceChildren(...meta.routes.map((r, i) => {
     const button = element("button", readable(meta.answer[r.token]), { "aria-pressed": String(i === state.column % meta.routes.length) });
@@ -285,7 +285,7 @@ function compare() {
   const values = new Float32Array(P);
   for (let p = 0; p < P; p++) values[p] = Math.max(0, arrays.per_patch[Math.min(state.layer, L - 1) * P + p]);
   drawMap($("compare-map"), values);
-  $("compare-map-said").textContent = `Single patches, put in before layer ${Math.min(state.layer, L - 1) + 1}.`;
+  $("compare-map-said").textContent = `Single patches, put in before layer ${Math.min(state.layer, L - 1)}.`;
   fillTable("compare-patches", ["patch", "restored"], largest(values, 10, (v) => v.toFixed(2)));
 }
 
@@ -326,7 +326,8 @@ document.addEventListener("keydown", (event) => {
     const [name, by] = step, most = name === "token" ? Math.max(0, A - 1) : last;
     go({ [name]: Math.max(0, Math.min(most, state[name] + by)) });
     event.preventDefault();
-  } else if (/^[0-9]$/.test(event.key) && +event.key <= H) go({ head: +event.key - 1 });
+  } else if (/^[0-9]$/.test(event.key) && +event.key < H) go({ head: +event.key });
+  else if (event.key === "m") go({ head: -1 });
 });
 window.addEventListener("hashchange", () => { fromLink(); draw(); });
 for (const id of ["words-map", "knock-out-map"]) $(id).onclick = (event) => go({ patch: patchAt($(id), event) });

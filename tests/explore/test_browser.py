@@ -57,14 +57,14 @@ def test_every_screen_by_mouse_and_keyboard(browser, pages):
     browser.find_element("css selector", 'nav a[data-screen="attention"]').click()
     buttons = "return [...document.querySelectorAll('#attention-tokens button')].map(b => b.firstChild.textContent)"
     assert browser.execute_script(buttons) == looks["caption"].tokens[looks["caption"].first_answer :]
-    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_UP, "2")
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_UP, "1")
     link = browser.current_url
-    assert "token=2&layer=4&head=1" in link and "head 2" in browser.find_element("id", "attention-said").text
+    assert "token=2&layer=4&head=1" in link and "head 1" in browser.find_element("id", "attention-said").text
     # A view is a link.
     opened(browser, folder / "caption.html", "#" + link.split("#")[1])
-    assert shown(browser) == ["attention"] and "layer 5, head 2" in browser.find_element("id", "attention-said").text
+    assert shown(browser) == ["attention"] and "layer 4, head 1" in browser.find_element("id", "attention-said").text
     browser.find_element("css selector", 'td[data-layer="0"][data-head="-1"]').click()
-    assert "layer 1, mean of the heads" in browser.find_element("id", "attention-said").text
+    assert "layer 0, mean of the heads" in browser.find_element("id", "attention-said").text
 
     browser.find_element("css selector", 'nav a[data-screen="knock-out"]').click()
     browser.find_element("id", "knock-out-map").click()
