@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 CALIBRATION_FILE = "calibration.json"
-LEAST = 1e-9  # a probability of exactly 0 or 1 has no logit
+LEAST = 1e-3  # what the map leaves between a probability and 0 or 1, see `log_odds`
 
 
 class Distribution(NamedTuple):
@@ -62,7 +62,7 @@ def _sides(low: float, high: float, lows: np.ndarray, highs: np.ndarray) -> tupl
 
 @dataclass(frozen=True)
 class Calibration:
-    """Probability p -> sigmoid(offset + slope * logit(p)), one map for boxes and one for masks.
+    """Probability p -> sigmoid(offset + slope * log_odds(p)), one map for boxes and one for masks.
 
     The slope is above 0, so the order of scores, and with it average precision, stays. Raises ValueError otherwise.
     """
@@ -82,8 +82,7 @@ class Calibration:
         offset, slope = self.masks if mask else self.boxes
         if (offset, slope) == (0.0, 1.0):
             return p
-        p = min(max(p, LEAST), 1 - LEAST)
-        return 1 / (1 + math.exp(-(offset + slope * math.log(p / (1 - p)))))
+        return 1 / (1 + math.exp(-(offset + slope * float(log_odds(np.asarray(p))))))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,18 +102,28 @@ class Calibration:
 IDENTITY = Calibration()
 
 
+def log_odds(p: np.ndarray) -> np.ndarray:
+    """log(p / (1 - p)), with p in [0, 1] drawn into [LEAST, 1 - LEAST] first, which keeps the order.
+
+    A probability of exactly 0 or 1 has no log-odds. And close to 1, an item's probability differs in its last bits from
+    one batch to another: without the margin, the map would turn a difference of 1e-6 into one of 1e-4.
+    """
+    inside = LEAST + (1 - 2 * LEAST) * p
+    return np.log(inside / (1 - inside))
+
+
 def fit(p: Sequence[float], right: Sequence[bool], rounds: int = 50) -> tuple[float, float]:
     """Offset and slope of the map under which scores `p` say best how often items were `right`: logistic regression.
 
     As Platt advises, the targets are (n + 1) / (n + 2) and 1 / (n + 2) with n the number of right and of wrong items:
     nothing is certain. ValueError without a right and a wrong item, and where surer items are not right more often.
     """
-    given, truth = np.clip(np.asarray(p, float), LEAST, 1 - LEAST), np.asarray(right, bool)
+    given, truth = np.asarray(p, float), np.asarray(right, bool)
     if not truth.any() or truth.all():
         raise ValueError(
             f"calibration needs right and wrong items, and all {len(truth)} are {'right' if truth.any() else 'wrong'}"
         )
-    x = np.stack([np.ones(len(given)), np.log(given / (1 - given))], -1)
+    x = np.stack([np.ones(len(given)), log_odds(given)], -1)
     target = np.where(truth, (truth.sum() + 1) / (truth.sum() + 2), 1 / ((~truth).sum() + 2))
     weights = np.array([0.0, 1.0])
     for _ in range(rounds):  # Newton's method, on a concave function; half a step where a whole one makes it worse

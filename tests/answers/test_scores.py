@@ -93,7 +93,8 @@ def test_boxes_and_masks_have_a_map_each(tokenizer):
     text = f"{BOX} dog ; {BOX}{codes} cat"
     parsed = scored(tokenizer, text, {"dog": 0.5, "cat": 0.8}, sure(*CHOSEN) * 2, calibration=calibration)
     assert parsed.detections[0].score == pytest.approx(1 / (1 + math.exp(-1)))
-    assert parsed.segments[0].score == pytest.approx(1 / (1 + math.exp(1 - 0.5 * math.log(4))))
+    inside = 0.001 + 0.998 * 0.8  # drawn away from 0 and 1, so that the last bits of p do not decide
+    assert parsed.segments[0].score == pytest.approx(1 / (1 + math.exp(1 - 0.5 * math.log(inside / (1 - inside)))))
 
 
 # --- the map ----------------------------------------------------------------------------------------
@@ -152,3 +153,12 @@ def test_a_file_gives_back_the_map(tmp_path):
     kept = Calibration(boxes=(0.5, 1.5), masks=(-1.0, 0.25))
     (tmp_path / CALIBRATION_FILE).write_text(json.dumps(kept.to_dict()))
     assert Calibration.load(tmp_path / CALIBRATION_FILE) == kept
+
+
+def test_a_map_keeps_the_order_and_does_not_magnify_the_last_bits_of_a_probability():
+    steep = Calibration(boxes=(0.6, 0.5))
+    nearly = [1 - 2e-6, 1 - 1e-6, 1.0]
+    scores = [steep(p) for p in nearly]
+    assert scores == sorted(set(scores))
+    assert scores[2] - scores[0] < 2e-5
+    assert 0 < steep(0.0) < steep(1e-6)

@@ -134,7 +134,8 @@ def test_how_to_round_is_told_to_load(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr("paligemma.train.checks.find_spec", lambda name: name)
     monkeypatch.setattr("paligemma.train.finetune.load", lambda *given: asked.extend(given) or paligemma.load(base))
     run(base, data, tmp_path / "run", lora=("decoder",), quantize="nf4", steps=1)
-    assert asked == [base, None, None, "nf4", None, None]
+    stored = torch.float32  # in which the result is saved
+    assert asked == [base, None, stored, "nf4", None, None]
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]["quantize"] == "nf4"
 
 
