@@ -148,8 +148,8 @@ def outline_of(shape: dict[str, Any]) -> np.ndarray:
     if kind not in ("rectangle", "circle"):
         raise ValueError(f"a shape of the type {kind!r} has no area: expected polygon, rectangle, circle or mask")
     # Two points: opposite corners, or the centre and a point on the circle.
-    pairs = isinstance(points, list) and all(isinstance(point, list) for point in points)
-    flat = [value for point in points for value in point] if pairs else []
+    given = points if isinstance(points, list) else []
+    flat = [value for point in given if isinstance(point, list) for value in point]
     if len(flat) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in flat):
         raise ValueError(f"a {kind} has two points, got {short(points)}")
     x0, y0, x1, y1 = flat
