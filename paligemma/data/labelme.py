@@ -149,7 +149,7 @@ def outline_of(shape: dict[str, Any]) -> np.ndarray:
         raise ValueError(f"a shape of the type {kind!r} has no area: expected polygon, rectangle, circle or mask")
     # Two points: opposite corners, or the centre and a point on the circle.
     given = points if isinstance(points, list) else []
-    flat = [value for point in given if isinstance(point, list) for value in point]
+    flat = [value for point in given for value in (point if isinstance(point, list) else [point, None])]
     if len(flat) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in flat):
         raise ValueError(f"a {kind} has two points, got {short(points)}")
     x0, y0, x1, y1 = flat
