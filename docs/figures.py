@@ -481,7 +481,7 @@ def figure_12(seen: Seen) -> tuple[Figure, dict[str, str]]:
     figure, axes = plt.subplots(figsize=(7, 3.8))
     places = np.arange(len(names))
     axes.hlines(places, [tiny[name] for name in names], [official[name] for name in names], color=PALE, linewidth=3)
-    axes.plot([tiny[name] for name in names], places, "o", color=BLUE, label="the embedded model")
+    axes.plot([tiny[name] for name in names], places, "o", color=BLUE, label="the small model")
     axes.plot([official[name] for name in names], places, "s", color=ORANGE, label="paligemma2-3b at 448 pixels")
     axes.set_yticks(places, names)
     axes.invert_yaxis()

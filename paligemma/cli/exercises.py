@@ -203,7 +203,9 @@ def patches_that_say(pg: PaliGemma) -> Truth:
     words = [[pg.processor.tokenizer.decode([word]).strip() for word in row] for row in said.tolist()]
     counts = [row.count("umbrella") for row in words]
     truth, last = counts[-1], len(counts) - 1
-    covered = len(course.patches(course.scene(), "umbrella", look.grid))
+    shown = course.patches(course.scene(), "umbrella", look.grid)
+    covered, near = len(shown), {patch for one in shown for patch in course.around(one, 3, look.grid)}
+    far = sum(word == "umbrella" and patch not in near for patch, word in enumerate(words[-1]))
 
     def why_not(given: int) -> str:
         if given == covered:
@@ -214,7 +216,7 @@ def patches_that_say(pg: PaliGemma) -> Truth:
 
     why = (
         f"{truth} patches say it after the last layer and {counts[0]} straight from the projector, while {covered} "
-        "show a part of it: the layers have carried the word to patches beside the umbrella"
+        f"show a part of it: the layers have carried the word to other patches, {far} of them not beside the umbrella"
     )
     return Truth(frozenset({truth}), why, why_not)
 
@@ -303,19 +305,19 @@ def table_used_twice(pg: PaliGemma) -> Truth:
 
     heads = [name for name, weight in parameters.items() if is_head(weight)]
     if not heads:  # rounded weights are no parameters
-        raise ValueError("the head of this model is no parameter: take a model whose weights are not rounded")
+        raise ValueError("the output head of this model is no parameter: take a model whose weights are not rounded")
     truth = heads[0]
 
     def why_not(given: str) -> str:
         named = [name for name in parameters if given in ends_of(name)]
         if not named:
-            return f"the model has no parameter {given!r}: its head uses one that has another use as well"
+            return f"the model has no parameter {given!r}: its output head uses one that has another use too"
         shape = list(parameters[named[0]].shape)
-        return f"{named[0]} has the shape {shape}; the head makes one number for each of {text.vocab_size} tokens"
+        return f"{named[0]} has the shape {shape}; the output head makes a number for each of {text.vocab_size} tokens"
 
     why = (
-        f"{truth} embeds the tokens and is the head too: a state that is still a token's own row of it has the largest "
-        "product with that row"
+        f"{truth} embeds the tokens and is the output head too: a state that is still a token's own row of it has "
+        "the largest product with that row"
     )
     return Truth(ends_of(truth), why, why_not)
 
@@ -344,7 +346,7 @@ def route_of_yes(pg: PaliGemma) -> Truth:
 
     why = (
         f"cutting {truth} around layer 1 takes {change[truth]:.0%} of {token!r}: the prompt asks the picture in the "
-        "first layers, and the position that answers needs only the prompt"
+        "first layers, and the column that answers needs only the prompt"
     )
     return Truth(frozenset({truth}), why, why_not)
 
@@ -417,7 +419,7 @@ EXERCISES = {
     7: Exercise(
         "which column does the answer need most?", one_of("bos", "caption", "en", "newline"), column_that_is_needed
     ),
-    8: Exercise("which parameter is used at both ends of the decoder?", a_parameter, table_used_twice),
+    8: Exercise("which parameter is used at both ends of the language model?", a_parameter, table_used_twice),
     9: Exercise("which route from the picture does 'yes' take?", one_of(*ROUTES), route_of_yes),
     10: Exercise("which patch brings most of 'red' back?", a_number, patch_that_carries_red),
     11: Exercise("which edge of the house is the least sure?", one_of("y0", "x0", "y1", "x1"), widest_edge),
