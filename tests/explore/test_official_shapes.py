@@ -63,7 +63,7 @@ def narrow(tokenizer, image_size: int) -> PaliGemma:
     [
         (224, 3, ""),
         pytest.param(448, 6, "", marks=pytest.mark.slow),
-        pytest.param(896, 8, "2 x 2 patches share", marks=pytest.mark.slow),
+        pytest.param(896, 8, "2 x 2 patches share", marks=pytest.mark.official),
     ],
 )
 def test_the_page_of_26_layers_is_small_and_says_what_it_leaves_out(
