@@ -65,7 +65,7 @@ def test_exercises_about_what_the_model_does_accept_the_truth_alone(tiny):
     assert accepted(tiny, 3) == [3]
     state = tiny.model.language_model.model.norm(look.hidden_states[-1][: look.first_text])
     words, decode = tiny.model.logits(state).argmax(-1).tolist(), tiny.processor.tokenizer.decode
-    assert accepted(tiny, 4) == [sum(tiny.processor.tokenizer.decode([word]) .strip() == "umbrella" for word in words)]
+    assert accepted(tiny, 4) == [sum(decode([word]).strip() == "umbrella" for word in words)]
     token = look.answer.replace(",", " ,").split().index("book")
     on_book = [
         sum(
