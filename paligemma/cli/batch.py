@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paligemma.cli.options import Device, Dtype, Free, MaxNewTokens, Model, Revision, one_of
+from paligemma.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Free,
+    ImageSize,
+    LocScale,
+    MaxNewTokens,
+    Model,
+    Quantize,
+    Revision,
+    one_of,
+)
 from paligemma.cli.output import echo_json, note, notes, print_error, say
 from paligemma.cli.run import note_embedded_model, note_unusual_prompt, sampling_options
 
@@ -50,18 +62,10 @@ def batch(
     revision: Revision = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Round the weights while they are loaded: int8, int4; on CUDA also bnb-int8, nf4.",
-            callback=one_of("int8", "int4", "bnb-int8", "nf4", "bf16"),
-        ),
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="'auto': for a model larger than its device.", callback=one_of("auto"))
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Run at another resolution than the model's.")] = None,
-    loc_scale: Annotated[int, typer.Option(help="Steps that location tokens divide a side into: 1024 or 1023.")] = 1024,
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
+    image_size: ImageSize = None,
+    loc_scale: LocScale = 1024,
     max_new_tokens: MaxNewTokens = None,
     temperature: Annotated[float | None, typer.Option(help="Sample, with this temperature. Default: greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
@@ -114,7 +118,7 @@ def batch(
     from paligemma.batch.settings import Settings
 
     sampling_options(temperature, top_k, top_p, beams, seed)
-    check_usage(prompt, inputs, rows, out, dry_run, every, loc_scale, max_pixels)
+    check_usage(prompt, inputs, rows, out, dry_run, every, max_pixels)
     check_prompt(prompt, inputs, free, forbid_repeats, model)
     if coco is not None and coco.is_dir():
         raise typer.BadParameter(f"--coco {coco} is a folder, expected the name of a file to write")
@@ -144,7 +148,6 @@ def check_usage(
     out: Path | None,
     dry_run: bool,
     every: float | None,
-    loc_scale: int,
     max_pixels: float,
 ) -> None:
     if rows is not None and inputs:
@@ -157,8 +160,6 @@ def check_usage(
         raise typer.BadParameter("--out DIR is missing: the folder that the answers are written to")
     if every is not None and not every > 0:
         raise typer.BadParameter(f"--every is {every:g}, expected more than 0 seconds")
-    if loc_scale not in (1023, 1024):
-        raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
     if not max_pixels > 0:
         raise typer.BadParameter(f"--max-pixels is {max_pixels:g}, expected a number of million pixels above 0")
 

@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress
 from rich.text import Text
 
-from paligemma.cli.options import Device, Dtype, Model, Revision, check_order, one_of
+from paligemma.cli.options import Device, Dtype, ImageSize, Model, Revision, check_order, one_of
 from paligemma.cli.output import echo_json, note, notes, say
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def explore(
         str | None, typer.Option(help="Round the weights at load: int8, int4.", callback=one_of("int8", "int4"))
     ] = None,
     revision: Revision = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")
-    ] = None,
+    image_size: ImageSize = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU. Default: PyTorch's choice.")] = None,
 ) -> None:
     """Write a page that shows how the model came to its answer to PROMPT about IMAGE.

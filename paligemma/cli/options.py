@@ -23,6 +23,12 @@ def one_of(*names: str) -> Callable[[str | None], str | None]:
     return check
 
 
+def checked_loc_scale(value: int) -> int:
+    if value not in (1023, 1024):
+        raise typer.BadParameter(f"--loc-scale is {value}, expected 1024 or 1023")
+    return value
+
+
 def check_order(prompt: str, images: Sequence[str], command: str) -> None:
     """An error of usage where the prompt is a file and no picture is: they have changed places."""
     if os.path.isfile(prompt) and not any(os.path.exists(name) for name in images):
@@ -45,6 +51,29 @@ Dtype = Annotated[
     typer.Option(
         help="bfloat16, float16 or float32. Default: chosen by the size of the model.",
         callback=one_of("bfloat16", "float16", "float32"),
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Round the weights while they are loaded: int8, int4; on CUDA also bnb-int8, nf4. bf16 rounds "
+        "nothing further, but is read faster.",
+        callback=one_of("int8", "int4", "bnb-int8", "nf4", "bf16"),
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="'auto': layers that do not fit on the device stay in memory or on disk (needs accelerate).",
+        callback=one_of("auto"),
+    ),
+]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")]
+LocScale = Annotated[
+    int,
+    typer.Option(
+        help="Steps that location tokens divide a side into: 1024 or 1023.",
+        callback=checked_loc_scale,
     ),
 ]
 MaxNewTokens = Annotated[

@@ -13,7 +13,20 @@ import typer
 from rich.text import Text
 
 from paligemma.cli.labels import FORMATS, LabelFiles
-from paligemma.cli.options import Device, Dtype, Free, MaxNewTokens, Model, Revision, check_order, one_of
+from paligemma.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Free,
+    ImageSize,
+    LocScale,
+    MaxNewTokens,
+    Model,
+    Quantize,
+    Revision,
+    check_order,
+    one_of,
+)
 from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say
 
 if TYPE_CHECKING:
@@ -51,26 +64,11 @@ def run(
     ] = False,
     device: Device = None,
     dtype: Dtype = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Round the weights while they are loaded: int8, int4; on CUDA also bnb-int8, nf4. bf16 rounds "
-            "nothing further, but is read faster.",
-            callback=one_of("int8", "int4", "bnb-int8", "nf4", "bf16"),
-        ),
-    ] = None,
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            help="'auto': layers that do not fit on the device stay in memory or on disk (needs accelerate).",
-            callback=one_of("auto"),
-        ),
-    ] = None,
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
     revision: Revision = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")
-    ] = None,
-    loc_scale: Annotated[int, typer.Option(help="Steps that location tokens divide a side into: 1024 or 1023.")] = 1024,
+    image_size: ImageSize = None,
+    loc_scale: LocScale = 1024,
     free: Free = False,
     forbid_repeats: Annotated[
         bool, typer.Option("--forbid-repeats", help="Let no box of detect and segment repeat an earlier one.")
@@ -106,8 +104,6 @@ def run(
         raise typer.BadParameter("--free is for detect and segment: other answers follow no grammar")
     if forbid_repeats and (free or not boxes):
         raise typer.BadParameter("--forbid-repeats is for detect and segment, without --free: a rule of their grammar")
-    if loc_scale not in (1023, 1024):
-        raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
     if max_pixels is not None and not 1e-6 <= max_pixels < float("inf"):
         raise typer.BadParameter(f"--max-pixels is {max_pixels:g}, expected millions of pixels, such as 40")
     check_order(prompt, images, "run")

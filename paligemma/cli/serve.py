@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paligemma.cli.options import Device, Dtype, Model, Revision, one_of
+from paligemma.cli.options import Device, DeviceMap, Dtype, ImageSize, LocScale, Model, Quantize, Revision, one_of
 from paligemma.cli.output import note, say
 
 if TYPE_CHECKING:
@@ -63,32 +63,16 @@ def serve(
     ] = False,
     device: Device = None,
     dtype: Dtype = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Round the weights while they are loaded: int8, int4; on CUDA also bnb-int8, nf4.",
-            callback=one_of("int8", "int4", "bnb-int8", "nf4", "bf16"),
-        ),
-    ] = None,
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            help="'auto': layers that do not fit on the device stay in memory or on disk (needs accelerate).",
-            callback=one_of("auto"),
-        ),
-    ] = None,
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
     revision: Revision = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")
-    ] = None,
-    loc_scale: Annotated[int, typer.Option(help="Steps that location tokens divide a side into: 1024 or 1023.")] = 1024,
+    image_size: ImageSize = None,
+    loc_scale: LocScale = 1024,
 ) -> None:
     """Serve a model: OpenAI's chat completions, boxes and masks as JSON, and a page to try it on.
 
     Prints one line, the URL, once it answers. SIGTERM lets running answers finish.
     """
-    if loc_scale not in (1023, 1024):
-        raise typer.BadParameter(f"--loc-scale is {loc_scale}, expected 1024 or 1023")
     key = read_key(api_key_file)
     local = uds is not None or is_loopback(host)
     if not local and key is None and not no_key:
@@ -134,23 +118,12 @@ def load_for_serving(
     model: str, device: str | None, dtype: str | None, quantize: str | None, revision: str | None,
     image_size: int | None, loc_scale: int, device_map: str | None,
 ) -> PaliGemma:  # fmt: skip
-    """The model; a small one in float32 where this CPU multiplies bfloat16 slowly."""
-    import torch
-
-    from paligemma.devices import multiplies_bfloat16
     from paligemma.inference import load
-    from paligemma.weights.published import published_name
 
-    def opened(dtype: str | None) -> PaliGemma:
-        return load(
-            model, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
-            loc_scale=loc_scale, device_map=device_map,
-        )  # fmt: skip
-
-    pg = opened(dtype)
-    small = dtype is None and quantize is None and published_name(pg.model.config) is None
-    if small and pg.model.dtype == torch.bfloat16 and not multiplies_bfloat16(pg.model.device):
-        pg = opened("float32")
+    pg = load(
+        model, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
+        loc_scale=loc_scale, device_map=device_map,
+    )  # fmt: skip
     try:
         _ = pg.codec  # an official checkpoint's is downloaded: not in the middle of a request
     except (OSError, ValueError, ImportError) as error:
