@@ -60,6 +60,9 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
+        if not hasattr(config, "num_key_value_heads"):
+            hint = ": pass its `.text_config`" if hasattr(config, "text_config") else ""
+            raise TypeError(f"config is {type(config).__name__}, expected a GemmaConfig{hint}")
         shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # each [B, K, T, E]

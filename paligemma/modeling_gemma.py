@@ -364,6 +364,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
+        if not isinstance(config, PaliGemmaConfig):
+            raise TypeError(f"config is {type(config).__name__}, expected a PaliGemmaConfig (it has a `from_dict`)")
         self.config = config
         self.vision_tower = SiglipVisionModel(config.vision_config)
         self.multi_modal_projector = PaliGemmaMultiModalProjector(config)
@@ -381,8 +383,9 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         """Image features as the language model reads them: [n, 3, side, side] in [-1, 1] -> [n, P, D], not scaled.
 
         For a short answer this is most of the work. Call it once per image and pass the result as `image_features`
-        for as many prompts as there are.
+        for as many prompts as there are. Raises TypeError for anything but a tensor.
         """
+        _check_tensor("pixel_values", pixel_values, "a tensor [n, 3, side, side]: the processor makes it of pictures")
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.dtype)))
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
@@ -418,6 +421,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         num_outputs: only the last positions, so many of them, [B, num_outputs, D]; None: all.
         hidden_states: a list to which the input of every layer is appended, and then what is returned.
         """
+        if input_ids is not None:
+            _check_tensor("input_ids", input_ids, "a tensor of token ids [B, S]: the processor makes it of prompts")
         continues = cache is not None and cache.used > 0  # the cache holds the prefix: what comes now is suffix
         images = [given for given in (pixel_values, image_features) if given is not None]
         if len(images) > 1:
@@ -505,7 +510,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         mask: bool [B, 1, S, T], True where a query may look at a key, in place of the prefix rule and of padding.
             Sliding windows still apply, to the prefix too: such a mask does not say what is prefix.
 
-        Raises ValueError on shapes that do not fit together.
+        Raises ValueError on shapes that do not fit together, TypeError for ids or pixels that are no tensor.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if labels is not None and given is not None:
@@ -574,6 +579,11 @@ def _valid_and_types(
     if continues and bool(((token_type_ids != SUFFIX) & valid).any()):
         raise ValueError("the cache already holds a prefix: what follows must be suffix (token type 1)")
     return valid, token_type_ids
+
+
+def _check_tensor(name: str, value: Any, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, expected {expected}")
 
 
 def _check_shape(name: str, tensor: Tensor, expected: torch.Size) -> None:

@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 import paligemma
+from paligemma.kv_cache import KVCache
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 
 PICTURE = Image.new("RGB", (32, 32), "white")
 
@@ -103,6 +105,19 @@ CALLS = {
     "processor(suffix)": (lambda pg, inputs: pg.processor(["ocr"], None, 5), ["suffix is int", "an answer"]),
     "codec": (lambda pg, inputs: paligemma.MaskCodec.load(5), ["path is 5", ".npz"]),
     "configuration": (lambda pg, inputs: paligemma.PaliGemmaConfig.from_pretrained(5), ["folder is 5", "path"]),
+    "model(5)": (lambda pg, inputs: pg.model(5), ["input_ids is int", "a tensor of token ids [B, S]", "the processor"]),
+    "encode_image": (
+        lambda pg, inputs: pg.model.encode_image(PICTURE),
+        ["pixel_values is Image", "a tensor [n, 3, side, side]", "the processor"],
+    ),
+    "KVCache(config)": (
+        lambda pg, inputs: KVCache(pg.model.config, 1, 5),
+        ["config is PaliGemmaConfig", "expected a GemmaConfig", "pass its `.text_config`"],
+    ),
+    "the model of a dict": (
+        lambda pg, inputs: PaliGemmaForConditionalGeneration({}),
+        ["config is dict", "expected a PaliGemmaConfig", "`from_dict`"],
+    ),
     "look(model)": (lambda pg, inputs: paligemma.explore.look(pg.model, PICTURE, "ocr"), ["pg is", "paligemma.load"]),
 }
 

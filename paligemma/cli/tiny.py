@@ -83,6 +83,10 @@ def train(
             "Default: each run is whole.",
         ),
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="An embedded model whose weights are the initial ones, e.g. tiny."),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(help="cpu, cuda or mps. A GPU gets larger batches.", callback=one_of("cuda", "mps", "cpu")),
@@ -92,7 +96,11 @@ def train(
     from paligemma.tiny.recipe.settings import RECIPES
     from paligemma.tiny.recipe.train import train as train_tiny
 
-    train_tiny(minutes, out, recipe=RECIPES[world], device=device, in_all=in_all)
+    try:
+        train_tiny(minutes, out, recipe=RECIPES[world], device=device, in_all=in_all, start=start)
+    except KeyboardInterrupt as stop:
+        note(str(stop) or "stopped")
+        raise typer.Exit(getattr(stop, "exit_code", 130)) from None
 
 
 def evaluate(

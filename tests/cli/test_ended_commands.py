@@ -22,6 +22,7 @@ from PIL import Image
 from reference import randomize, tiny_config
 
 from paligemma.__main__ import main
+from paligemma.bench.run import record_path
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
@@ -58,8 +59,35 @@ COMMANDS = {
         ["tiny", "scenes", "--out", "new", "--count", "2", "--task", "count_color"],
         "new/rows.jsonl",
     ),
+    "tiny evaluate": (
+        ["tiny", "evaluate", "--count", "1", "--part", "clean", "--out", "new", "--batch-size", "64"],
+        "new/table.json",
+    ),
+    "bench": (
+        [
+            "bench",
+            "-m",
+            "tiny",
+            "--quick",
+            "--no-transformers",
+            "--precisions",
+            "plain",
+            "--tokens",
+            "2",
+            "--out",
+            "new",
+        ],
+        str(record_path(Path("new"), "tiny").with_suffix(".png")),  # behind the record
+    ),
 }
-LOCKS = ["convert", "merge", "quantize", "evaluate", "train"]  # a second starter is refused; with others, the last wins
+LOCKS = [
+    "convert",
+    "merge",
+    "quantize",
+    "evaluate",
+    "train",
+    "tiny evaluate",
+]  # a second starter is refused; with others, the last wins
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +243,14 @@ def test_two_starters(work, command):
     assert code == 0 or (command.startswith("tiny scenes") and code == 1 and "new" in err), err
     assert "Traceback" not in err and (work / written).stat().st_size > 0
     assert hidden(work) == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_the_training_of_an_embedded_model_goes_on(work, name):
+    """Half a minute for a whole run of the recipe, so it is ended at two moments only."""
+    arguments = ["tiny", "train", "--minutes", "0.1", "--out", "new"]
+    number = getattr(signal, name)
+    code, err = run(work, arguments, at_write(40, lambda: os.kill(os.getpid(), number)))
+    assert code == {"SIGTERM": 143, "SIGKILL": -9}[name] and "Traceback" not in err, err
+    assert not (work / "new/package/model.safetensors").exists()
+    check_finished(work, arguments, "new/package/model.safetensors")

@@ -173,18 +173,23 @@ def location_embeddings(size: int) -> Tensor:
 
 
 def starting_model(
-    out: Path, recipe: Recipe, tokenizer: Tokenizer, weights: Path | None, vision_weights: Path | None
+    out: Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    weights: dict[str, Tensor] | None,
+    vision_weights: dict[str, Tensor] | None,
 ) -> JointModel:
-    """The model that a run of stage 2 starts from: a checkpoint of stage 2 (`weights`), else what stage 1 left in
-    `out`; its vision tower and heads from `vision_weights`, if given."""
+    """The model that a run of stage 2 starts from: `weights` of stage 2, with the vision tower and heads of
+    `vision_weights` if given. Without `weights`, what stage 1 left in `out`, and `initialize_decoder`."""
     config = recipe.model_config(tokenizer)
     if weights is not None:
         joint = JointModel(config)
-        state = checkpointing.load(weights)["average"]
         if vision_weights is not None:
-            better = vision_part(checkpointing.load(vision_weights)["average"])
-            state |= {name.replace("model.", "model.vision_tower.", 1): value for name, value in better.items()}
-        load_weights(joint, state)
+            better = vision_part(vision_weights)
+            weights = weights | {
+                name.replace("model.", "model.vision_tower.", 1): value for name, value in better.items()
+            }
+        load_weights(joint, weights)
         return joint
     vision = Vision(config.vision_config)
     stage_1 = checkpointing.load_last(out / "vision" / "checkpoints")
@@ -197,8 +202,8 @@ def train_jointly(
     out: Path,
     minutes: float,
     folder: str = "joint-01",
-    weights: Path | None = None,
-    vision_weights: Path | None = None,
+    weights: dict[str, Tensor] | None = None,
+    vision_weights: dict[str, Tensor] | None = None,
     *,
     recipe: Recipe = FIRST,
     lr: float = 2e-3,
@@ -214,8 +219,8 @@ def train_jointly(
 ) -> JointModel:
     """Stage 2, for `minutes`. State and log go to `out / folder`.
 
-    weights:        a checkpoint of stage 2 to start from, instead of what stage 1 left in `out/vision`.
-    vision_weights: a checkpoint with a better vision tower and heads than `weights` has, mostly of stage 1.
+    weights:        of stage 2, to start from, instead of what stage 1 left in `out/vision`.
+    vision_weights: of a better vision tower and heads than `weights` has, mostly of stage 1.
     vision_lr:      learning rate of the vision tower as a share of `lr`.
     auxiliary:      weight of the patch heads' loss.
     decay_from:     share of the time after which the learning rate falls to zero.
@@ -266,6 +271,8 @@ def main() -> None:
     parser.add_argument("--extra-images", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     given = vars(parser.parse_args())
+    for name in ("weights", "vision_weights"):
+        given[name] = checkpointing.load(given[name])["average"] if given[name] else None
     train_jointly(recipe=RECIPES[given.pop("world")], **given)
 
 

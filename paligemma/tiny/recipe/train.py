@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 -m paligemma.tiny.recipe.train --minutes 60
     paligemma tiny train --world 2 --minutes 55 --in-all 600 --out runs/second     # the first of eleven pieces
     paligemma tiny train --world 2 --minutes 60 --out runs/second --device cuda
+    paligemma tiny train --world 2 --start tiny --minutes 60 --in-all 240 --out runs/second   # from another model
 
 Every stage keeps its state in the output folder and resumes where it stopped; running the command again continues the
 training. docs/tiny.md says what was tried and what it gave.
@@ -32,6 +33,7 @@ from paligemma.tiny.recipe.settings import FIRST, RECIPES, Recipe, for_device, r
 from paligemma.tiny.recipe.shards import make_room, rendering_beside, shard_number, shard_paths, write_shards
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.vision_pretraining import train_vision
+from paligemma.tiny.recipe.warm_start import remember_start, remembered_start
 from paligemma.train import checkpointing, distributed
 from paligemma.weights.saving import save_pretrained
 
@@ -46,6 +48,7 @@ def train(
     recipe: Recipe = FIRST,
     device: str | None = "cpu",
     in_all: float | None = None,
+    start: str | Path | None = None,
 ) -> Path:
     """All stages within `minutes`; run it again to continue. Returns the folder of the packaged checkpoint.
 
@@ -55,6 +58,7 @@ def train(
     only. What a piece leaves is packaged as well. On a CPU, the minutes `in_all` are those that each process works:
     other programs delay such a training and do not shorten it.
 
+    start: an embedded model whose weights are the initial ones, see warm_start.py. Later runs remember it.
     resume=False deletes the folder first. device: None for the best there is; a GPU gets larger batches.
 
     Raises ValueError if the folder was begun with another recipe, BlockingIOError if another process trains there.
@@ -62,10 +66,10 @@ def train(
     run = _Run(Path(out), minutes, recipe, pick_device(device))
     run.out.mkdir(parents=True, exist_ok=True)
     with locked(run.out, "paligemma tiny train") if run.rank == 0 else nullcontext():
-        return _train(run, resume, in_all)
+        return _train(run, resume, in_all, start)
 
 
-def _train(run: _Run, resume: bool, in_all: float | None) -> Path:
+def _train(run: _Run, resume: bool, in_all: float | None, start: str | Path | None) -> Path:
     beside = in_all is not None and run.device.type == "cpu"
     if not resume and run.rank == 0:
         for old in run.out.iterdir():
@@ -73,6 +77,7 @@ def _train(run: _Run, resume: bool, in_all: float | None) -> Path:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     if run.rank == 0:
         remember(run.recipe, run.out)
+        remember_start(start, run.recipe, run.out)
         run.prepare(beside)
     distributed.barrier()
     with rendering_beside(run.scenes, run.recipe) if beside and run.rank == 0 else nullcontext():
@@ -130,14 +135,20 @@ class _Run:
         self.log("vision pretraining")
         codec = MaskCodec.load(self.codec)
         train_vision(
-            self.recipe, self.scenes, self.out / "vision", minutes, codec,
+            self.recipe, self.scenes, self.out / "vision", minutes, codec, start=remembered_start(self.out),
             device=self.device, workers=self.workers, end=end, processor_time=self.processor_time(end),
         )  # fmt: skip
 
-    def joint(self, minutes: float, folder: str, weights: Path | None = None, end: float = float("inf")) -> None:
+    def joint(self, minutes: float, folder: str, last: Path | None = None, end: float = float("inf")) -> None:
+        """last: the checkpoint of an earlier run of this stage to start from."""
         self.log("joint training")
+        weights, vision = remembered_start(self.out), None
+        if last is not None:
+            weights = checkpointing.load(last)["average"]
+        elif weights is not None and (stage_1 := checkpointing.load_last(self.out / "vision" / "checkpoints")):
+            vision = stage_1["average"]
         train_jointly(
-            self.out, minutes, folder, weights,
+            self.out, minutes, folder, weights, vision,
             recipe=self.recipe, device=self.device, workers=self.workers, end=end,
             processor_time=self.processor_time(end),
         )  # fmt: skip
@@ -156,8 +167,7 @@ class _Run:
             self.joint(last["elapsed"] / 60 + left, runs[-1].name)
             return runs[-1]
         folder = f"joint-{int(runs[-1].name[-2:]) + 1 if runs else 1:02d}"
-        weights = checkpointing.checkpoints(runs[-1] / "checkpoints")[-1] if last is not None else None
-        self.joint(left, folder, weights)
+        self.joint(left, folder, checkpointing.checkpoints(runs[-1] / "checkpoints")[-1] if last is not None else None)
         return self.out / folder
 
     def piece(self, in_all: float) -> Path | None:
@@ -195,12 +205,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder for state, log and checkpoint")
     parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
     parser.add_argument("--in-all", type=float, help="minutes of the whole training that this run is a piece of")
+    parser.add_argument("--start", help="an embedded model whose weights are the initial ones")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--from-nothing", action="store_true", help="delete the folder first")
     args = parser.parse_args()
     train(
         args.minutes, args.out, not args.from_nothing,
-        recipe=RECIPES[args.world], device=args.device, in_all=args.in_all,
+        recipe=RECIPES[args.world], device=args.device, in_all=args.in_all, start=args.start,
     )  # fmt: skip
 
 

@@ -323,7 +323,7 @@ def train_vision(
     *,
     lr: float = 3e-3,
     decay_from: float = 0.6,
-    start: Path | None = None,
+    start: dict[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
     workers: int = 0,
     end: float = math.inf,
@@ -331,7 +331,7 @@ def train_vision(
 ) -> Vision:
     """Stage 1 for `minutes` in all, or resume; returns the model.
 
-    start:   a checkpoint of either stage whose vision tower and heads are the initial weights.
+    start:   weights of either stage, whose vision tower and heads are the initial ones.
     workers: processes that make batches ahead.
     end:     stop when `time.monotonic()` passes it, and raise PieceOver; see pieces.py.
     processor_time: `minutes` are those of this process's processor.
@@ -339,7 +339,7 @@ def train_vision(
     torch.manual_seed(0)
     vision = Vision(recipe.vision_config())
     if start is not None:
-        load_weights(vision, vision_part(checkpointing.load(start)["average"]))
+        load_weights(vision, vision_part(start))
     if codec is not None:
         vision.heads.similarity = code_similarity(codec)
     vision.to(device)
@@ -405,9 +405,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     codec = MaskCodec.load(args.codec) if args.codec else None
+    start = checkpointing.load(args.weights)["average"] if args.weights else None
     train_vision(
         RECIPES[args.world], args.scenes, args.out, args.minutes, codec,
-        lr=args.lr, decay_from=args.decay_from, start=args.weights, device=args.device,
+        lr=args.lr, decay_from=args.decay_from, start=start, device=args.device,
     )  # fmt: skip
 
 
