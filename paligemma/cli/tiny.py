@@ -85,7 +85,9 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="An embedded model whose weights are the initial ones, e.g. tiny."),
+        typer.Option(
+            "--from", metavar="MODEL", help="An embedded model whose weights are the initial ones, e.g. tiny."
+        ),
     ] = None,
     device: Annotated[
         str,

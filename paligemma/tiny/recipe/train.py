@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m paligemma.tiny.recipe.train --minutes 60
     paligemma tiny train --world 2 --minutes 55 --in-all 600 --out runs/second     # the first of eleven pieces
     paligemma tiny train --world 2 --minutes 60 --out runs/second --device cuda
-    paligemma tiny train --world 2 --start tiny --minutes 60 --in-all 240 --out runs/second   # from another model
+    paligemma tiny train --world 2 --from tiny --minutes 60 --in-all 240 --out runs/second   # from another model
 
 Every stage keeps its state in the output folder and resumes where it stopped; running the command again continues the
 training. docs/tiny.md says what was tried and what it gave.
@@ -205,7 +205,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder for state, log and checkpoint")
     parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
     parser.add_argument("--in-all", type=float, help="minutes of the whole training that this run is a piece of")
-    parser.add_argument("--start", help="an embedded model whose weights are the initial ones")
+    parser.add_argument(
+        "--from", dest="start", metavar="MODEL", help="an embedded model whose weights are the initial ones"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--from-nothing", action="store_true", help="delete the folder first")
     args = parser.parse_args()
