@@ -85,9 +85,7 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option(
-            "--from", metavar="MODEL", help="An embedded model whose weights are the initial ones, e.g. tiny."
-        ),
+        typer.Option("--from", metavar="MODEL", help="Begin with the weights of this model, e.g. tiny."),
     ] = None,
     device: Annotated[
         str,

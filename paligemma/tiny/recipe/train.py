@@ -205,9 +205,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder for state, log and checkpoint")
     parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
     parser.add_argument("--in-all", type=float, help="minutes of the whole training that this run is a piece of")
-    parser.add_argument(
-        "--from", dest="start", metavar="MODEL", help="an embedded model whose weights are the initial ones"
-    )
+    parser.add_argument("--from", dest="start", metavar="MODEL", help="begin with the weights of this model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--from-nothing", action="store_true", help="delete the folder first")
     args = parser.parse_args()
