@@ -2,11 +2,12 @@
 
 import pytest
 from page_browser import axe_core, needs_browser, start_browser, violations
+from PIL import Image
 
 from paligemma import explore
 
 pytestmark = [pytest.mark.slow, needs_browser]
-SCREENS = ("flow", "attention", "words", "knock-out", "locations", "routes")
+SCREENS = ("flow", "attention", "words", "knock-out", "locations", "routes", "compare")
 
 
 @pytest.fixture
@@ -19,10 +20,13 @@ def browser(tmp_path):
 @pytest.fixture(scope="module")
 def pages(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    looks = {}
-    for name, prompt in (("caption", "caption en"), ("detect", "detect book ; house")):
-        looks[name] = explore.look(tiny, "examples/scene.png", prompt)
-        explore.page(looks[name], folder / f"{name}.html", knock_out=name == "caption")
+    looks = {
+        name: explore.look(tiny, "examples/scene.png", prompt)
+        for name, prompt in (("caption", "caption en"), ("detect", "detect book ; house"))
+    }
+    other = explore.look(tiny, Image.new("RGB", (128, 128), "white"), "caption en")
+    explore.page(looks["caption"], folder / "caption.html", compare=other)
+    explore.page(looks["detect"], folder / "detect.html", knock_out=False)
     return folder, looks
 
 
@@ -50,7 +54,7 @@ def test_every_screen_by_mouse_and_keyboard(browser, pages):
     folder, looks = pages
     opened(browser, folder / "caption.html")
     assert shown(browser) == ["flow"]
-    for screen in ("attention", "words", "knock-out", "locations", "routes"):
+    for screen in SCREENS[1:]:
         browser.find_element("css selector", f'nav a[data-screen="{screen}"]').click()
         assert shown(browser) == [screen]
         assert float(browser.execute_script("return document.documentElement.dataset.ms")) < 200
