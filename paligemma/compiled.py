@@ -1,4 +1,4 @@
-"""Answers whose decoding steps are one compiled graph: `generate(..., compile=True)`.
+"""Answers whose decoding steps are one compiled graph: `generate(..., compile=True)`, and the step for `slots.py`.
 
     prompt --model, eager--> logits, StaticKVCache
     token  --one graph-----> logits of the next token       compiled once, then replayed
@@ -68,36 +68,41 @@ def generate_compiled(
     running = set(range(rows))
     cache = _cache_for(model, rows, S + options.max_new_tokens)
     logits = model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1]  # [B, V]
-    step = compiled_step(model.device.type)
-    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-        for remaining in range(options.max_new_tokens, 0, -1):
-            # Who has ended is asked about as if there were no grammar; nobody looks at what comes out.
-            asked = [constraint if n in running else None for n, constraint in enumerate(constraints)]
-            ids = [answer.token_ids for answer in answers]
-            allowed, fitting = allowed_next(asked, ids, remaining, len(rules.never), rules.eos)
-            scores = masked_logits(logits, rules.never, allowed)
-            tokens = choose(scores, options, generators)
-            logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
-            bins = watched_bins(scores, options.watch)
-            read = torch.stack([tokens.double(), logprobs.double()]).tolist()  # the one time that the host waits
-            for n, (token, logprob) in enumerate(zip(map(int, read[0]), read[1])):
-                if n not in running:
-                    continue
-                if logprob != logprob:  # NaN: the logits were no numbers, or -inf everywhere
-                    raise nothing_allowed(ids[n], remaining) if allowed[n] is not None else not_finite(model.dtype)
-                if n in fitting and not contains(fitting[n], token):
-                    running.discard(n)  # what it chose does not fit into the budget
-                    continue
-                rules.record(answers[n], token, logprob, bins[n])
-                if answers[n].finished:
-                    running.discard(n)
-            if not running or remaining == 1:
-                break
-            if model.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before may be overwritten
-            logits = step(model, tokens, cache)
+    for remaining in range(options.max_new_tokens, 0, -1):
+        # Who has ended is asked about as if there were no grammar; nobody looks at what comes out.
+        asked = [constraint if n in running else None for n, constraint in enumerate(constraints)]
+        ids = [answer.token_ids for answer in answers]
+        allowed, fitting = allowed_next(asked, ids, remaining, len(rules.never), rules.eos)
+        scores = masked_logits(logits, rules.never, allowed)
+        tokens = choose(scores, options, generators)
+        logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
+        bins = watched_bins(scores, options.watch)
+        read = torch.stack([tokens.double(), logprobs.double()]).tolist()  # the one time that the host waits
+        for n, (token, logprob) in enumerate(zip(map(int, read[0]), read[1])):
+            if n not in running:
+                continue
+            if logprob != logprob:  # NaN: the logits were no numbers, or -inf everywhere
+                raise nothing_allowed(ids[n], remaining) if allowed[n] is not None else not_finite(model.dtype)
+            if n in fitting and not contains(fitting[n], token):
+                running.discard(n)  # what it chose does not fit into the budget
+                continue
+            rules.record(answers[n], token, logprob, bins[n])
+            if answers[n].finished:
+                running.discard(n)
+        if not running or remaining == 1:
+            break
+        logits = decode_compiled(model, tokens, cache)
     _caches[model] = cache
     return answers
+
+
+def decode_compiled(model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: StaticKVCache) -> Tensor:
+    """`decode_one_token` by its graph, which is compiled for the first cache of a shape. The logits of the step before
+    may be overwritten."""
+    if model.device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        return compiled_step(model.device.type)(model, tokens, cache)
 
 
 @functools.cache
@@ -122,13 +127,21 @@ def _cache_for(model: PaliGemmaForConditionalGeneration, rows: int, length: int)
 
     While it is in use no other call can have it.
     """
-    columns = -(-(length + 1) // COLUMNS) * COLUMNS
     cache = _caches.pop(model, None)
-    if cache is not None and cache.keys[0].shape[::2] == (rows, columns) and cache.keys[0].dtype == model.dtype:
+    shape = rows, _columns(length)
+    if cache is not None and cache.keys[0].shape[::2] == shape and cache.keys[0].dtype == model.dtype:
         cache.reset()
         return cache
-    cache = StaticKVCache(model.config.text_config, rows, columns - 1, model.dtype, model.device)
-    for tensor in (*cache.keys, *cache.values, cache.lengths, cache.columns):
-        # So that the graph may write into them. guard: another cache is no reason to compile anew.
-        torch._dynamo.mark_static_address(tensor, guard=False)
+    return empty_cache(model, rows, length)
+
+
+def empty_cache(model: PaliGemmaForConditionalGeneration, rows: int, length: int) -> StaticKVCache:
+    """A cache for rows of `length` tokens, or a few more, whose tensors a graph may write into."""
+    cache = StaticKVCache(model.config.text_config, rows, _columns(length) - 1, model.dtype, model.device)
+    for tensor in (*cache.keys, *cache.values, cache.lengths, cache.columns, cache.active):
+        torch._dynamo.mark_static_address(tensor, guard=False)  # guard: another cache is no reason to compile anew
     return cache
+
+
+def _columns(length: int) -> int:
+    return -(-(length + 1) // COLUMNS) * COLUMNS

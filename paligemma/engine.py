@@ -21,6 +21,9 @@ A row's own fault (a constraint that raises or allows nothing, logits that are n
 other exception ends all running rows; the next ones start afresh. After three such exceptions in a row the engine has
 failed.
 
+What happens to a single row stands in `running_rows.py`. With `compile=True` a decode step is one compiled graph, and
+the rows have slots of fixed size in place of a cache that grows (`slots.py`).
+
 Letters: N rows running, S prompt length, P image patches, D hidden, V vocabulary.
 """
 
@@ -31,46 +34,35 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from paligemma.answers.constraints import (
-    Constraint,
-    allowed_next,
-    contains,
-    masked_logits,
-    nothing_allowed,
-    one_per_row,
-)
+from paligemma.answers.constraints import one_per_row
 from paligemma.arguments import check_model
-from paligemma.attention_mask import PREFIX
 from paligemma.compiled import generate_compiled
 from paligemma.devices import free_memory
 from paligemma.generation import (
-    NOT_WATCHED,
     Generated,
     Options,
     Rules,
     beam_search,
     check_prompts,
-    choose,
     decode,
     few_ids,
     forced_ids,
-    not_finite,
     prepare,
     read_prompt,
     seeds_of,
-    watched_bins,
 )
 from paligemma.kv_cache import KVCache, bytes_per_token
 from paligemma.modeling_gemma import check_image_tokens
+from paligemma.running_rows import RunningRow, allowed_for, batch_of, choose_tokens, unread_of
+from paligemma.slots import Slots
 from paligemma.tickets import Request, Ticket
 
 if TYPE_CHECKING:
@@ -78,34 +70,10 @@ if TYPE_CHECKING:
     from paligemma.tokenizer import Tokenizer
 
 MOST_FAILURES = 3  # in a row, after which the engine has failed
+SLOT_TEXT = 767  # tokens of a slot beside those of one picture: the prompt's words and the answer
 
 # How many multiply-adds one prefill may take while other rows wait for it: a few tenths of a second.
 MOST_PREFILL_WORK = {"cpu": 2e10, "cuda": 1e13, "mps": 1e12}
-
-
-@dataclass(eq=False)
-class _Row:
-    """What the engine knows of a request. unread: tokens that were chosen and are not in the cache yet."""
-
-    request: Request
-    ticket: Ticket
-    rules: Rules
-    constraint: Constraint | None
-    generator: torch.Generator | None
-    unread: list[int] = field(default_factory=list)
-
-    @property
-    def answer(self) -> Generated:
-        return self.ticket.answer
-
-    @property
-    def remaining(self) -> int:
-        return self.request.options.max_new_tokens - len(self.answer.token_ids)
-
-    @property
-    def columns_to_come(self) -> int:
-        """How many columns of the cache the row may still need."""
-        return len(self.unread) + self.remaining
 
 
 class Engine:
@@ -116,6 +84,10 @@ class Engine:
     prefill_every: while rows run, so many decode steps at least between two prefills, so that new rows never stop the
     running ones for long. With None new prompts are read as soon as a quarter of the rows is free, which answers many
     requests in the least time and lets each wait longer.
+    compile: decode with one compiled graph, for GPUs. It is compiled here, which takes about a minute. Each of the
+    max_rows rows then has a slot of `slot_length` tokens, prompt and answer together; None: room for one picture and
+    767 more. All slots are allocated here. Raises ValueError where they do not fit into cache_bytes, and for a model
+    with kernels of our own (`quantize`), which cannot be compiled.
     """
 
     def __init__(
@@ -125,6 +97,8 @@ class Engine:
         max_rows: int = 16,
         cache_bytes: float | None = None,
         prefill_every: int | None = 8,
+        compile: bool = False,
+        slot_length: int | None = None,
     ):
         if max_rows < 1 or (prefill_every is not None and prefill_every < 1):
             raise ValueError(f"max_rows is {max_rows}, prefill_every {prefill_every}, expected 1 at least")
@@ -133,14 +107,28 @@ class Engine:
         self.cache_bytes = free_memory(model.device) / 2 if cache_bytes is None else cache_bytes
         self.failure: BaseException | None = None  # what the engine has failed with
         self._token_bytes = bytes_per_token(model.config.text_config, model.dtype)
-        self._waiting: deque[_Row] = deque()
-        self._running: list[_Row] = []  # the rows of the cache, in its order
+        self._waiting: deque[RunningRow] = deque()
+        self._running: list[RunningRow] = []  # the rows of the cache, in its order
         self._cache: KVCache | None = None
         self._steps_since_prefill = 0
         self._failures = 0
         self._rules: dict[object, Rules] = {}
         self._admitting, self._stepping = threading.Lock(), threading.Lock()
         self._driver: threading.Thread | None = None
+        if slot_length is not None and (not compile or slot_length < 1):
+            raise ValueError(f"slot_length is {slot_length}, expected at least 1, and compile=True")
+        self._slots = self._make_slots(slot_length) if compile else None
+
+    def _make_slots(self, length: int | None) -> Slots:
+        if length is None:
+            length = self.model.config.vision_config.num_patches + SLOT_TEXT
+        needed = self.max_rows * length * self._token_bytes
+        if needed > self.cache_bytes:
+            raise ValueError(
+                f"{self.max_rows} slots of {length:,} tokens take {needed / 1e6:,.1f} MB, and the cache may take "
+                f"{self.cache_bytes / 1e6:,.1f}: lower max_rows or slot_length, or raise cache_bytes"
+            )
+        return Slots(self.model, self.max_rows, length)
 
     # ------------------------------------------------------------------------------------------ from any thread
 
@@ -158,24 +146,33 @@ class Engine:
         if options.num_beams > 1:
             raise ValueError("beams are not offered for rows that come and go: use generate")
         rules = self._rules_of(options)
-        check_prompts(self.model.config, _batch_of([request]), options.max_new_tokens, rules.eos)
+        check_prompts(self.model.config, batch_of([request]), options.max_new_tokens, rules.eos)
         check_image_tokens(prompt == self.model.config.image_token_index, request.image_features)
-        needed = (len(prompt) + options.max_new_tokens) * self._token_bytes
-        if needed > self.cache_bytes:
-            raise ValueError(
-                f"the row's keys and values take up to {needed / 1e6:,.1f} MB, and the cache may take "
-                f"{self.cache_bytes / 1e6:,.1f}: lower max_new_tokens or raise cache_bytes"
-            )
+        self._check_room(len(prompt) + options.max_new_tokens)
         (constraint,) = one_per_row(options.constraint, 1) if request.constraint is None else (request.constraint,)
         generator = None
         if options.do_sample:
             generator = torch.Generator(self.model.device).manual_seed(*seeds_of(options, 1))
-        row = _Row(request, Ticket(self, listener), rules, constraint, generator)
+        row = RunningRow(request, Ticket(self, listener), rules, constraint, generator)
         with self._admitting:
             if self.failure is not None:
                 raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
             self._waiting.append(row)
         return row.ticket
+
+    def _check_room(self, tokens: int) -> None:
+        """ValueError for a row that has so many tokens, prompt and answer together, and can never run."""
+        needed = tokens * self._token_bytes
+        if self._slots is not None and tokens > self._slots.length:
+            raise ValueError(
+                f"the row may have {tokens:,} tokens, and a slot of this engine holds {self._slots.length:,}: "
+                "lower max_new_tokens, or raise the engine's slot_length"
+            )
+        if self._slots is None and needed > self.cache_bytes:
+            raise ValueError(
+                f"the row's keys and values take up to {needed / 1e6:,.1f} MB, and the cache may take "
+                f"{self.cache_bytes / 1e6:,.1f}: lower max_new_tokens or raise cache_bytes"
+            )
 
     def runs_elsewhere(self) -> bool:
         """Whether another thread drives this engine."""
@@ -192,7 +189,9 @@ class Engine:
 
     @property
     def bytes_held(self) -> int:
-        """What the keys and values of the running rows take."""
+        """What the keys and values of the running rows take; of all slots, where there are slots."""
+        if self._slots is not None:
+            return self._slots.nbytes
         cache = self._cache
         return 0 if cache is None else len(cache.lengths) * cache.max_length * self._token_bytes
 
@@ -242,7 +241,7 @@ class Engine:
             self.step()
         return left
 
-    def _joining(self) -> list[_Row]:
+    def _joining(self) -> list[RunningRow]:
         """The rows whose prompts are read now, taken from those that wait."""
         while self._waiting and self._waiting[0].ticket.done:
             self._waiting.popleft()
@@ -252,19 +251,19 @@ class Engine:
                 return []
         elif self._running and self._steps_since_prefill < (self.prefill_every or 0):
             return []
-        joining: list[_Row] = []
+        joining: list[RunningRow] = []
         while self._waiting and len(joining) < free and self._may_join([*joining, self._waiting[0]]):
             row = self._waiting.popleft()
             if not row.ticket.done:
                 joining.append(row)
         return joining
 
-    def _may_join(self, rows: list[_Row]) -> bool:
+    def _may_join(self, rows: list[RunningRow]) -> bool:
         """Whether these rows may be read together now: their keys and values fit, and it does not take too long."""
         every = [*self._running, *rows]
         used = max(0 if self._cache is None else self._cache.used, *(len(row.request.prompt) for row in rows))
         columns = used + max(row.columns_to_come for row in every)
-        if len(every) * columns * self._token_bytes > self.cache_bytes:
+        if self._slots is None and len(every) * columns * self._token_bytes > self.cache_bytes:
             return False
         if self.prefill_every is None or len(rows) == 1:
             return True
@@ -278,23 +277,26 @@ class Engine:
         heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
         return text.num_hidden_layers * text.hidden_size * (heads * text.head_dim + 3 * text.intermediate_size)
 
-    def _prefill(self, rows: list[_Row]) -> tuple[list[_Row], KVCache]:
+    def _prefill(self, rows: list[RunningRow]) -> tuple[list[RunningRow], KVCache]:
         """Reads the prompts of these rows and chooses their first tokens: the rows that go on, and their cache."""
         self._steps_since_prefill = 0
         for row in rows:
             row.ticket.started = time.perf_counter()
         device = self.model.device
-        prompt = {name: tensor.to(device) for name, tensor in _batch_of([row.request for row in rows]).items()}
-        allowed, fitting = self._allowed(rows)
-        logits, cache = read_prompt(self.model, prompt, max(row.columns_to_come for row in rows))
-        kept = self._choose(rows, logits, allowed, fitting)
+        prompt = {name: tensor.to(device) for name, tensor in batch_of([row.request for row in rows]).items()}
+        allowed, fitting = allowed_for(rows, self.model.config.text_config.vocab_size)
+        room = max(row.columns_to_come for row in rows) if self._slots is None else 0
+        logits, cache = read_prompt(self.model, prompt, room)
+        kept = choose_tokens(rows, logits, allowed, fitting, self.model.dtype)
         if len(kept) < len(rows):
             cache.select(torch.tensor(kept, dtype=torch.int64, device=device))
         return [rows[n] for n in kept], cache
 
-    def _join(self, rows: list[_Row], cache: KVCache) -> None:
+    def _join(self, rows: list[RunningRow], cache: KVCache) -> None:
         """Adds rows whose prompts were read to those that run."""
-        if self._cache is None:
+        if self._slots is not None:
+            self._slots.join(cache)
+        elif self._cache is None:
             self._cache = cache if rows else None
         elif rows:
             self._cache.join(cache)
@@ -303,108 +305,54 @@ class Engine:
     def _decode(self) -> None:
         """The next token of all running rows."""
         self._steps_since_prefill += 1
-        rows, cache = self._running, self._cache
-        assert cache is not None
-        V, device = self.model.config.text_config.vocab_size, self.model.device
-        allowed, fitting = self._allowed(rows)
-        if (forced := forced_ids(allowed)) is not None:  # nothing to ask the model
-            logits = torch.full((len(rows), V), -math.inf, device=device).scatter_(1, forced.to(device), 0.0)
+        rows = self._running
+        allowed, fitting = allowed_for(rows, self.model.config.text_config.vocab_size)
+        if self._slots is not None:
+            logits = self._slots.decode([row.unread.pop() for row in rows])
         else:
-            tokens, valid = _padded([row.unread for row in rows], device)
-            cache.grow(cache.used + max(row.columns_to_come for row in rows))
-            only = few_ids(allowed, V)
-            logits = decode(self.model, tokens, cache, None if only is None else only.to(device), valid)
-            for row in rows:
-                row.unread.clear()
-        self._keep(self._choose(rows, logits, allowed, fitting))
+            logits = self._read_unread(rows, allowed)
+        self._keep(choose_tokens(rows, logits, allowed, fitting, self.model.dtype))
+
+    def _read_unread(self, rows: list[RunningRow], allowed: list[Tensor | None]) -> Tensor:
+        """Reads what was chosen into the cache that grows: the logits of the tokens after it, [N, V]."""
+        cache, V, device = self._cache, self.model.config.text_config.vocab_size, self.model.device
+        assert cache is not None
+        if (forced := forced_ids(allowed)) is not None:  # nothing to ask the model
+            return torch.full((len(rows), V), -math.inf, device=device).scatter_(1, forced.to(device), 0.0)
+        tokens, valid = unread_of(rows, device)
+        cache.grow(cache.used + max(row.columns_to_come for row in rows))
+        only = few_ids(allowed, V)
+        logits = decode(self.model, tokens, cache, None if only is None else only.to(device), valid)
+        for row in rows:
+            row.unread.clear()
+        return logits
 
     def _keep(self, kept: list[int]) -> None:
         """Only these of the running rows go on."""
         if len(kept) == len(self._running):
             return
         self._running = [self._running[n] for n in kept]
-        if not kept:
+        if self._slots is not None:
+            self._slots.keep(kept)
+        elif not kept:
             self._cache = None
         elif self._cache is not None:
             self._cache.select(torch.tensor(kept, device=self.model.device))
             self._cache.trim()
 
-    def _fail(self, rows: list[_Row], error: BaseException) -> None:
+    def _fail(self, rows: list[RunningRow], error: BaseException) -> None:
         """Ends these rows: either all that run, or only some that were about to join. What waits stays."""
         if self._running and self._running[0] in rows:
-            self._running, self._cache = [], None
+            self._keep([])
         self._failures += 1
         if self._failures >= MOST_FAILURES:  # nothing stays
             with self._admitting:
                 self.failure = error
                 rows = [*rows, *self._running, *self._waiting]
-                self._running, self._cache = [], None
+                self._keep([])
                 self._waiting.clear()
         for row in rows:
             row.ticket.end(error)
-
-    # ------------------------------------------------------------------------------------------ one token a row
-
-    def _allowed(self, rows: list[_Row]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """What each row may choose from, and which of these fit into its budget (None: all), see `allowed_next`.
-
-        A row whose constraint raises ends with that error.
-        """
-        V = self.model.config.text_config.vocab_size
-        allowed: list[Tensor | None] = [None] * len(rows)
-        fitting: list[Tensor | None] = [None] * len(rows)
-        for n, row in enumerate(rows):
-            if row.constraint is None:
-                continue
-            try:
-                ids, fits = allowed_next([row.constraint], [row.answer.token_ids], row.remaining, V, row.rules.eos)
-                allowed[n], fitting[n] = ids[0], fits.get(0)
-            except Exception as error:
-                row.ticket.end(error)
-        return allowed, fitting
-
-    def _choose(
-        self, rows: list[_Row], logits: Tensor, allowed: list[Tensor | None], fitting: list[Tensor | None]
-    ) -> list[int]:
-        """Chooses a token for each row from its logits [N, V], and returns the places of the rows that go on."""
-        never = rows[0].rules.never
-        if any(row.rules is not rows[0].rules for row in rows):
-            never = torch.stack([row.rules.never for row in rows])
-        scores = masked_logits(logits, never, allowed)
-        totals = scores.logsumexp(-1)
-        sound = [math.isfinite(total) for total in totals.tolist()]
-        tokens = scores.argmax(-1)
-        for options, places in _grouped(rows, lambda row: _sampling(row.request.options)):
-            if options is not None and (places := [n for n in places if sound[n]]):
-                generators = [generator for n in places if (generator := rows[n].generator) is not None]
-                tokens[places] = choose(_taken(scores, places), options, generators)
-        logprobs = (scores.gather(-1, tokens[:, None])[:, 0] - totals).tolist()
-        bins = [NOT_WATCHED] * len(rows)
-        for watch, places in _grouped(rows, lambda row: row.request.options.watch):
-            if watch is not None:
-                for n, found in zip(places, watched_bins(_taken(scores, places), watch)):
-                    bins[n] = found
-
-        kept: list[int] = []
-        for n, (row, token) in enumerate(zip(rows, tokens.tolist())):
-            fits = fitting[n]
-            if row.ticket.done:
-                continue  # its constraint has raised, or it was cancelled
-            if not sound[n]:
-                nothing = allowed[n] is not None and bool((scores[n] == -math.inf).all())
-                dead_end = nothing_allowed(row.answer.token_ids, row.remaining)
-                row.ticket.end(dead_end if nothing else not_finite(self.model.dtype))
-            elif fits is not None and not contains(fits, token):
-                row.ticket.end()  # what it chose does not fit into the budget, so the answer ends without it
-            else:
-                row.rules.record(row.answer, token, logprobs[n], bins[n])
-                if row.answer.finished or not row.remaining:
-                    row.ticket.end()
-                else:
-                    row.unread.append(token)
-                    row.ticket.tell()
-                    kept.append(n)
-        return kept
 
     def _rules_of(self, options: Options) -> Rules:
         """Shared by rows with the same options, because a row of bools for each of 257,216 ids is not small."""
@@ -414,55 +362,6 @@ class Engine:
                 self._rules.clear()
             self._rules[key] = Rules(self.model, options)
         return self._rules[key]
-
-
-def _batch_of(requests: Sequence[Request]) -> dict[str, Tensor]:
-    """The inputs of the model for some rows, padded on the left."""
-    S = max(len(request.prompt) for request in requests)
-    prompts = [request.prompt for request in requests]
-    types = [torch.full_like(r.prompt, PREFIX) if r.token_type_ids is None else r.token_type_ids for r in requests]
-    columns = {
-        "input_ids": prompts,
-        "attention_mask": [torch.ones_like(prompt) for prompt in prompts],
-        "token_type_ids": types,
-    }
-    batch = {name: torch.stack([F.pad(row, (S - len(row), 0)) for row in rows]) for name, rows in columns.items()}
-    features = [request.image_features for request in requests if request.image_features is not None]
-    if features:
-        batch["image_features"] = torch.cat(features)
-    return batch
-
-
-def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids as int64 [N, k], padded on the left, and where they are real, bool [N, k] (None: everywhere)."""
-    k = max(map(len, rows))
-    tokens = torch.tensor([[0] * (k - len(row)) + row for row in rows], device=device)
-    if all(len(row) == k for row in rows):
-        return tokens, None
-    return tokens, torch.tensor([[False] * (k - len(row)) + [True] * len(row) for row in rows], device=device)
-
-
-Key = TypeVar("Key")
-
-
-def _grouped(rows: Sequence[_Row], key: Callable[[_Row], Key]) -> Iterator[tuple[Key, list[int]]]:
-    """The places of the rows that have the same key."""
-    groups: dict[Key, list[int]] = {}
-    for n, row in enumerate(rows):
-        groups.setdefault(key(row), []).append(n)
-    yield from groups.items()
-
-
-def _taken(scores: Tensor, places: list[int]) -> Tensor:
-    """These rows of the scores; no copy where it is all of them."""
-    return scores if len(places) == len(scores) else scores[places]
-
-
-def _sampling(options: Options) -> Options | None:
-    """Equal for rows whose tokens are drawn in the same way; None for greedy rows."""
-    if not options.do_sample:
-        return None
-    return Options(do_sample=True, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
 
 
 # ---------------------------------------------------------------------------------------------- generate, stream

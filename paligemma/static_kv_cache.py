@@ -12,7 +12,8 @@ beyond. `lengths` is the only thing that changes beside keys and values, and not
     row 0      .     i i p p s          5
     row 1      .     i i p              3
 
-Padding is written into column 0, which lies too far away to be seen. A row that has ended goes on as padding.
+Padding is written into column 0, which lies too far away to be seen. A row that has ended goes on as padding, once
+`active` says so.
 
 The price: attention over columns that are not in use. It pays where launching operations takes longer than computing
 them: on a GPU, for few rows. After gpt-fast (github.com/pytorch-labs/gpt-fast), whose rows all have one length.
@@ -40,6 +41,8 @@ class StaticKVCache(KVCache):
 
     Rows stay where they are, and there is one length: `put` is all that changes them. The prompt cannot be read under a
     mask of the caller's own. A row that grows beyond `max_length` is an error of PyTorch's: index out of bounds.
+
+    active: bool [B], to be changed in place. Where it is False, all new tokens of the row are padding.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class StaticKVCache(KVCache):
         self.positions = places.expand(batch, -1)  # [B, T]; as `valid`, it never changes
         self.valid.fill_(True)
         self.columns = torch.zeros(batch, max_length + 1, dtype=torch.int64, device=device)  # of the S new tokens
+        self.active = torch.ones(batch, dtype=torch.bool, device=device)
         self.reads_prompt = False
 
     def extend(self, valid: Tensor) -> Tensor:
@@ -65,6 +69,7 @@ class StaticKVCache(KVCache):
             raise ValueError(f"the cache holds {len(self.valid)} rows, and {len(valid)} are to be read")
         self.reads_prompt = self.used == 0
         self.used = self.max_length + 1  # all columns, as soon as there is something to see
+        valid = valid & self.active[:, None]
         place = (self.lengths[:, None] + valid.long().cumsum(-1) - 1).clamp(min=0)
         self.columns[:, : valid.shape[1]] = (place + 1) * valid
         self.lengths += valid.sum(-1)
@@ -89,6 +94,7 @@ class StaticKVCache(KVCache):
             raise ValueError(f"the cache holds {self.max_length} tokens a row, and the prompt has {len(columns)}")
         for own, given in ((self.keys, prompt.keys), (self.values, prompt.values)):
             for layer, tensor in enumerate(given):
+                own[layer][row].zero_()  # numbers beyond the prompt are masked, but 0 * NaN would be NaN
                 own[layer][row, :, 1 : len(columns) + 1] = tensor[source][:, columns]
         self.lengths[row] = len(columns)
         self.used = self.max_length + 1
@@ -96,6 +102,7 @@ class StaticKVCache(KVCache):
     def reset(self) -> None:
         """Empties it, for other rows."""
         self.lengths.zero_()
+        self.active.fill_(True)
         self.used = 0
 
     def select(self, rows: Tensor) -> None:

@@ -31,6 +31,7 @@ LAYERS = [
     "weights",
     "generation tickets encoding utils",
     "compiled",
+    "running_rows slots",
     "engine",
     "inference",
     "data",
