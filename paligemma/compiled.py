@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -68,41 +69,45 @@ def generate_compiled(
     running = set(range(rows))
     cache = _cache_for(model, rows, S + options.max_new_tokens)
     logits = model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1]  # [B, V]
-    for remaining in range(options.max_new_tokens, 0, -1):
-        # Who has ended is asked about as if there were no grammar; nobody looks at what comes out.
-        asked = [constraint if n in running else None for n, constraint in enumerate(constraints)]
-        ids = [answer.token_ids for answer in answers]
-        allowed, fitting = allowed_next(asked, ids, remaining, len(rules.never), rules.eos)
-        scores = masked_logits(logits, rules.never, allowed)
-        tokens = choose(scores, options, generators)
-        logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
-        bins = watched_bins(scores, options.watch)
-        read = torch.stack([tokens.double(), logprobs.double()]).tolist()  # the one time that the host waits
-        for n, (token, logprob) in enumerate(zip(map(int, read[0]), read[1])):
-            if n not in running:
-                continue
-            if logprob != logprob:  # NaN: the logits were no numbers, or -inf everywhere
-                raise nothing_allowed(ids[n], remaining) if allowed[n] is not None else not_finite(model.dtype)
-            if n in fitting and not contains(fitting[n], token):
-                running.discard(n)  # what it chose does not fit into the budget
-                continue
-            rules.record(answers[n], token, logprob, bins[n])
-            if answers[n].finished:
-                running.discard(n)
-        if not running or remaining == 1:
-            break
-        logits = decode_compiled(model, tokens, cache)
+    with room_for_graphs():
+        for remaining in range(options.max_new_tokens, 0, -1):
+            # Who has ended is asked about as if there were no grammar; nobody looks at what comes out.
+            asked = [constraint if n in running else None for n, constraint in enumerate(constraints)]
+            ids = [answer.token_ids for answer in answers]
+            allowed, fitting = allowed_next(asked, ids, remaining, len(rules.never), rules.eos)
+            scores = masked_logits(logits, rules.never, allowed)
+            tokens = choose(scores, options, generators)
+            logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
+            bins = watched_bins(scores, options.watch)
+            read = torch.stack([tokens.double(), logprobs.double()]).tolist()  # the one time that the host waits
+            for n, (token, logprob) in enumerate(zip(map(int, read[0]), read[1])):
+                if n not in running:
+                    continue
+                if logprob != logprob:  # NaN: the logits were no numbers, or -inf everywhere
+                    raise nothing_allowed(ids[n], remaining) if allowed[n] is not None else not_finite(model.dtype)
+                if n in fitting and not contains(fitting[n], token):
+                    running.discard(n)  # what it chose does not fit into the budget
+                    continue
+                rules.record(answers[n], token, logprob, bins[n])
+                if answers[n].finished:
+                    running.discard(n)
+            if not running or remaining == 1:
+                break
+            logits = decode_compiled(model, tokens, cache)
     _caches[model] = cache
     return answers
 
 
 def decode_compiled(model: PaliGemmaForConditionalGeneration, tokens: Tensor, cache: StaticKVCache) -> Tensor:
-    """`decode_one_token` by its graph, which is compiled for the first cache of a shape. The logits of the step before
-    may be overwritten."""
+    """`decode_one_token` by its graph. It may overwrite the logits that it returned before."""
     if model.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
-    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-        return compiled_step(model.device.type)(model, tokens, cache)
+    return compiled_step(model.device.type)(model, tokens, cache)
+
+
+def room_for_graphs() -> AbstractContextManager[object]:
+    """Around steps that may have to be compiled: PyTorch's own limit is 8 shapes."""
+    return torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
 
 
 @functools.cache

@@ -145,6 +145,10 @@ class Engine:
             raise ValueError(f"the prompt has shape {list(prompt.shape)}, expected [S]: one row, S at least 1")
         if options.num_beams > 1:
             raise ValueError("beams are not offered for rows that come and go: use generate")
+        if options.compile and self._slots is None:
+            raise ValueError(
+                "compile=True is for all rows of an engine: give it to Engine, not to the options of a row"
+            )
         rules = self._rules_of(options)
         check_prompts(self.model.config, batch_of([request]), options.max_new_tokens, rules.eos)
         check_image_tokens(prompt == self.model.config.image_token_index, request.image_features)

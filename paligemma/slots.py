@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from paligemma.compiled import check_can_be_compiled, decode_compiled, empty_cache
+from paligemma.compiled import check_can_be_compiled, decode_compiled, empty_cache, room_for_graphs
 from paligemma.kv_cache import KVCache, bytes_per_token
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ class Slots:
         self.nbytes = max_rows * self.cache.used * bytes_per_token(model.config.text_config, model.dtype)
         self._max_rows = max_rows
         self._hold([])
-        for _ in range(3):  # now, and not for the first row: compiled, on CUDA recorded, and replayed
-            self.decode([])
+        with room_for_graphs():
+            for _ in range(3):  # now, and not for the first row: compiled, on CUDA recorded, and replayed
+                self.decode([])
 
     def join(self, prompts: KVCache) -> None:
         """Gives each row of a cache that prompts were read into a free slot. The rows come behind those that run."""
