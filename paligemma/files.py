@@ -27,6 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# The most pixels that a picture may have by its header, where no other limit is given. Decoding them takes .85 GB; a
+# file of 12 KB can hold as many. See `images.load_image`.
+MAX_PIXELS = 100_000_000
+
 # ------------------------------------------------------------------------------------------------ damage
 
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from paligemma.files import MAX_PIXELS
+
 # One picture in the forms that can be opened again, and what a row may see: one picture, or a tuple of several.
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
 ImageInput: TypeAlias = Picture | tuple[Picture, ...]
@@ -42,11 +44,13 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes], max_pixels:
     The EXIF orientation is applied, alpha is composited on white, palettes are expanded, 16 bits are scaled to 8 and
     CMYK is converted.
 
-    max_pixels: width x height at most, read from the head of the file before anything is decoded. A file of 21 KB can
-    hold 177 million pixels. While it is decoded a picture takes 50 MB and up to 8 bytes for each of its pixels (WebP
-    16, AVIF 10, JPEG 2000 20); what is returned takes 4. So 40 million pixels take .4 GB at most, as WebP .7 GB.
-    Pillow's own limit holds in any case: `PIL.Image.MAX_IMAGE_PIXELS`, above which it warns, and twice that number (179
-    million, 1.5 GB), above which it refuses. For WebP and JPEG 2000 the first is the limit here.
+    max_pixels: width x height at most, read from the head of the file before anything is decoded. None: 100 million
+    (`files.MAX_PIXELS`) for everything that has yet to be decoded, and no limit for a `PIL.Image` or an array. A file
+    of 21 KB can hold 177 million pixels. While it is decoded a picture takes 50 MB and up to 8 bytes for each of its
+    pixels (WebP 16, AVIF 10, JPEG 2000 20); what is returned takes 4. So 100 million pixels take .85 GB at most, and 40
+    million .4 GB; as WebP twice as much.
+    Pillow's own limit holds in any case: `PIL.Image.MAX_IMAGE_PIXELS` (89 million), above which it warns, and twice
+    that number (179 million, 1.5 GB), above which it refuses. For WebP and JPEG 2000 the first is the limit here.
 
     Raises FileNotFoundError, IsADirectoryError, OSError for a damaged or truncated file, TooManyPixels (a ValueError),
     and ValueError for what is not a picture, has no pixels, or has values whose range nobody knows (floats); also for
@@ -59,11 +63,11 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes], max_pixels:
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source), "the array", max_pixels)
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _open(io.BytesIO(_data_of_url(source)), "the data: URL", max_pixels)
+        return open_picture(io.BytesIO(_data_of_url(source)), "the data: URL", max_pixels)
     if isinstance(source, (str, os.PathLike)):
         return _load_file(os.fspath(source), max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _open(io.BytesIO(source), "the data", max_pixels)
+        return open_picture(io.BytesIO(source), "the data", max_pixels)
     if hasattr(source, "read"):
         data = source.read(LARGEST_STREAM + 1)  # whole, since a pipe cannot seek
         if not isinstance(data, bytes):
@@ -71,7 +75,7 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes], max_pixels:
         name = _shortened(str(getattr(source, "name", "the data")))
         if len(data) > LARGEST_STREAM:
             raise ValueError(f"{name} has more than {LARGEST_STREAM:,} bytes, too many for a picture")
-        return _open(io.BytesIO(data), name, max_pixels)
+        return open_picture(io.BytesIO(data), name, max_pixels)
     raise TypeError(
         f"expected a picture (a path, a PIL.Image, uint8 [H, W, 3], bytes or an open file), got {type(source).__name__}"
     )
@@ -96,7 +100,7 @@ def _load_file(path: str, max_pixels: int | None) -> Image.Image:
     if not os.path.isfile(path):  # before it is opened: that alone may wait for ever
         raise ValueError(f"{name} is a pipe or a device, which may never end: pass the bytes ('-' of `run` is stdin)")
     with open(path, "rb") as file:
-        return _open(file, name, max_pixels)
+        return open_picture(file, name, max_pixels)
 
 
 def _data_of_url(url: str) -> bytes:
@@ -115,18 +119,22 @@ def _data_of_url(url: str) -> bytes:
         raise ValueError(f"the data: URL is not in base64, as it says: {error}") from None
 
 
-def _open(file: IO[bytes], name: str, max_pixels: int | None) -> Image.Image:
-    """The picture in an open file. `name` is what errors call it."""
+def open_picture(
+    file: IO[bytes], name: str, max_pixels: int | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """`load_image` for an open file that can be searched (`seek`). name: what errors call it. formats: the only ones
+    that are tried, by Pillow's names for them; None: all that Pillow reads, and HEIC."""
     try:
         try:
-            image = Image.open(file)
+            image = Image.open(file, formats=formats)
         except UnidentifiedImageError:
-            if not _is_heic(file):
+            if formats is not None or not _is_heic(file):
                 raise
             _let_pillow_read_heic(name)
             image = Image.open(file)
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture in any format that Pillow reads") from None
+        read = "any format that Pillow reads" if formats is None else f"one of the formats {', '.join(formats)}"
+        raise ValueError(f"{name} is not a picture in {read}") from None
     except Image.DecompressionBombError as error:
         raise TooManyPixels(
             f"{name} is too large: {str(error).rstrip('.')}. Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if "
@@ -136,8 +144,9 @@ def _open(file: IO[bytes], name: str, max_pixels: int | None) -> Image.Image:
         raise
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, EOFError, struct.error, ...
         raise OSError(f"{name} is damaged or truncated: {_shortened(str(error))}") from None
+    max_pixels = max_pixels or MAX_PIXELS
     if image.format in HUNGRY_FORMATS and (limit := Image.MAX_IMAGE_PIXELS):
-        max_pixels = min(limit, max_pixels or limit)
+        max_pixels = min(limit, max_pixels)
     return _to_rgb(image, name, max_pixels)
 
 
@@ -197,7 +206,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int | None, ours: bool = 
     if max_pixels is not None and width * height > max_pixels:
         raise TooManyPixels(
             f"{name} is too large: {width:,} x {height:,} are {width * height:,} pixels, and {max_pixels:,} are "
-            "allowed. Scale it down, or raise the limit"
+            "allowed. Scale it down, or raise the limit: max_pixels, for a command --max-pixels in millions"
         )
     try:
         image.load()  # so far only the header has been read

@@ -39,7 +39,7 @@ def open_picture(where: Where, max_pixels: float | None = None) -> Image.Image:
     except FileNotFoundError as error:
         raise RowFailure("missing", _message(error)) from None
     except TooManyPixels as error:
-        raise RowFailure("too_many_pixels", f"{_message(error)} (--max-pixels)") from None
+        raise RowFailure("too_many_pixels", _message(error)) from None
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise RowFailure("unreadable", _message(error)) from None
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from paligemma.files import MAX_PIXELS
+
 FORMATS = ("jsonl", "parquet")
 MASKS = ("rle", "png", "none")
 TEXT_BUDGET, BOX_BUDGET = 128, 512  # new tokens: of a sentence, of boxes and masks
@@ -45,7 +47,7 @@ class Settings:
     seed: int | None = None
     free: bool = False
     forbid_repeats: bool = False
-    max_pixels: float = 100
+    max_pixels: float = MAX_PIXELS // 10**6
     format: str = FORMATS[0]
     masks: str = MASKS[0]
     shard_size: int = 256

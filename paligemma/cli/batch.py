@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paligemma.cli.options import (
+    DEFAULT_MAX_PIXELS,
     Device,
     DeviceMap,
     Dtype,
@@ -20,6 +21,7 @@ from paligemma.cli.options import (
     ImageSize,
     LocScale,
     MaxNewTokens,
+    MaxPixels,
     Model,
     Quantize,
     Revision,
@@ -78,9 +80,7 @@ def batch(
     forbid_repeats: Annotated[
         bool, typer.Option("--forbid-repeats", help="Let no box of detect and segment repeat an earlier one.")
     ] = False,
-    max_pixels: Annotated[
-        float, typer.Option(help="Million pixels of a picture at most, from its header, before it is decoded.")
-    ] = 100,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     format: Annotated[
         str, typer.Option(help="Of the parts: jsonl or parquet.", callback=one_of("jsonl", "parquet"))
     ] = "jsonl",
@@ -118,7 +118,7 @@ def batch(
     from paligemma.batch.settings import Settings
 
     sampling_options(temperature, top_k, top_p, beams, seed)
-    check_usage(prompt, inputs, rows, out, dry_run, every, max_pixels)
+    check_usage(prompt, inputs, rows, out, dry_run, every)
     check_prompt(prompt, inputs, free, forbid_repeats, model)
     if coco is not None and coco.is_dir():
         raise typer.BadParameter(f"--coco {coco} is a folder, expected the name of a file to write")
@@ -148,7 +148,6 @@ def check_usage(
     out: Path | None,
     dry_run: bool,
     every: float | None,
-    max_pixels: float,
 ) -> None:
     if rows is not None and inputs:
         raise typer.BadParameter("pictures come from INPUT or from --rows, and not from both")
@@ -160,8 +159,6 @@ def check_usage(
         raise typer.BadParameter("--out DIR is missing: the folder that the answers are written to")
     if every is not None and not every > 0:
         raise typer.BadParameter(f"--every is {every:g}, expected more than 0 seconds")
-    if not max_pixels > 0:
-        raise typer.BadParameter(f"--max-pixels is {max_pixels:g}, expected a number of million pixels above 0")
 
 
 def check_prompt(prompt: str | None, inputs: list[str] | None, free: bool, forbid_repeats: bool, model: str) -> None:

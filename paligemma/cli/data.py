@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from paligemma.cli.options import (
+    DEFAULT_MAX_PIXELS,
     Annotations,
     Data,
     EveryLabel,
@@ -16,9 +17,11 @@ from paligemma.cli.options import (
     Images,
     Kind,
     Language,
+    MaxPixels,
     Model,
     Revision,
     Split,
+    pixels,
 )
 from paligemma.cli.output import drawing_paths, note, notes, save_picture, say
 from paligemma.data.options import DataOptions
@@ -40,6 +43,7 @@ def data_check(
         int | None, typer.Option(min=1, help="The most tokens a row may have, pictures included; needs --model.")
     ] = None,
     open_pictures: Annotated[bool, typer.Option("--open-pictures", help="Also open every picture.")] = False,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     show: Annotated[int, typer.Option(min=1, help="Rows to name for each problem.")] = 3,
     revision: Revision = None,
 ) -> None:
@@ -54,7 +58,7 @@ def data_check(
     with notes.status(Text(f"reading {data}")) as status:
         rows = options.open(codec)
         result = check(
-            rows, processor, max_length, open_pictures, show,
+            rows, processor, max_length, open_pictures, show, pixels(max_pixels),
             progress=lambda done: status.update(Text(f"{done:,} of {len(rows):,} rows")),
         )  # fmt: skip
     say(str(result))
@@ -80,6 +84,7 @@ def data_show(
     language: Language = DataOptions.language,
     every_label: EveryLabel = False,
     revision: Revision = None,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
 ) -> None:
     """Draw rows as the model gets them: picture, tokens, labels and mask."""
     numbers = [part.strip() for part in (rows or "").split(",") if part.strip()]
@@ -106,5 +111,5 @@ def data_show(
         read = [picture for row in shown for picture in row.pictures if isinstance(picture, str | Path)]
         if path.resolve() in [Path(picture).resolve() for picture in read]:
             raise typer.BadParameter(f"--out {out} would replace a picture of the data; choose another name")
-        save_picture(show_rows(shown, processor, codec, max_length=max_length), path)
+        save_picture(show_rows(shown, processor, codec, max_length=max_length, max_pixels=pixels(max_pixels)), path)
         note(f"drawn: {path}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paligemma.cli.options import (
+    DEFAULT_MAX_PIXELS,
     Annotations,
     Device,
     Dtype,
@@ -19,8 +20,10 @@ from paligemma.cli.options import (
     Kind,
     Language,
     MaxNewTokens,
+    MaxPixels,
     Model,
     Revision,
+    pixels,
 )
 from paligemma.cli.output import echo_json, hint_at_float32, note, print_table
 from paligemma.data.options import DataOptions
@@ -54,6 +57,7 @@ def evaluate(
     image_name: ImageName = None,
     language: Language = DataOptions.language,
     every_label: EveryLabel = False,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -95,12 +99,15 @@ def evaluate(
     if data.partition(":")[0] == "tiny":  # even if there is a folder of this name: that is ./tiny
         if task or split:
             raise typer.BadParameter("the small world has its own tasks: --task and --split are for other --data")
+        if max_pixels != DEFAULT_MAX_PIXELS:
+            raise typer.BadParameter("the pictures of the small world are all small: leave out --max-pixels")
         report = _on_scenes(loaded, data, count or 1000, about, **row_options, **options)
     elif task in BENCHMARKS:
-        if free or max_new_tokens or source != DataOptions(data, split=split):
+        if free or max_new_tokens or max_pixels != DEFAULT_MAX_PIXELS or source != DataOptions(data, split=split):
             raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")
         report = _on_benchmark(loaded, task, source, count=count, about=about, **options)
     else:
+        row_options["max_pixels"] = pixels(max_pixels)
         report = _on_rows(loaded, task, source, model, revision, about, count=count, **row_options, **options)
     if as_json:
         echo_json(report.to_dict())

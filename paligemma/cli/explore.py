@@ -9,7 +9,18 @@ import typer
 from rich.progress import Progress
 from rich.text import Text
 
-from paligemma.cli.options import Device, Dtype, ImageSize, Model, Revision, check_order, one_of
+from paligemma.cli.options import (
+    DEFAULT_MAX_PIXELS,
+    Device,
+    Dtype,
+    ImageSize,
+    MaxPixels,
+    Model,
+    Revision,
+    check_order,
+    one_of,
+    pixels,
+)
 from paligemma.cli.output import echo_json, note, notes, say
 
 if TYPE_CHECKING:
@@ -51,6 +62,7 @@ def explore(
     ] = None,
     revision: Revision = None,
     image_size: ImageSize = None,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU. Default: PyTorch's choice.")] = None,
 ) -> None:
     """Write a page that shows how the model came to its answer to PROMPT about IMAGE.
@@ -83,16 +95,19 @@ def explore(
     import torch
 
     from paligemma.explore import look, page
+    from paligemma.images import load_image
     from paligemma.inference import load
     from paligemma.weights.published import published_name
 
     if threads is not None:
         torch.set_num_threads(threads)
+    picture = load_image(image, pixels(max_pixels))
+    other_picture = load_image(compare, pixels(max_pixels)) if compare is not None else None
     with notes.status(Text(f"loading {model}")):
         # The embedded model is small enough for float32, in which two runs give the same numbers.
         wanted = "float32" if dtype is None and quantize is None and model == "tiny" else dtype
         pg = load(model, device, wanted, quantize, revision, image_size)
-    found = look(pg, image, prompt, answer)
+    found = look(pg, picture, prompt, answer)
     small = published_name(pg.model.config) is None or pg.model.device.type == "cuda"
     if knock_out is None and not small:
         count = found.images * found.grid**2
@@ -113,7 +128,7 @@ def explore(
             drops = knock_out_patches(found, window, progress=progress) if wants_knock_out else None
             numbers = as_numbers(found, drops, window, small or wants_knock_out)
         else:
-            other = look(pg, compare, prompt) if compare is not None else None
+            other = look(pg, other_picture, prompt) if other_picture is not None else None
             with_routes = small or wants_knock_out
             left_out = page(found, out, int(max_mb * 1e6), other, wants_knock_out, window, progress, with_routes)
     if out is None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from paligemma.files import MAX_PIXELS
+
 
 def one_of(*names: str) -> Callable[[str | None], str | None]:
     """A callback that accepts these values only. It runs before torch is imported, so wrong usage is told at once.
@@ -35,6 +37,17 @@ def check_order(prompt: str, images: Sequence[str], command: str) -> None:
         raise typer.BadParameter(
             f"the prompt comes first, then the picture: paligemma {command} {images[0]!r} {prompt}"
         )
+
+
+def checked_max_pixels(value: float) -> float:
+    if not 1e-6 <= value < float("inf"):
+        raise typer.BadParameter(f"--max-pixels is {value:g}, expected millions of pixels, such as 40")
+    return value
+
+
+def pixels(millions: float) -> int:
+    """--max-pixels as the functions take it."""
+    return round(millions * 1e6)
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a folder, or a big_vision .npz.")]
@@ -79,6 +92,13 @@ LocScale = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens of an answer at most. Default 128; 512 for detect and segment.")
 ]
+MaxPixels = Annotated[
+    float,
+    typer.Option(
+        help="Million pixels of a picture at most, from its header, before it is decoded.", callback=checked_max_pixels
+    ),
+]
+DEFAULT_MAX_PIXELS = MAX_PIXELS // 10**6
 Free = Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")]
 # How rows are made of data.
 Kind = Annotated[str | None, typer.Option(help="What the data is, where its content does not say.")]

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from paligemma.cli.labels import FORMATS, LabelFiles
 from paligemma.cli.options import (
+    DEFAULT_MAX_PIXELS,
     Device,
     DeviceMap,
     Dtype,
@@ -21,11 +22,13 @@ from paligemma.cli.options import (
     ImageSize,
     LocScale,
     MaxNewTokens,
+    MaxPixels,
     Model,
     Quantize,
     Revision,
     check_order,
     one_of,
+    pixels,
 )
 from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say
 
@@ -82,9 +85,7 @@ def run(
     label_format: Annotated[
         str, typer.Option(help="Of the label files: yolo, coco or voc.", callback=one_of(*FORMATS))
     ] = FORMATS[0],
-    max_pixels: Annotated[
-        float | None, typer.Option(help="Refuse pictures of more million pixels, before they are decoded.")
-    ] = None,
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
     """Answer PROMPT about one or more pictures.
@@ -104,8 +105,6 @@ def run(
         raise typer.BadParameter("--free is for detect and segment: other answers follow no grammar")
     if forbid_repeats and (free or not boxes):
         raise typer.BadParameter("--forbid-repeats is for detect and segment, without --free: a rule of their grammar")
-    if max_pixels is not None and not 1e-6 <= max_pixels < float("inf"):
-        raise typer.BadParameter(f"--max-pixels is {max_pixels:g}, expected millions of pixels, such as 40")
     check_order(prompt, images, "run")
     if images.count("-") > 1:
         raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
@@ -121,7 +120,7 @@ def run(
     budget = max_new_tokens or (BOX_BUDGET if boxes else TEXT_BUDGET)
     pg = None
     answered = 0
-    for numbers, pictures in opened(images, None if max_pixels is None else int(max_pixels * 1e6)):
+    for numbers, pictures in opened(images, pixels(max_pixels)):
         if pg is None:  # only now, so that a mistyped name of a picture is told at once
             note_embedded_model(model)
             with notes.status(Text(f"loading {model}")):
@@ -242,7 +241,7 @@ def expanded(images: list[str]) -> list[str]:
     return paths
 
 
-def opened(images: list[str], max_pixels: int | None = None) -> Iterator[tuple[list[int], list[Image.Image]]]:
+def opened(images: list[str], max_pixels: int) -> Iterator[tuple[list[int], list[Image.Image]]]:
     """(positions in `images`, pictures), a batch at a time: no more are in memory than are answered together.
 
     One that cannot be read is named on stderr and left out; if it is the only one, its error is raised.

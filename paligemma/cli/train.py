@@ -17,6 +17,7 @@ from paligemma.cli.options import (
     Images,
     Kind,
     Language,
+    MaxPixels,
     Model,
     Revision,
     Seed,
@@ -72,6 +73,7 @@ def finetune(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Most tokens of a row, pictures included; longer answers are cut.")
     ] = TrainOptions.max_length,
+    max_pixels: MaxPixels = TrainOptions.max_pixels,
     # Validation
     validation: Annotated[
         str | None, typer.Option(help="Rows to measure answers on; the same kind of data.")
@@ -199,6 +201,7 @@ def finetune(
             language=language,
             every_label=every_label,
             max_length=max_length,
+            max_pixels=max_pixels,
             validation=validation,
             validation_split=validation_split,
             validation_annotations=validation_annotations,

@@ -5,7 +5,7 @@
     result.ok
 
 Goes through every row, at tens of thousands a second as long as no tokens are counted and no pictures opened: both are
-done if asked for (`processor`, `open_pictures`).
+done if asked for (`processor`, `open_pictures`). Of each picture the header is read, for its size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from paligemma.data.lengths import Lengths
 from paligemma.data.picture_checks import PictureChecks
 from paligemma.data.row_checks import AskedLabels, text_problems
 from paligemma.data.rows import RowError, Rows
+from paligemma.files import MAX_PIXELS
 from paligemma.terminal import printable
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ PROBLEMS = {
     "missing key": "each row needs image, prefix and suffix (or question and answer, or caption)",
     "wrong type": "prefix and suffix are text, image is a path or a list of them",
     "missing picture": "paths are relative to the file they stand in, or to the folder given as images= (--images)",
+    "too many pixels": "scale the picture down, leave the row out, or raise the limit (max_pixels: --max-pixels)",
     "unreadable picture": "replace the picture or leave the row out",
     "empty suffix": "a row needs something to learn; only detect and segment may have an empty answer: nothing there",
     "newline after prefix": "take the line break off: the processor puts the one that parts prefix and suffix",
@@ -145,18 +147,19 @@ def check(
     max_length: int | None = None,
     open_pictures: bool = False,
     show: int = 3,
+    max_pixels: int = MAX_PIXELS,
     progress: Callable[[int], None] | None = None,
 ) -> CheckResult:
     """Check every row.
 
     processor: count tokens with it. max_length: as in training, of a whole row with its pictures. open_pictures: open
-    each picture once. show: how many rows to name for each problem. progress: called now and then with the number of
-    rows done.
+    each picture once. show: how many rows to name for each problem. max_pixels: of a picture, by its header. progress:
+    called now and then with the number of rows done.
     """
     if max_length is not None and processor is None:
         raise ValueError("max_length is in tokens, and counting them takes a processor")
     result = CheckResult(rows.note, len(rows))
-    pictures = PictureChecks(open_pictures)
+    pictures = PictureChecks(open_pictures, max_pixels)
     lengths = Lengths(processor) if processor is not None else None
     boxes, labels = BoxStatistics(), AskedLabels()
     begin = time.perf_counter()

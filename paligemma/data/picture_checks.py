@@ -1,4 +1,4 @@
-"""Are the pictures of a row there, can they be opened, and are they as large as the annotation says?
+"""Are the pictures of a row there, can they be opened, and are they as large as the annotation says, and not too large?
 
 A camera held upright often stores the picture lying on its side, with a flag (EXIF orientation) that says how to turn
 it. The model sees it upright, as people do; annotations made by a tool that ignores the flag lie beside the objects.
@@ -14,35 +14,39 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from paligemma.data.rows import Picture, Row
+from paligemma.files import MAX_PIXELS
 
 EXIF_ORIENTATION = 0x0112
 
 
 @dataclass
 class PictureChecks:
-    """open_pictures: decode each picture once. Sizes are compared without that, from the first bytes of the file, where
-    an annotation gives one. uncertain: how many rows have a turned picture whose size does not show whether the
-    annotation was made before or after."""
+    """open_pictures: decode each picture once. Sizes are read without that, from the first bytes of the file: none may
+    have more than max_pixels, and where an annotation gives a size, they are compared. uncertain: how many rows have a
+    turned picture whose size does not show whether the annotation was made before or after."""
 
     open_pictures: bool
+    max_pixels: int = MAX_PIXELS
     uncertain: int = 0
     notes: list[str] = field(default_factory=list)  # of the row that was checked last
 
     def __post_init__(self) -> None:
         # Bounded, so that a million different pictures do not fill the memory with their names.
-        self.state = lru_cache(maxsize=100_000)(opened if self.open_pictures else there)
+        self.problem_at = lru_cache(maxsize=100_000)(self.problem)
 
     def problems(self, row: Row) -> Iterator[tuple[str, str]]:
         self.notes.clear()
         for picture in row.pictures:
-            if isinstance(picture, str):
-                problem = self.state(picture)
-            else:
-                problem = decoded(picture) if self.open_pictures else None
+            problem = self.problem_at(picture) if isinstance(picture, str) else self.problem(picture)
             if problem is not None:
                 yield problem
         if row.size is not None and len(row.pictures) == 1:
             yield from self.size_problems(row.pictures[0], row.size)
+
+    def problem(self, picture: Picture) -> tuple[str, str] | None:
+        if isinstance(picture, str) and (missing := not_there(picture)):
+            return missing
+        return (decoded if self.open_pictures else too_large)(picture, self.max_pixels)
 
     def size_problems(self, picture: Picture, annotated: tuple[int, int]) -> Iterator[tuple[str, str]]:
         found = size_and_orientation(picture)
@@ -66,43 +70,63 @@ class PictureChecks:
             yield "another size", f"{says}, the picture is {upright[0]} x {upright[1]}{swapped}"
 
 
-def there(path: str) -> tuple[str, str] | None:
+def not_there(path: str) -> tuple[str, str] | None:
     if os.path.isfile(path):
         return None
     return "missing picture", f"{path} is a folder" if os.path.isdir(path) else f"no picture at {path}"
 
 
-def opened(path: str) -> tuple[str, str] | None:
-    return there(path) or decoded(path)
-
-
-def decoded(picture: Picture) -> tuple[str, str] | None:
-    from paligemma.images import load_image
+def decoded(picture: Picture, max_pixels: int) -> tuple[str, str] | None:
+    from paligemma.images import TooManyPixels, load_image
 
     try:
-        load_image(picture)
+        load_image(picture, max_pixels)
+    except TooManyPixels as error:
+        return "too many pixels", str(error)
     except (OSError, ValueError) as error:
         return "unreadable picture", str(error)
     return None
 
 
-def size_and_orientation(picture: Picture) -> tuple[tuple[int, int], int] | None:
-    """Width and height as stored, and the EXIF orientation (1 to 8; from 5 on upright has them swapped). None for what
-    is not there or no picture. Nothing is decoded."""
+def too_large(picture: Picture, max_pixels: int) -> tuple[str, str] | None:
+    """By the header alone. A picture whose header cannot be read is none of the problems seen here."""
     from PIL import Image
 
+    try:
+        width, height = read_header(picture)[0]
+    except Image.DecompressionBombError as error:  # more pixels than Pillow opens at all
+        found = str(error)
+    except Exception:
+        return None
+    else:
+        if width * height <= max_pixels:
+            return None
+        found = f"{width:,} x {height:,} are {width * height:,} pixels, and {max_pixels:,} are allowed"
+    return "too many pixels", f"{picture if isinstance(picture, str) else 'the picture'}: {found}"
+
+
+def size_and_orientation(picture: Picture) -> tuple[tuple[int, int], int] | None:
+    """Width and height as stored, and the EXIF orientation (1 to 8; from 5 on upright has them swapped). None for what
+    is not there or no picture."""
     if isinstance(picture, str) and not os.path.isfile(picture):
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(picture if isinstance(picture, str) else io.BytesIO(picture)) as image:
-                # Asked for the EXIF data that a PNG does not have at its head, Pillow would decode all of it.
-                known = image.format != "PNG" or "exif" in image.info
-                orientation = image.getexif().get(EXIF_ORIENTATION, 1) if known else 1
-                return image.size, orientation if orientation in range(1, 9) else 1
+        return read_header(picture)
     except Exception:  # Pillow raises many kinds for a broken head; --open-pictures says what is wrong with it
         return None
+
+
+def read_header(picture: Picture) -> tuple[tuple[int, int], int]:
+    """What `size_and_orientation` returns. Nothing is decoded. Raises whatever Pillow raises."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(picture if isinstance(picture, str) else io.BytesIO(picture)) as image:
+            # Asked for the EXIF data that a PNG does not have at its head, Pillow would decode all of it.
+            known = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1) if known else 1
+            return image.size, orientation if orientation in range(1, 9) else 1
 
 
 def upright_of(found: tuple[tuple[int, int], int]) -> tuple[int, int]:

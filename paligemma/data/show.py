@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from paligemma.answers.drawing import draw, font_for, one_line
 from paligemma.answers.parsing import parse
 from paligemma.attention_mask import prefix_lm_mask
-from paligemma.data.rows import Picture, Row
+from paligemma.data.rows import Row
 from paligemma.images import load_image
 from paligemma.processing_paligemma import IGNORED, PaliGemmaProcessor
 
@@ -61,9 +61,10 @@ def show(
     loc_scale: int = 1024,
     max_length: int | None = None,
     width: int = 1000,
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """One row as a picture of `width` pixels; max_length cuts it as training would. See `show_rows`."""
-    return show_rows([row], processor, codec, loc_scale, max_length, width)
+    return show_rows([row], processor, codec, loc_scale, max_length, width, max_pixels)
 
 
 def show_rows(
@@ -73,11 +74,12 @@ def show_rows(
     loc_scale: int = 1024,
     max_length: int | None = None,
     width: int = 1000,
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """Several rows one under the other, padded on the right to the longest, as in a training batch.
 
-    codec: draws the masks of <seg> tokens; without one only their boxes are drawn. Raises what the processor and
-    `load_image` raise.
+    codec: draws the masks of <seg> tokens; without one only their boxes are drawn. max_pixels: see `load_image`.
+    Raises what the processor and `load_image` raise.
     """
     if not rows:
         raise ValueError("there are no rows to show")
@@ -95,7 +97,8 @@ def show_rows(
             inputs[name][i].tolist() for name in ("input_ids", "token_type_ids", "attention_mask", "labels")
         )
         chips = list(_chips(ids, types, valid, labels, processor))
-        panels.append(_panel(row, chips, allowed[i], processor, codec, loc_scale, width))
+        squares = [_resized(load_image(picture, max_pixels), processor.image_size) for picture in row.pictures]
+        panels.append(_panel(row, squares, chips, allowed[i], codec, loc_scale, width))
     sheet = Image.new("RGB", (width, sum(panel.height for panel in panels)), PAPER)
     top = 0
     for panel in panels:
@@ -130,15 +133,15 @@ def _chips(
 
 def _panel(
     row: Row,
+    squares: list[Image.Image],
     chips: list[Chip],
     allowed: np.ndarray,
-    processor: PaliGemmaProcessor,
     codec: MaskCodec | None,
     loc_scale: int,
     width: int,
 ) -> Image.Image:
     """One row: its pictures on the left; on the right where it stands, the legend, its tokens and the mask."""
-    pictures = _pictures(row, processor.image_size, codec, loc_scale)
+    pictures = _with_answer(squares, row, codec, loc_scale)
     tall = 40 * (MOST + 1) + PICTURE * (len(pictures) + 2) + 2 * MASK  # more than enough; cropped at the end
     canvas = Image.new("RGB", (width, tall), PAPER)
     pen = ImageDraw.Draw(canvas)
@@ -163,9 +166,9 @@ def _panel(
     return canvas.crop((0, 0, width, bottom + 1))
 
 
-def _pictures(row: Row, size: int, codec: MaskCodec | None, loc_scale: int) -> list[Image.Image]:
+def _with_answer(pictures: list[Image.Image], row: Row, codec: MaskCodec | None, loc_scale: int) -> list[Image.Image]:
     """The pictures of a row as the model gets them. Boxes are drawn on the only one, or on the first."""
-    pictures = [_resized(picture, size) for picture in row.pictures]
+    pictures = list(pictures)
     if pictures:
         parsed = parse(row.suffix, pictures[0].size, loc_scale, codec)
         pictures[0] = draw(pictures[0], [*parsed.detections, *parsed.segments])
@@ -201,9 +204,9 @@ def _draw_legend(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
         x += 28 + round(font_for("", 12).getlength(name))
 
 
-def _resized(picture: Picture, size: int) -> Image.Image:
+def _resized(picture: Image.Image, size: int) -> Image.Image:
     """Resized to the model's square, then each pixel enlarged if that is small."""
-    square = load_image(picture).resize((size, size), Image.Resampling.BICUBIC)
+    square = picture.resize((size, size), Image.Resampling.BICUBIC)
     times = max(1, PICTURE // size)
     return square.resize((size * times, size * times), Image.Resampling.NEAREST)
 

@@ -48,12 +48,14 @@ def evaluate_rows(
     metric: str = "auto",
     *,
     count: int | None = None,
+    max_pixels: int | None = None,
     about: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Report:
     """metric: one of `METRICS`, or "auto": by the first word of each prompt. count: only the first `count` questions,
-    where all captions of a picture are one question. about, options: as for `evaluate.runner.evaluate`. Answers that an
-    `out_folder` holds already are reused row by row, as long as prompts and pictures are the same.
+    where all captions of a picture are one question. max_pixels: see `load_image`. about, options: as for
+    `evaluate.runner.evaluate`. Answers that an `out_folder` holds already are reused row by row, as long as prompts and
+    pictures are the same.
 
     ValueError for an unknown metric, `RowError` for a row that cannot be read, and what `load_image` raises for its
     picture, with the row's place.
@@ -61,12 +63,14 @@ def evaluate_rows(
     metric_of_prompt("", metric)  # a mistyped name fails at once
     # Captions are gathered first, so their number is not that of the rows.
     total = count if metric in ("auto", "caption") else min(len(rows), count or len(rows))
-    examples = examples_of(rows, metric, pg, count)
+    examples = examples_of(rows, metric, pg, count, max_pixels)
     about = {**(about or {}), "metric": metric}
     return evaluate(pg, examples, METRICS, about=about, total=total, **options)
 
 
-def examples_of(rows: Rows, metric: str, pg: PaliGemma, count: int | None = None) -> Iterator[Example]:
+def examples_of(
+    rows: Rows, metric: str, pg: PaliGemma, count: int | None = None, max_pixels: int | None = None
+) -> Iterator[Example]:
     """The first `count` questions of the rows, each with its picture loaded. Captions come last, picture by picture:
     those of one picture may stand anywhere, so all rows are read first."""
     captions: dict[tuple[str, str], tuple[int, list[str]]] = {}  # the picture's first row, what the rows say of it
@@ -82,16 +86,16 @@ def examples_of(rows: Rows, metric: str, pg: PaliGemma, count: int | None = None
                 captions[question][1].extend(right_answers(row))
         elif more:
             taken += 1
-            yield _example(row, metric_name, pg)
+            yield _example(row, metric_name, pg, max_pixels)
         if not more and not captions:
             return
     for number, answers in captions.values():
-        yield _example(replace(rows[number], answers=tuple(answers)), "caption", pg)
+        yield _example(replace(rows[number], answers=tuple(answers)), "caption", pg, max_pixels)
 
 
-def _example(row: Row, metric_name: str, pg: PaliGemma) -> Example:
+def _example(row: Row, metric_name: str, pg: PaliGemma, max_pixels: int | None) -> Example:
     try:
-        return to_example(row, metric_name, load_pictures(row), pg)
+        return to_example(row, metric_name, load_pictures(row, max_pixels), pg)
     except (OSError, ValueError) as error:
         raise type(error)(f"{row.source}: {error}") from None
 
@@ -167,9 +171,10 @@ def merge_captions(some: list[Row], rows: Rows, metric: str) -> list[Row]:
     return kept
 
 
-def load_pictures(row: Row) -> Any:
-    """The picture of a row, a tuple of its pictures, or None for a row without. Raises what `load_image` raises."""
-    pictures = tuple(load_image(picture) for picture in row.pictures)
+def load_pictures(row: Row, max_pixels: int | None = None) -> Any:
+    """The picture of a row, a tuple of its pictures, or None for a row without. max_pixels: see `load_image`, whose
+    errors are raised."""
+    pictures = tuple(load_image(picture, max_pixels) for picture in row.pictures)
     return pictures if len(pictures) > 1 else next(iter(pictures), None)
 
 

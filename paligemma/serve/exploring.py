@@ -43,8 +43,9 @@ def decode_all(sources: list[Source], most_pixels: int) -> list[Image.Image]:
     pictures = []
     for source in sources:
         data = content(source)
-        most_pixels -= check_header(data, source, most_pixels)
-        pictures.append(decode(data, source))
+        pixels = check_header(data, source, most_pixels)
+        pictures.append(decode(data, source, most_pixels))
+        most_pixels -= pixels
     return pictures
 
 

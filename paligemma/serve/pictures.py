@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from paligemma.images import load_image, preprocess
+from paligemma.images import open_picture, preprocess
 from paligemma.serve.errors import ApiError, invalid, shown
 
 # Those that browsers and phones make. Pillow reads forty more, each with a decoder of its own that may have faults.
@@ -85,16 +85,16 @@ def read(source: Source, cache: FeatureCache, most_pixels: int, side: int) -> Pi
         return Picture(digest, known[0], None, known[1])
     large = check_header(data, source, most_pixels) > LARGE
     with _one_large_picture if large else nullcontext():
-        image = decode(data, source)
+        image = decode(data, source, most_pixels)
         size, pixels = image.size, preprocess(image, side)
         del image  # before the next one is decoded
     return Picture(digest, size, pixels)
 
 
-def decode(data: bytes, source: Source) -> Image.Image:
+def decode(data: bytes, source: Source, most_pixels: int) -> Image.Image:
     """8-bit RGB, upright. ApiError for a picture that is damaged. Its header must have been checked."""
     try:
-        return load_image(data)
+        return open_picture(io.BytesIO(data), "the data", most_pixels, FORMATS)
     except (ValueError, OSError) as error:
         raise bad_image(source, f"{source.param} is damaged or truncated: {error}") from None
 

@@ -55,8 +55,9 @@ class RowBatches:
 
     max_length cuts rows (images included) at the end of the suffix; padding is on the right, as in the reference's
     training. keep_together: neighbours with the same pictures stay neighbours; for this all rows (not their pictures)
-    are read once, in the beginning. on_skip is called with the step, where the row stands, and the error, for a row
-    whose picture cannot be read; without it that is an error, which names step and row.
+    are read once, in the beginning. max_pixels: see `load_image`. on_skip is called with the step, where the row
+    stands, and the error, for a row whose picture cannot be read; without it that is an error, which names step and
+    row.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class RowBatches:
         max_length: int | None = None,
         shuffle: bool = True,
         keep_together: bool = False,
+        max_pixels: int | None = None,
         on_skip: Callable[[int, str, Exception], None] | None = None,
     ):
         if not len(rows):
             raise ValueError("there are no rows to train on")
         self.rows, self.processor, self.batch_size = rows, processor, batch_size
         self.seed, self.max_length, self.shuffle = seed, max_length, shuffle
-        self.on_skip, self._skipped = on_skip, 0
+        self.max_pixels, self.on_skip, self._skipped = max_pixels, on_skip, 0
         self._epoch, self._order = -1, torch.empty(0)
         self._run = runs_of_pictures(rows) if keep_together else None
 
@@ -102,7 +104,7 @@ class RowBatches:
             try:
                 pictures = {_identity(picture): picture for picture in _pictures(row)}
                 new = {
-                    identity: preprocess(load_image(picture), self.processor.image_size).numpy()
+                    identity: preprocess(load_image(picture, self.max_pixels), self.processor.image_size).numpy()
                     for identity, picture in pictures.items()
                     if identity not in seen
                 }

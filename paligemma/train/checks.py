@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Problems that do not keep a run from beginning, and what becomes of their rows.
 TOLERATED = {
     "missing picture": "they are skipped",
+    "too many pixels": "they are skipped (--max-pixels)",
     "box outside": "they are cut at its edge",
     "suffix too long": "the ends of their answers are cut off, as in the reference",
     "form of the prompt": "they are learned as they are written",
@@ -58,10 +59,12 @@ def check_packages(options: TrainOptions) -> None:
         raise ImportError("--lora needs peft: pip install peft")
 
 
-def check_rows(rows: Rows, pg: PaliGemma, max_length: int, strict: bool, say: Callable[[str], None]) -> None:
+def check_rows(
+    rows: Rows, pg: PaliGemma, max_length: int, max_pixels: int, strict: bool, say: Callable[[str], None]
+) -> None:
     """ValueError, naming the rows, for what cannot be trained on; a note for what is tolerated."""
     with Console(stderr=True).status(f"checking {len(rows):,} rows"):
-        result = check(rows, pg.processor, max_length=max_length)
+        result = check(rows, pg.processor, max_length=max_length, max_pixels=max_pixels)
     refused = {name: count for name, count in result.counts.items() if strict or name not in TOLERATED}
     if refused:
         result.counts, result.not_checked = refused, []  # `not_checked` names options of another command

@@ -132,6 +132,7 @@ def run_in_folder(
         options.seed,
         max_length_of(options, pg.model.config),
         keep_together=options.keep_together,
+        max_pixels=options.most_pixels,
         on_skip=None if options.strict else skip_logger(out),
     )
     config = config_of(options, steps, compute_dtype)
@@ -183,7 +184,8 @@ def begin(
     else:
         for each in (rows, validation_rows):
             if each is not None:
-                check_rows(each, pg, max_length_of(options, pg.model.config), options.strict, say)
+                most_tokens = max_length_of(options, pg.model.config)
+                check_rows(each, pg, most_tokens, options.most_pixels, options.strict, say)
         if not options.resume:
             clear(out)  # not before everything is checked: a command that is refused changes nothing
         write_settings(out, asdict(options), facts)

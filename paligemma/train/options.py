@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from paligemma.data.options import DataOptions
+from paligemma.files import MAX_PIXELS
 from paligemma.train.schedule import SCHEDULES
 
 OPTIMIZERS = ("adamw", "muon")
@@ -48,6 +49,7 @@ class TrainOptions:
     language: str = DataOptions.language
     every_label: bool = DataOptions.every_label
     max_length: int | None = None  # None: as many tokens as the model has positions
+    max_pixels: float = MAX_PIXELS // 10**6  # millions, of a picture
     # Validation.
     validation: str | None = None
     validation_split: str | None = None
@@ -109,7 +111,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} is {value}, expected at least {bound}")
-        for name in ("epochs", "minutes", "lr", "clip", "alpha"):
+        for name in ("epochs", "minutes", "lr", "clip", "alpha", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value:g}, expected a number above 0")
@@ -173,6 +175,10 @@ class TrainOptions:
                 raise ValueError(
                     f"{' and '.join(given)} would do nothing without --{needed}: add it, or leave them out"
                 )
+
+    @property
+    def most_pixels(self) -> int:
+        return round(self.max_pixels * 1e6)
 
     @property
     def training_data(self) -> DataOptions:

@@ -39,6 +39,7 @@ FREE = {
     "resume",
     "longer",
     "strict",
+    "max_pixels",
     "save_every",
     "device",
     "accumulate",

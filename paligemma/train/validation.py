@@ -46,7 +46,9 @@ def validation_of(options: TrainOptions, pg: PaliGemma, rows: Rows, say: Callabl
         sample = merge_captions(sample, rows, options.metric)
     folder = Path(options.out) / "validation"
     batch_size = min(LARGEST_BATCH, options.batch)
-    return Validation(pg, sample, options.metric, folder, batch_size, token_budget(sample, pg), say)
+    return Validation(
+        pg, sample, options.metric, folder, batch_size, token_budget(sample, pg), options.most_pixels, say
+    )
 
 
 def random_sample(rows: Rows, count: int, seed: int = 0) -> list[Row]:
@@ -74,6 +76,7 @@ class Validation:
     folder: Path
     batch_size: int
     max_new_tokens: int | None
+    max_pixels: int
     say: Callable[[str], None]
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, Any]:
@@ -125,7 +128,8 @@ class Validation:
         to_draw = {row.number for row in self.rows[:: max(1, len(self.rows) // DRAWN)][:DRAWN]}
         for row in self.rows:
             try:
-                example = to_example(row, metric_of_prompt(row.prefix, self.metric), load_pictures(row), self.pg)
+                pictures = load_pictures(row, self.max_pixels)
+                example = to_example(row, metric_of_prompt(row.prefix, self.metric), pictures, self.pg)
             except (OSError, ValueError):
                 unreadable.append(row.source)
                 continue

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import SafetensorError
 from training_runs import SMALL, during, log_of, run, write_data
 
@@ -41,6 +42,19 @@ def test_missing_before_the_first_step(base, data, tmp_path):
     assert any("missing picture: 1 of 8 rows, they are skipped; the first is" in line for line in said)
     with pytest.raises(ValueError, match=r"missing picture: 1 row.*\n.*rows\.jsonl:4: no picture at"):
         run(base, data, tmp_path / "strict", strict=True)
+
+
+def test_too_many_pixels_are_told_before_the_first_step_and_skipped(base, data, tmp_path):
+    Image.new("RGB", (28, 29)).save(Path(data).parent / "3.png")
+    limit = 28 * 28 / 1e6
+    said = run(base, data, tmp_path / "run", max_pixels=limit, validation=data)
+    told = "too many pixels: 1 of 8 rows, they are skipped (--max-pixels); the first is"
+    assert sum(told in line for line in said) == 2  # of the rows to train on, and of those for validation
+    assert any("validation: the pictures of 1 of 8 rows cannot be read" in line for line in said)
+    skipped = [entry for entry in log_of(tmp_path / "run") if "skipped" in entry]
+    assert {entry["skipped"] for entry in skipped} == {f"{data}:4"} and "is too large" in skipped[0]["error"]
+    with pytest.raises(ValueError, match=r"too many pixels: 1 row.*\n.*rows\.jsonl:4: .*28 x 29 are 812 pixels"):
+        run(base, data, tmp_path / "strict", max_pixels=limit, strict=True)
 
 
 def test_pictures_that_are_all_missing_are_an_error(base, data, tmp_path):
