@@ -47,8 +47,8 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes], max_pixels:
     max_pixels: width x height at most, read from the head of the file before anything is decoded. None: 100 million
     (`files.MAX_PIXELS`) for everything that has yet to be decoded, and no limit for a `PIL.Image` or an array. A file
     of 21 KB can hold 177 million pixels. While it is decoded a picture takes 50 MB and up to 8 bytes for each of its
-    pixels (WebP 16, AVIF 10, JPEG 2000 20); what is returned takes 4. So 100 million pixels take .85 GB at most, and 40
-    million .4 GB; as WebP twice as much.
+    pixels (WebP 16, AVIF 10, JPEG 2000 20); what is returned takes 4. So 100 million pixels take .85 GB, and 40
+    million .4 GB (as WebP .7 GB).
     Pillow's own limit holds in any case: `PIL.Image.MAX_IMAGE_PIXELS` (89 million), above which it warns, and twice
     that number (179 million, 1.5 GB), above which it refuses. For WebP and JPEG 2000 the first is the limit here.
 

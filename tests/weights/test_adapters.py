@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import paligemma
+from paligemma.answers.scores import CALIBRATION_FILE, Calibration
 from paligemma.cli.main import app
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -320,6 +322,22 @@ def test_merging_into_another_dtype(gemma, tmp_path):
     merged = load_file(tmp_path / "half" / "model.safetensors")
     folded = load_hf_model(tmp_path / "adapter", dtype="bfloat16")[0].state_dict()
     assert all(torch.equal(tensor, folded[name]) for name, tensor in merged.items())
+
+
+def test_the_calibration_of_an_adapter_is_that_of_the_merged_model(gemma, tmp_path):
+    """Scores are calibrated for the weights they come from: with the adapter, and not those of its base."""
+    save_adapter(with_lora(gemma), tmp_path / "adapter", tmp_path / "base")
+    shutil.copytree(gemma, tmp_path / "base")
+    maps = {"base": Calibration(boxes=(0.5, 1.5)), "adapter": Calibration(boxes=(-0.5, 1.25), masks=(1.0, 0.75))}
+    for name, calibration in maps.items():
+        (tmp_path / name / CALIBRATION_FILE).write_text(json.dumps(calibration.to_dict()))
+    merge(tmp_path / "adapter", tmp_path / "whole")
+    assert Calibration.load(tmp_path / "whole" / CALIBRATION_FILE) == maps["adapter"]
+    assert paligemma.load(tmp_path / "whole", device="cpu").calibration == maps["adapter"]
+
+    (tmp_path / "adapter" / CALIBRATION_FILE).unlink()
+    merge(tmp_path / "adapter", tmp_path / "none")
+    assert not (tmp_path / "none" / CALIBRATION_FILE).exists()
 
 
 def test_a_model_trained_whole_loads_in_transformers(base, tmp_path):
