@@ -163,6 +163,8 @@ async def parse_form(headers: Headers, body: bytes, most_images: int) -> tuple[d
                 sources.append(Source(await value.read(), "image", value.filename or None))
             elif name == "labels":
                 fields.setdefault("labels", []).append(value)
+            elif name == "image" and ":" not in value[:64]:  # a file with filename*=, which RFC 7578 forbids in forms
+                raise invalid("image", 'image is a field of text, expected a file (filename="...") or a data: URL')
             elif name in fields:
                 raise invalid(name[:100], f"{shown(name)} is there twice")
             else:

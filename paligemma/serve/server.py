@@ -10,6 +10,7 @@ headers of more than 64 KB; httptools takes any.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -52,6 +53,7 @@ def serve(
     """
     give_back_freed_memory(FREED_AT_ONCE)
     sys.setswitchinterval(SWITCH_INTERVAL)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a form that is wrong is a 400, and in our log
     server = Server(create_app(load, settings), settings, lambda: say(url))
     server.run([listening])
     failure = server.service.engine.failure

@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 from serving import SCENE, chat, error_of, png, running, wait_until
 
+from paligemma.serve.pictures import FORMATS, FeatureCache, Source, read
+
 URL = "/v1/chat/completions"
 
 
@@ -117,6 +119,74 @@ BROKEN = {
 def test_broken_pictures(client, name):
     status, code, param = error_of(client.post(URL, json=chat(image=BROKEN[name])))
     assert (status, code, param) == (400, "bad_image", "messages[0].content[0].image_url.url")
+
+
+def encoded(format, mode="RGB"):
+    file = io.BytesIO()
+    Image.new(mode, (8, 8)).save(file, format)
+    return file.getvalue()
+
+
+def test_no_other_format_of_pillow_is_read(client):
+    """Each decoder may have faults of its own. Programs that write such files are rare, and EPS would start one."""
+    others = {
+        name: encoded(name)
+        for name in ("DDS", "DIB", "EPS", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "TGA")
+    }
+    others |= {name: encoded(name, "1") for name in ("MSP", "XBM")}
+    others["PSD"] = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 8, 8, 8, 3) + bytes(12 + 2 + 3 * 64)
+    for name, data in others.items():
+        assert Image.open(io.BytesIO(data)).format == name
+        status, code, param = error_of(client.post(URL, json=chat(image=data)))
+        assert (status, code, param) == (400, "bad_image", "messages[0].content[0].image_url.url"), name
+    for name in FORMATS:
+        assert client.post(URL, json=chat(image=encoded(name), max_tokens=1)).status_code == 200, name
+
+
+def test_after_the_header_too_no_other_decoder_is_tried(monkeypatch):
+    """A file may look like one format to one decoder and like another to the next."""
+    tried = []
+    open_any = Image.open
+    monkeypatch.setattr(Image, "open", lambda file, **options: tried.append(options) or open_any(file, **options))
+    read(Source(SCENE, "image"), FeatureCache(1), 10**6, 28)
+    assert tried == [{"formats": FORMATS}] * 2
+
+
+def form(disposition):
+    part = b'--B\r\nContent-Disposition: form-data; name="image"; %s\r\n\r\n%s\r\n' % (disposition, SCENE)
+    return part + b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nocr\r\n--B--\r\n'
+
+
+NAMES = {  # as it stands in the form: as it is sent back
+    b"a%22b%0D%0A.png": "a%22b%0D%0A.png",  # as browsers write quotes and line breaks
+    b'a\\"b.png': 'a"b.png',
+    "süß 日本.png".encode(): "süß 日本.png",
+    b"caf\xe9.png": "café.png",  # no UTF-8
+    b"<script>alert(1)</script>.png": "<script>alert(1)</script>.png",
+    b"../../etc/passwd": "../../etc/passwd",
+    b"\x1b[31m\x00.png": "\x1b[31m\0.png",
+    b"": None,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_of_a_file_may_hold_anything(client, capfd, name):
+    """It comes back as a string of JSON, where quotes and control characters are escaped, and stands nowhere else."""
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    reply = client.post("/v1/answer", content=form(b'filename="%s"' % name), headers=headers)
+    assert reply.status_code == 200 and reply.json()["image"] == NAMES[name]
+    assert reply.headers["content-type"] == "application/json" and reply.headers["x-content-type-options"] == "nosniff"
+    assert reply.text.isprintable() and all(".png" not in value for value in reply.headers.values())
+    assert ".png" not in capfd.readouterr().err
+
+
+def test_names_that_break_the_form(client):
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    for disposition in (b'filename="a\r\nb.png"', b'filename="%s"' % (b"x" * 30_000)):
+        reply = client.post("/v1/answer", content=form(disposition), headers=headers)
+        assert error_of(reply)[:2] == (400, "invalid_form")
+    reply = client.post("/v1/answer", content=form(b"filename*=UTF-8''s%C3%BC.png"), headers=headers)
+    assert error_of(reply)[:2] == (400, "invalid_value") and "expected a file" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
