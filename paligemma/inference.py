@@ -159,6 +159,11 @@ class PaliGemma:
             self._codec = MaskCodec.load()
         return self._codec
 
+    @property
+    def loaded_codec(self) -> MaskCodec | None:
+        """The mask codec as far as it is loaded: the checkpoint's own, or the official one after its first use."""
+        return self._codec
+
     def __repr__(self) -> str:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         side = self.processor.image_size
@@ -401,14 +406,14 @@ class PaliGemma:
             raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
         if forbid_repeats and not constrained:
             raise ValueError("forbid_repeats is a rule of the grammar: it needs constrained=True")
-        grammars = {one: self._grammar(one, forbid_repeats) for one in set(prompts)} if constrained else {}
+        grammars = {one: self.grammar(one, forbid_repeats) for one in set(prompts)} if constrained else {}
         constraints = [constraint or grammars.get(one) for one in prompts]
         seeds = sampling.pop("seed", None)
         if isinstance(seeds, Sequence) and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} rows: give one for all, or one for each")
         answers: list[Answer] = []
         for row, size in self._generated(images, prompts, max_new_tokens, constraints, seeds, batch_size, sampling):
-            answers.append(self._answer(row, images[len(answers)], size, codec))
+            answers.append(self.to_answer(row, size, images[len(answers)], codec or self._codec))
         return answers if is_list else answers[0]
 
     def stream(
@@ -431,7 +436,55 @@ class PaliGemma:
             watch=(tokenizer.first_loc_id, NUM_LOC),
             **sampling,
         )
-        return self._answer(row, image, size, None)
+        return self.to_answer(row, size, image, self._codec)
+
+    # ------------------------------------------------------------------------------------------ beside your own loop
+
+    def grammar(self, prompt: str, forbid_repeats: bool = False) -> Constraint | None:
+        """The grammar that the answer to a `detect` or `segment` prompt follows; None for other prompts.
+
+        It is the `constraint` of an `Options` or a `Request`. forbid_repeats: as in `detect`. ValueError for a prompt
+        without labels.
+        """
+        task, _, rest = prompt.strip().partition(" ")
+        if task not in ("detect", "segment"):
+            return None
+        labels = _labels([label.strip() for label in rest.split(";")])
+        return DetectionGrammar(
+            self.processor.tokenizer, labels=labels, segments=task == "segment", forbid_repeats=forbid_repeats
+        )
+
+    def to_answer(
+        self, generated: Generated, size: Size | None, image: Row = None, codec: MaskCodec | None = None
+    ) -> Answer:
+        """What an `Engine` (or `generate` below it) wrote, as an Answer: its text, boxes, masks and scores.
+
+        size: (W, H) of the row's first image; None where it has none. image: what the answer draws itself on in a
+        notebook. codec: decodes masks, such as `pg.codec`; None: segments have no masks.
+        """
+        tokenizer = self.processor.tokenizer
+        parsed = parse_tokens(
+            generated.token_ids,
+            tokenizer,
+            image_size=size,
+            loc_scale=self.loc_scale,
+            codec=codec,
+            token_logprobs=generated.token_logprobs,
+            distributions=generated.distributions,
+            calibration=self.calibration,
+        )
+        answer = Answer(
+            text=tokenizer.decode(generated.token_ids),
+            token_ids=generated.token_ids,
+            token_logprobs=generated.token_logprobs,
+            score=_score(generated),
+            finished=generated.finished,
+            detections=parsed.detections,
+            segments=parsed.segments,
+            invalid=parsed.invalid,
+        )
+        answer.picture = next(iter(_pictures(image)), None)
+        return answer
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -471,42 +524,6 @@ class PaliGemma:
             running = engine.run([*running, *new], until_started=True)  # the next ones join while these run
         engine.run(running)
         return zip([*rows, *(ticket.result() for ticket in tickets)], sizes)
-
-    def _answer(self, row: Generated, image: Row, size: tuple[int, int] | None, codec: MaskCodec | None) -> Answer:
-        """size: (W, H) of the row's first image, None where it has none."""
-        tokenizer = self.processor.tokenizer
-        parsed = parse_tokens(
-            row.token_ids,
-            tokenizer,
-            image_size=size,
-            loc_scale=self.loc_scale,
-            codec=codec or self._codec,
-            token_logprobs=row.token_logprobs,
-            distributions=row.distributions,
-            calibration=self.calibration,
-        )
-        answer = Answer(
-            text=tokenizer.decode(row.token_ids),
-            token_ids=row.token_ids,
-            token_logprobs=row.token_logprobs,
-            score=_score(row),
-            finished=row.finished,
-            detections=parsed.detections,
-            segments=parsed.segments,
-            invalid=parsed.invalid,
-        )
-        answer.picture = next(iter(_pictures(image)), None)
-        return answer
-
-    def _grammar(self, prompt: str, forbid_repeats: bool = False) -> Constraint | None:
-        """The grammar that a `detect` or `segment` prompt asks its answer to follow."""
-        task, _, rest = prompt.strip().partition(" ")
-        if task not in ("detect", "segment"):
-            return None
-        labels = _labels([label.strip() for label in rest.split(";")])
-        return DetectionGrammar(
-            self.processor.tokenizer, labels=labels, segments=task == "segment", forbid_repeats=forbid_repeats
-        )
 
     def _inputs(
         self, images: list[Row], prompts: list[str], max_new_tokens: int, batch_size: int

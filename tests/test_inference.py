@@ -15,11 +15,14 @@ from reference import randomize, tiny_config
 from paligemma.answers import grammar
 from paligemma.answers.grammar import DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.parsing import NUM_LOC
 from paligemma.answers.results import Detection, Segment
-from paligemma.engine import generate
+from paligemma.engine import Engine, generate
+from paligemma.generation import Options
 from paligemma.inference import Answer, PaliGemma, load, main, shown
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tickets import Request
 from paligemma.tokenizer import load_tokenizer
 
 SMALL_CODEC = {"embedding_dim": 8, "encoder_widths": (4, 4, 4, 4), "decoder_widths": (4, 4, 4, 4, 4)}
@@ -245,6 +248,24 @@ def test_segments_have_masks_at_the_size_of_the_picture(pg):
         pg.segment(picture(2), "dog", prompt="the dog")
     with pytest.raises(ValueError, match="not both"):
         pg.segment(picture(2))
+
+
+def test_an_engine_of_your_own_finds_the_same_boxes_and_masks(pg):
+    """`pg.grammar` before it and `pg.to_answer` after it are what `detect` and `segment` do."""
+    image, size = picture(2, 90, 70), (90, 70)
+    inputs = pg.processor(["segment dog"], [image])
+    options = Options(60, watch=(pg.processor.tokenizer.first_loc_id, NUM_LOC), num_tokens=len(pg.processor.tokenizer))
+    features = pg.model.encode_image(inputs["pixel_values"])
+    engine = Engine(pg.model)
+    ticket = engine.admit(Request(inputs["input_ids"][0], features, options, pg.grammar("segment dog")))
+    while engine.step():
+        pass
+    found = pg.segment(image, "dog", max_new_tokens=60)
+    answer = pg.to_answer(ticket.result(), size, image, pg.codec)
+    assert same_boxes(answer.segments, found) and np.array_equal(answer.segments[0].mask, found[0].mask)
+    assert answer.picture is image
+    assert pg.to_answer(ticket.result(), size).segments[0].mask is None  # without a codec
+    assert pg.grammar("caption en") is None
 
 
 def test_repeated_boxes_can_be_forbidden(pg, monkeypatch):

@@ -129,7 +129,12 @@ class MaskCodec(nn.Module):
 
     @property
     def num_codes(self) -> int:
-        return self._vq_vae._embedding.shape[0]
+        return len(self.code_vectors)
+
+    @property
+    def code_vectors(self) -> nn.Parameter:
+        """The codebook [K, E]: a vector for each code."""
+        return self._vq_vae._embedding
 
     # -- masks -> codes -> masks --
 
@@ -145,21 +150,21 @@ class MaskCodec(nn.Module):
 
         ValueError for another shape, and for a code that the codebook does not have.
         """
-        codes = torch.as_tensor(codes, device=self._vq_vae._embedding.device)
+        codes = torch.as_tensor(codes, device=self.code_vectors.device)
         if codes.ndim != 2 or codes.shape[1] != NUM_TOKENS or codes.is_floating_point():
             raise ValueError(
                 f"codes must be integers of shape [N, {NUM_TOKENS}], got {codes.dtype} {list(codes.shape)}"
             )
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
             raise ValueError(f"codes must lie in 0..{self.num_codes - 1}, got {int(codes.min())}..{int(codes.max())}")
-        embeddings = self._vq_vae._embedding[codes.long()]  # [N, 16, E]
+        embeddings = self.code_vectors[codes.long()]  # [N, 16, E]
         return self.reconstruct(_on_the_grid(embeddings))
 
     # -- the parts, which training uses one by one --
 
     def latents(self, masks: Tensor) -> Tensor:
         """masks [N, 64, 64] in [0, 1] -> what the encoder says of them, before the codebook: [N, E, 4, 4]."""
-        weight = self._vq_vae._embedding
+        weight = self.code_vectors
         x = torch.as_tensor(masks).to(weight.device, weight.dtype)
         if x.ndim != 3 or x.shape[1:] != (MASK_SIZE, MASK_SIZE):
             raise ValueError(f"masks must have shape [N, {MASK_SIZE}, {MASK_SIZE}], got {list(x.shape)}")
@@ -175,7 +180,7 @@ class MaskCodec(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """latents [N, E, 4, 4] -> for each place the nearest code by squared distance: int64 [N, 16]."""
         x = latents.flatten(2).transpose(1, 2)  # [N, 16, E]
-        embedding = self._vq_vae._embedding
+        embedding = self.code_vectors
         # |x - e|^2 without |x|^2, which is the same for every code
         return (embedding.square().sum(1) - 2 * x @ embedding.T).argmin(-1)
 
@@ -196,7 +201,7 @@ class MaskCodec(nn.Module):
         """
         latents = self.latents(masks)
         codes = self.nearest(latents)
-        chosen = _on_the_grid(self._vq_vae._embedding[codes])  # [N, E, 4, 4]
+        chosen = _on_the_grid(self.code_vectors[codes])  # [N, E, 4, 4]
         if self.training:
             share = torch.bincount(codes.flatten(), minlength=self.num_codes) / max(codes.numel(), 1)
             self.usage.lerp_(share.to(self.usage), 0.01)
@@ -222,7 +227,7 @@ class MaskCodec(nn.Module):
         if len(dead) and len(outputs):
             picked = outputs[torch.randint(len(outputs), (len(dead),), device=outputs.device)]
             # a little noise, so that two codes moved to the same place can part
-            self._vq_vae._embedding[dead] = picked + 0.01 * outputs.std(0) * torch.randn_like(picked)
+            self.code_vectors[dead] = picked + 0.01 * outputs.std(0) * torch.randn_like(picked)
             self.usage[dead] = 1 / self.num_codes
         return len(dead)
 

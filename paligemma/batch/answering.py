@@ -273,7 +273,7 @@ class AnswerRows:
             return None
         if row.prompt not in self.grammars:
             try:
-                self.grammars[row.prompt] = self.pg._grammar(row.prompt, self.settings.forbid_repeats)
+                self.grammars[row.prompt] = self.pg.grammar(row.prompt, self.settings.forbid_repeats)
             except ValueError as error:
                 raise RowFailure("constraint", message_of(error)) from None
             if len(self.grammars) > 64:
@@ -296,8 +296,8 @@ class AnswerRows:
     def line(self, one: Opened, ticket: Ticket | None) -> tuple[Line, Answer]:
         """The line of a row that has ended (without a ticket: of a beam search). Raises the row's error."""
         generated = self.searched(one) if ticket is None else ticket.result()
-        codec = self.pg.codec if task_of(one.row.prompt) == "segment" and self.settings.masks != "none" else None
-        answer = self.pg._answer(generated, None, one.size, codec)
+        codec = self.pg.codec if task_of(one.row.prompt) == "segment" else self.pg.loaded_codec
+        answer = self.pg.to_answer(generated, one.size, codec=None if self.settings.masks == "none" else codec)
         ms = 0.0
         if ticket is not None and ticket.ended is not None and ticket.started is not None:
             ms = (ticket.ended - ticket.started) * 1000

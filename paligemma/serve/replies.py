@@ -10,7 +10,6 @@ import base64
 import io
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,12 +29,7 @@ from paligemma.tokenizer import Tokenizer, start_of_last_character
 def answer_of(pg: PaliGemma, job: Job) -> Answer:
     """The answer of a job that has ended, its segments without masks (see the head of this file)."""
     assert job.result is not None
-    return without_codec(pg)._answer(job.result, None, job.row.image_size, None)
-
-
-@lru_cache(maxsize=1)
-def without_codec(pg: PaliGemma) -> PaliGemma:
-    return PaliGemma(pg.model, pg.processor, None, pg.loc_scale)
+    return pg.to_answer(job.result, job.row.image_size)
 
 
 def usage(job: Job) -> dict[str, int]:
@@ -67,7 +61,7 @@ def items(
 
 def _mask(pg: PaliGemma, item: Segment, size: tuple[int, int], form: str) -> Any:
     """Run lengths, a PNG as a data: URL, or the outline of the largest part; None where there is no codec for it."""
-    codec = pg._codec
+    codec = pg.loaded_codec
     if codec is None or item.codes is None or max(item.codes) >= codec.num_codes:
         return None
     with torch.inference_mode():

@@ -129,7 +129,7 @@ def _constraint(pg: PaliGemma, ask: Ask) -> Constraint | None:
             return DetectionGrammar(tokenizer, labels=None, segments=True) if ask.constrained else None
         if not ask.constrained or task not in ("detect", "segment"):
             return None
-        return pg._grammar(ask.prompt)
+        return pg.grammar(ask.prompt)
     except ValueError as error:
         if ask.choices is not None:
             raise invalid(ask.param("choices"), str(error)) from None

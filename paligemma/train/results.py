@@ -49,8 +49,8 @@ def save_model(pg: PaliGemma, options: TrainOptions, out: Path, dtype: torch.dty
     else:
         pg.model.to(dtype)
         save_pretrained(pg.model, out, pg.processor)
-    if pg._codec is not None:
-        pg._codec.save(out / CODEC_FILE)
+    if pg.loaded_codec is not None:
+        pg.loaded_codec.save(out / CODEC_FILE)
 
 
 def finish(

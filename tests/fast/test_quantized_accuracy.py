@@ -112,7 +112,7 @@ def model(quantize=None):
 def plainly(pg, image, prompt, budget):
     """Greedy tokens with nothing saved and nothing kept."""
     inputs = pg.processor([prompt], [image])
-    grammar = pg._grammar(prompt)
+    grammar = pg.grammar(prompt)
     pixels, prefix = inputs["pixel_values"], inputs["input_ids"]
     never = torch.arange(pg.model.config.text_config.vocab_size) >= len(pg.processor.tokenizer)
     never[pg.model.config.image_token_index] = True

@@ -53,15 +53,15 @@ def main() -> None:
 
 def is_stable(pg, example, answer) -> bool:
     """Locations are rarely sure: neighbouring bins share the probability. Then the best two must lie apart."""
-    inputs, _ = pg._inputs([example.image], [example.prompt], {}, 200)
+    inputs = pg.processor([example.prompt], [example.image])
     gaps = []
-    grammar = pg._grammar(example.prompt)
+    grammar = pg.grammar(example.prompt)
     ids = [*answer.token_ids, pg.model.config.eos_token_id]
     prompt = inputs["input_ids"][0].tolist()
     with torch.inference_mode():
         row = torch.tensor([prompt + ids])
         types = torch.tensor([[0] * len(prompt) + [1] * len(ids)])
-        logits = pg.model(row, token_type_ids=types, image_features=inputs["image_features"]).logits[0]
+        logits = pg.model(row, token_type_ids=types, pixel_values=inputs["pixel_values"]).logits[0]
     for at in range(len(ids)):
         allowed = grammar(ids[:at], 200 - at)
         best = logits[len(prompt) - 1 + at, allowed].topk(min(2, len(allowed))).values

@@ -52,7 +52,7 @@ def code_similarity(codec: MaskCodec) -> Tensor:
 
     A softmax over squared distances between code vectors, in units of the distance to the nearest other code.
     """
-    vectors = codec._vq_vae._embedding.detach()
+    vectors = codec.code_vectors.detach()
     square = torch.cdist(vectors, vectors).square()
     nearest = square.masked_fill(torch.eye(len(square), dtype=torch.bool), torch.inf).amin(1, keepdim=True)
     return (-square / nearest.clamp(min=1e-6)).softmax(-1)
