@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from paligemma.inference import PaliGemma
 
 OPENERS = 2  # threads that open pictures
-REMEMBERED = 1024  # answers that --dedupe keeps
+REMEMBERED = 1024  # answers that --dedupe keeps: an answer with masks is large, and memory stays flat
 
 
 def load_answer(settings: Settings, device: str | None = None, draw: Path | None = None) -> AnswerRows:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -31,9 +30,12 @@ LOCAL = "local"  # the address of a cluster of this machine alone, begun and end
 
 
 class ShardWorker:
-    """One actor: a model, and the shards that it is given. stop: a file that asks all of them to end."""
+    """One actor: a model, and the shards that it is given. stop: a file that asks all of them to end. here: the folder
+    that the command runs in, to which its names (of a model, of --draw) are relative."""
 
-    def __init__(self, path: str, how: How, stop: str) -> None:
+    def __init__(self, path: str, how: How, stop: str, here: str) -> None:
+        with suppress(OSError):  # a node need not have it, if all names are absolute
+            os.chdir(here)
         self.folder, self.how, self.stop = RunFolder(path), how, Path(stop)
         self.answer: Answer | None = None
 
@@ -43,10 +45,12 @@ class ShardWorker:
         return self.answer
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """batch: column shard. It returns when the shard is done, by whomever."""
+        """batch: column shard, with one of them. It returns when the shard is done, by whomever. Column lost: how many
+        actors had died while they worked on it, which is seen by the leases that they left."""
+        lost: list[int] = []
         shards = [int(shard) for shard in batch["shard"]]
-        finish_shards(self.folder, shards, self.load, self.stop.exists, lambda line: None)
-        return {"shard": shards, "host": [socket.gethostname()] * len(shards)}
+        finish_shards(self.folder, shards, self.load, self.stop.exists, lambda line: None, lost.append)
+        return {"shard": shards, "lost": [sum(lost)]}
 
 
 def run_on_ray(
@@ -74,14 +78,15 @@ def run_on_ray(
     before, started = tally.answered + tally.errors.total(), time.monotonic()
     failed_before = tally.errors.total()
     signals: list[int] = []
-    failure, stopped = None, False
+    failure, stopped, lost = None, False, 0
     if not tally.is_complete:
         start(ray, address, workers, how.threads or 1)
         stop = folder.work / f".stop-{uuid.uuid4().hex}"
         try:
-            check_shared(ray, folder.work)
+            check_shared(ray, folder.work.absolute())
             with stop_signals() as signals:
-                for _ in handed_out(ray, folder, sorted(set(shards) - tally.counted.keys()), workers, how, stop):
+                for done in handed_out(ray, folder, sorted(set(shards) - tally.counted.keys()), workers, how, stop):
+                    lost += int(sum(done["lost"]))
                     tally.update()
                     rows, seconds = tally.answered + tally.errors.total(), time.monotonic() - started
                     on_progress(Progress(rows, tally.rows, tally.errors.total(), seconds, rows - before))
@@ -99,7 +104,7 @@ def run_on_ray(
                 ray.shutdown()
     tally.update()
     seconds = time.monotonic() - started
-    summary = write_summary(folder, seconds, tally.answered + tally.errors.total() - before, 0)
+    summary = write_summary(folder, seconds, tally.answered + tally.errors.total() - before, lost)
     kinds = dict(sorted(tally.errors.items()))
     number = signals[0] if signals else None
     return Ended(summary, tally.answered, kinds, tally.is_complete, number, failure, stopped)
@@ -167,7 +172,12 @@ def handed_out(ray: Any, folder: RunFolder, shards: Sequence[int], workers: int,
     device = folder.settings.device
     gpus = 1 if device is None and ray.cluster_resources().get("GPU") else 0
     gpus = 1 if device is not None and device.startswith("cuda") else gpus
-    arguments = (str(folder.path.absolute()), replace(how, device="cuda" if gpus else device), str(stop.absolute()))
+    arguments = (
+        str(folder.path.absolute()),
+        replace(how, device="cuda" if gpus else device),
+        str(stop.absolute()),
+        os.getcwd(),
+    )
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     done = rows.map_batches(
         ShardWorker,

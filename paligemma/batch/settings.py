@@ -24,7 +24,8 @@ class Settings:
     stdin), or rows: the file that rows are read from. every: seconds between two frames of a video. model ...
     loc_scale: as of `paligemma.load`. max_new_tokens ... seed: as of `paligemma run`. max_pixels: of a picture at most,
     in millions. format, masks: how parts are written. shard_size: rows of a part. batch_size: rows answered together.
-    dedupe: pictures with equal bytes and an equal prompt are answered once.
+    dedupe: pictures with equal bytes and an equal prompt are answered once, as far as a worker remembers them: its last
+    1,024 answers.
     """
 
     prompt: str | None = None

@@ -39,10 +39,12 @@ def work_on(
     answer: Answer,
     stop: Callable[[], bool] = lambda: False,
     on_line: Callable[[Line], object] = lambda line: None,
+    on_lost: Callable[[int], object] = lambda count: None,
 ) -> bool:
     """Finishes a shard, if it is free. True if its part is there in the end.
 
-    stop: asked between two batches. on_line: gets every new line. OSError if the folder can no longer be written to.
+    stop: asked between two batches. on_line: gets every new line. on_lost: gets the number of workers that were lost
+    while they worked on the shard, once it is done. OSError if the folder can no longer be written to.
     """
     lease = leases.take(folder.lease(shard))
     if lease is None:
@@ -56,6 +58,7 @@ def work_on(
             for left in folder.work.glob(f"{shard:05d}.*.jsonl"):
                 left.unlink(missing_ok=True)
             leases.clear(folder.lease(shard))
+            on_lost(lease.losses)
             return True
     finally:
         lease.release()

@@ -65,9 +65,10 @@ def finish_shards(
     answer: Callable[[], Answer],
     stop: Callable[[], bool],
     on_line: Callable[[Line], object],
+    on_lost: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Finishes all of these shards, or waits until others have finished them. answer: loads the model; it is called
-    when there is a shard to work on, and before its lease is taken."""
+    when there is a shard to work on, and before its lease is taken. on_line, on_lost: see `work_on`."""
     loaded: Answer | None = None
     while left := sorted(set(shards) - folder.done()):
         progress = False
@@ -78,7 +79,7 @@ def finish_shards(
                 continue
             if loaded is None:
                 loaded = answer()
-            progress |= work_on(folder, shard, loaded, stop, on_line)
+            progress |= work_on(folder, shard, loaded, stop, on_line, on_lost)
         if not progress:
             time.sleep(PAUSE)  # other processes hold what is left
         if stop():

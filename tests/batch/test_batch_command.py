@@ -1,6 +1,7 @@
 """The command: wrong usage is told at once, errors have their exit codes, and stdout stays empty."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -225,3 +226,19 @@ def test_the_first_commands_of_the_page_run(photos, monkeypatch, capsys):
             cli.main()
         assert not stopped.value.code, (words, capsys.readouterr().err)
     assert json.loads((photos / "answers.json").read_text())["categories"]
+
+
+@pytest.mark.slow
+def test_the_job_array_of_the_page_answers_everything(photos, monkeypatch, capsys):
+    """docs/batch.md: the command of a job, as each of the 16 jobs runs it."""
+    page = Path(__file__).parent.parent.parent / "docs" / "batch.md"
+    (photos / "photos" / "8.png").unlink()  # the broken one
+    (line,) = re.findall(r"^paligemma batch .*SLURM.*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for number in range(16, 0, -1):  # whichever comes first
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        monkeypatch.setattr(sys, "argv", shlex.split(os.path.expandvars(line)))
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code, capsys.readouterr().err
+    summary = json.loads((photos / "answers" / "summary.json").read_text())
+    assert summary["complete"] and summary["answered"] == summary["rows"] > 0

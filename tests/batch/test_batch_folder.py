@@ -347,8 +347,9 @@ def test_after_two_losses_rows_are_answered_one_by_one(tmp_path, gone):
         groups.append(len(rows))
         yield from ((row, line_of(row)) for row in rows)
 
-    assert work_on(folder, 0, answer_rows)
-    assert groups == [1] * 10
+    lost = []
+    assert work_on(folder, 0, answer_rows, on_lost=lost.append)
+    assert groups == [1] * 10 and lost == [2]
 
 
 def test_a_row_that_kills_two_workers_alone_is_an_error(tmp_path, gone):

@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from standins import lines_of, run_of, slow
 
 from paligemma.batch.folder import RunFolder
@@ -15,6 +19,7 @@ from paligemma.batch.worker import How
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+PAGE = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
 
 # A run on two actors, one of which is killed by -9 as soon as something has been answered.
 KILLED_RUN = """
@@ -61,19 +66,29 @@ scene = open("examples/scene.png", "rb").read()
 for number in range(4):
     with open(f"{folder}/{number}.png", "wb") as file:
         file.write(scene[: len(scene) // 2] if number == 2 else scene)
-rows = ray.data.from_items([{"image": f"{folder}/{number}.png", "number": number} for number in range(4)])
-done = rows.map_batches(
-    paligemma.Predictor,
-    fn_constructor_kwargs={"model": "tiny", "prompt": "detect book", "device": "cpu", "max_new_tokens": 30},
-    batch_size=2,
-    compute=ray.data.ActorPoolStrategy(size=1),
-).take_all()
+rows = ray.data.from_items(
+    [{"image": f"{folder}/{number}.png", "prompt": "detect book", "number": number} for number in range(4)]
+)
+done = PIPELINE.take_all()
 found = {row["number"]: row for row in done}
 assert [json.loads(found[n]["error"])["kind"] if found[n]["error"] else None for n in range(4)] == [
     None, None, "unreadable", None
 ], found
 assert json.loads(found[0]["detections"])[0]["label"] == "book"
 print("four rows")
+"""
+
+# A command in a folder; with "--ray auto" beside a cluster that this process has begun.
+CLUSTER = """
+import os, subprocess, sys
+import ray
+
+folder, *arguments = sys.argv[1:]
+if "auto" in arguments:
+    context = ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
+done = subprocess.run([sys.executable, "-m", "paligemma", *arguments], cwd=folder, capture_output=True, text=True)
+assert done.returncode == 0, done.stderr
 """
 
 
@@ -109,12 +124,41 @@ def test_one_of_two_actors_is_killed_and_the_parts_are_those_of_two_workers(pyth
     on_ray = RunFolder(tmp_path / "ray")
     assert without_times(lines_of(on_ray)) == without_times(lines_of(whole))
     assert not [path.name for path in on_ray.work.iterdir()]
-    assert json.loads((on_ray.path / "summary.json").read_text())["answered"] == 300
+    summary = json.loads((on_ray.path / "summary.json").read_text())
+    assert (summary["answered"], summary["workers_lost"]) == (300, 1)
 
 
 @pytest.mark.slow
 def test_a_truncated_picture_does_not_end_a_foreign_pipeline(python, tmp_path):
-    assert python(FOREIGN, tmp_path).endswith("four rows\n")
+    """The pipeline is that of docs/batch.md, on a machine without its GPUs."""
+    pipeline = re.search(r"^rows\.map_batches\(\n.*?^\)$", PAGE, re.MULTILINE | re.DOTALL)[0]
+    for there, here in (
+        ('{"model": "google/paligemma2-3b-mix-224"}', '{"model": "tiny", "device": "cpu", "max_new_tokens": 30}'),
+        ("batch_size=64", "batch_size=2"),
+        ("num_gpus=1", "num_gpus=0"),
+        ("size=4", "size=1"),
+    ):
+        assert there in pipeline
+        pipeline = pipeline.replace(there, here)
+    assert python(FOREIGN.replace("PIPELINE", pipeline), tmp_path).endswith("four rows\n")
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run(python, tmp_path):
+    """docs/batch.md: on a cluster of this machine alone, and on one that runs already, whose nodes were started in some
+    other folder."""
+    commands = [
+        shlex.split(line, comments=True) for line in re.findall(r"^paligemma batch .*--ray.*$", PAGE, re.MULTILINE)
+    ]
+    assert [words[words.index("--ray") + 1] for words in commands] == ["auto", "local"]
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 6), "red").save(tmp_path / "photos" / f"{number}.png")
+    for words in commands:
+        python(CLUSTER, tmp_path, *words[1:])
+        lines = lines_of(RunFolder(tmp_path / "answers"))
+        assert [line["id"] for line in lines] == ["0.png", "1.png", "2.png"] and all(line["text"] for line in lines)
+        shutil.rmtree(tmp_path / "answers")
 
 
 def test_without_ray_the_way_out_is_named(tmp_path, monkeypatch):
