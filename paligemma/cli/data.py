@@ -51,10 +51,13 @@ def data_check(
     if max_length is not None and model is None:
         raise typer.BadParameter("--max-length counts tokens: give --model too")
     from paligemma.data.check import check
-    from paligemma.data.checkpoint import processor_of
 
     options = DataOptions(data, kind, images, annotations, image_name, split, language, every_label)
-    processor, codec = processor_of(model, revision, kind) if model is not None else (None, None)
+    processor = codec = None
+    if model is not None:
+        from paligemma.data.checkpoint import processor_of  # and torch, which nothing else here needs
+
+        processor, codec = processor_of(model, revision, kind)
     with notes.status(Text(f"reading {data}")) as status:
         rows = options.open(codec)
         result = check(

@@ -25,7 +25,6 @@ from paligemma.data.masks import around_polygons, box_around, fill, polygon_of
 from paligemma.data.objects import Object, ObjectRows
 from paligemma.data.rows import Picture, Row, RowError, Rows, short
 from paligemma.files import LARGEST_JSON, read_bytes
-from paligemma.images import load_image
 
 NO_SHAPES = re.compile(rb'"shapes"\s*:\s*\[\s*\]')
 
@@ -124,6 +123,8 @@ class ShapeReader:
 def painted(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
     """The pixels of a mask, bool [H, W]: a PNG file in base64, whose first pixel lies at the first of the points.
     ValueError for one that cannot be read or has no pixels."""
+    from paligemma.images import load_image  # and torch with it, which takes 150 MB: only where there are masks
+
     points, width, height = shape.get("points"), *size
     try:
         x, y = (int(value) for value in points[0])  # type: ignore[index]

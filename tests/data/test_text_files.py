@@ -199,6 +199,14 @@ def write_many(folder, count):
     return folder / "many.jsonl"
 
 
+def test_rows_are_read_and_checked_without_torch(folder):
+    """Which takes 150 MB and more time than some thousand rows."""
+    code = "import sys; from paligemma.data.options import open_rows; from paligemma.data.check import check; "
+    code += "print(check(open_rows(sys.argv[1])).ok, 'torch' in sys.modules)"
+    run = [sys.executable, "-c", code, str(write_many(folder, 10))]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "True False\n"
+
+
 def test_twenty_thousand_rows(folder):
     rows = open_rows(write_many(folder, 20_000))
     report = check(rows)
