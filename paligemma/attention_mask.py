@@ -17,8 +17,8 @@ A row is a query (who looks), a column a key (who is looked at); `i` image, `p` 
 
 Two more rules lie on top:
 
-*Padding* is seen by nobody. (A padding position sees itself, so that its softmax has something to sum over; whatever
-it computes is used by nobody, as long as it is a finite number.) One pad `.` on the left:
+No token attends to *padding*. (A padding position attends to itself, so that its softmax has something to sum over.
+What it computes is never used, as long as it is a finite number.) One pad `.` on the left:
 
         . i p s s
     .   1 0 0 0 0
@@ -27,10 +27,10 @@ it computes is used by nobody, as long as it is a finite number.) One pad `.` on
     s   0 1 1 1 0
     s   0 1 1 1 1
 
-*Sliding window* (every other layer of Gemma 2): a token sees itself and the `window` - 1 positions before it. The
-prefix block ignores the window, as in transformers (the reference, big_vision, has no window at all): inside it
-everybody still sees everybody. The suffix does not: at 896 pixels an image has 4096 tokens, so the first ones fall out
-of a window of 4096. With a window of 3:
+*Sliding window* (every other layer of Gemma 2): a token attends to itself and the `window` - 1 positions before it. The
+prefix block ignores the window, as in transformers (the reference, big_vision, has no window at all): inside it every
+token still attends to every other. The suffix keeps to it: at 896 pixels an image has 4096 tokens, so the first ones
+fall out of a window of 4096. With a window of 3:
 
         i i p p s s s
     i   1 1 1 1 0 0 0
