@@ -101,13 +101,7 @@ def run(
         sampling["compile"] = True
     task = prompt.strip().partition(" ")[0]
     boxes = task in ("detect", "segment")
-    if free and not boxes:
-        raise typer.BadParameter("--free is for detect and segment: other answers follow no grammar")
-    if forbid_repeats and (free or not boxes):
-        raise typer.BadParameter("--forbid-repeats is for detect and segment, without --free: a rule of their grammar")
-    check_order(prompt, images, "run")
-    if images.count("-") > 1:
-        raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
+    check_usage(prompt, images, boxes, free, forbid_repeats)
     several = len(images) > 1 or os.path.isdir(images[0])
     images = expanded(images)
     several |= len(images) > 1
@@ -139,14 +133,11 @@ def run(
             **sampling,
         )  # fmt: skip
         for number, picture, answer in zip(numbers, pictures, answers):
-            name = images[number] if len(images[number]) <= 300 else f"{images[number][:60]}..."  # a data: URL
+            name = short_name(images[number])
             if as_json:
                 echo_json(answer_as_json(images[number], prompt, answer))
             else:
-                for line in describe(answer, boxes):
-                    say(f"{name}: {line}" if several else line)
-                if boxes and answer.finished and not answer.text:
-                    note(f"note: {name}: nothing found")
+                say_answer(answer, name, boxes, several)
             note_spent_budget(name, answer, budget)
             if save is not None:
                 draw(pg, picture, answer, name, drawings[number], boxes)
@@ -159,6 +150,17 @@ def run(
     if answered < len(images):
         note(f"note: {len(images) - answered} of {len(images)} pictures could not be read")
         raise typer.Exit(1)
+
+
+def check_usage(prompt: str, images: list[str], boxes: bool, free: bool, forbid_repeats: bool) -> None:
+    """An error of usage for pictures and options that do not go with the prompt. boxes: it asks for them."""
+    if free and not boxes:
+        raise typer.BadParameter("--free is for detect and segment: other answers follow no grammar")
+    if forbid_repeats and (free or not boxes):
+        raise typer.BadParameter("--forbid-repeats is for detect and segment, without --free: a rule of their grammar")
+    check_order(prompt, images, "run")
+    if images.count("-") > 1:
+        raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
 
 
 def label_files(folder: Path | None, format: str, images: list[str], prompt: str, boxes: bool) -> LabelFiles | None:
@@ -262,6 +264,19 @@ def opened(images: list[str], max_pixels: int) -> Iterator[tuple[list[int], list
                 print_error(error)
         if numbers:
             yield numbers, pictures
+
+
+def short_name(image: str) -> str:
+    """What messages call a picture, which may be a long data: URL."""
+    return image if len(image) <= 300 else f"{image[:60]}..."
+
+
+def say_answer(answer: Answer, name: str, boxes: bool, several: bool) -> None:
+    """The answer on stdout, in lines for a person to read. several: each line begins with the name of the picture."""
+    for line in describe(answer, boxes):
+        say(f"{name}: {line}" if several else line)
+    if boxes and answer.finished and not answer.text:
+        note(f"note: {name}: nothing found")
 
 
 def draw(pg: Any, picture: Image.Image, answer: Answer, name: str, path: Path, boxes: bool) -> None:

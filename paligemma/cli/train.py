@@ -56,6 +56,7 @@ class WithHeadings(TyperCommand):
 
 
 def finetune(
+    context: typer.Context,
     data: Annotated[
         str, typer.Option(help="JSON lines, CSV, parquet, COCO, VQA, YOLO, VOC, LabelMe, or a folder of these.")
     ],
@@ -188,60 +189,10 @@ def finetune(
 
     The same command again goes on where it was cut off. Ctrl-C saves first. See also: paligemma train compare.
     """
+    given = {**context.params, "out": str(out), "freeze": names(freeze), "lora": names(lora)}
+    del given["plan"]  # all others are fields of `TrainOptions`
     try:
-        options = TrainOptions(
-            model=model,
-            data=data,
-            out=str(out),
-            kind=kind,
-            images=images,
-            annotations=annotations,
-            image_name=image_name,
-            split=split,
-            language=language,
-            every_label=every_label,
-            max_length=max_length,
-            max_pixels=max_pixels,
-            validation=validation,
-            validation_split=validation_split,
-            validation_annotations=validation_annotations,
-            metric=metric,
-            validate_every=validate_every,
-            validation_rows=validation_rows,
-            steps=steps,
-            epochs=epochs,
-            minutes=minutes,
-            batch=batch,
-            accumulate=accumulate,
-            keep_together=keep_together,
-            seed=seed,
-            lr=lr,
-            vision_lr=vision_lr,
-            warmup=warmup,
-            schedule=schedule,
-            optimizer=optimizer,
-            weight_decay=weight_decay,
-            label_smoothing=label_smoothing,
-            dropout=dropout,
-            clip=clip,
-            ema=ema,
-            freeze=names(freeze),
-            lora=names(lora),
-            rank=rank,
-            alpha=alpha,
-            lora_dropout=lora_dropout,
-            image_size=image_size,
-            quantize=quantize,
-            checkpoint_gradients=checkpoint_gradients,
-            shard=shard,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            resume=resume,
-            longer=longer,
-            save_every=save_every,
-            strict=strict,
-        )
+        options = TrainOptions(**given)
     except ValueError as error:  # out of range, unknown, or without effect; nothing was read yet
         raise typer.BadParameter(str(error)) from None
     if plan:
