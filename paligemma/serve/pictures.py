@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from paligemma.images import open_picture, preprocess
+from paligemma.images import TooManyPixels, open_picture, preprocess
 from paligemma.serve.errors import ApiError, invalid, shown
 
 # Those that browsers and phones make. Pillow reads forty more, each with a decoder of its own that may have faults.
@@ -92,9 +92,12 @@ def read(source: Source, cache: FeatureCache, most_pixels: int, side: int) -> Pi
 
 
 def decode(data: bytes, source: Source, most_pixels: int) -> Image.Image:
-    """8-bit RGB, upright. ApiError for a picture that is damaged. Its header must have been checked."""
+    """8-bit RGB, upright. ApiError for a picture that is damaged, or too large for its format. Its header must have been
+    checked."""
     try:
         return open_picture(io.BytesIO(data), "the data", most_pixels, FORMATS)
+    except TooManyPixels as error:  # WebP has a lower limit than the other formats, see `load_image`
+        raise ApiError(413, "too_many_pixels", f"{source.param}: {error}", source.param) from None
     except (ValueError, OSError) as error:
         raise bad_image(source, f"{source.param} is damaged or truncated: {error}") from None
 
