@@ -92,8 +92,10 @@ def read(source: Source, cache: FeatureCache, most_pixels: int, side: int) -> Pi
 
 
 def decode(data: bytes, source: Source, most_pixels: int) -> Image.Image:
-    """8-bit RGB, upright. ApiError for a picture that is damaged, or too large for its format. Its header must have been
-    checked."""
+    """8-bit RGB, upright. ApiError for a picture that is damaged, or too large for its format.
+
+    Its header must have been checked.
+    """
     try:
         return open_picture(io.BytesIO(data), "the data", most_pixels, FORMATS)
     except TooManyPixels as error:  # WebP has a lower limit than the other formats, see `load_image`
