@@ -4,9 +4,9 @@
         y = linear_int8(x, weight, scale, bias)
 
 There are two files of C++. `kernels_avx512.cpp` is for CPUs with AVX-512 and 8-bit dot products. The shorter
-`kernels_avx2.cpp` is for all others of the last ten years; it has the same functions, but its linear layers and its
-attention pay for few rows only. `kernels.h` is what they share, and `decoder_layer.h` builds a whole layer from their
-functions. `library.py` compiles and loads them.
+`kernels_avx2.cpp` is for all others of the last ten years; it has the same functions, but its attention and its linear
+layers in bfloat16 pay for few rows only. `kernels.h` is what they share, and `decoder_layer.h` builds a whole layer
+from their functions. `library.py` compiles and loads them.
 
 The library is called through `ctypes`, and the C++ side trusts its arguments. So everything that it needs to be safe
 is checked here: dtypes, shapes, strides, and that tensors are in the CPU's memory.
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from paligemma import devices
 from paligemma.fast.library import instructions, library
-from paligemma.fast.products import has_few_rows
 from paligemma.fast.rounding import GROUP
 
 MOST_INPUTS = 2**17  # of a layer in 8 or 4 bits: the sum of so many products of at most 127 * 127 fits into 32 bits
@@ -37,13 +36,8 @@ def kernel_available() -> bool:
     return library() is not None
 
 
-def kernel_takes(x: Tensor) -> bool:
-    """Whether the kernels for 8 and 4 bits should be used for as many rows as x [..., K] has."""
-    return kernel_available() and (has_few_rows(x) or supports_many_rows())
-
-
 def supports_many_rows() -> bool:
-    """Whether linear layers and attention pay for many rows as well: with AVX-512."""
+    """Whether attention and linear layers in bfloat16 pay for many rows as well: with AVX-512."""
     return instructions() == "AVX-512" and kernel_available()
 
 

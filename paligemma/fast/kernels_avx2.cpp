@@ -1,10 +1,8 @@
-// Linear layers for few rows on a CPU with AVX2 and no 8-bit dot products. `kernels_avx512.cpp` does the same for
-// AVX-512, and explains the ideas (rows of w a quarter of the matrix apart, outliers, steps of groups) at its
-// beginning.
+// Linear layers on a CPU with AVX2 and no 8-bit dot products. `kernels_avx512.cpp` does the same for AVX-512, and
+// explains the ideas (rows of w a quarter of the matrix apart, panels, outliers, steps of groups) at its beginning.
 //
 // There are few rows while an answer is written: every weight is read from memory for each token, and using it must not
-// take longer than reading it. For many rows (an image, a prompt) PyTorch's float32 product is as fast as such a CPU
-// can multiply.
+// take longer than reading it.
 //
 //     bfloat16   is the upper half of a float32: shifted into place, multiplied and summed as float32
 //     8 bits     no instruction multiplies signed by signed bytes. |w| times x with the sign of w gives the same, and
@@ -12,8 +10,14 @@
 //     4 bits     n in 0 .. 15 times x, four products in 16 bits, times the step of the group. The 8 in (n - 8) * step
 //                is subtracted at the end, by the sums of x over the groups
 //
-// Integer sums are exact, so the results are those of the other file, to the bit if nothing is clipped. Registers hold
-// R rows of x by four of w. Activations must be rounded the same way in both files.
+// Registers hold R rows of x by four of w.
+//
+// For many rows (an image, a prompt) the number of multiplications per instruction counts. In bfloat16, PyTorch's
+// float32 product is as fast as such a CPU can multiply, and there is no kernel here. Weights of 8 and 4 bits become
+// 16-bit numbers, for which one instruction multiplies 16 pairs and adds neighbours: twice as many as in float32.
+//
+// Integer sums are exact, so few and many rows agree, and both agree with the other file, to the bit if nothing is
+// clipped. Activations must be rounded the same way in both files.
 //
 // GELU and norms, at the end, are one pass over memory each; attention takes one query after the other.
 
@@ -23,6 +27,10 @@ static const int NR = 4;         // rows of w in a tile
 static const int MR = 3;         // rows of x: 3 * 4 partial sums + 1 or 2 weights of the 16 registers
 static const int BLOCK = 128;    // rows of x are padded with zeros to whole blocks
 static const int AHEAD = 512;    // 8-bit and 4-bit weights are prefetched so many bytes ahead
+static const int FEW = 48;       // up to so many rows, weights are read in place: a panel must be worth its copy
+static const int TALL = 6;       // rows of x in a tile of many rows: 6 * 2 sums + 2 vectors of w + 2 more registers
+static const int WIDE = 64;      // outputs of a panel
+static const int DEEP = 256;     // inputs of a panel: 32 KB, a quarter of which stays in the first-level cache
 
 static inline float sum(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -37,6 +45,8 @@ static inline int sum(__m256i v) {
 }
 
 static inline __m256i load_whole(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
+
+static inline __m128i load_half(const void* from) { return _mm_loadu_si128((const __m128i*)from); }
 
 // The first `count` of 32 bytes, zeros after them. Not for inner loops: it would displace what is in registers.
 static inline __m256i load_part(const void* from, int count) {
@@ -168,13 +178,16 @@ static void round_row(const T* x, int K, std::vector<float>& v, int8_t* q, Row& 
 }
 
 template <class T>
-static Rows round_rows(const T* x, int M, int K) {
+static Rows round_rows(const T* x, int M, int K, int threads) {
     Rows rows;
     rows.stride = whole_blocks(K);
     rows.q.resize(M * rows.stride);
     rows.row.resize(M);
-    std::vector<float> v(rows.stride);
-    for (int m = 0; m < M; m++) round_row(x + size_t(m) * K, K, v, rows.q.data() + m * rows.stride, rows.row[m]);
+#pragma omp parallel for num_threads(threads) schedule(static) if (M > FEW)
+    for (int m = 0; m < M; m++) {
+        std::vector<float> v(rows.stride);
+        round_row(x + size_t(m) * K, K, v, &rows.q[m * rows.stride], rows.row[m]);
+    }
     return rows;
 }
 
@@ -266,6 +279,124 @@ static void tile_int4(
         }
 }
 
+// ---------------------------------------------------------------------------------------------- many rows
+
+// 8 rows of 8 pieces of four bytes: row i, piece j becomes row j, piece i.
+static inline void transpose(__m256i v[8]) {
+    __m256i t[8];
+    UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    UNROLL
+    for (int i = 0; i < 4; i++) { // a half of v[4 * j + i] now holds piece i or 4 + i of four rows
+        t[i] = _mm256_permute2x128_si256(v[i], v[4 + i], 0x20);
+        t[4 + i] = _mm256_permute2x128_si256(v[i], v[4 + i], 0x31);
+    }
+    UNROLL
+    for (int i = 0; i < 8; i++) v[i] = t[i];
+}
+
+// Copies a panel, the weights of WIDE outputs from n on and `depth` inputs from `first` on, in 16 bits and in the order
+// [WIDE / 16, DEEP / 2, 16, 2]: a pair of inputs beside that of the next output.
+template <class Load>
+static void copy_panel(int16_t* panel, int n, int N, int first, int depth, Load load) {
+    for (int i = 0; i < WIDE; i += 8)
+        for (int k = 0; k < depth; k += 16) {
+            __m256i v[8];
+            UNROLL
+            for (int row = 0; row < 8; row++) v[row] = load(std::min(n + i + row, N - 1), first + k);
+            transpose(v);
+            int16_t* to = panel + i / 16 * 16 * DEEP + k * 16 + i % 16 * 2;
+            UNROLL
+            for (int pair = 0; pair < 8; pair++) _mm256_storeu_si256((__m256i*)(to + 32 * pair), v[pair]);
+        }
+}
+
+// Adds to sums [TALL, WIDE] the products of TALL rows of x with 16 outputs of a panel, [pairs, 16, 2].
+static void tile_of_panel(const int16_t* x, size_t stride, const int16_t* panel, int pairs, int* sums) {
+    __m256i acc[TALL][2];
+    UNROLL
+    for (int m = 0; m < TALL; m++)
+        UNROLL
+        for (int n = 0; n < 2; n++) acc[m][n] = load_whole(sums + m * WIDE + 8 * n);
+    for (int pair = 0; pair < pairs; pair++) {
+        const __m256i w[2] = {load_whole(panel + 32 * pair), load_whole(panel + 32 * pair + 16)};
+        UNROLL
+        for (int m = 0; m < TALL; m++) {
+            int two;
+            std::memcpy(&two, x + m * stride + 2 * pair, 4);
+            const __m256i v = kept(_mm256_set1_epi32(two));
+            UNROLL
+            for (int n = 0; n < 2; n++) acc[m][n] = _mm256_add_epi32(acc[m][n], _mm256_madd_epi16(v, w[n]));
+        }
+    }
+    UNROLL
+    for (int m = 0; m < TALL; m++)
+        UNROLL
+        for (int n = 0; n < 2; n++) _mm256_storeu_si256((__m256i*)(sums + m * WIDE + 8 * n), acc[m][n]);
+}
+
+// Adds to rests [WIDE] what was clipped of a number, times the weights of its column k of the panel.
+static void add_outlier(float* rests, const int16_t* panel, int k, float clipped) {
+    for (int i = 0; i < WIDE; i += 8) {
+        const __m256i pairs = load_whole(panel + i / 16 * 16 * DEEP + k / 2 * 32 + i % 16 * 2);
+        const __m256i column = _mm256_srai_epi32(k % 2 ? pairs : _mm256_slli_epi32(pairs, 16), 16);
+        const __m256 adds = _mm256_mul_ps(_mm256_set1_ps(clipped), _mm256_cvtepi32_ps(column));
+        _mm256_storeu_ps(rests + i, _mm256_add_ps(_mm256_loadu_ps(rests + i), adds));
+    }
+}
+
+// load(n, k): 16 weights of row n from k on, in 16 bits, zeros after K.
+template <class T, class Load>
+static void many_rows(
+    const Rows& rows, const float* scale, const T* bias, T* y, int M, int N, int threads, Load load) {
+    const size_t stride = rows.stride, whole = (M + TALL - 1) / TALL * TALL; // rows in whole tiles, zeros after M
+    std::vector<int16_t> x(whole * stride);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int m = 0; m < M; m++) std::copy_n(&rows.q[m * stride], stride, &x[m * stride]);
+    std::vector<std::pair<int, Outlier>> outliers; // with their rows, by column: so they are found in a panel
+    for (int m = 0; m < M; m++)
+        for (const Outlier& outlier : rows.row[m].outliers) outliers.push_back({m, outlier});
+    std::stable_sort(
+        outliers.begin(), outliers.end(), [](const auto& a, const auto& b) { return a.second.k < b.second.k; });
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int n = 0; n < N; n += WIDE) {
+        static thread_local std::vector<int16_t> panel(WIDE * DEEP);
+        static thread_local std::vector<int> sums;    // [whole, WIDE]
+        static thread_local std::vector<float> rests; // likewise: what outliers add
+        sums.assign(whole * WIDE, 0);
+        rests.assign(whole * WIDE, 0);
+        auto next = outliers.begin();
+        for (int first = 0; first < int(stride); first += DEEP) {
+            const int depth = std::min(DEEP, int(stride) - first);
+            copy_panel(panel.data(), n, N, first, depth, load);
+            for (; next != outliers.end() && int(next->second.k) < first + depth; next++) {
+                const auto& [m, outlier] = *next;
+                add_outlier(&rests[size_t(m) * WIDE], panel.data(), int(outlier.k) - first, outlier.rest);
+            }
+            for (int i = 0; i < WIDE && n + i < N; i += 16)
+                for (size_t m = 0; m < whole; m += TALL)
+                    tile_of_panel(&x[m * stride + first], stride, &panel[i * DEEP], depth / 2, &sums[m * WIDE + i]);
+        }
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < WIDE && n + i < N; i++) {
+                const size_t at = size_t(m) * WIDE + i;
+                const float s = scale[n + i];
+                put(sums[at] * s * rows.row[m].scale + rests[at] * s + (bias ? number(bias[n + i]) : 0),
+                    y + size_t(m) * N + n + i);
+            }
+    }
+}
+
 // ---------------------------------------------------------------------------------------------- whole layers
 
 // Four rows of w in a tile, a quarter of the matrix apart; the last tiles may compute the last row again.
@@ -324,7 +455,13 @@ static void few_rows(
 template <class T>
 static void linear_int8(
     const T* x, const int8_t* w, const float* scale, const T* bias, T* y, int M, int N, int K, int threads) {
-    const Rows rows = round_rows(x, M, K);
+    const Rows rows = round_rows(x, M, K, threads);
+    if (M > FEW)
+        return many_rows(rows, scale, bias, y, M, N, threads, [&](int n, int k) {
+            const int8_t* from = w + size_t(n) * K + k;
+            if (k + 16 <= K) return _mm256_cvtepi8_epi16(load_half(from));
+            return _mm256_cvtepi8_epi16(_mm256_castsi256_si128(load_part(from, std::max(K - k, 0))));
+        });
     auto weight = [&](int n, unsigned k) { return float(w[size_t(n) * K + k]); };
     auto tile = [&](auto R, int m, const int* n, int (*out)[NR]) {
         const int8_t* row[NR];
@@ -338,7 +475,14 @@ template <class T>
 static void linear_int4(
     const T* x, const uint8_t* w, const int8_t* steps, const float* scale, const T* bias, T* y, int M, int N, int K,
     int threads) {
-    const Rows rows = round_rows(x, M, K);
+    const Rows rows = round_rows(x, M, K, threads);
+    if (M > FEW)
+        return many_rows(rows, scale, bias, y, M, N, threads, [&](int n, int k) {
+            const __m128i bytes = load_half(w + size_t(n) * (K / 2) + k / 128 * 64 + k % 64);
+            const __m128i numbers = _mm_and_si128(k % 128 < 64 ? bytes : _mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+            const __m256i signed_numbers = _mm256_cvtepi8_epi16(_mm_sub_epi8(numbers, _mm_set1_epi8(8)));
+            return _mm256_mullo_epi16(signed_numbers, _mm256_set1_epi16(steps[size_t(n) * (K / GROUP) + k / GROUP]));
+        });
     auto weight = [&](int n, unsigned k) {
         const int byte = w[size_t(n) * (K / 2) + k / 128 * 64 + k % 64];
         const int number = k % 128 < 64 ? byte & 15 : byte >> 4;

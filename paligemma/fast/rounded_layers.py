@@ -3,10 +3,9 @@
 Each product has several implementations that compute the same to within rounding. `forward` takes the first that
 this machine has:
 
-    the kernels of `kernels.py`    8-bit activations, exact integer sums; for many rows with AVX-512 only
+    the kernels of `kernels.py`    8-bit activations, exact integer sums
     PyTorch's integer product      the same numbers, where the CPU has 8-bit dot products (VNNI)
-    a product in float32           of the same rounded activations where a kernel exists for few rows, so that few and
-                                   many rows agree; of unrounded activations otherwise
+    a product in float32           of unrounded activations
 
 Letters: M tokens, N outputs, K inputs.
 """
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from paligemma import devices
 from paligemma.fast import kernels
 from paligemma.fast.products import FEW_ROWS, add_bias, multiply_in_float32, needs_gradient
-from paligemma.fast.rounding import GROUP, dequantized_activations, round_activations, unpack
+from paligemma.fast.rounding import GROUP, round_activations, unpack
 
 
 class Int8Linear(nn.Module):
@@ -39,15 +38,13 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if needs_gradient(x):
             return add_bias(multiply_in_float32(x.flatten(0, -2), self.weight) * self.scale, self.bias, x)
-        if kernels.kernel_takes(x):
+        if kernels.kernel_available():
             return kernels.linear_int8(x, self.weight, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()  # PyTorch's operators insist on it
         if devices.has_dot_products():
             if self.packed is None:
                 self.packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
             y = integer_product(rows, self.weight, self.scale, self.packed)
-        elif kernels.kernel_available():
-            y = multiply_in_float32(dequantized_activations(rows), self.weight) * self.scale
         elif len(rows) <= FEW_ROWS and x.dtype == torch.bfloat16:
             y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale.bfloat16())
         else:
@@ -78,7 +75,7 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if needs_gradient(x):
             return add_bias(multiply_in_float32(x.flatten(0, -2), self.weight, self.steps) * self.scale, self.bias, x)
-        if kernels.kernel_takes(x):
+        if kernels.kernel_available():
             return kernels.linear_int4(x, self.weight, self.steps, self.scale, self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if len(rows) <= FEW_ROWS and len(self.weight) % 16 == 0:  # what PyTorch's 4-bit operator asks for
@@ -89,7 +86,6 @@ class Int4Linear(nn.Module):
             numbers = unpack(self.weight, self.steps)  # not kept: it is twice the size
             y = integer_product(rows, numbers, self.scale, torch.ops.onednn.qlinear_prepack(numbers, None))
         else:
-            rows = dequantized_activations(rows) if kernels.kernel_available() else rows
             y = multiply_in_float32(rows, self.weight, self.steps) * self.scale
         return add_bias(y, self.bias, x)
 

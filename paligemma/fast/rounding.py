@@ -87,9 +87,3 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return steps.to(torch.int8), scale, None
     steps.clamp_(-127, 127)
     return steps.to(torch.int8), scale, (x - steps * scale).masked_fill_(~outlier, 0)
-
-
-def dequantized_activations(x: Tensor) -> Tensor:
-    """x [M, K] as `round_activations` leaves it, in float32: the numbers that the integer kernels multiply."""
-    rounded, scale, clipped = round_activations(x)
-    return rounded * scale if clipped is None else rounded * scale + clipped

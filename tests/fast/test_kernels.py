@@ -27,7 +27,7 @@ def shapes():
 
 
 def panels():
-    """Many rows: panels of 64 outputs, 1024 or 2048 inputs deep. Whole ones, parts of one, one more than one."""
+    """Many rows: panels of 64 outputs, 256, 1024 or 2048 inputs deep. Whole ones, parts of one, one more than one."""
     return [(49, 31, 128), (50, 64, 2048), (51, 65, 2176), (52, 1, 4224), (53, 130, 256), (30, 66, 384)]
 
 
@@ -93,10 +93,23 @@ def test_4_bit_kernel_is_exact_to_the_bit(M, N, K):
 
 
 @pytest.mark.usefixtures("kernels")
+def test_few_rows_and_many_are_equal_to_the_bit_whatever_is_clipped():
+    """Some columns a hundred times larger than the rest, one of them at either end, and numbers of single rows."""
+    x = torch.randn(61, 640)
+    x[:, [0, 7, 255, 256, 639]] *= 100
+    x[torch.arange(61), torch.arange(61) * 10] = 200
+    assert round_activations(x)[2] is not None
+    in_8_bits, in_4_bits = round_rows(torch.randn(70, 640)), round_groups(torch.randn(70, 640))
+    for linear, weight in ((linear_kernels.linear_int8, in_8_bits), (linear_kernels.linear_int4, in_4_bits)):
+        assert torch.equal(linear(x, *weight), torch.cat([linear(row, *weight) for row in x.split(3)]))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_steps_that_no_file_should_hold_read_no_memory_that_is_not_theirs():
     weight, steps = torch.full((4, 64), 0x0F, dtype=torch.uint8), torch.tensor([[-128, 127]] * 4, dtype=torch.int8)
-    y = linear_kernels.linear_int4(torch.ones(1, 128), weight, steps, torch.ones(4))
-    assert y.isfinite().all()
+    for M in (1, 60):
+        y = linear_kernels.linear_int4(torch.ones(M, 128), weight, steps, torch.ones(4))
+        assert y.isfinite().all()
 
 
 @pytest.mark.usefixtures("kernels")
@@ -205,7 +218,7 @@ def use_what_ends_with_its_page(kernels: str) -> None:
         moved = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=whole - x.nbytes)
         return moved.view(x.shape).copy_(x)
 
-    for M, K in ((1, 1), (2, 17), (3, 63), (1, 269), (5, 300)):
+    for M, K in ((1, 1), (2, 17), (3, 63), (1, 269), (5, 300), (50, 63)):
         x, weight = torch.randn(M, K), torch.randn(70, K)
         linear_kernels.linear_bf16(at_the_end(x.bfloat16()), at_the_end(weight.bfloat16()))
         in_8_bits = [at_the_end(part) for part in round_rows(weight)]
