@@ -119,8 +119,8 @@ def test_which_products_go_through_the_kernel(best_for_many, monkeypatch):
 
 
 @needs_kernel
-def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
-    """As many as it takes, in each of the three layers, and none of those that are more."""
+def test_avx2_leaves_many_rows_in_bfloat16_to_float32(monkeypatch):
+    """Layers in 8 and 4 bits have a kernel for any number of rows."""
     monkeypatch.setattr(library, "REQUESTED", "avx2")
     monkeypatch.setattr("paligemma.devices.cpu_multiplies_bfloat16", lambda: False)
     monkeypatch.setattr(devices, "has_dot_products", lambda: False)
@@ -135,7 +135,7 @@ def test_avx2_takes_few_rows_and_leaves_many_to_float32(monkeypatch):
         layer = quantize(make_model(dtype=torch.bfloat16), mode).language_model.model.layers[0].mlp.up_proj
         for rows in (1, 16, 17):
             layer(torch.randn(1, rows, 128).bfloat16())
-    assert called == ["kernel", "kernel", "float32"] * 3
+    assert called == ["kernel", "kernel", "float32"] + ["kernel"] * 6
 
     attention = quantize(make_model(dtype=torch.bfloat16), "bf16").language_model.model.layers[0].self_attn
     called.clear()
