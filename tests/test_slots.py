@@ -166,14 +166,15 @@ def test_joins_cancellations_and_faults_leave_the_other_slots_alone(happening, k
 
 @pytest.mark.usefixtures("not_compiled")
 def test_numbers_that_are_none_leave_the_slot_with_their_row():
-    """As where activations overflow. The row fails, the one beside it does not, and neither does the next in its slot."""
+    """As where activations overflow: neither the row beside it fails, nor the next one in its slot."""
     model = model_of()
     engine = Engine(model, max_rows=2, prefill_every=1, compile=True)
     beside, poisoned = engine.admit(plain(model, 30)), engine.admit(plain(model, 30, words=20))
     for _ in range(4):
         engine.step()
     assert engine._slots is not None
-    engine._slots.cache.values[0][1] = math.nan
+    with torch.inference_mode():
+        engine._slots.cache.values[0][1] = math.nan
     with pytest.raises(FloatingPointError, match="not finite"):
         poisoned.result()
     for _ in range(3):
