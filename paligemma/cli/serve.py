@@ -61,6 +61,10 @@ def serve(
     ignore_history: Annotated[
         bool, typer.Option("--ignore-history", help="Drop earlier messages of a conversation instead of refusing it.")
     ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Decode with one compiled graph, for GPUs. The start takes a minute longer."),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
@@ -73,6 +77,8 @@ def serve(
 
     Prints one line, the URL, once it answers. SIGTERM lets running answers finish.
     """
+    if compile and quantize:
+        raise typer.BadParameter("--compile does not go with --quantize: its kernels cannot be compiled")
     key = read_key(api_key_file)
     local = uds is not None or is_loopback(host)
     if not local and key is None and not no_key:
@@ -93,6 +99,7 @@ def serve(
         max_body=max_body, max_pixels=max_pixels, max_images=max_images, max_new_tokens=max_new_tokens,
         cache_memory=cache_memory, image_cache=image_cache, prefill_every=prefill_every, threads=threads,
         decode_workers=decode_workers, log=log, page=not no_page, ignore_history=ignore_history,
+        compile=compile,
     )  # fmt: skip
 
     def load() -> PaliGemma:

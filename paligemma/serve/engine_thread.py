@@ -207,11 +207,7 @@ class EngineThread:
             if self.settings.threads is not None:
                 torch.set_num_threads(self.settings.threads)
             self.pg = self._load()
-            memory = self.settings.cache_memory
-            self.engine = Engine(
-                self.pg.model, max_rows=self.settings.max_rows,
-                cache_bytes=None if memory is None else int(memory * 1e9), prefill_every=self.settings.prefill_every,
-            )  # fmt: skip
+            self.engine = self._make_engine(self.pg)
             self.state = "ok"
             while self._wait_for_work():
                 self._do_calls()
@@ -221,6 +217,14 @@ class EngineThread:
             self.failure, error = failure, unavailable("failed")
         finally:
             self._end(error)
+
+    def _make_engine(self, pg: PaliGemma) -> Engine:
+        settings, memory = self.settings, self.settings.cache_memory
+        return Engine(
+            pg.model, max_rows=settings.max_rows, cache_bytes=None if memory is None else int(memory * 1e9),
+            prefill_every=settings.prefill_every, compile=settings.compile,
+            slot_length=settings.slot_length(pg.processor.num_image_tokens) if settings.compile else None,
+        )  # fmt: skip
 
     def _end(self, error: ApiError) -> None:
         """Whoever still waits for this thread hears that it is over."""

@@ -38,6 +38,7 @@ class Settings:
     cache_memory: float | None = None
     image_cache: int = 32
     prefill_every: int = 8
+    compile: bool = False
     threads: int | None = None
     decode_workers: int = 2
     # The rest
@@ -54,6 +55,10 @@ class Settings:
     def places(self) -> int:
         """Requests that may run or wait at a time."""
         return self.max_rows + self.max_queue
+
+    def slot_length(self, image_tokens: int) -> int:
+        """With `compile`, the tokens of a row: one picture, a prompt of up to 255 tokens, and the longest answer."""
+        return image_tokens + 255 + self.max_new_tokens
 
     @property
     def body_bytes(self) -> int:

@@ -26,15 +26,15 @@ def ask(client, prompt, **fields):
 
 
 def test_logits_that_are_no_numbers_end_their_row_alone(pg, monkeypatch):
-    choose = engine_module.Engine._choose
+    choose = engine_module.choose_tokens
 
-    def choose_with_a_fault(self, rows, logits, *others):
+    def choose_with_a_fault(rows, logits, *others):
         for n, row in enumerate(rows):
             if row.request.options.max_new_tokens == 77 and len(row.answer.token_ids) == 3:
                 logits[n] = float("nan")
-        return choose(self, rows, logits, *others)
+        return choose(rows, logits, *others)
 
-    monkeypatch.setattr(engine_module.Engine, "_choose", choose_with_a_fault)
+    monkeypatch.setattr(engine_module, "choose_tokens", choose_with_a_fault)
     expected = pg.generate(SCENE, "caption en").text
     with running(pg) as server, server.client() as client, ThreadPoolExecutor(3) as pool:
         fine = [pool.submit(ask, client, "caption en") for _ in range(2)]
@@ -272,6 +272,7 @@ def test_wrong_usage(tmp_path, monkeypatch):
         (["--port", "70000"], "65535"),
         (["--loc-scale", "5"], "1024 or 1023"),
         (["--log", "xml"], "text, json"),
+        (["--compile", "--quantize", "int8"], "--compile does not go with --quantize"),
         (["--api-key", "secret"], "No such option"),
     ):
         result = CliRunner().invoke(app, ["serve", *arguments])
