@@ -102,7 +102,9 @@ class Report:
         """For rich: `Console().print(report.table())`."""
         from rich.table import Table
 
-        about = ", ".join(f"{key} {value}" for key, value in self.about.items() if value is not None)
+        # The numbers of a calibration are in results.json; here they would fill a line.
+        named = {key: "yes" if key == "calibration" else value for key, value in self.about.items()}
+        about = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
         table = Table(title=about, title_justify="left")
         table.add_column("task", no_wrap=True)
         table.add_column("figure")
