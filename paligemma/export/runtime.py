@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.scores import CALIBRATION_FILE, Calibration
 from paligemma.export.graphs import GRAPHS
 from paligemma.export.storing import SUFFIXES
 from paligemma.files import read_json
@@ -35,6 +36,8 @@ def load_exported(
     model = ExportedModel(Path(folder), weights, threads)
     vision = model.config.vision_config
     processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)
+    if (calibrated := Path(folder) / CALIBRATION_FILE).exists():
+        processor.calibration = Calibration.load(calibrated)
     return PaliGemma(model, processor, codec)  # type: ignore[arg-type]
 
 

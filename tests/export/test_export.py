@@ -15,6 +15,8 @@ from reference import make_inputs, randomize, tiny_config
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
+import paligemma
+from paligemma.answers.scores import IDENTITY
 from paligemma.bench.shapes import write_random_checkpoint
 from paligemma.cli.main import app
 from paligemma.generation import decode_one_token, prefill
@@ -30,7 +32,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export
 
 from paligemma.export import exporting, storing  # noqa: E402
 from paligemma.export.graphs import Decoder, TokenEmbedding, VisionEncoder  # noqa: E402
-from paligemma.export.runtime import ExportedModel  # noqa: E402
+from paligemma.export.runtime import ExportedModel, load_exported  # noqa: E402
 
 FAMILIES = {
     "gemma": {"num_key_value_heads": 1},
@@ -227,13 +229,31 @@ def test_large_weights_lie_beside_the_graph(exported, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_openvino_reads_the_same_files(exported):
+    """Picture, embeddings, and a prompt of two rows, one of them padded: what PyTorch gives."""
     openvino = pytest.importorskip("openvino")
     model, folder = exported
-    pixels = torch.randn(2, 3, 28, 28)
+    # By itself it computes in bfloat16 where the CPU has instructions for it.
+    precise = {"INFERENCE_PRECISION_HINT": "f32"}
+
+    def run(name, feed):
+        compiled = openvino.Core().compile_model(folder / "onnx" / f"{name}.onnx", "CPU", precise)
+        return torch.from_numpy(compiled({key: value.numpy() for key, value in feed.items()})[0])
+
+    inputs = make_inputs(model.config, [6, 4])
     with torch.no_grad():
-        expected = model.encode_image(pixels)
-    compiled = openvino.Core().compile_model(folder / "onnx" / "vision_encoder.onnx", "CPU")
-    assert_close(torch.from_numpy(compiled({"pixel_values": pixels.numpy()})[0]), expected, rtol=0, atol=5e-5)
+        features = model.encode_image(inputs["pixel_values"])
+        expected = model(**inputs).logits
+    assert_close(run("vision_encoder", {"pixel_values": inputs["pixel_values"]}), features, rtol=0, atol=5e-5)
+    ids, text = inputs["input_ids"], model.config.text_config
+    is_image = ids == model.config.image_token_index
+    embeds = run("embed_tokens", {"input_ids": ids})
+    embeds = embeds.masked_scatter(is_image[..., None], features)
+    mask = inputs["attention_mask"]
+    empty = torch.zeros(2, text.num_key_value_heads, 0, text.head_dim)
+    past = {f"past_key_values.{i}.{kind}": empty for i in range(text.num_hidden_layers) for kind in ("key", "value")}
+    feed = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": mask.cumsum(1), **past}
+    logits = run("decoder_model_merged", feed)  # it takes the optional num_logits_to_keep for a constant
+    assert_close(logits[mask.bool()], expected[mask.bool()], rtol=0, atol=5e-5)
 
 
 @pytest.mark.slow
@@ -247,6 +267,7 @@ def test_the_command_of_the_page_writes_and_checks_the_embedded_model(tmp_path):
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["q8", "fp32", "fp16", "q4"]
     assert lines[1].endswith("the likeliest token is the same in 42 of 42")
+    assert load_exported(folder, "q8").calibration == paligemma.load("tiny").calibration != IDENTITY
     assert "dtype" not in json.loads((folder / "config.json").read_text())["transformers.js_config"]
     # The sizes that the page gives, by the ends of file names.
     for name, size in re.findall(r"\| `(\w+)` \| .* \| (\d+) MB \|", page):
