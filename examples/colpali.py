@@ -23,7 +23,6 @@ def load(name: str, width: int = 2048, **options) -> paligemma.PaliGemma:
     return paligemma.load(name, extra={"custom_text_proj": nn.Linear(width, DIM)}, **options)
 
 
-@torch.inference_mode()
 def vectors(pg, rows: list[list[int]], causal: bool, pixels: Tensor | None = None) -> Tensor:
     """Ids of each row -> [B, S, 128], zero where a shorter row is padded on its right."""
     model, pad = pg.model, pg.processor.tokenizer.pad_token_id
@@ -34,12 +33,12 @@ def vectors(pg, rows: list[list[int]], causal: bool, pixels: Tensor | None = Non
     return F.normalize(model.custom_text_proj(hidden), dim=-1) * valid[..., None]
 
 
-def pages(pg, images) -> Tensor:
+def pages(pg, images, batch: int = 1) -> Tensor:
     token, P = pg.processor.tokenizer, pg.processor.num_image_tokens
     # The second <bos> is the published processor's: it puts one before the prompt, which begins with one.
     row = [pg.model.config.image_token_index] * P + 2 * [token.bos_token_id] + token.encode(PAGE)
     pixels = pg.processor(text=[""] * len(images), images=images)["pixel_values"].to(pg.model.device)
-    return torch.cat([vectors(pg, [row], causal=False, pixels=one[None]) for one in pixels])
+    return torch.cat([vectors(pg, [row] * len(some), False, some) for some in pixels.split(batch)])
 
 
 def queries(pg, texts: list[str]) -> Tensor:
@@ -56,5 +55,6 @@ def scores(of_queries: Tensor, of_pages: Tensor) -> Tensor:
 if __name__ == "__main__":
     name, query, *names = sys.argv[1:]
     pg = load(name, 256 if name == "tiny" else 2048)
-    found = scores(queries(pg, [query]), pages(pg, names))[0].tolist()
+    with torch.inference_mode():
+        found = scores(queries(pg, [query]), pages(pg, names))[0].tolist()
     print(*(f"{score:7.3f}  {page}" for score, page in sorted(zip(found, names), reverse=True)), sep="\n")
