@@ -1,4 +1,4 @@
-"""Decoding on a GPU: eager, compiled, and transformers with its static cache and compilation, in turns.
+"""Decoding: eager, compiled, and transformers with its static cache and compilation, in turns. Meant for GPUs.
 
 Each model answers with one token and with many; the difference, for each further token, is what decoding takes. The
 least that it can take is what the card needs to read the language model's weights once. All models are in memory at the
@@ -104,6 +104,18 @@ def seconds_of(run: Callable[[], object], device: str) -> float:
     run()
     wait()
     return time.perf_counter() - begun
+
+
+def ratio_line(record: dict[str, Any]) -> str:
+    """How long a further token takes compiled, as a share of eager, in each round."""
+    steps: dict[str, list[float]] = {}
+    for run in record["runs"]:
+        steps.setdefault(run["name"], []).append(run["answer_s"] - run["first_token_s"])
+    ratios = [compiled / eager for compiled, eager in zip(steps["compiled"], steps["eager"])]
+    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+    return (
+        f"a token compiled takes {middle:.2f} times as long as eager ({low:.2f} - {high:.2f} in {len(ratios)} rounds)"
+    )
 
 
 def read_rate(device: str) -> float:

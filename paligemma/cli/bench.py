@@ -27,6 +27,9 @@ def bench(
         bool | None, typer.Option("--transformers/--no-transformers", help="Default: if it is installed.")
     ] = None,
     grow: Annotated[bool, typer.Option("--grow", help="Also how cost grows: length, batch, resolution.")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Decoding only, eager and as one compiled graph, in float32 on the CPU.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One round of less, for a try.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Of each timed answer.")] = 16,
@@ -43,8 +46,11 @@ def bench(
     """
     if serve and device != "cpu":
         raise typer.BadParameter("--serve measures on the CPU: leave --device out")
-    if device != "cpu":
-        bench_gpu(model, device, transformers, 1 if quick else rounds, max(tokens, 128), work, out)
+    if serve and compile:
+        raise typer.BadParameter("--serve measures servers without --compile: leave one of them out")
+    if device != "cpu" or compile:
+        tokens = tokens if device == "cpu" else max(tokens, 128)
+        bench_decoding(model, device, transformers, 1 if quick else rounds, tokens, threads, work, out)
         return
     if serve:
         bench_serving(model, transformers, 1 if quick else rounds, 2 if quick else 8, tokens, threads, work, out)
@@ -112,21 +118,36 @@ def bench_serving(
         raise typer.Exit(1)
 
 
-def bench_gpu(
-    model: str, device: str, transformers: bool | None, rounds: int, tokens: int, work: Path | None, out: Path
+def bench_decoding(
+    model: str,
+    device: str,
+    transformers: bool | None,
+    rounds: int,
+    tokens: int,
+    threads: int | None,
+    work: Path | None,
+    out: Path,
 ) -> None:
-    """`--device cuda`: how fast decoding is, eager and compiled."""
-    from paligemma.bench.gpu import benchmark_gpu, check_device, table
+    """`--device cuda` and `--compile`: how fast decoding is, eager and compiled."""
+    from paligemma.bench.gpu import benchmark_gpu, check_device, ratio_line, table
     from paligemma.bench.run import checkpoint_of, record_path
     from paligemma.bench.transformers_model import installed
 
     check_device(device)
-    path = record_path(out, f"{model}-{device}")
+    on_cpu = device == "cpu"
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    if transformers is None:
+        transformers = installed() and not on_cpu  # to compile theirs for a CPU takes minutes
+    path = record_path(out, f"{model}-{'compiled' if on_cpu else device}")
     with notes.status("") as status, checkpoint_of(model, work, lambda text: status.update(Text(text))) as folder:
         record = benchmark_gpu(
             folder,
             device,
-            transformers=installed() if transformers is None else transformers,
+            dtype="float32" if on_cpu else "bfloat16",
+            transformers=transformers,
             rounds=rounds,
             tokens=tokens,
             out=path,
@@ -134,4 +155,5 @@ def bench_gpu(
             say=lambda text: status.update(Text(text)),
         )
     print_table(table(record))
+    say(ratio_line(record))
     note(f"record: {path}")

@@ -33,6 +33,34 @@ def test_the_record_has_every_model_and_the_limit(tmp_path, monkeypatch):
     assert table.row_count == 2 and "each token" in table.columns[2].header
 
 
+def test_the_command_measures_eager_and_compiled_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "compiled_step", lambda device_type: decode_one_token)
+    shapes.write_random_checkpoint(tiny_config("gemma2"), tmp_path / "random")
+    command = ["bench", "--compile", "-m", str(tmp_path / "random"), "--rounds", "2", "--tokens", "4"]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "a token compiled takes" in done.stdout and "in 2 rounds" in done.stdout
+    (path,) = tmp_path.glob("speed-random-compiled-*.json")
+    assert json.loads(path.read_text())["dtype"] == "float32"
+    done = CliRunner().invoke(app, ["bench", "--compile", "--serve"])
+    assert done.exit_code == 2 and "without --compile" in done.stderr
+
+
+def test_the_ratio_is_taken_round_by_round():
+    runs = [
+        {"name": name, "first_token_s": 1.0, "answer_s": 1.0 + seconds}
+        for name, seconds in (
+            ("compiled", 1),
+            ("eager", 2),
+            ("eager", 4),
+            ("compiled", 1),
+            ("compiled", 3),
+            ("eager", 3),
+        )
+    ]
+    assert gpu.ratio_line({"runs": runs}).endswith("0.50 times as long as eager (0.25 - 1.00 in 3 rounds)")
+
+
 def test_figures_follow_from_the_runs():
     record = {
         "token_bytes": 2e9,
