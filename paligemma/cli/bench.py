@@ -20,6 +20,9 @@ def bench(
     serve: Annotated[
         bool, typer.Option("--serve", help="Measure servers under load instead: paligemma serve.")
     ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Measure training steps instead, LoRA and all weights: paligemma train.")
+    ] = False,
     precisions: Annotated[
         str, typer.Option(help="plain, bf16, int8, int4; with -torch without the kernel. Separated by commas.")
     ] = "bf16,int8,int4",
@@ -43,7 +46,15 @@ def bench(
     """Measure speed and memory on this machine, beside its limits and beside transformers.
 
     With --serve: requests a second, latency and time to the first token of servers with 1, 4 and 16 clients.
+    With --train: seconds and memory of training steps, beside a bare loop and transformers with peft.
     """
+    if serve and train:
+        raise typer.BadParameter("--serve and --train measure different things: give one of them")
+    if train and compile:
+        raise typer.BadParameter("--train measures training without --compile: leave one of them out")
+    if train:
+        bench_training(model, transformers, 1 if quick else rounds, 2 if quick else 5, device, threads, work, out)
+        return
     if serve and device != "cpu":
         raise typer.BadParameter("--serve measures on the CPU: leave --device out")
     if serve and compile:
@@ -107,6 +118,35 @@ def bench_serving(
     with notes.status("") as status:
         record = benchmark_serving(
             model, transformers=transformers, rounds=rounds, requests=requests, tokens=tokens, threads=threads,
+            work=work, out=path, command="paligemma " + " ".join(sys.argv[1:]),
+            say=lambda text: status.update(Text(text)),
+        )  # fmt: skip
+    print_table(table(record))
+    for failed in record["failed"]:
+        note(f"failed: {failed['what']}: {failed['why']}")
+    note(f"record: {path}")
+    if record["failed"]:
+        raise typer.Exit(1)
+
+
+def bench_training(
+    model: str,
+    transformers: bool | None,
+    rounds: int,
+    steps: int,
+    device: str,
+    threads: int | None,
+    work: Path | None,
+    out: Path,
+) -> None:
+    from paligemma.bench.gpu import check_device
+    from paligemma.bench.training import benchmark_training, table, training_record_path
+
+    check_device(device)
+    path = training_record_path(out, model, device)
+    with notes.status("") as status:
+        record = benchmark_training(
+            model, transformers=transformers, rounds=rounds, steps=steps, device=device, threads=threads,
             work=work, out=path, command="paligemma " + " ".join(sys.argv[1:]),
             say=lambda text: status.update(Text(text)),
         )  # fmt: skip
