@@ -162,7 +162,7 @@ def test_look_inside_opens_the_page_of_this_picture_and_prompt(page, browser):
         assert page.script("return window.opener") is None
         page.click("nav a[data-screen=attention]")  # it also works in the sandbox that it is served in
         page.press(Keys.ARROW_RIGHT, Keys.ARROW_UP)
-        assert "#attention?token=1&layer=4" in browser.current_url and "layer 5" in page.text("#attention-said")
+        assert "#attention?token=1&layer=4" in browser.current_url and "layer 4" in page.text("#attention-said")
     finally:
         for handle in set(browser.window_handles) - {first}:
             browser.switch_to.window(handle)

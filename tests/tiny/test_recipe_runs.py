@@ -36,7 +36,7 @@ from paligemma.train.loop import train as train_loop
 
 torch.set_num_threads(1)
 SMALL = replace(SECOND, image_size=80, vision_width=64, vision_layers=1, text_width=64, text_layers=1,
-                codec_steps=2, shards=4, vision_batch=8, joint_batch=4)  # fmt: skip
+                codec_steps=2, shards=6, vision_batch=8, joint_batch=4)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
