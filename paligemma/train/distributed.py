@@ -16,7 +16,7 @@ import atexit
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -89,17 +89,10 @@ def all_reduce_figures(figures: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
-    """Scale the gradients down to a norm of at most `most`. Returns the norm that they had, over all processes."""
-    parameters = list(parameters)
-    if not any(map(is_sharded, parameters)):
-        return float(nn.utils.clip_grad_norm_(parameters, most))
-    gradients = [own_rows(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    norm = math.sqrt(all_reduce_figures({"square": float(nn.utils.get_total_norm(gradients)) ** 2})["square"])
-    if norm > most:
-        for gradient in gradients:
-            gradient.mul_(most / norm)
-    return norm
+def norm(gradients: Sequence[Tensor], sharded: bool) -> float:
+    """The norm of all gradients together. sharded: these are the rows of this process only."""
+    own = float(nn.utils.get_total_norm(gradients))
+    return math.sqrt(all_reduce_figures({"square": own**2})["square"]) if sharded else own
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -356,10 +356,12 @@ def divide_and_clip(trained: Sequence[nn.Parameter], weight: float, most: float)
     """Sum the gradients over all processes, divide them by the weight, and clip them to a norm of at most `most`.
     Returns the norm before clipping."""
     distributed.all_reduce_gradients(trained)
-    for parameter in trained:
-        if parameter.grad is not None:
-            parameter.grad /= weight
-    return distributed.clip(trained, most)
+    gradients = [distributed.own_rows(parameter.grad) for parameter in trained if parameter.grad is not None]
+    norm = distributed.norm(gradients, any(map(distributed.is_sharded, trained))) / weight
+    scale = min(1.0, most / (norm + 1e-6)) / weight  # once over all gradients, not once for each of the two
+    for gradient in gradients:
+        gradient.mul_(scale)
+    return norm
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
