@@ -227,6 +227,7 @@ def running(server: str, folder: Path, threads: int | None) -> Iterator[int]:
     if server == PALIGEMMA:
         command = [sys.executable, "-m", "paligemma", "serve", "-m", str(folder), "--name", str(folder)]
         command += ["--port", str(port), *([] if threads is None else ["--threads", str(threads)])]
+        command += ["--queue-timeout", str(ANSWERING), "--timeout", str(ANSWERING)]  # a large model takes its time
     else:
         command = [str(transformers_command()), "serve", str(folder), "--port", str(port), "--host", "127.0.0.1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
