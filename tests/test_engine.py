@@ -225,16 +225,9 @@ events = st.one_of(
 )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(
-    happening=st.lists(events, min_size=5, max_size=40),
-    kind=st.sampled_from(["gemma", "gemma2"]),
-    max_rows=st.integers(1, 6),
-    prefill_every=st.sampled_from([None, 1, 3]),
-)
-def test_joins_cancellations_and_faults_leave_the_others_alone(happening, kind, max_rows, prefill_every):
+def happens(engine, kind, max_rows, happening):
+    """Rows join, are cancelled and fail; all others must be answered as if they were alone, and nothing be left."""
     model = model_of(kind)
-    engine = Engine(model, max_rows=max_rows, prefill_every=prefill_every)
     tickets, cancelled = [], set()
     for what, number in happening:
         if what == "admit":
@@ -260,7 +253,20 @@ def test_joins_cancellations_and_faults_leave_the_others_alone(happening, kind, 
                 ticket.result()
     while engine.step():
         pass
-    assert engine.failure is None and engine.rows_running == engine.rows_waiting == engine.bytes_held == 0
+    assert engine.failure is None and engine.rows_running == engine.rows_waiting == 0
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    happening=st.lists(events, min_size=5, max_size=40),
+    kind=st.sampled_from(["gemma", "gemma2"]),
+    max_rows=st.integers(1, 6),
+    prefill_every=st.sampled_from([None, 1, 3]),
+)
+def test_joins_cancellations_and_faults_leave_the_others_alone(happening, kind, max_rows, prefill_every):
+    engine = Engine(model_of(kind), max_rows=max_rows, prefill_every=prefill_every)
+    happens(engine, kind, max_rows, happening)
+    assert engine.bytes_held == 0
 
 
 def test_numbers_that_are_none_in_the_middle_of_an_answer_end_that_row_alone():

@@ -6,7 +6,6 @@ The answers are held to those of the engine without it, which `test_engine.py` h
 import copy
 import math
 import random
-from concurrent.futures import CancelledError
 from dataclasses import replace
 
 import pytest
@@ -14,17 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import (
-    FAULTS,
     NO_EOS,
     answer_alone,
     embedded_requests,
     events,
     fail_in,
+    happens,
     mixed_request,
     model_of,
     plain,
     same,
-    with_fault,
 )
 
 import paligemma
@@ -135,33 +133,8 @@ def test_on_a_gpu_slots_replay_one_recorded_graph(kind):
     prefill_every=st.sampled_from([None, 1, 3]),
 )
 def test_joins_cancellations_and_faults_leave_the_other_slots_alone(happening, kind, max_rows, prefill_every):
-    model = model_of(kind)
-    engine = Engine(model, max_rows=max_rows, prefill_every=prefill_every, compile=True)
-    tickets, cancelled = [], set()
-    for what, number in happening:
-        if what == "admit":
-            tickets.append((engine.admit(mixed_request(model, number)), number))
-        elif what == "step":
-            for _ in range(number):
-                engine.step()
-        elif what == "cancel":
-            if number < len(tickets) and not tickets[number][0].done:
-                tickets[number][0].cancel()
-                cancelled.add(number)
-        else:
-            tickets.append((engine.admit(with_fault(model, number, what)), FAULTS[what]))
-    for n, (ticket, expected) in enumerate(tickets):
-        if n in cancelled:
-            with pytest.raises(CancelledError):
-                ticket.result()
-        elif isinstance(expected, int):
-            same(ticket.result(), answer_alone(kind, expected))
-        else:
-            with pytest.raises(expected):
-                ticket.result()
-    while engine.step():
-        pass
-    assert engine.failure is None and engine.rows_running == engine.rows_waiting == 0
+    engine = Engine(model_of(kind), max_rows=max_rows, prefill_every=prefill_every, compile=True)
+    happens(engine, kind, max_rows, happening)
 
 
 @pytest.mark.usefixtures("not_compiled")

@@ -15,8 +15,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +28,7 @@ from paligemma.bench.machine import describe_machine, measure_limits
 from paligemma.bench.shapes import TEXT_TOKENS, published_shape, work_in, write_random_checkpoint
 from paligemma.bench.summary import summarise
 from paligemma.bench.transformers_model import installed
-from paligemma.bench.worker import TRANSFORMERS, Job
+from paligemma.bench.worker import TRANSFORMERS, Job, in_a_process
 from paligemma.fast.swap import STORED
 from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
@@ -101,7 +99,7 @@ class _Recorder:
         """Runs a worker and appends what it measured to `results`; what: the job in words."""
         self.say(what)
         try:
-            results.append(_run_worker(job))
+            results.append(in_a_process(job, TIMEOUT))
         except (RuntimeError, ValueError) as error:
             self.record["failed"].append({"what": what, "why": str(error)})
             self.say(f"failed: {what}: {error}")
@@ -190,18 +188,6 @@ def _growth(config: PaliGemmaConfig, job: Job, quick: bool) -> dict[str, Job]:
         if (side // vision.patch_size) ** 2 + TEXT_TOKENS + few.tokens <= limit:
             runs[f"{side} pixels"] = replace(few, image_size=side)
     return runs
-
-
-def _run_worker(job: Job) -> dict[str, Any]:
-    command = [sys.executable, "-m", "paligemma.bench.worker", json.dumps(asdict(job))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"stopped after {TIMEOUT} seconds") from None
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"ended with exit code {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _temporary(work: Path | None) -> tempfile.TemporaryDirectory[str]:

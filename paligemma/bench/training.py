@@ -17,7 +17,6 @@ from __future__ import annotations
 import datetime
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paligemma.bench.worker import TRANSFORMERS, peak_memory_of_process
+from paligemma.bench.worker import TRANSFORMERS, in_a_process, peak_memory_of_process
 from paligemma.files import write_text
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def benchmark_training(
                     say(what)
                     try:
                         job = TrainingJob(name, str(folder), lora, batch, steps, device, threads)
-                        record["runs"].append(_in_a_process(job))
+                        record["runs"].append(in_a_process(job, TIMEOUT))
                     except RuntimeError as error:
                         record["failed"].append({"what": what, "why": str(error)})
                     record["summary"] = summary(record["runs"])
@@ -182,19 +181,6 @@ def table(record: dict[str, Any]) -> Table:
 
 
 # ------------------------------------------------------------------------------------------------ one contestant
-
-
-def _in_a_process(job: TrainingJob) -> dict[str, Any]:
-    """What `run` measures, in a process of its own. RuntimeError with its last line where it fails."""
-    command = [sys.executable, "-m", "paligemma.bench.training", json.dumps(asdict(job))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"stopped after {TIMEOUT} seconds") from None
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"ended with exit code {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 class Clock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -176,6 +177,22 @@ def load_ours(job: Job) -> PaliGemmaForConditionalGeneration:
         return open_quantized(folder).load(None, None, job.image_size)
     model = load_model(folder, dtype="bfloat16", image_size=job.image_size)
     return model if job.mode == "plain" else quantize(model, job.mode)
+
+
+def in_a_process(job: Any, timeout: float) -> dict[str, Any]:
+    """What the module of the job's class measures when it is run with the job, in a process of its own.
+
+    RuntimeError with the last line of stderr where it fails, and after `timeout` seconds.
+    """
+    command = [sys.executable, "-m", type(job).__module__, json.dumps(asdict(job))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"stopped after {timeout:g} seconds") from None
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"ended with exit code {done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def bytes_of(model: Any) -> dict[str, int]:

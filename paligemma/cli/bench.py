@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -102,6 +102,15 @@ def bench(
         raise typer.Exit(1)
 
 
+def end(record: dict[str, Any], path: Path) -> None:
+    """Says what failed and where the record is. Exit code 1 if anything failed."""
+    for failed in record["failed"]:
+        note(f"failed: {failed['what']}: {failed['why']}")
+    note(f"record: {path}")
+    if record["failed"]:
+        raise typer.Exit(1)
+
+
 def bench_serving(
     model: str,
     transformers: bool | None,
@@ -122,11 +131,7 @@ def bench_serving(
             say=lambda text: status.update(Text(text)),
         )  # fmt: skip
     print_table(table(record))
-    for failed in record["failed"]:
-        note(f"failed: {failed['what']}: {failed['why']}")
-    note(f"record: {path}")
-    if record["failed"]:
-        raise typer.Exit(1)
+    end(record, path)
 
 
 def bench_training(
@@ -151,11 +156,7 @@ def bench_training(
             say=lambda text: status.update(Text(text)),
         )  # fmt: skip
     print_table(table(record))
-    for failed in record["failed"]:
-        note(f"failed: {failed['what']}: {failed['why']}")
-    note(f"record: {path}")
-    if record["failed"]:
-        raise typer.Exit(1)
+    end(record, path)
 
 
 def bench_decoding(

@@ -165,14 +165,14 @@ def fake(monkeypatch):
     """Contestants that cost nothing: (names in the order of their starts, names that fail)."""
     started, failing = [], set()
 
-    def start(spec):
+    def start(spec, timeout):
         started.append(spec.name)
         if spec.name in failing:
             raise RuntimeError("ImportError: no such thing")
         return fake_facts(spec)
 
     limits = {"read_gb_s": 10.0, "bf16_gflop_s": 100.0, "int8_gop_s": None}
-    monkeypatch.setattr(run, "_run_worker", start)
+    monkeypatch.setattr(run, "in_a_process", start)
     monkeypatch.setattr(run, "measure_limits", lambda quick: limits)
     monkeypatch.setattr(run, "installed", lambda: True)
     return started, failing
@@ -194,12 +194,12 @@ def test_what_fails_is_noted_and_the_rest_goes_on(fake, tmp_path):
 
 
 def test_an_interrupted_run_leaves_the_rounds_it_had(tmp_path, fake, monkeypatch):
-    def interrupt(spec):
+    def interrupt(spec, timeout):
         raise KeyboardInterrupt
 
     def limits(quick):
         if fake[0]:
-            monkeypatch.setattr(run, "_run_worker", interrupt)
+            monkeypatch.setattr(run, "in_a_process", interrupt)
         return {"read_gb_s": 10.0, "bf16_gflop_s": 100.0, "int8_gop_s": None}
 
     monkeypatch.setattr(run, "measure_limits", limits)
@@ -214,7 +214,7 @@ def test_an_interrupted_run_leaves_the_rounds_it_had(tmp_path, fake, monkeypatch
 def test_random_weights_are_gone_at_the_end(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "published_shape", lambda name: tiny_config("gemma"))
     seen = []
-    monkeypatch.setattr(run, "_run_worker", lambda spec: seen.append(spec.folder) or fake_facts(spec))
+    monkeypatch.setattr(run, "in_a_process", lambda spec, timeout: seen.append(spec.folder) or fake_facts(spec))
     benchmark("paligemma-3b-pt-224", ["bf16"], transformers=False, rounds=1, work=tmp_path / "work")
     assert seen and seen[0].startswith(str(tmp_path / "work")) and not list((tmp_path / "work").iterdir())
 

@@ -77,7 +77,7 @@ def fake(monkeypatch):
     """Contestants that cost nothing: (what was started, in this order; the names of those that fail)."""
     started, failing = [], set()
 
-    def start(job):
+    def start(job, timeout):
         started.append((job.name, job.lora))
         if job.name in failing:
             raise RuntimeError("MemoryError: no room")
@@ -86,7 +86,7 @@ def fake(monkeypatch):
         figures = {"step_s": steps, "step_cpu_s": [2 * second for second in steps], "losses": [4.0], "tokens": 100}
         return {"job": asdict(job), **figures, "peak_bytes": int(1e9 * seconds)}
 
-    monkeypatch.setattr(training, "_in_a_process", start)
+    monkeypatch.setattr(training, "in_a_process", start)
     monkeypatch.setattr("paligemma.bench.transformers_model.installed", lambda: True)
     return started, failing
 
