@@ -26,6 +26,7 @@ from paligemma.cli.options import (
     Quantize,
     Revision,
     one_of,
+    within_cores,
 )
 from paligemma.cli.output import echo_json, note, notes, print_error, say
 from paligemma.cli.run import note_embedded_model, note_unusual_prompt, sampling_options
@@ -132,6 +133,8 @@ def batch(
         free=free, forbid_repeats=forbid_repeats, max_pixels=max_pixels, format=format, masks=masks,
         shard_size=shard_size, batch_size=batch_size, dedupe=dedupe,
     )  # fmt: skip
+    if ray is None:  # a cluster's machines may have more cores than this one
+        threads = within_cores(threads)
     if dry_run:
         show_estimate(settings, inputs or [], workers, threads)
         return

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from paligemma.cli.options import one_of
+from paligemma.cli.options import Threads, one_of
 from paligemma.cli.output import note, notes, print_table, say
 
 
@@ -36,7 +36,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="One round of less, for a try.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Of each timed answer.")] = 16,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: PyTorch's own choice.")] = None,
+    threads: Threads = None,
     work: Annotated[Path | None, typer.Option(help="Where random weights lie for the time of the run.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for the record and the picture.")] = Path("benchmarks"),
     device: Annotated[

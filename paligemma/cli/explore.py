@@ -17,6 +17,7 @@ from paligemma.cli.options import (
     MaxPixels,
     Model,
     Revision,
+    Threads,
     check_order,
     one_of,
     pixels,
@@ -63,7 +64,7 @@ def explore(
     revision: Revision = None,
     image_size: ImageSize = None,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU. Default: PyTorch's choice.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Write a page that shows how the model came to its answer to PROMPT about IMAGE.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from paligemma.cli.output import note
 from paligemma.files import MAX_PIXELS
 
 
@@ -43,6 +44,15 @@ def checked_max_pixels(value: float) -> float:
     if not 1e-6 <= value < float("inf"):
         raise typer.BadParameter(f"--max-pixels is {value:g}, expected millions of pixels, such as 40")
     return value
+
+
+def within_cores(threads: int | None) -> int | None:
+    """--threads, at most one for each core. More of them wait for each other: a thousand took a minute on two cores."""
+    cores = os.cpu_count() or 1
+    if threads is None or threads <= cores:
+        return threads
+    note(f"note: --threads is {threads}, this machine has {cores} cores, so {cores} are used")
+    return cores
 
 
 def pixels(millions: float) -> int:
@@ -99,6 +109,9 @@ MaxPixels = Annotated[
     ),
 ]
 DEFAULT_MAX_PIXELS = MAX_PIXELS // 10**6
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the CPU. Default: PyTorch's choice.", callback=within_cores)
+]
 Free = Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")]
 # How rows are made of data.
 Kind = Annotated[str | None, typer.Option(help="What the data is, where its content does not say.")]

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from paligemma.cli.options import Device, DeviceMap, Dtype, ImageSize, LocScale, Model, Quantize, Revision, one_of
+from paligemma.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    ImageSize,
+    LocScale,
+    Model,
+    Quantize,
+    Revision,
+    Threads,
+    one_of,
+)
 from paligemma.cli.output import note, say
 
 if TYPE_CHECKING:
@@ -51,7 +62,7 @@ def serve(
     ] = None,
     image_cache: Annotated[int, typer.Option(min=0, help="Encoded pictures that are kept.")] = 32,
     prefill_every: Annotated[int, typer.Option(min=1, help="Steps between two prefills while rows run.")] = 8,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU. Default: PyTorch's choice.")] = None,
+    threads: Threads = None,
     decode_workers: Annotated[int, typer.Option(min=1, max=64, help="Threads that decode pictures.")] = 2,
     grace: Annotated[float, typer.Option(min=0, help="Seconds to finish what runs when the server is stopped.")] = 30,
     log: Annotated[

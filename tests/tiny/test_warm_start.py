@@ -84,3 +84,12 @@ def test_the_start_is_remembered_once(second, tmp_path):
 def test_other_widths_are_refused():
     with pytest.raises(ValueError, match=r"cannot start from tiny: model.vision_tower.* is of another shape"):
         starting_weights("tiny", replace(SECOND, vision_width=320))
+
+
+def test_a_training_that_began_with_random_weights_takes_no_others(tmp_path):
+    """Stage 1 would stay as it is, and stage 2 would begin with the decoder of another model."""
+    (tmp_path / "vision" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "vision" / "checkpoints" / "step-10.pt").touch()
+    with pytest.raises(ValueError, match="began with random weights: leave --from out"):
+        remember_start("tiny", SECOND, tmp_path)
+    assert remembered_start(tmp_path) is None

@@ -58,10 +58,18 @@ def carried_embeddings(embedding: Tensor, before: Tokenizer, after: Tokenizer, r
 
 
 def remember_start(model: str | Path | None, recipe: Recipe, folder: Path) -> None:
-    """Write the weights that a training begins with into its folder, once: the model may since have changed."""
+    """Write the weights that a training begins with into its folder, once: the model may since have changed.
+
+    Raises ValueError if the folder holds a training that began with random weights.
+    """
     path = folder / START
     if model is None or path.exists():
         return
+    if any(folder.glob("*/checkpoints/*")):
+        raise ValueError(
+            f"{folder} holds a training that began with random weights: leave --from out to go on with it, "
+            f"or begin another with --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as beside:
         save_file({name: value.contiguous() for name, value in starting_weights(model, recipe).items()}, beside)

@@ -1,0 +1,67 @@
+"""`--threads` starts at most one thread for each core: a thousand on two cores took a minute, most of it waiting."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from paligemma.cli import batch
+from paligemma.cli import main as cli
+from paligemma.cli.options import within_cores
+
+
+def test_more_threads_than_cores_are_as_many_as_cores(capsys):
+    cores = os.cpu_count()
+    assert within_cores(cores + 1000) == cores
+    expected = f"note: --threads is {cores + 1000}, this machine has {cores} cores, so {cores} are used"
+    assert capsys.readouterr().err.strip() == expected
+
+    assert [within_cores(threads) for threads in (None, 1, cores)] == [None, 1, cores]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("line", ["explore ocr scene.png --json", "batch ocr scene.png --dry-run"])
+def test_pytorch_gets_no_more_threads_than_cores(line, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(
+        sys, "argv", ["paligemma", *line.replace("scene", "examples/scene").split(), "--threads", "1023"]
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+
+    assert not stop.value.code
+    assert set(given) == {os.cpu_count()}
+    assert "note: --threads is 1023" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["serve --model nothing/here", "bench --serve --train", "batch ocr nothing.png --out runs/x"]
+)
+def test_every_command_with_threads_bounds_them(line, tmp_path, monkeypatch, capsys):
+    """Each of these lines ends by itself, with an error that comes later."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["paligemma", *line.split(), "--threads", "1023"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+
+    assert stop.value.code
+    assert "note: --threads is 1023" in capsys.readouterr().err
+
+
+def test_a_cluster_may_have_more_cores_than_this_machine(monkeypatch):
+    """With --ray the threads are those of other machines."""
+    given = []
+    monkeypatch.setattr(batch, "opened", lambda *rest: None)
+    monkeypatch.setattr(batch, "worked", lambda folder, workers, threads, *rest: given.append(threads))
+    monkeypatch.setattr(batch, "finish", lambda *rest: None)
+    line = "paligemma batch ocr examples/scene.png --out x --threads 1023"
+    for more in ([], ["--ray", "local"]):
+        monkeypatch.setattr(sys, "argv", [*line.split(), *more])
+        with pytest.raises(SystemExit):
+            cli.main()
+
+    assert given == [os.cpu_count(), 1023]
