@@ -9,8 +9,8 @@ takes several times as long as reading the weights, which is all that decoding h
 CUDA graph where there is CUDA. (After gpt-fast, github.com/pytorch-labs/gpt-fast.) On a CPU there is little to win:
 compiling takes a minute, and the kernels of quantised models are faster.
 
-What that asks for: no tensor changes its shape, so rows that have ended are computed on with the others, and nobody
-looks at what they say. And the host reads from the device once in a step: token and log-probability together. A grammar
+What that asks for: no tensor changes its shape, so rows that have ended are computed on with the others, and their
+output is not used. And the host reads from the device once in a step: token and log-probability together. A grammar
 costs a copy to the device for each step, which tells what may come next; `watch` costs reads of its own.
 
 Letters: B rows, S prompt length, V vocabulary.
@@ -71,7 +71,7 @@ def generate_compiled(
     logits = model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1]  # [B, V]
     with room_for_graphs():
         for remaining in range(options.max_new_tokens, 0, -1):
-            # Who has ended is asked about as if there were no grammar; nobody looks at what comes out.
+            # Who has ended is asked about as if there were no grammar; their tokens are not used.
             asked = [constraint if n in running else None for n, constraint in enumerate(constraints)]
             ids = [answer.token_ids for answer in answers]
             allowed, fitting = allowed_next(asked, ids, remaining, len(rules.never), rules.eos)
@@ -83,7 +83,7 @@ def generate_compiled(
             for n, (token, logprob) in enumerate(zip(map(int, read[0]), read[1])):
                 if n not in running:
                     continue
-                if logprob != logprob:  # NaN: the logits were no numbers, or -inf everywhere
+                if logprob != logprob:  # NaN: the logits were NaN, or -inf everywhere
                     raise nothing_allowed(ids[n], remaining) if allowed[n] is not None else not_finite(model.dtype)
                 if n in fitting and not contains(fitting[n], token):
                     running.discard(n)  # what it chose does not fit into the budget
@@ -133,7 +133,7 @@ def _cache_for(model: PaliGemmaForConditionalGeneration, rows: int, length: int)
     While it is in use no other call can have it.
     """
     cache = _caches.pop(model, None)
-    shape = rows, _columns(length)
+    shape = rows, columns_for(length)
     if cache is not None and cache.keys[0].shape[::2] == shape and cache.keys[0].dtype == model.dtype:
         cache.reset()
         return cache
@@ -142,11 +142,12 @@ def _cache_for(model: PaliGemmaForConditionalGeneration, rows: int, length: int)
 
 def empty_cache(model: PaliGemmaForConditionalGeneration, rows: int, length: int) -> StaticKVCache:
     """A cache for rows of `length` tokens, or a few more, whose tensors a graph may write into."""
-    cache = StaticKVCache(model.config.text_config, rows, _columns(length) - 1, model.dtype, model.device)
+    cache = StaticKVCache(model.config.text_config, rows, columns_for(length) - 1, model.dtype, model.device)
     for tensor in (*cache.keys, *cache.values, cache.lengths, cache.columns, cache.active):
         torch._dynamo.mark_static_address(tensor, guard=False)  # guard: another cache is no reason to compile anew
     return cache
 
 
-def _columns(length: int) -> int:
+def columns_for(length: int) -> int:
+    """Columns of a cache for rows of this many tokens."""
     return -(-(length + 1) // COLUMNS) * COLUMNS

@@ -17,7 +17,7 @@ prompt is read in a pass of its own, since the prefix looks in both directions, 
 
 `generate` and `stream` are clients: they admit their rows and step until all have ended. This is the only loop in use.
 
-A row's own fault (a constraint that raises or allows nothing, logits that are no numbers) ends that row alone. Any
+A row's own fault (a constraint that raises or allows nothing, logits that are NaN or infinite) ends that row alone. Any
 other exception ends all running rows; the next ones start afresh. After three such exceptions in a row the engine has
 failed.
 
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from paligemma.answers.constraints import one_per_row
 from paligemma.arguments import check_model
-from paligemma.compiled import generate_compiled
+from paligemma.compiled import columns_for, generate_compiled
 from paligemma.devices import free_memory
 from paligemma.generation import (
     Generated,
@@ -122,7 +122,7 @@ class Engine:
     def _make_slots(self, length: int | None) -> Slots:
         if length is None:
             length = self.model.config.vision_config.num_patches + SLOT_TEXT
-        needed = self.max_rows * length * self._token_bytes
+        needed = self.max_rows * columns_for(length) * self._token_bytes
         if needed > self.cache_bytes:
             raise ValueError(
                 f"{self.max_rows} slots of {length:,} tokens take {needed / 1e6:,.1f} MB, and the cache may take "
@@ -213,9 +213,10 @@ class Engine:
     def advance(self) -> bool:
         """`step` for whoever waits for an answer while no thread drives the engine."""
         with self._stepping:
-            self._keep([n for n, row in enumerate(self._running) if not row.ticket.done])  # others were cancelled
-            at_risk = joining = self._joining()
+            at_risk = self._running
             try:
+                self._keep([n for n, row in enumerate(self._running) if not row.ticket.done])  # others were cancelled
+                at_risk = joining = self._joining()
                 if joining:
                     going_on, cache = self._prefill(joining)
                     at_risk = [*self._running, *joining]
@@ -265,10 +266,11 @@ class Engine:
     def _may_join(self, rows: list[RunningRow]) -> bool:
         """Whether these rows may be read together now: their keys and values fit, and it does not take too long."""
         every = [*self._running, *rows]
-        used = max(0 if self._cache is None else self._cache.used, *(len(row.request.prompt) for row in rows))
-        columns = used + max(row.columns_to_come for row in every)
-        if self._slots is None and len(every) * columns * self._token_bytes > self.cache_bytes:
-            return False
+        if self._slots is None:
+            used = max(0 if self._cache is None else self._cache.used, *(len(row.request.prompt) for row in rows))
+            columns = used + max(row.columns_to_come for row in every)
+            if len(every) * columns * self._token_bytes > self.cache_bytes:
+                return False
         if self.prefill_every is None or len(rows) == 1:
             return True
         work = sum(len(row.request.prompt) for row in rows) * self._work_per_token
@@ -346,26 +348,28 @@ class Engine:
 
     def _fail(self, rows: list[RunningRow], error: BaseException) -> None:
         """Ends these rows: either all that run, or only some that were about to join. What waits stays."""
-        if self._running and self._running[0] in rows:
-            self._keep([])
         self._failures += 1
+        none_runs = not self._running or self._running[0] in rows
         if self._failures >= MOST_FAILURES:  # nothing stays
             with self._admitting:
                 self.failure = error
                 rows = [*rows, *self._running, *self._waiting]
-                self._keep([])
+                none_runs = True
                 self._waiting.clear()
         for row in rows:
             row.ticket.end(error)
+        if none_runs:
+            self._keep([])  # last of all: after an error of the GPU this fails as well
 
     def _rules_of(self, options: Options) -> Rules:
         """Shared by rows with the same options, because a row of bools for each of 257,216 ids is not small."""
         key = options.eos_token_id, options.num_tokens, tuple(options.suppress_tokens or ()), options.watch
-        if key not in self._rules:
+        rules = self._rules.get(key)
+        if rules is None:
             if len(self._rules) >= 64:
-                self._rules.clear()
-            self._rules[key] = Rules(self.model, options)
-        return self._rules[key]
+                self._rules.clear()  # another thread may do so at any moment
+            rules = self._rules[key] = Rules(self.model, options)
+        return rules
 
 
 # ---------------------------------------------------------------------------------------------- generate, stream

@@ -50,7 +50,7 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes], max_pixels:
     pixels (WebP 16, AVIF 10, JPEG 2000 20); what is returned takes 4. So 100 million pixels take .85 GB, and 40
     million .4 GB (as WebP .7 GB).
     Pillow's own limit holds in any case: `PIL.Image.MAX_IMAGE_PIXELS` (89 million), above which it warns, and twice
-    that number (179 million, 1.5 GB), above which it refuses. For WebP and JPEG 2000 the first is the limit here.
+    that number (179 million, 1.5 GB), above which it refuses.
 
     Raises FileNotFoundError, IsADirectoryError, OSError for a damaged or truncated file, TooManyPixels (a ValueError),
     and ValueError for what is not a picture, has no pixels, or has values whose range nobody knows (floats); also for
@@ -83,8 +83,6 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes], max_pixels:
 
 # More bytes than any picture has that is within Pillow's limit of pixels, in RGB and uncompressed.
 LARGEST_STREAM = 600 * 2**20
-# Their decoders hold the picture more than once, in buffers of their own, before Pillow gets it.
-HUNGRY_FORMATS = ("WEBP", "JPEG2000", "HEIF")
 
 
 def _load_file(path: str, max_pixels: int | None) -> Image.Image:
@@ -144,10 +142,7 @@ def open_picture(
         raise
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, EOFError, struct.error, ...
         raise OSError(f"{name} is damaged or truncated: {_shortened(str(error))}") from None
-    max_pixels = max_pixels or MAX_PIXELS
-    if image.format in HUNGRY_FORMATS and (limit := Image.MAX_IMAGE_PIXELS):
-        max_pixels = min(limit, max_pixels)
-    return _to_rgb(image, name, max_pixels)
+    return _to_rgb(image, name, max_pixels or MAX_PIXELS)
 
 
 class _NoHeic(ValueError):

@@ -4,8 +4,8 @@
     kept = choose_tokens(rows, logits, allowed, fitting, dtype)  a token for each, and who goes on
 
 A row chooses by options of its own, so that greedy and sampled rows, with a grammar and without, run together. Where a
-row fails (a constraint that raises or allows nothing, logits that are no numbers), its ticket ends with that error; the
-others go on. `engine.py` decides who runs, and when.
+row fails (a constraint that raises or allows nothing, logits that are NaN or infinite), its ticket ends with that
+error; the others go on. `engine.py` decides who runs, and when.
 
 Letters: N rows, S prompt length, k tokens that are read together, V vocabulary.
 """
@@ -112,7 +112,7 @@ def choose_tokens(
 ) -> list[int]:
     """Chooses a token for each row from its logits [N, V], and returns the places of the rows that go on.
 
-    dtype: the model's, for the error of a row whose logits are no numbers.
+    dtype: the model's, for the error of a row whose logits are NaN or infinite.
     """
     never = rows[0].rules.never
     if any(row.rules is not rows[0].rules for row in rows):

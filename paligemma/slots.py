@@ -4,7 +4,7 @@
 
     slot 0     a a a a a a a    row A
     slot 1     . . b b b b .    row B came with the third step and left after the sixth
-    slot 2     . . . . . . .    free: computed on as padding, and nobody looks at what it says
+    slot 2     . . . . . . .    free: computed on as padding, its output is not used
 
 A compiled graph wants tensors that keep their shape and their place. So the rows do not share one cache that is joined
 and trimmed, as in `KVCache`; each has a slot of a `StaticKVCache`, and every step computes all slots. That costs little

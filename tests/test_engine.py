@@ -329,6 +329,25 @@ def fail_in(monkeypatch, model, times, rows):
     monkeypatch.setattr(model.language_model.model, "forward", forward)
 
 
+def test_no_memory_for_the_rows_that_stay_ends_them_and_not_the_engine(monkeypatch):
+    """The cache is copied when a row is cancelled."""
+    engine = Engine(model_of(), prefill_every=1)
+    cancelled, staying = (engine.admit(plain(model_of(), 20)) for _ in range(2))
+    for _ in range(3):
+        engine.step()
+    cancelled.cancel()
+
+    def no_memory(*_):
+        raise MemoryError("no memory left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "select", no_memory)
+        engine.step()
+    with pytest.raises(MemoryError):
+        staying.result()
+    same(engine.admit(mixed_request(model_of(), 9)).result(), answer_alone("gemma", 9))
+
+
 def test_an_exception_ends_the_running_rows_and_the_next_ones_start_afresh(monkeypatch):
     model = copy.deepcopy(model_of())
     long = {"constraint": None, "max_new_tokens": 20, "eos_token_id": NO_EOS}

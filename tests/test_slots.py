@@ -175,6 +175,23 @@ def test_an_exception_ends_the_running_rows_and_the_next_ones_take_their_slots(m
 
 
 @pytest.mark.usefixtures("not_compiled")
+def test_rows_end_also_where_their_slots_cannot_be_freed(monkeypatch):
+    """As after an error of the GPU, after which every operation on it fails: nobody may wait for ever."""
+    engine = Engine(model_of(), max_rows=2, compile=True)
+    running = engine.admit(plain(model_of(), 9))
+    engine.step()
+
+    def fails(*_):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(engine._slots, "decode", fails)
+    monkeypatch.setattr(engine._slots, "keep", fails)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        engine.step()
+    assert running.done and isinstance(running.error, RuntimeError)
+
+
+@pytest.mark.usefixtures("not_compiled")
 def test_a_prompt_that_could_not_be_copied_into_its_slot_leaves_the_slot_free(monkeypatch):
     model = model_of()
     engine = Engine(model, max_rows=2, prefill_every=1, compile=True)
@@ -227,9 +244,13 @@ def test_a_row_beyond_a_slot_is_refused_before_anything_is_computed(monkeypatch)
 
 @pytest.mark.usefixtures("not_compiled")
 def test_slots_take_their_bytes_at_once_and_not_more_than_there_may_be():
+    """A slot is a multiple of 256 columns, one of them for a free slot to write to: for 256 tokens it has 512."""
     model = model_of()
     slot = 256 * bytes_per_token(model.config.text_config, torch.float32)
     assert Engine(model, max_rows=3, compile=True, slot_length=255).bytes_held == 3 * slot
+    assert Engine(model, max_rows=1, cache_bytes=2 * slot, compile=True, slot_length=256).bytes_held == 2 * slot
+    with pytest.raises(ValueError, match="lower max_rows or slot_length, or raise cache_bytes"):
+        Engine(model, max_rows=1, cache_bytes=2 * slot - 1, compile=True, slot_length=256)
     with pytest.raises(
         ValueError, match=r"3 slots of 255 tokens take .* MB, and the cache may take .*: lower max_rows"
     ):

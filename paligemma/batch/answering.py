@@ -72,6 +72,8 @@ class AnswerRows:
 
     def __init__(self, pg: PaliGemma, settings: Settings, draw: Path | None = None) -> None:
         self.pg, self.settings, self.draw = pg, settings, draw
+        # Asked for once: the official codec comes with the first `segment` row, on which no other row may depend.
+        self.own_codec = pg.loaded_codec
         self.limit = settings.batch_size  # rows that run together: fewer after memory ran out
         self.grammars: OrderedDict[str, Constraint | None] = OrderedDict()
         self.remembered: OrderedDict[str | None, Line] = OrderedDict()  # by digest
@@ -296,7 +298,7 @@ class AnswerRows:
     def line(self, one: Opened, ticket: Ticket | None) -> tuple[Line, Answer]:
         """The line of a row that has ended (without a ticket: of a beam search). Raises the row's error."""
         generated = self.searched(one) if ticket is None else ticket.result()
-        codec = self.pg.codec if task_of(one.row.prompt) == "segment" else self.pg.loaded_codec
+        codec = self.pg.codec if task_of(one.row.prompt) == "segment" else self.own_codec
         answer = self.pg.to_answer(generated, one.size, codec=None if self.settings.masks == "none" else codec)
         ms = 0.0
         if ticket is not None and ticket.ended is not None and ticket.started is not None:

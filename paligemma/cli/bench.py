@@ -12,6 +12,8 @@ from rich.text import Text
 from paligemma.cli.options import Threads, one_of
 from paligemma.cli.output import note, notes, print_table, say
 
+PRECISIONS = "bf16,int8,int4"
+
 
 def bench(
     model: Annotated[
@@ -25,7 +27,7 @@ def bench(
     ] = False,
     precisions: Annotated[
         str, typer.Option(help="plain, bf16, int8, int4; with -torch without the kernel. Separated by commas.")
-    ] = "bf16,int8,int4",
+    ] = PRECISIONS,
     transformers: Annotated[
         bool | None, typer.Option("--transformers/--no-transformers", help="Default: if it is installed.")
     ] = None,
@@ -50,15 +52,19 @@ def bench(
     """
     if serve and train:
         raise typer.BadParameter("--serve and --train measure different things: give one of them")
-    if train and compile:
-        raise typer.BadParameter("--train measures training without --compile: leave one of them out")
+    if (serve or train) and compile:
+        raise typer.BadParameter(f"{'--serve' if serve else '--train'} measures without --compile: leave one out")
+    if serve and device != "cpu":
+        raise typer.BadParameter("--serve measures on the CPU: leave --device out")
+    if compile and device == "cpu" and transformers:
+        raise typer.BadParameter("--transformers is not beside --compile on a CPU: it compiles by itself on a GPU only")
+    if (serve or train or compile or device != "cpu") and (grow or precisions != PRECISIONS):
+        raise typer.BadParameter(
+            "--precisions and --grow are for the benchmark on a CPU without --serve, --train, --compile"
+        )
     if train:
         bench_training(model, transformers, 1 if quick else rounds, 2 if quick else 5, device, threads, work, out)
         return
-    if serve and device != "cpu":
-        raise typer.BadParameter("--serve measures on the CPU: leave --device out")
-    if serve and compile:
-        raise typer.BadParameter("--serve measures servers without --compile: leave one of them out")
     if device != "cpu" or compile:
         tokens = tokens if device == "cpu" else max(tokens, 128)
         bench_decoding(model, device, transformers, 1 if quick else rounds, tokens, threads, work, out)
@@ -90,16 +96,12 @@ def bench(
     print_table(table(record))
     for line in growth_lines(record):
         say(line)
-    for failed in record["failed"]:
-        note(f"failed: {failed['what']}: {failed['why']}")
-    note(f"record: {path}")
     try:
         draw(record, path.with_suffix(".png"))
         note(f"picture: {path.with_suffix('.png')}")
     except (ImportError, ValueError) as error:
         note(f"note: no picture: {error}")
-    if record["failed"]:
-        raise typer.Exit(1)
+    end(record, path)
 
 
 def end(record: dict[str, Any], path: Path) -> None:
@@ -144,7 +146,7 @@ def bench_training(
     work: Path | None,
     out: Path,
 ) -> None:
-    from paligemma.bench.gpu import check_device
+    from paligemma.bench.decoding import check_device
     from paligemma.bench.training import benchmark_training, table, training_record_path
 
     check_device(device)
@@ -170,7 +172,7 @@ def bench_decoding(
     out: Path,
 ) -> None:
     """`--device cuda` and `--compile`: how fast decoding is, eager and compiled."""
-    from paligemma.bench.gpu import benchmark_gpu, check_device, ratio_line, table
+    from paligemma.bench.decoding import benchmark_decoding, check_device, ratio_line, table
     from paligemma.bench.run import checkpoint_of, record_path
     from paligemma.bench.transformers_model import installed
 
@@ -181,10 +183,10 @@ def bench_decoding(
 
         torch.set_num_threads(threads)
     if transformers is None:
-        transformers = installed() and not on_cpu  # to compile theirs for a CPU takes minutes
+        transformers = installed() and not on_cpu  # theirs compiles by itself on a GPU only
     path = record_path(out, f"{model}-{'compiled' if on_cpu else device}")
     with notes.status("") as status, checkpoint_of(model, work, lambda text: status.update(Text(text))) as folder:
-        record = benchmark_gpu(
+        record = benchmark_decoding(
             folder,
             device,
             dtype="float32" if on_cpu else "bfloat16",

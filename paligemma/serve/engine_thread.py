@@ -223,7 +223,7 @@ class EngineThread:
         return Engine(
             pg.model, max_rows=settings.max_rows, cache_bytes=None if memory is None else int(memory * 1e9),
             prefill_every=settings.prefill_every, compile=settings.compile,
-            slot_length=settings.slot_length(pg.processor.num_image_tokens) if settings.compile else None,
+            slot_length=settings.room(pg.processor.num_image_tokens),
         )  # fmt: skip
 
     def _end(self, error: ApiError) -> None:

@@ -99,8 +99,11 @@ def check_prompt(prompt: str, param: str) -> None:
         )  # fmt: skip
 
 
-def lay_out(pg: PaliGemma, ask: Ask) -> Row:
-    """The row without its pictures. ApiError where prompt, labels or choices do not do."""
+def lay_out(pg: PaliGemma, ask: Ask, room: int | None = None) -> Row:
+    """The row without its pictures. ApiError where prompt, labels or choices do not do.
+
+    room: tokens of a row at most, prompt and answer together, where that is less than the model's positions.
+    """
     check_prompt(ask.prompt, ask.param("prompt"))
     limit = pg.model.config.text_config.max_position_embeddings
     if len(ask.prompt) > LONGEST_TOKEN * limit:
@@ -114,6 +117,15 @@ def lay_out(pg: PaliGemma, ask: Ask) -> Row:
         check_length(pg.model.config, inputs["attention_mask"], ask.max_new_tokens)
     except ValueError as error:
         raise invalid(ask.param("prompt"), str(error), "prompt_too_long") from None
+    length = int(inputs["attention_mask"].sum())
+    if room is not None and length + ask.max_new_tokens > room:
+        raise invalid(
+            ask.param("prompt"),
+            f"the prompt has {length:,} tokens (pictures included) and the answer may have {ask.max_new_tokens:,}, "
+            f"and this server has room for {room:,} in a row: shorten the prompt, send fewer pictures, or ask for a "
+            "shorter answer",
+            "prompt_too_long",
+        )
     return Row(inputs["input_ids"][0], (), ask.max_new_tokens, ask.sampling, _constraint(pg, ask))
 
 
@@ -147,7 +159,7 @@ def encode(pg: PaliGemma, pixels: Sequence[Tensor]) -> list[Tensor]:
 
 
 def row_failed(error: BaseException) -> ApiError:
-    """A 500 for a row that failed by itself: a dead end of its constraint, logits that are no numbers."""
+    """A 500 for a row that failed by itself: a dead end of its constraint, logits that are NaN or infinite."""
     if isinstance(error, ApiError):
         return error
     return ApiError(500, "row_failed", f"the answer could not be finished: {shown(str(error))}")

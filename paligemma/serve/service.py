@@ -108,7 +108,7 @@ class Service:
 
     async def row(self, ask: Ask) -> Row:
         """Prompt and pictures -> the row that the engine runs. The prompt is checked before a picture is looked at."""
-        row = await self.in_worker(lay_out, self.pg, ask)
+        row = await self.in_worker(lay_out, self.pg, ask, self.settings.room(self.pg.processor.num_image_tokens))
         side = self.pg.processor.image_size
         pictures = []
         for source in await self.contents(ask.sources):

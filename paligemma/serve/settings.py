@@ -56,9 +56,9 @@ class Settings:
         """Requests that may run or wait at a time."""
         return self.max_rows + self.max_queue
 
-    def slot_length(self, image_tokens: int) -> int:
-        """With `compile`, the tokens of a row: one picture, a prompt of up to 255 tokens, and the longest answer."""
-        return image_tokens + 255 + self.max_new_tokens
+    def room(self, image_tokens: int) -> int | None:
+        """With `compile`, the tokens of a row at most: one picture, a prompt of 255 tokens, and the longest answer."""
+        return image_tokens + 255 + self.max_new_tokens if self.compile else None
 
     @property
     def body_bytes(self) -> int:

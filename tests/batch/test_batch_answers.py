@@ -13,6 +13,7 @@ from PIL import Image
 from standins import line_of
 
 import paligemma
+from paligemma.answers.mask_codec import MaskCodec
 from paligemma.batch.answering import AnswerRows, ahead, kind_of, seed_of
 from paligemma.batch.drawings import drawing_path
 from paligemma.batch.pictures import open_picture
@@ -77,6 +78,22 @@ def test_masks_as_png_and_none(pg):
     rle, png, none = (answers(pg, [row], masks=way)["a"]["segments"] for way in ("rle", "png", "none"))
     assert rle and (mask_of(rle[0]) == mask_of(png[0])).all() and mask_of(none[0]) is None
     assert Image.open(io.BytesIO(base64.b64decode(png[0]["mask"]["png"]))).size == (384, 384)
+
+
+def test_the_official_codec_is_for_segment_rows_whatever_came_before(pg, monkeypatch):
+    """It is loaded with the first of them. A row's masks must not depend on which rows this worker had before."""
+    without = paligemma.PaliGemma(pg.model, pg.processor)
+    monkeypatch.setattr(MaskCodec, "load", lambda *_: pg.codec)
+    given, to_answer = [], without.to_answer
+
+    def noted(generated, size, codec=None):
+        given.append(codec)
+        return to_answer(generated, size, codec=codec)
+
+    monkeypatch.setattr(without, "to_answer", noted)
+    prompts = ["caption en", "segment book", "caption en"]
+    answers(without, [InputRow(str(k), SCENE, prompt) for k, prompt in enumerate(prompts)], batch_size=1)
+    assert given == [None, pg.codec, None]
 
 
 def test_beams_are_searched_row_by_row(pg):

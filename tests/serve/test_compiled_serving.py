@@ -44,8 +44,18 @@ def test_answers_over_http_come_from_one_graph(pg, monkeypatch):
         assert client.post("/v1/explore", json={"image": data_url(), "prompt": "caption en"}).status_code == 200
         assert ask(client, ROWS[2]) == texts[2]
         assert len(graphs) == 1
-        long = chat("caption en " + "very " * 90, max_tokens=100)
-        assert error_of(client.post("/v1/chat/completions", json=long))[:2] == (400, "invalid_value")
+
+
+def test_a_row_beyond_its_slot_is_refused_before_anything_is_computed(pg, monkeypatch):
+    monkeypatch.setattr(compiled, "compiled_step", lambda device_type: decode_one_token)
+    with running(pg, compile=True, max_rows=2, max_new_tokens=100) as server, server.client() as client:
+        monkeypatch.setattr(pg.model, "encode_image", lambda pixels: pytest.fail("computed"))
+        long = chat("caption en " + "very " * 200, max_tokens=100)
+        assert error_of(client.post("/v1/chat/completions", json=long))[:2] == (400, "prompt_too_long")
+        four = {"image": [data_url()] * 4, "prompt": "caption en", "max_tokens": 100}
+        response = client.post("/v1/answer", json=four)
+        assert error_of(response)[:2] == (400, "prompt_too_long")
+        assert "and this server has room for 419 in a row" in response.json()["error"]["message"]
 
 
 def test_slots_that_do_not_fit_into_the_memory_end_the_start(pg):

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from serving import SCENE, chat, error_of, png, running, wait_until
 
-from paligemma.serve.errors import ApiError
 from paligemma.serve.pictures import FORMATS, FeatureCache, Source, read
 
 URL = "/v1/chat/completions"
@@ -151,18 +150,6 @@ def test_after_the_header_too_no_other_decoder_is_tried(monkeypatch):
     monkeypatch.setattr(Image, "open", lambda file, **options: tried.append(options) or open_any(file, **options))
     read(Source(SCENE, "image"), FeatureCache(1), 10**6, 28)
     assert tried == [{"formats": FORMATS}] * 2
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_webp_has_half_the_limit_of_pillow(monkeypatch):
-    """Its decoder takes twice the memory, so --max-pixels above 89 is not for WebP."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    with pytest.raises(
-        ApiError, match="image: the data is too large: 8 x 8 are 64 pixels, and 40 are allowed"
-    ) as error:
-        read(Source(encoded("WEBP"), "image"), FeatureCache(1), 10**6, 28)
-    assert (error.value.status, error.value.code) == (413, "too_many_pixels")
-    assert read(Source(encoded("PNG"), "image"), FeatureCache(1), 10**6, 28).size == (8, 8)
 
 
 def form(disposition):

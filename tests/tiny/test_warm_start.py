@@ -75,7 +75,9 @@ def test_stage_1_takes_the_vision_tower(second):
 def test_the_start_is_remembered_once(second, tmp_path):
     assert remembered_start(tmp_path) is None
     remember_start("tiny", SECOND, tmp_path)
-    remember_start("no such model", SECOND, tmp_path)  # it is there already
+    remember_start("tiny", SECOND, tmp_path)  # it is there already
+    with pytest.raises(ValueError, match="was begun with --from tiny, now it is other: choose another with --out"):
+        remember_start("other", SECOND, tmp_path)
     there = remembered_start(tmp_path)
     assert there.keys() == second.keys() == JointModel(SECOND.model_config(build_tokenizer(2))).state_dict().keys()
     assert all(torch.equal(there[name], value) for name, value in second.items() if not name.startswith("heads."))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,10 +61,16 @@ def carried_embeddings(embedding: Tensor, before: Tokenizer, after: Tokenizer, r
 def remember_start(model: str | Path | None, recipe: Recipe, folder: Path) -> None:
     """Write the weights that a training begins with into its folder, once: the model may since have changed.
 
-    Raises ValueError if the folder holds a training that began with random weights.
+    Raises ValueError if the folder holds a training that began with random weights, or with another model.
     """
     path = folder / START
-    if model is None or path.exists():
+    if model is None:
+        return
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            before = (file.metadata() or {}).get("model")
+        if before != str(model):
+            raise ValueError(f"{folder} was begun with --from {before}, now it is {model}: choose another with --out")
         return
     if any(folder.glob("*/checkpoints/*")):
         raise ValueError(
@@ -72,7 +79,8 @@ def remember_start(model: str | Path | None, recipe: Recipe, folder: Path) -> No
         )
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as beside:
-        save_file({name: value.contiguous() for name, value in starting_weights(model, recipe).items()}, beside)
+        weights = {name: value.contiguous() for name, value in starting_weights(model, recipe).items()}
+        save_file(weights, beside, {"model": str(model)})
 
 
 def remembered_start(folder: Path) -> dict[str, Tensor] | None:

@@ -37,7 +37,7 @@ def check_device(device: str) -> None:
         raise RuntimeError("this machine has no GPU that PyTorch can use (CUDA): nothing was measured")
 
 
-def benchmark_gpu(
+def benchmark_decoding(
     folder: Path,
     device: str = "cuda",
     dtype: str = "bfloat16",
@@ -73,12 +73,12 @@ def benchmark_gpu(
         say(f"{name}: compiling, and a first answer")
         answer(inputs, tokens)
     record: dict[str, Any] = {
-        "what": "seconds of an answer with one token and with `tokens`; and what the card can do at best",
+        "what": "seconds of an answer with one token and with `tokens`; and what the device can do at best",
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "command": command,
         "model": folder.name,
         **describe_machine(),
-        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "decoding_device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "dtype": dtype,
         "tokens": tokens,
         "token_bytes": bytes_of(model)["token_bytes"],

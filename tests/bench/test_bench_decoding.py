@@ -1,4 +1,4 @@
-"""Decoding on a GPU, measured: here on the CPU, with a small model that is not compiled."""
+"""Decoding, eager and compiled, measured: here on the CPU, with a small model that is not compiled."""
 
 import json
 
@@ -8,7 +8,7 @@ from reference import tiny_config
 from typer.testing import CliRunner
 
 from paligemma import compiled
-from paligemma.bench import gpu, shapes
+from paligemma.bench import decoding, shapes
 from paligemma.cli.main import app
 from paligemma.generation import decode_one_token
 
@@ -17,7 +17,7 @@ def test_the_record_has_every_model_and_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "compiled_step", lambda device_type: decode_one_token)
     shapes.write_random_checkpoint(tiny_config("gemma"), tmp_path / "random")
     said = []
-    record = gpu.benchmark_gpu(
+    record = decoding.benchmark_decoding(
         tmp_path / "random",
         "cpu",
         transformers=False,
@@ -29,7 +29,7 @@ def test_the_record_has_every_model_and_the_limit(tmp_path, monkeypatch):
     assert record == json.loads((tmp_path / "record.json").read_text())
     assert [run["name"] for run in record["runs"]] == ["compiled", "eager", "eager", "compiled"]  # in turns
     assert list(record["summary"]) == ["compiled", "eager"] and record["read_gb_s"] > 0
-    table = gpu.table(record)
+    table = decoding.table(record)
     assert table.row_count == 2 and "each token" in table.columns[2].header
 
 
@@ -42,8 +42,22 @@ def test_the_command_measures_eager_and_compiled_on_a_cpu(tmp_path, monkeypatch)
     assert "a token compiled takes" in done.stdout and "in 2 rounds" in done.stdout
     (path,) = tmp_path.glob("speed-random-compiled-*.json")
     assert json.loads(path.read_text())["dtype"] == "float32"
-    done = CliRunner().invoke(app, ["bench", "--compile", "--serve"])
-    assert done.exit_code == 2 and "without --compile" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--compile --serve", "without --compile"),
+        ("--compile --train", "without --compile"),
+        ("--compile --transformers", "on a GPU only"),
+        ("--compile --grow", "--precisions and --grow are for"),
+        ("--serve --precisions int8", "--precisions and --grow are for"),
+        ("--train --grow", "--precisions and --grow are for"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, said):
+    done = CliRunner().invoke(app, ["bench", *options.split()])
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split())
 
 
 def test_the_ratio_is_taken_round_by_round():
@@ -58,7 +72,7 @@ def test_the_ratio_is_taken_round_by_round():
             ("eager", 3),
         )
     ]
-    assert gpu.ratio_line({"runs": runs}).endswith("0.50 times as long as eager (0.25 - 1.00 in 3 rounds)")
+    assert decoding.ratio_line({"runs": runs}).endswith("0.50 times as long as eager (0.25 - 1.00 in 3 rounds)")
 
 
 def test_figures_follow_from_the_runs():
@@ -70,7 +84,7 @@ def test_figures_follow_from_the_runs():
             {"name": "eager", "first_token_s": 0.1, "answer_s": 0.1 + 10 * seconds} for seconds in (0.01, 0.02, 0.04)
         ],
     }
-    figures = gpu.summary(record)["eager"]
+    figures = decoding.summary(record)["eager"]
     assert figures == {
         "first_token_ms": 100, "token_ms": 20, "token_ms_min": 10, "token_ms_max": 40, "share_of_reading": 0.1
     }  # fmt: skip
