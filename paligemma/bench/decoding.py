@@ -148,8 +148,8 @@ def table(record: dict[str, Any]) -> Table:
     from rich.table import Table
 
     drawn = Table(
-        title=f"{record['model']}: {record['gpu']}, {record['dtype']}",
-        caption=f"the card reads {record['read_gb_s']:.0f} GB/s: {record['token_bytes'] / 1e9:.2f} GB for each token",
+        title=f"{record['model']}: {record['decoding_device']}, {record['dtype']}",
+        caption=f"the device reads {record['read_gb_s']:.0f} GB/s: {record['token_bytes'] / 1e9:.2f} GB for each token",
     )
     for name in ("", "first token, ms", "each token, ms (min - max)", "of the reading limit"):
         drawn.add_column(name, justify="right" if name else "left")

@@ -171,7 +171,7 @@ class Run:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if optimizers is None:
             groups = decayed_apart(model, config.weight_decay, config.lr, config.vision_lr)
-            optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8)]
+            optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=True)]
         self.optimizers = optimizers
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.average = {name: value.clone() for name, value in trained_state(model).items()} if config.ema else None

@@ -81,7 +81,7 @@ def muon_and_adamw(
 
     optimizers: list[torch.optim.Optimizer] = [SharedMuon(of_kind(True, lr), lr, weight_decay)]
     if others := of_kind(False, adamw_lr):  # none with LoRA in hidden layers alone
-        optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay))
+        optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay, fused=True))
     return optimizers
 
 
