@@ -37,6 +37,8 @@ def build(target: Path, modules: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
+        sys.exit("usage: python examples/build_browser.py FOLDER, with a folder that does not exist yet")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
             ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", *PACKAGES], cwd=folder, check=True

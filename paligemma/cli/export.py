@@ -36,6 +36,9 @@ def export(
         )
     try:
         from paligemma.export.exporting import export as export_model
+
+        if check:
+            import onnxruntime  # noqa: F401  # before the files are written, if it is missing
     except ImportError as error:
         raise ImportError(f"{error.name} is not installed: pip install 'paligemma[export]'") from None
     from paligemma.weights.info import in_units

@@ -1,6 +1,7 @@
 """The exported files compute what the model computes, under every shape that a caller may give them."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -30,7 +31,7 @@ from paligemma.weights.saving import save_pretrained
 ir = pytest.importorskip("onnx_ir", reason="needs the extra `export`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 
-from paligemma.export import exporting, storing  # noqa: E402
+from paligemma.export import checking, exporting, storing  # noqa: E402
 from paligemma.export.graphs import Decoder, TokenEmbedding, VisionEncoder  # noqa: E402
 from paligemma.export.runtime import ExportedModel, load_exported  # noqa: E402
 
@@ -116,6 +117,27 @@ def test_wrong_usage_is_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="weights are int8, expected fp32, fp16, q8, q4"):
         exporting.export("tiny", tmp_path / "out", ["int8"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_check_finds_logits_that_are_no_numbers(monkeypatch):
+    """Also where they come late: Python's max(0.0, nan) is 0.0."""
+    pg = paligemma.load("tiny", device="cpu", dtype="float32")
+    monkeypatch.setattr(checking, "load_exported", lambda folder, weights: pg)  # the model beside itself
+    found = checking.differences(pg, "", "fp32")
+    assert (found.features, found.prompt, found.steps, found.same) == (0, 0, 0, found.tokens)
+    checking.check(found)
+
+    calls, decode = [], checking.decode_one_token
+
+    def fails_late(*arguments):
+        calls.append(1)
+        return decode(*arguments) * (math.nan if len(calls) == 30 else 1)
+
+    monkeypatch.setattr(checking, "decode_one_token", fails_late)
+    found = checking.differences(pg, "", "fp32")
+    assert math.isnan(found.steps)
+    with pytest.raises(RuntimeError, match="compute something else: .* of 20 steps by nan"):
+        checking.check(found)
 
 
 # ---------------------------------------------------------------------------------------------- onnxruntime
