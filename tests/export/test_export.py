@@ -136,7 +136,7 @@ def test_a_check_finds_logits_that_are_no_numbers(monkeypatch):
     monkeypatch.setattr(checking, "decode_one_token", fails_late)
     found = checking.differences(pg, "", "fp32")
     assert math.isnan(found.steps)
-    with pytest.raises(RuntimeError, match="compute something else: .* of 20 steps by nan"):
+    with pytest.raises(RuntimeError, match=r"compute something else: .* of 20 steps by nan"):
         checking.check(found)
 
 
