@@ -72,8 +72,11 @@ def explore(
     page is one file that needs no network.
     """
     if check is not None:
-        if prompt is not None or out is not None or compare is not None or as_json:
-            raise typer.BadParameter("--check takes the exercise and the answer alone: paligemma explore --check 2 12")
+        others = (prompt, out, compare, answer, quantize, revision, image_size, knock_out)
+        if as_json or window != 3 or any(other is not None for other in others):
+            raise typer.BadParameter(
+                "--check takes the exercise and the answer: paligemma explore --check 2 12 (and --model, --dtype)"
+            )
         check_exercise(*check, model, device, dtype, threads)
         return
     if prompt is None or image is None:

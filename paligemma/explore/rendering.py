@@ -2,7 +2,7 @@
 
 The numbers go into the file as they are, deflated and in base64; `view.js` draws them. Attention weights are kept as
 the square root in 8 bits: an error of at most .004, where small weights keep their digits. What makes a page too large
-are the weights on patches: then 2 x 2 or 4 x 4 patches share one number, and then only the mean of the heads and the
+are the weights on patches: then 2 x 2 or 4 x 4 patches share one number, and then only the mean of all heads and the
 eight that look at the picture in the most different ways are kept. The page says so.
 
 Letters: L layers, H heads, A answer tokens, n images, g grid, P patches of an image, T text columns.
@@ -70,6 +70,8 @@ def page(
     """
     left_out: dict[str, str] = {}
     meta, arrays = _what_never_changes(look, window)
+    if compare is not None:
+        _add_comparison(look, compare, meta, arrays)  # first, since it may be refused
     if knock_out:
         arrays["drop"] = knock_out_patches(look, window, progress=progress).drop.numpy()
     else:
@@ -77,19 +79,18 @@ def page(
     if not routes:
         left_out["routes"] = "not computed: each takes a pass of the model for every layer"
     _add_routes(look, meta, arrays, window, MOST_ROUTES if routes else 0)
-    if compare is not None:
-        _add_comparison(look, compare, meta, arrays)
     weights = attention(look, "answer").weights  # [L, H, A, S]
-    for pool, all_heads in ((1, True), (2, True), (4, True), (2, False), (4, False)):
-        if look.grid % pool:
+    every, best = list(range(weights.shape[1])), _best_heads(weights, look)
+    for pool, heads in ((1, every), (2, every), (4, every), (2, best), (4, best)):
+        if look.grid % pool or (heads is best and best == every):
             continue
         found = dict(left_out)
-        heads = list(range(weights.shape[1])) if all_heads else _best_heads(weights, look)
         if pool > 1:
             found["attention"] = f"{pool} x {pool} patches share one number, to keep the page small"
         if len(heads) < weights.shape[1]:
-            found["heads"] = f"{len(heads)} of {weights.shape[1]} heads are kept, and their mean stands for all"
-        arrays["attention"] = _as_bytes(_keys(weights[:, heads], look, pool))
+            found["heads"] = f"{len(heads)} of {weights.shape[1]} heads are kept; the mean is that of all"
+        rows = torch.cat([weights.mean(1, keepdim=True), weights[:, heads]], dim=1)  # the mean first
+        arrays["attention"] = _as_bytes(_keys(rows, look, pool))  # [L, 1 + H, A, S']
         kept = {"heads": heads, "pool": pool, "attention_patches": look.images * (look.grid // pool) ** 2}
         text = _fill_in({**meta, **kept, "left_out": found}, arrays, compare is not None, look)
         if len(text.encode()) <= max_bytes:

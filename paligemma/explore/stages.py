@@ -45,9 +45,15 @@ def flow(pg: PaliGemma, image: Picture, prompt: str) -> list[Stage]:
     model, processor, stages = pg.model, pg.processor, list[Stage]()
     tower, decoder = model.vision_tower.vision_model, model.language_model.model
 
+    def wait() -> None:  # a GPU works on while the host goes on
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+
     def step(name: str, made: Callable[..., Any], function: Callable[[], Any], **shapes: Callable[[Any], Any]) -> Any:
+        wait()
         start = time.perf_counter()
         result = function()
+        wait()
         ms = 1000 * (time.perf_counter() - start)
         found = {key: tuple(shape(result)) for key, shape in shapes.items()}
         lines = inspect.getsourcelines(made)[1]

@@ -119,22 +119,19 @@ function flow() {
   }));
 }
 
-// Attention of the query that predicts a token: index into weights [L, H, A, S'], S' = patches (maybe pooled), then text.
+// Attention of the query that predicts a token: weights [L, 1 + H, A, S'], S' = patches (maybe pooled), then text. Of the
+// rows of a layer the first is the mean of all heads, which is "head" -1 here.
 const keys = meta.attention_patches + meta.text.length;
 function weightsOf(layer, head, token) {
-  const found = new Float32Array(keys), heads = head < 0 ? [...Array(H).keys()] : [head];
-  for (const h of heads) {
-    const start = ((layer * H + h) * A + token) * keys;
-    for (let k = 0; k < keys; k++) found[k] += weight(arrays.attention[start + k]) / heads.length;
-  }
-  return found;
+  const start = ((layer * (1 + H) + 1 + head) * A + token) * keys;
+  return Float32Array.from(arrays.attention.subarray(start, start + keys), weight);
 }
-// The share on the picture of every head, [L * H], for a token; kept, since layer and head are changed more often.
+// The share on the picture of every row, [L * (1 + H)], for a token; kept, since layer and head are changed more often.
 let shares = { token: -1 };
 function sharesOf(token) {
   if (shares.token === token) return shares.values;
-  const values = new Float32Array(L * H);
-  for (let row = 0; row < L * H; row++) {
+  const values = new Float32Array(L * (1 + H));
+  for (let row = 0; row < values.length; row++) {
     const start = (row * A + token) * keys;
     for (let k = 0; k < meta.attention_patches; k++) values[row] += WEIGHTS[arrays.attention[start + k]];
   }
@@ -155,10 +152,9 @@ function attention() {
   if (!A) return;
   const grid = [], onPicture = sharesOf(state.token);
   for (let layer = 0; layer < L; layer++) {
-    const heads = onPicture.subarray(layer * H, (layer + 1) * H);
     const row = [element("th", "layer " + layer, { scope: "row" })];
     for (let h = -1; h < H; h++) {
-      const share = h < 0 ? heads.reduce((a, b) => a + b) / H : heads[h];
+      const share = onPicture[layer * (1 + H) + 1 + h];
       const cell = element("td", percent(share), { class: "heat", "data-layer": layer, "data-head": h });
       cell.style.background = `rgba(var(--cell), ${0.75 * share})`;
       if (layer === state.layer && h === state.head) cell.style.outline = "2px solid var(--accent)";
@@ -326,7 +322,7 @@ document.addEventListener("keydown", (event) => {
     const [name, by] = step, most = name === "token" ? Math.max(0, A - 1) : last;
     go({ [name]: Math.max(0, Math.min(most, state[name] + by)) });
     event.preventDefault();
-  } else if (/^[0-9]$/.test(event.key) && +event.key < H) go({ head: +event.key });
+  } else if (/^[0-9]$/.test(event.key) && meta.heads.includes(+event.key)) go({ head: meta.heads.indexOf(+event.key) });
   else if (event.key === "m") go({ head: -1 });
 });
 window.addEventListener("hashchange", () => { fromLink(); draw(); });

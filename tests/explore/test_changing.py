@@ -36,7 +36,8 @@ def test_a_cut_edge_carries_nothing(look):
         results.append(explore.watching.logprobs_of_answer(look, hidden)[0])
     assert torch.equal(*results)
     cut = explore.cut(look, others, [2], layers)
-    assert_close(cut.logprobs, results[0], atol=1e-5, rtol=0) and cut.drop.abs().max() > 0
+    assert_close(cut.logprobs, results[0], atol=1e-5, rtol=0)
+    assert cut.drop.abs().max() > 0
 
 
 def test_a_query_keeps_a_key(look):

@@ -56,7 +56,8 @@ def test_its_numbers_are_those_of_the_library(look, whole_page):
     weights = explore.attention(look).weights
     S = len(look.input_ids)
     order = [*look.image_columns.tolist(), *range(look.first_text, S)]
-    assert_close(weights_of(arrays["attention"]), weights[..., order], atol=0.004, rtol=0)
+    rows = torch.cat([weights.mean(1, keepdim=True), weights], dim=1)  # the mean of the heads first
+    assert_close(weights_of(arrays["attention"]), rows[..., order], atol=0.004, rtol=0)
     assert meta["answer"] == look.tokens[look.first_answer :] and meta["text"] == look.tokens[look.first_text :]
     assert_close(torch.tensor(arrays["logprobs"]), look.logprobs)
     assert_close(torch.tensor(arrays["drop"]), explore.knock_out(look).drop, atol=1e-5, rtol=0)
@@ -88,6 +89,25 @@ def test_tokens_and_prompts_are_inert(tiny, tmp_path):
     assert meta["left_out"] == {"knock-out": "not computed: it takes a pass of the model for every patch"}
 
 
+def test_of_many_heads_the_best_eight_are_kept_beside_the_mean_of_all(make_pg, picture, tmp_path):
+    """As in PaliGemma 2 10b, which has 16."""
+    look, path = (
+        explore.look(make_pg("gemma", num_attention_heads=16), picture, "caption en", "a dog"),
+        tmp_path / "page",
+    )
+    left_out, most = {}, 8_000_000
+    while "heads" not in left_out:
+        left_out = explore.page(look, path, max_bytes=most, knock_out=False, routes=False)
+        most = path.stat().st_size - 100
+    assert left_out["heads"] == "8 of 16 heads are kept; the mean is that of all"
+    _, meta, arrays = opened(path)
+    stored, weights = weights_of(arrays["attention"]), explore.attention(look).weights
+    assert stored.shape[1] == 9 and len(meta["heads"]) == 8
+    on_text = [*range(look.first_text, len(look.input_ids))]
+    rows = torch.cat([weights.mean(1, keepdim=True), weights[:, meta["heads"]]], dim=1)[..., on_text]
+    assert_close(stored[..., meta["attention_patches"] :], rows, atol=0.004, rtol=0)
+
+
 def test_too_large_a_page_is_made_coarser_and_says_so(look, tmp_path):
     path = tmp_path / "look.html"
     explore.page(look, path, knock_out=False)
@@ -98,7 +118,8 @@ def test_too_large_a_page_is_made_coarser_and_says_so(look, tmp_path):
     assert meta["left_out"] == left_out and "2 x 2 patches" in text
     weights = explore.attention(look).weights[..., look.image_columns].sum(-1)
     # Sixteen numbers, each rounded by .004 at most.
-    assert_close(weights_of(arrays["attention"])[..., : meta["attention_patches"]].sum(-1), weights, atol=0.03, rtol=0)
+    stored = weights_of(arrays["attention"])[:, 1:]
+    assert_close(stored[..., : meta["attention_patches"]].sum(-1), weights, atol=0.03, rtol=0)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"the page would have .* bytes, at most 1,000 were asked for"):
         explore.page(look, path, max_bytes=1000, knock_out=False)
