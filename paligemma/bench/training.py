@@ -252,9 +252,9 @@ def run(job: TrainingJob) -> dict[str, Any]:
 def import_what_is_measured(job: TrainingJob) -> None:
     """The code of libraries takes memory too. It is loaded before memory is counted, for every contestant alike."""
     if job.name == TRANSFORMERS:
-        import transformers
+        from paligemma.bench.transformers_model import import_its_code
 
-        _ = transformers.PaliGemmaForConditionalGeneration  # which is imported only now
+        import_its_code()
     if job.lora:
         import peft  # noqa: F401
 

@@ -16,6 +16,13 @@ def installed() -> bool:
     return find_spec("transformers") is not None
 
 
+def import_its_code() -> None:
+    """What `import transformers` leaves for later: the modules of the model."""
+    import transformers
+
+    _ = transformers.PaliGemmaForConditionalGeneration
+
+
 def load_transformers(folder: str) -> Any:
     """transformers' model in bfloat16, without an end token: every answer has the same length."""
     import torch
