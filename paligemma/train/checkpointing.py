@@ -101,14 +101,24 @@ def load_last(folder: Path, mesh: Any = None) -> dict[str, Any] | None:
 
 def load(place: Path, mesh: Any = None) -> dict[str, Any]:
     """The state of a checkpoint, with whole tensors. With a DeviceMesh every process reads its own rows alone, and
-    tensors are sharded over it (but for single numbers), whatever they were when they were saved."""
-    names = _files_of_rows(place)
-    if names and len(names) != int(ROWS.search(names[0].name)[2]):  # type: ignore[index]
-        raise ValueError(f"{place} is not complete: {len(names)} files of rows, beginning with {names[0].name}")
-    files = {True: [safe_open(name, "pt") for name in names], False: [safe_open(place / "tensors.safetensors", "pt")]}
-    with library_errors(f"{place} is no checkpoint of a training, or damaged; remove it to go on from an older one"):
-        plain = read_json_value(place / "state.json", any_number=True)
-        state: dict[str, Any] = _put_tensors(plain, lambda name, sharded: _read(files[sharded], name, mesh))
+    tensors are sharded over it (but for single numbers), whatever they were when they were saved.
+
+    ValueError for a checkpoint of which something is missing or damaged.
+    """
+    try:
+        with library_errors("not readable"):
+            names = _files_of_rows(place)
+            if names and len(names) != int(ROWS.search(names[0].name)[2]):  # type: ignore[index]
+                raise ValueError(f"there are {len(names)} files of rows, beginning with {names[0].name}")
+            tensors = place / "tensors.safetensors"
+            files = {True: [safe_open(name, "pt") for name in names], False: [safe_open(tensors, "pt")]}
+            plain = read_json_value(place / "state.json", any_number=True)
+            state: dict[str, Any] = _put_tensors(plain, lambda name, sharded: _read(files[sharded], name, mesh))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{place} is no checkpoint of a training, or damaged ({error}). Only the last one is kept: bring it back "
+            "from a copy, or begin anew (`paligemma train --no-resume`, or another folder)"
+        ) from None
     return state
 
 

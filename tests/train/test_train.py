@@ -478,6 +478,16 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
 
 
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("change", ["cut short", "removed"])
+def test_a_damaged_checkpoint_is_one_error_with_a_way_out(tmp_path, name, change):
+    place = checkpointing.save(tmp_path, 1, {"x": torch.ones(1000), "step": 1})
+    file = place / name
+    file.write_bytes(file.read_bytes()[:-10]) if change == "cut short" else file.unlink()
+    with pytest.raises(ValueError, match=r"step-00000001 is no checkpoint .*, or damaged \(.*--no-resume"):
+        checkpointing.load_last(tmp_path)
+
+
 def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(processor, tmp_path):
     model = make_model(processor)
     batches = RowBatches(make_rows(), processor, batch_size=4)
