@@ -101,6 +101,8 @@ def evaluate(
             raise typer.BadParameter("the small world has its own tasks: --task and --split are for other --data")
         if max_pixels != DEFAULT_MAX_PIXELS:
             raise typer.BadParameter("the pictures of the small world are all small: leave out --max-pixels")
+        if source != DataOptions(data):
+            raise typer.BadParameter("the small world makes its own rows: leave out the options for how rows are read")
         report = _on_scenes(loaded, data, count or 1000, about, **row_options, **options)
     elif task in BENCHMARKS:
         if free or max_new_tokens or max_pixels != DEFAULT_MAX_PIXELS or source != DataOptions(data, split=split):

@@ -10,7 +10,7 @@ each epoch takes another. The parts of a step are shared out among processes and
 batch; together they are the same rows however many parts there are.
 
 Several questions about one picture: a batch holds each of its pictures once, and `pictures` says which of them each row
-sees, so that the vision tower need not look twice (`loop.suffix_loss`). Shuffled row by row they would hardly ever come
+sees, so that the vision tower need not look twice (`loss.py`). Shuffled row by row they would hardly ever come
 into the same batch; `keep_together` shuffles pictures instead, with all of their rows that follow one another.
 
 A picture that cannot be read (a disk that went away, a file that was moved) need not end a run of hours: with `on_skip`

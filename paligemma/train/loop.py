@@ -136,10 +136,13 @@ def bfloat16_where_fast() -> torch.dtype | None:
 
 
 class NotFinite(FloatingPointError):
-    """A loss or gradient that is not a finite number, in step `step` (counted from 0)."""
+    """A loss or gradient that is not a finite number.
+
+    step: in which, counted from 0 as in `batches(step, part, parts)`. The message counts from 1, as the log does.
+    """
 
     def __init__(self, what: str, value: float, step: int) -> None:
-        super().__init__(f"the {what} of step {step} is {value}: try a lower learning rate")
+        super().__init__(f"the {what} of step {step + 1} is {value}: try a lower learning rate")
         self.step = step
 
 

@@ -272,7 +272,7 @@ def forward(
     last: int,
     compute: torch.dtype,
 ) -> Tensor:
-    """What `loop.suffix_loss` does, without looking at the content of a tensor: there is none. last: positions that the
+    """What `loss.suffix_loss` does, without looking at the content of a tensor: there is none. last: positions that the
     last layer computes."""
     config = model.config
     side, text = config.vision_config.image_size, config.text_config

@@ -82,6 +82,9 @@ def test_data_check_counts_it_as_a_row_with_a_problem(command, tmp_path):
 
 def test_an_option_that_does_nothing_is_refused(command):
     assert "leave out --max-pixels" in command("evaluate --data tiny --max-pixels 50")[1]
+    for option in ("--kind json", "--images .", "--annotations a", "--image-name a", "--language de", "--every-label"):
+        code, said = command(f"evaluate --data tiny:val --count 1 {option}")
+        assert code == 2 and "leave out the options for how rows are read" in said, option
     assert "leave out the options for rows" in command("evaluate --data . --task textvqa --max-pixels 50")[1]
 
 

@@ -1,6 +1,6 @@
 """The memory of a training step, planned and measured: in tensors, and in what the system says of a process.
 
-pytest tests/test_plan.py -m official -s      # the 3b size: 8 GB or, in float32, 16 GB; minutes
+pytest tests/train/test_plan.py -m official -s      # the 3b size: 8 GB or, in float32, 16 GB; minutes
 """
 
 import io

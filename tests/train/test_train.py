@@ -497,7 +497,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_the_last_good_checkpoint(proc
         total, tokens, figures = suffix_loss()(model, batch)
         return total * float("nan"), tokens, figures
 
-    with pytest.raises(FloatingPointError, match="step 2"):
+    with pytest.raises(FloatingPointError, match="the loss of step 3 is nan"):
         train(model, batches, TrainConfig(**SMALL), tmp_path, loss=broken)
     assert checkpointing.load_last(tmp_path / "checkpoints")["step"] == 2
 
@@ -511,7 +511,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_does_harm(processor, tmp_p
         total, tokens, figures = suffix_loss()(model, batch)
         return total + torch.sqrt(0 * total), tokens, figures
 
-    with pytest.raises(FloatingPointError, match="the gradient of step 0 is nan"):
+    with pytest.raises(FloatingPointError, match="the gradient of step 1 is nan"):
         train(model, RowBatches(make_rows(), processor, batch_size=4), TrainConfig(**SMALL), tmp_path, loss=steep)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
