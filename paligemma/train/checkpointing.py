@@ -24,6 +24,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +107,35 @@ def load(place: Path, mesh: Any = None) -> dict[str, Any]:
 
     ValueError for a checkpoint of which something is missing or damaged.
     """
+    with _one_error(place):
+        names = _files_of_rows(place)
+        if names and len(names) != int(ROWS.search(names[0].name)[2]):  # type: ignore[index]
+            raise ValueError(f"not complete: {len(names)} files of rows, beginning with {names[0].name}")
+        tensors = place / "tensors.safetensors"
+        files = {True: [safe_open(name, "pt") for name in names], False: [safe_open(tensors, "pt")]}
+        plain = read_json_value(place / "state.json", any_number=True)
+        state: dict[str, Any] = _put_tensors(plain, lambda name, sharded: _read(files[sharded], name, mesh))
+    return state
+
+
+def number_in(place: Path, name: str) -> float:
+    """A number of the state, such as its step, without reading any tensor. ValueError as in `load`."""
+    with _one_error(place):
+        plain: Any = read_json_value(place / "state.json", any_number=True)
+        return float(dict(plain["dict"])[name])
+
+
+@contextmanager
+def _one_error(place: Path) -> Iterator[None]:
+    """Whatever is missing or damaged in a checkpoint is one ValueError, with a way out."""
     try:
         with library_errors("not readable"):
-            names = _files_of_rows(place)
-            if names and len(names) != int(ROWS.search(names[0].name)[2]):  # type: ignore[index]
-                raise ValueError(f"there are {len(names)} files of rows, beginning with {names[0].name}")
-            tensors = place / "tensors.safetensors"
-            files = {True: [safe_open(name, "pt") for name in names], False: [safe_open(tensors, "pt")]}
-            plain = read_json_value(place / "state.json", any_number=True)
-            state: dict[str, Any] = _put_tensors(plain, lambda name, sharded: _read(files[sharded], name, mesh))
+            yield
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
             f"{place} is no checkpoint of a training, or damaged ({error}). Only the last one is kept: bring it back "
             "from a copy, or begin anew (`paligemma train --no-resume`, or another folder)"
         ) from None
-    return state
 
 
 def _set_aside(place: Path) -> None:

@@ -47,6 +47,7 @@ from paligemma.train.run_folder import (
     fingerprint_of_data,
     is_longer,
     last_checkpoint,
+    last_checkpoint_minutes,
     last_checkpoint_step,
     locked_run,
     open_run,
@@ -177,6 +178,11 @@ def begin(
         made = last_checkpoint_step(out)
         if longer and made >= steps:
             raise ValueError(f"{out} has made {made:,} steps already, and {steps:,} are no more: nothing is left to do")
+        if longer and options.minutes is not None and (spent := last_checkpoint_minutes(out)) >= options.minutes:
+            raise ValueError(
+                f"{out} has trained for {spent:.3g} minutes already, and {options.minutes:g} are no more: nothing is "
+                "left to do"
+            )
         if longer:
             reopen(out, asdict(options), facts)
             say(f"longer than before: from step {made:,} on the learning rate follows the schedule of the new length")

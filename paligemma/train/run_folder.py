@@ -200,6 +200,12 @@ def last_checkpoint_step(out: Path) -> int:
     return int(found[-1].name.removesuffix(".old").rpartition("-")[2]) if found else 0
 
 
+def last_checkpoint_minutes(out: Path) -> float:
+    """How long the run had trained."""
+    found = checkpointing.checkpoints(out / "checkpoints")
+    return checkpointing.number_in(found[-1], "elapsed") / 60 if found else 0.0
+
+
 def last_checkpoint(out: Path) -> str:
     """In words, for the end of a message."""
     found = checkpointing.checkpoints(out / "checkpoints")

@@ -305,6 +305,17 @@ def test_a_finished_run_goes_on_for_longer(base, data, tmp_path):
     assert contents(out) == before
 
 
+def test_longer_with_fewer_minutes_is_refused(base, data, tmp_path):
+    """Those of the last checkpoint count. Nothing is renamed."""
+    out = tmp_path / "run"
+    run(base, data, out, steps=None, minutes=0.02)
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"has trained for 0\.0\d+ minutes already, and 0\.01 are no more"):
+        run(base, data, out, steps=None, minutes=0.01, longer=True)
+    assert contents(out) == before
+    assert any("longer than before" in line for line in run(base, data, out, steps=None, minutes=0.04, longer=True))
+
+
 def test_longer_goes_on_where_it_was_interrupted(base, data, tmp_path, monkeypatch):
     out = tmp_path / "run"
     run(base, data, out, steps=2)
