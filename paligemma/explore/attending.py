@@ -11,6 +11,7 @@ Letters: L layers, H heads, K key/value heads, G = H / K, Q queries, S tokens, E
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,8 @@ def columns_of(look: Look, queries: str | Sequence[int]) -> Tensor:
         first, end = {"text": (look.first_text, S), "answer": (look.first_answer - 1, S - 1), "all": (0, S)}[queries]
         return torch.arange(first, end)
     columns = torch.tensor(list(queries), dtype=torch.int64)
-    if len(columns) and not (int(columns.min()) >= 0 and int(columns.max()) < S):
-        raise ValueError(f"queries has column {int(columns.max())}, expected columns from 0 to {S - 1}")
+    if strange := [column for column in columns.tolist() if not 0 <= column < S]:
+        raise ValueError(f"queries has column {strange[0]}, expected columns from 0 to {S - 1}")
     return columns
 
 
@@ -96,12 +97,9 @@ def attention(look: Look, queries: str | Sequence[int] = "answer") -> Attention:
     text = model.config.text_config
     layers: Any = model.language_model.model.layers
     S = len(look.input_ids)
-    size = 4 * text.num_hidden_layers * text.num_attention_heads * len(columns) * S
-    if size > MOST_BYTES:
-        raise ValueError(
-            f"the weights of {len(columns):,} queries would take {size / 1e9:.1f} GB, at most {MOST_BYTES / 1e9:.1f} "
-            "are held: ask for 'text', 'answer' or a few columns"
-        )
+    _check_size(
+        (text.num_hidden_layers, text.num_attention_heads, len(columns), S), "'text', 'answer' or a few columns"
+    )
     types = look.token_type_ids[None].to(model.device)
     valid = torch.ones_like(types, dtype=torch.bool)
     places = torch.arange(S, device=model.device)[None] + text.position_offset
@@ -112,6 +110,15 @@ def attention(look: Look, queries: str | Sequence[int] = "answer") -> Attention:
         mask = prefix_lm_mask(types, valid, text.window(index))[0, 0, columns]  # [Q, S]
         weights[index] = _weights(layer.self_attn, x, columns.to(model.device), mask, cos, sin)
     return Attention(look, weights, columns)
+
+
+def _check_size(shape: tuple[int, int, int, int], instead: str) -> None:
+    """Raises ValueError where float32 weights [L, H, Q, S] would be larger than MOST_BYTES."""
+    if (size := 4 * math.prod(shape)) > MOST_BYTES:
+        raise ValueError(
+            f"the weights of {shape[2]:,} queries would take {size / 1e9:.1f} GB, at most {MOST_BYTES / 1e9:.1f} "
+            f"are held: ask for {instead}"
+        )
 
 
 def _weights(layer: GemmaAttention, x: Tensor, columns: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,7 +149,8 @@ class VisionAttention:
 def vision_attention(look: Look, patches: Sequence[int]) -> VisionAttention:
     """Which patches some patches look at, in every layer of the vision tower.
 
-    patches: numbers over all images, all of one image. Raises ValueError for others.
+    patches: numbers over all images, all of one image. Raises ValueError for others, and where the weights would take
+    more than half a gigabyte, naming how much.
     """
     numbers, P = torch.tensor(list(patches), dtype=torch.int64), look.grid**2
     if not len(numbers) or not (int(numbers.min()) >= 0 and int(numbers.max()) < look.images * P):
@@ -155,6 +163,7 @@ def vision_attention(look: Look, patches: Sequence[int]) -> VisionAttention:
     pixels = preprocess(pictures[image], look.pg.processor.image_size)[None]
     tower = model.vision_tower.vision_model
     layers: Any = tower.encoder.layers
+    _check_size((len(layers), layers[0].self_attn.num_heads, len(numbers), P), "fewer patches")
     x = tower.embeddings(pixels.to(model.device, model.dtype))  # [1, P, D]
     weights = []
     for layer in layers:

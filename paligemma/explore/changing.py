@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from paligemma.answers.results import Answer
 from paligemma.explore.watching import ROWS_AT_ONCE, Look, logprobs_of_answer, own_answer, run
@@ -31,7 +32,8 @@ FILLS = ("background", "mean", "zero")
 @dataclass(repr=False)
 class KnockOut:
     """drop: [n * P, A] in nats, how much log-probability each answer token loses without the window around a patch;
-    positive is lost. base: [A], with the whole picture. filled_with: int64, the background patches that were used."""
+    positive is lost. base: [A], with the whole picture. filled_with: int64, all background patches: with
+    fill="background" each patch takes the nearest of them that is not gone itself."""
 
     drop: Tensor
     base: Tensor
@@ -46,28 +48,35 @@ def knock_out(
     window: int = 3,
     fill: str = "background",
     progress: Callable[[int, int], object] | None = None,
+    grid: int | None = None,
 ) -> KnockOut:
     """Which patches each word of the answer needs: one pass for every patch, without the window around it.
 
-    window: odd; windows are cut off at the edge of the picture. fill: see `fill_of`. progress: called with (patches
-    done, all). Raises ValueError for an even window or an unknown fill.
+    window: odd; windows are cut off at the edge of the picture. fill: see `_filled`. progress: called with (passes
+    done, all). grid: a coarser answer in grid * grid passes for each image: its patches are cut into grid x grid
+    blocks, each is replaced as a whole, as wide around it as a window is around a patch, and all patches of a block get
+    the same numbers. Raises ValueError for an even window, an unknown fill, or a grid finer than the patches.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window is {window}, expected an odd number: it lies around a patch")
-    P, g = look.grid**2, look.grid
-    numbers = torch.arange(look.images * P)
-    rows, columns = numbers % P // g, numbers % g
-    drops = []
-    for start in range(0, len(numbers), ROWS_AT_ONCE):
-        centres = numbers[start : start + ROWS_AT_ONCE, None]  # [R, 1]
-        near = ((rows - rows[centres]).abs() <= window // 2) & ((columns - columns[centres]).abs() <= window // 2)
-        gone = near & (numbers // P == centres // P)  # [R, n * P], in the same image
-        changed = torch.stack([_filled(look, row.nonzero()[:, 0], fill) for row in gone])
+    P, g, n = look.grid**2, look.grid, look.images
+    side = g if grid is None else grid
+    if not 1 <= side <= g:
+        raise ValueError(f"grid is {grid}, expected 1 to {g}: the picture has {g} x {g} patches")
+    numbers, backgrounds = torch.arange(n * P), background_patches(look)
+    # The block of each patch [n * P], numbered over all images. Without a grid every patch is one by itself.
+    blocks = numbers // P * side**2 + numbers % P // g * side // g * side + numbers % g * side // g
+    passes, drops = n * side**2, []
+    for start in range(0, passes, ROWS_AT_ONCE):
+        some = torch.arange(start, min(start + ROWS_AT_ONCE, passes))
+        own = (blocks == some[:, None]).float().unflatten(1, (n, g, g))  # [R, n, g, g]
+        gone = F.max_pool2d(own, window, stride=1, padding=window // 2).flatten(1).bool()  # [R, n * P]
+        changed = torch.stack([_filled(look, row.nonzero()[:, 0], fill, backgrounds) for row in gone])
         hidden = run(look, len(changed), features=changed)
         drops.append(look.logprobs - logprobs_of_answer(look, hidden))
         if progress is not None:
-            progress(min(start + ROWS_AT_ONCE, len(numbers)), len(numbers))
-    return KnockOut(torch.cat(drops), look.logprobs, background_patches(look))
+            progress(int(some[-1]) + 1, passes)
+    return KnockOut(torch.cat(drops)[blocks], look.logprobs, backgrounds)
 
 
 def without(look: Look, patches: Sequence[int], fill: str = "background", where: str = "features") -> Answer:
@@ -84,7 +93,7 @@ def without(look: Look, patches: Sequence[int], fill: str = "background", where:
         raise ValueError(f"patches is {list(patches)}, expected numbers from 0 to {look.images * P - 1}")
     pg = look.pg
     if where == "features":
-        changed = _filled(look, gone, fill).unflatten(0, (look.images, P))  # [n, P, D]
+        changed = _filled(look, gone, fill, background_patches(look)).unflatten(0, (look.images, P))  # [n, P, D]
         put_in = _output_of(pg.model.multi_modal_projector, lambda y: changed.to(y.device, y.dtype))
     else:
         pixels = _filled_pixels(look, gone, fill)  # [n, 3, side, side]
@@ -117,13 +126,12 @@ def _patches(look: Look) -> Tensor:
     return cut_up.permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(3)
 
 
-def nearest_background(look: Look, gone: Tensor) -> Tensor:
-    """int64: for each patch of `gone` the nearest background patch of its image that is not gone itself.
+def nearest_background(look: Look, gone: Tensor, backgrounds: Tensor) -> Tensor:
+    """int64: for each patch of `gone` the nearest of `backgrounds` in its image that is not gone itself.
 
     Where all of them are gone, the nearest of all background patches of the image.
     """
     P, g = look.grid**2, look.grid
-    backgrounds = background_patches(look)
     found = []
     for patch in gone.tolist():
         of_image = backgrounds[backgrounds // P == patch // P]
@@ -134,14 +142,14 @@ def nearest_background(look: Look, gone: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.int64)
 
 
-def _filled(look: Look, gone: Tensor, fill: str) -> Tensor:
+def _filled(look: Look, gone: Tensor, fill: str, backgrounds: Tensor) -> Tensor:
     """The image features [n * P, D] with those of the patches `gone` replaced. fill:
 
     "background": each by the features of the nearest background patch; "mean": by the mean of the image; "zero".
     """
     features, P = look.features.flatten(0, 1).clone(), look.grid**2
     if fill == "background":
-        features[gone] = features[nearest_background(look, gone)]
+        features[gone] = features[nearest_background(look, gone, backgrounds)]
     elif fill == "mean":
         features[gone] = look.features.mean(1)[gone // P]
     elif fill == "zero":
@@ -161,7 +169,7 @@ def _filled_pixels(look: Look, gone: Tensor, fill: str) -> Tensor:
         row, column = patch % P // g * size, patch % g * size
         return patch // P, slice(None), slice(row, row + size), slice(column, column + size)
 
-    for patch, source in zip(gone.tolist(), nearest_background(look, gone).tolist()):
+    for patch, source in zip(gone.tolist(), nearest_background(look, gone, background_patches(look)).tolist()):
         if fill == "background":
             pixels[square(patch)] = whole[square(source)]
         else:

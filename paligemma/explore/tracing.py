@@ -39,7 +39,8 @@ def routes(look: Look, token: int, window: int = 3) -> Routes:
     """Every route between groups of columns, cut in the `window` layers around each layer (fewer at the ends).
 
     Groups as in `Look.groups`; "X->Y" cuts the edges by which the queries of Y look at the keys of X. No column is cut
-    from itself. Raises ValueError for a token that the answer does not have, or a window below 1.
+    from itself, and only the last column reads the answer so far. Raises ValueError for a token that the answer does
+    not have, or a window below 1.
     """
     if window < 1:
         raise ValueError(f"window is {window}, expected at least one layer")
@@ -47,7 +48,9 @@ def routes(look: Look, token: int, window: int = 3) -> Routes:
     last = groups["last"][0]
     names, edges = [], []
     for source in ("image", "bos", "prompt", "newline", "answer so far"):
-        for target in ("image", "bos", "prompt", "last"):
+        for target in ("image", "bos", "prompt", "newline", "last"):
+            if target == "newline" and groups[target] == [last]:
+                continue  # before token 0 the newline is the last column
             keys = [column for column in groups[source] if column != last]
             if source == target or not keys or not groups[target]:
                 continue
@@ -57,7 +60,6 @@ def routes(look: Look, token: int, window: int = 3) -> Routes:
             edges.append(edges_between(look, groups[target], keys))
     L = look.num_layers
     tries = [(route, layer) for route in range(len(names)) for layer in range(L)]
-    base = _logprobs(look, run(look), last)[0, look.answer_ids[token]]
     found = []
     for start in range(0, len(tries), ROWS_AT_ONCE):
         some = tries[start : start + ROWS_AT_ONCE]
@@ -70,7 +72,7 @@ def routes(look: Look, token: int, window: int = 3) -> Routes:
             if active.any():
                 changes[layer] = cutting(of_rows & active[:, None, None])
         found.append(_logprobs(look, run(look, len(some), layers=changes), last)[:, look.answer_ids[token]])
-    change = 1 - (torch.cat(found) - base).exp()
+    change = 1 - (torch.cat(found) - look.logprobs[token]).exp()
     return Routes(change.view(len(names), L), names)
 
 

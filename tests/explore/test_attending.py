@@ -65,14 +65,18 @@ def test_queries_are_named_or_numbered(look):
     assert explore.attention(look, [2, 0]).queries.tolist() == [2, 0]
     with pytest.raises(ValueError, match="queries is 'texts', expected"):
         explore.attention(look, "texts")
-    with pytest.raises(ValueError, match=f"expected columns from 0 to {S - 1}"):
-        explore.attention(look, [S])
+    for columns, strange in (([S], S), ([-1, 5], -1)):
+        with pytest.raises(ValueError, match=f"queries has column {strange}, expected columns from 0 to {S - 1}"):
+            explore.attention(look, columns)
 
 
 def test_more_than_half_a_gigabyte_is_refused_with_the_figure(look, monkeypatch):
     monkeypatch.setattr("paligemma.explore.attending.MOST_BYTES", 1000)
     with pytest.raises(ValueError, match=r"queries would take 0\.0 GB.* ask for 'text', 'answer' or a few columns"):
         explore.attention(look, "all")
+    monkeypatch.setattr("paligemma.explore.attending.MOST_BYTES", 100)
+    with pytest.raises(ValueError, match=r"the weights of 4 queries would take 0\.0 GB.* ask for fewer patches"):
+        explore.vision_attention(look, range(4))
 
 
 def test_patches_of_two_pictures_do_not_see_each_other(random_pg, picture):

@@ -68,12 +68,28 @@ def test_windows_end_at_the_edge_of_their_picture(random_pg, picture):
     assert (found.drop[0] - found.drop[4]).abs().max() > 1e-3
 
 
+def test_a_coarse_grid_replaces_whole_blocks(tiny):
+    look = explore.look(tiny, "examples/scene.png", "caption en")
+    done = []
+    found = explore.knock_out(look, window=1, fill="zero", grid=4, progress=lambda *counts: done.append(counts))
+    assert done == [(16, 16)] and found.drop.shape == (64, len(look.answer_ids))
+    block = [18, 19, 26, 27]  # row 1 and column 1 of 4 x 4 blocks
+    features = look.features.flatten(0, 1).clone()
+    features[block] = 0
+    alone = explore.watching.logprobs_of_answer(look, explore.watching.run(look, features=features[None]))[0]
+    for patch in block:
+        assert_close(found.drop[patch], look.logprobs - alone, atol=1e-4, rtol=0)
+    assert (found.drop[20] - found.drop[18]).abs().max() > 0
+    with pytest.raises(ValueError, match="grid is 9, expected 1 to 8"):
+        explore.knock_out(look, grid=9)
+
+
 def test_background_is_where_pixels_are_even(tiny):
     look = explore.look(tiny, "examples/scene.png", "caption en")
     patches = background_patches(look)
     assert len(patches) == 8 and torch.equal(patches, background_patches(look))
     gone = patches[:3]
-    assert not torch.isin(nearest_background(look, gone), gone).any()  # never filled with what is gone itself
+    assert not torch.isin(nearest_background(look, gone, patches), gone).any()  # never filled with what is gone itself
     for fill, where in (("grey", "features"), ("grey", "pixels")):
         with pytest.raises(ValueError, match="fill is 'grey', expected one of background, mean, zero"):
             explore.without(look, [0], fill=fill, where=where)

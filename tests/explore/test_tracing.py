@@ -27,12 +27,15 @@ def test_each_route_is_a_cut(looks):
         ("image->prompt", groups["prompt"], groups["image"]),
         ("answer->last", groups["last"], groups["answer so far"][:-1]),
         ("prompt->last", groups["last"], groups["prompt"]),
+        ("bos->newline", groups["newline"], groups["bos"]),
     ):
         for layer in range(look.num_layers):
             cut = explore.cut(look, queries, keys, [layer])
             expected = 1 - (cut.logprobs[token] - look.logprobs[token]).exp()
             assert_close(found.change[found.names.index(name), layer], expected, atol=1e-4, rtol=1e-4)
-    assert {"image->prompt", "image->last", "prompt->last", "bos->last"} <= set(found.names)
+    assert {"image->prompt", "image->last", "prompt->last", "bos->last", "newline->last"} <= set(found.names)
+    # Before token 0 the newline is the last column, and there is no answer yet.
+    assert not any("newline" in name or "answer" in name for name in explore.routes(look, 0).names)
 
 
 def test_a_window_covers_the_layers_around(looks):
