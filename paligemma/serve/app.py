@@ -7,6 +7,7 @@ FastAPI was weighed: it would check fields itself, but its errors are not in Ope
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -121,6 +122,7 @@ def chat(service: Service) -> Work:
 
 async def stream(service: Service, reply: Reply, chunks: Chunks, job: Any) -> None:
     """Sends pieces of text as they come; a comment where none came for a while, so that no proxy hangs up."""
+    sent = time.monotonic()
     while True:
         job.news.clear()
         ended = job.ended
@@ -128,10 +130,14 @@ async def stream(service: Service, reply: Reply, chunks: Chunks, job: Any) -> No
             service.observe(job)  # raises the row's error
         if (piece := chunks.text(job)) is not None:
             await reply.part(piece)
+            sent = time.monotonic()
         if ended:
             break
-        if not await service.news_of(job):
+        # Tokens may come that have no text: all of an answer in JSON, and half a character.
+        left = sent + service.settings.comment_every - time.monotonic()
+        if left <= 0 or not await service.news_of(job, left):
             await reply.part(b": the answer is on its way\n\n")
+            sent = time.monotonic()
     *events, done = await service.in_writer(chunks.last, job)
     for one in events:
         await reply.part(one)

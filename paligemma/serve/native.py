@@ -36,9 +36,9 @@ def parse_native(task: str, body: Any, files: list[Source], settings: Settings) 
     sources = _pictures(fields.take("image"), files, settings)
     boxes = task in ("detect", "segment")
     prompt, any_label = _prompt_with_labels(task, fields) if boxes else (_prompt(fields), False)
-    wanted = fields.whole("max_tokens", 1, settings.max_new_tokens)
-    choices = fields.texts("choices", MOST_CHOICES) if task == "answer" else None
     explore = task == "explore"
+    wanted = None if explore else fields.whole("max_tokens", 1, settings.max_new_tokens)
+    choices = fields.texts("choices", MOST_CHOICES) if task == "answer" else None
     sampling = Sampling() if explore else take_sampling(fields)
     constrained = True if explore else fields.flag("constrained", True)
     min_score = 0.0 if explore else fields.number("min_score", 0, 1) or 0.0

@@ -107,9 +107,9 @@ def schemas(settings: Settings) -> Json:
             structured_outputs=record(["choice"], choice=listed(TEXT, minItems=1)), constrained=FLAG, user=TEXT,
             **sampling, **{name: {"enum": [*values, None]} for name, values in NEUTRAL.items()},
         ),
-        "Answer": record(["prompt"], prompt=TEXT, choices=listed(TEXT), **common, **boxes),
-        "Detect": record([], prompt=TEXT, labels=listed(TEXT, minItems=1), **common, **boxes),
-        "Explore": record(["prompt"], prompt=TEXT, model=TEXT, image=picture, max_tokens=tokens),
+        "Answer": record(["prompt", "image"], prompt=TEXT, choices=listed(TEXT), **common, **boxes),
+        "Detect": record(["image"], prompt=TEXT, labels=listed(TEXT, minItems=1), **common, **boxes),
+        "Explore": record(["prompt", "image"], prompt=TEXT, model=TEXT, image=picture),
         **answers(),
     }  # fmt: skip
 

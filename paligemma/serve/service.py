@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
 from paligemma.inference import PaliGemma
@@ -17,7 +17,7 @@ from paligemma.serve.engine_thread import EngineThread, Job
 from paligemma.serve.errors import ApiError, unavailable
 from paligemma.serve.fetching import fetch
 from paligemma.serve.metrics import Metrics
-from paligemma.serve.pictures import FeatureCache, Source, read
+from paligemma.serve.pictures import FeatureCache, Picture, Source, read
 from paligemma.serve.rows import Ask, Row, lay_out, with_pictures
 from paligemma.serve.settings import Settings
 
@@ -25,6 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_EXPLORED = 8  # pages of up to 8 MB that are kept
+FETCHED_TOGETHER = 8  # pictures behind URLs
 
 
 class Service:
@@ -41,6 +42,7 @@ class Service:
         self.created = int(time.time())
         self._decoders = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="decode")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="reply")
+        self._fetching = asyncio.Semaphore(FETCHED_TOGETHER)
         self._add_gauges()
 
     def _add_gauges(self) -> None:
@@ -109,12 +111,17 @@ class Service:
     async def row(self, ask: Ask) -> Row:
         """Prompt and pictures -> the row that the engine runs. The prompt is checked before a picture is looked at."""
         row = await self.in_worker(lay_out, self.pg, ask, self.settings.room(self.pg.processor.num_image_tokens))
-        side = self.pg.processor.image_size
-        pictures = []
-        for source in await self.contents(ask.sources):
-            pictures.append(await self.in_worker(read, source, self.cache, self.settings.most_pixels, side))
+        pictures = [await self.picture(source) for source in ask.sources]
         self.metrics.tokens.labels("prompt").inc(len(row.ids))
         return with_pictures(row, pictures)
+
+    async def picture(self, source: Source) -> Picture:
+        """What the source holds, as the model takes it. Behind a URL it is fetched only now, by a few requests at a
+        time: until it is decoded its bytes are held, and nothing else counts them."""
+        side = self.pg.processor.image_size
+        async with self._fetching if source.is_url else nullcontext():
+            (source,) = await self.contents((source,))
+            return await self.in_worker(read, source, self.cache, self.settings.most_pixels, side)
 
     async def contents(self, sources: tuple[Source, ...]) -> list[Source]:
         """The same, with what lies behind URLs."""
@@ -143,10 +150,10 @@ class Service:
         if job.error is not None:
             raise job.error
 
-    async def news_of(self, job: Job) -> bool:
-        """Waits for news of the row. False: there was none for a while."""
+    async def news_of(self, job: Job, seconds: float) -> bool:
+        """Waits for news of the row. False: there was none for so long."""
         try:
-            await asyncio.wait_for(job.news.wait(), self.settings.comment_every)
+            await asyncio.wait_for(job.news.wait(), seconds)
         except (asyncio.TimeoutError, TimeoutError):
             return False
         return True

@@ -5,11 +5,13 @@ import socket
 import ssl
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from serving import SCENE, error_of, running
 
-from paligemma.serve import fetching
+from paligemma.serve import fetching, service
 from paligemma.serve.errors import ApiError
 from paligemma.serve.fetching import check_url, is_public
 from paligemma.serve.pictures import Source
@@ -136,6 +138,24 @@ def test_a_picture_is_fetched(fetching_server, reachable):
     assert reply.status_code == 200 and reply.json()["image"] == "https://pictures.example/scene.png"
     assert reachable.requests[-1].startswith(b"GET /scene.png HTTP/1.1\r\nHost: pictures.example\r\n")
     assert reachable.names == ["pictures.example"]  # resolved once
+
+
+def test_few_pictures_are_fetched_at_a_time(fetching_server, monkeypatch):
+    """Their bytes are in no request's body, so nothing else limits them."""
+    now, most = [0], [0]
+
+    async def fetch(source, domains):
+        now[0] += 1
+        most[0] = max(most[0], now[0])
+        await asyncio.sleep(0.05)
+        now[0] -= 1
+        return replace(source, value=SCENE)
+
+    monkeypatch.setattr(service, "fetch", fetch)
+    with ThreadPoolExecutor(20) as pool:
+        replies = list(pool.map(lambda _: ask(fetching_server), range(20)))
+    assert {reply.status_code for reply in replies} == {200}
+    assert 2 <= most[0] <= service.FETCHED_TOGETHER
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def test_boxes_refer_to_the_picture_turned_upright(client):
         ("answer", {}, "invalid_value", "prompt"),
         ("answer", {"prompt": "caption en", "stream": True}, "unknown_field", "stream"),
         ("explore", {"prompt": "caption en", "temperature": 1}, "unknown_field", "temperature"),
+        ("explore", {"prompt": "caption en", "max_tokens": 9}, "unknown_field", "max_tokens"),
     ],
 )
 def test_whatever_is_wrong_is_named(client, path, fields, code, param):

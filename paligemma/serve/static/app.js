@@ -193,7 +193,6 @@ function inPixelsOf({ width, height, sentWidth, sentHeight }, answer) {
   const enlarged = (item) => ({
     ...item,
     box: item.box.map((edge, i) => edge * (i % 2 ? y : x)),
-    ...(item.edges && { edges: item.edges.map((edge, i) => edge.map((value) => value * (i % 2 ? y : x))) }),
   });
   return { ...answer, image_size: [width, height], detections: boxes.detections.map(enlarged), segments: boxes.segments.map(enlarged) };
 }
@@ -395,7 +394,7 @@ new ResizeObserver(redraw).observe($("frame"));
 // JSON with masks of the file's own size; that is the slow part, so it waits until it is asked for.
 function asJson() {
   const { picture, prompt, text, answer } = answered, { width, height } = picture;
-  const segments = answer.segments.map((item) => (item.mask && item.mask.size[0] !== height ? { ...item, mask: resized(item.mask, width, height) } : item));
+  const segments = answer.segments.map((item) => (item.mask && (item.mask.size[0] !== height || item.mask.size[1] !== width) ? { ...item, mask: resized(item.mask, width, height) } : item));
   return JSON.stringify({ image: picture.name, prompt, text, ...answer, segments }, null, 2);
 }
 $("copy-json").onclick = () => withButton($("copy-json"), () => copy(asJson()));
