@@ -162,9 +162,9 @@ def test_a_stream_is_kept_open_by_comments(pg, monkeypatch):
 
 def test_tokens_without_text_are_no_reason_to_be_silent(pg, monkeypatch):
     """An answer in JSON is sent at its end, however often a token comes before."""
-    with running(pg, comment_every=0.3) as server, server.client() as client:
+    with running(pg, comment_every=0.5) as server, server.client() as client:
         engine, step = server.service.engine.engine, server.service.engine.engine.step
-        monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.1), step())[1])
+        monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.3), step())[1])
         body = chat("detect book ; house", stream=True, max_tokens=12, response_format={"type": "json_object"})
         text = client.post(URL, json=body).text
     assert text.count(": the answer is on its way\n\n") >= 2 and text.endswith("data: [DONE]\n\n")
