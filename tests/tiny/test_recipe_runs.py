@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 import pytest
@@ -27,10 +28,12 @@ from paligemma.tiny.recipe.shards import (
     write_shard,
 )
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
-from paligemma.tiny.recipe.train import train
+from paligemma.tiny.recipe.train import codec_steps, train
 from paligemma.tiny.recipe.vision_pretraining import SceneBatches, Vision, validate_vision, vision_loss
 from paligemma.tiny.rows import READING
 from paligemma.tiny.varied import render_varied
+from paligemma.train import distributed
+from paligemma.train.interruption import stop_signals
 from paligemma.train.loop import TrainConfig
 from paligemma.train.loop import train as train_loop
 
@@ -218,6 +221,23 @@ def test_a_piece_ends_saved_and_the_next_goes_on_with_the_schedule_of_the_whole(
     piece(60)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, len(log) + 1)) and log[-1]["lr"] < 0.1
+
+
+@pytest.mark.parametrize("over_there", [True, False])
+def test_the_first_process_decides_when_a_piece_is_over(monkeypatch, over_there):
+    """The clock of this process says the opposite. Were it asked, one of the processes would not end as the other."""
+    monkeypatch.setattr(distributed, "broadcast", lambda own: float(over_there))
+    stopped, end = (PieceOver, inf) if over_there else (KeyboardInterrupt, 0.0)
+    with stop_signals() as stop_requested, pytest.raises(stopped), until(end) as limited:
+        limited(toy_batches)(0, 0, 1)
+        assert stop_requested() == over_there
+        raise KeyboardInterrupt  # as the training loop stops
+
+
+@pytest.mark.parametrize("minutes, steps", [(0.4, 200), (10, 200), (60, 1200), (600, 2000)])
+def test_a_short_first_run_trains_a_codec_of_use(minutes, steps):
+    """Every later run keeps it."""
+    assert codec_steps(FIRST, minutes) == steps
 
 
 def test_minutes_of_the_processor_do_not_count_waiting(tmp_path):

@@ -16,7 +16,7 @@ from paligemma.tiny import rows, world
 from paligemma.tiny.recipe.batches import PromptBatches, joint_loss, packed_mask, soft_cross_entropy
 from paligemma.tiny.recipe.codec import WIDTHS, code_similarity
 from paligemma.tiny.recipe.joint_training import JointModel, initialize_decoder, location_embeddings
-from paligemma.tiny.recipe.settings import FIRST
+from paligemma.tiny.recipe.settings import FIRST, Recipe
 from paligemma.tiny.recipe.shards import Shard, pack, picture, shard_path, training_scene, write_shard
 from paligemma.tiny.recipe.tokenizer import build_tokenizer, world_words
 from paligemma.tiny.recipe.train import train
@@ -361,8 +361,9 @@ def test_the_whole_recipe_in_a_few_seconds(tmp_path, monkeypatch):
     """Every stage for a step or two, then a second run that resumes, then a checkpoint that opens."""
     for module in ("shards", "batches", "vision_pretraining"):
         monkeypatch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 64)
-    train(0.001, tmp_path)  # rendering alone takes longer
-    package = train(0.1, tmp_path)
+    recipe = Recipe(codec_steps=2)
+    train(0.001, tmp_path, recipe=recipe)  # rendering alone takes longer
+    package = train(0.1, tmp_path, recipe=recipe)
     assert sorted(path.name for path in tmp_path.glob("joint-*")) == ["joint-01", "joint-02"]
     pg = paligemma.load(str(package), device="cpu")
     assert isinstance(pg.caption(render(0).image).text, str)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from paligemma.train import distributed
+
 
 class PieceOver(Exception):
     """The time of this run is over; the next one goes on."""
@@ -20,6 +22,7 @@ class PieceOver(Exception):
 def until(end: float) -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
     """Gives a wrapper for batches that stops the training loop after the step in which `time.monotonic()` passes `end`.
 
+    Of several processes the first one's clock decides, so that all of them stop in the same step and for the same reason.
     Raises PieceOver if that is why the loop stopped.
     """
     stopped = False
@@ -27,7 +30,8 @@ def until(end: float) -> Iterator[Callable[[Callable[..., Any]], Callable[..., A
     def limited(batches: Callable[..., Any]) -> Callable[..., Any]:
         def batch(step: int, part: int, parts: int) -> Any:
             nonlocal stopped
-            if time.monotonic() > end and not stopped:
+            over = distributed.broadcast(float(time.monotonic() > end))
+            if over and not stopped:
                 stopped = True
                 signal.raise_signal(signal.SIGTERM)
             return batches(step, part, parts)
