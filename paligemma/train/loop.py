@@ -37,7 +37,7 @@ from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
 from paligemma.train.interruption import stop_signals
 from paligemma.train.loss import LossFunction, suffix_loss
-from paligemma.train.optimizer import decayed_apart
+from paligemma.train.optimizer import adamw
 from paligemma.train.progress import Log, progress_bar
 from paligemma.train.run_folder import LOG
 from paligemma.train.schedule import SCHEDULES, learning_rate_factor
@@ -173,8 +173,7 @@ class Run:
         self.loss = loss or suffix_loss(config.label_smoothing)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if optimizers is None:
-            groups = decayed_apart(model, config.weight_decay, config.lr, config.vision_lr)
-            optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8, fused=True)]
+            optimizers = [adamw(model, config.weight_decay, config.lr, config.vision_lr, config.betas)]
         self.optimizers = optimizers
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.average = {name: value.clone() for name, value in trained_state(model).items()} if config.ema else None

@@ -41,6 +41,18 @@ def decayed_apart(
     ]
 
 
+def adamw(
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    lr: float = 1e-5,
+    vision_lr: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """AdamW as in the reference, in one kernel (`fused`), which needs no memory beside its state."""
+    groups = decayed_apart(model, weight_decay, lr, vision_lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+
+
 def muon_and_adamw(
     model: nn.Module,
     lr: float,

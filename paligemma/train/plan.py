@@ -35,7 +35,7 @@ from paligemma.devices import on_meta_device
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.train import parts
 from paligemma.train.memory import CAST, WEIGHTS, WORKSPACE, Memory
-from paligemma.train.optimizer import decayed_apart, muon_and_adamw
+from paligemma.train.optimizer import adamw, muon_and_adamw
 
 GRADIENTS, OPTIMIZER, AVERAGE, MESSAGE = "gradients", "optimizer", "running average", "gradients in one message"
 VISION, DECODER = "activations of the vision tower", "activations of the decoder"
@@ -92,7 +92,7 @@ def estimate(
     ema: bool = False,
     processes: int = 1,
     shard: bool = False,
-    foreach: bool = False,
+    cpu: bool = True,
 ) -> Plan:
     """What one process needs for a step of training.
 
@@ -105,7 +105,7 @@ def estimate(
     stored:     dtype of the weights. compute: of the matrix products (autocast).
     optimizer:  "adamw" or "muon".
     shard:      the processes share the weights out (`sharding.py`), instead of having all of them each.
-    foreach:    the optimizer works on all weights at once, as it does on a GPU.
+    cpu:        it runs on a CPU, where a small model writes its attention out (`parts.suit_cpu`).
 
     Raises ValueError for a row that has no room for its pictures and its answer, for another `quantize`, and what
     `parts.py` raises.
@@ -142,14 +142,12 @@ def estimate(
         parts.set_dropout(model, dropout)
     if checkpoint_gradients:
         parts.checkpoint_gradients(model)
-    if not foreach:
+    if cpu:
         parts.suit_cpu(model)
     with FakeTensorMode():
         make_fake(model)
         optimizers: list[torch.optim.Optimizer] = (
-            muon_and_adamw(model, 1.0, 1.0)
-            if optimizer == "muon"
-            else [torch.optim.AdamW(decayed_apart(model, 0.0), foreach=foreach)]
+            muon_and_adamw(model, 1.0, 1.0) if optimizer == "muon" else [adamw(model)]
         )
         memory = rehearse(model, optimizers, step, ema)
     components = {kind: round(memory.fullest[kind]) for kind in ORDER if round(memory.fullest.get(kind, 0))}

@@ -39,7 +39,8 @@ def plan_of(options: TrainOptions) -> Plan:
     if options.image_size is not None:
         config = replace(config, vision_config=replace(config.vision_config, image_size=options.image_size))
     dtype = parse_dtype(options.dtype) or dtype
-    compute_dtype = compute_dtype_of(options, dtype, pick_device(options.device))
+    device = pick_device(options.device)
+    compute_dtype = compute_dtype_of(options, dtype, device)
     rows = rows_of(options, options.training_data)
     folder = path if path.is_dir() else path.parent
     vision = config.vision_config
@@ -62,7 +63,7 @@ def plan_of(options: TrainOptions) -> Plan:
         ema=bool(options.ema),
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         shard=options.shard,
-        foreach=torch.cuda.is_available(),
+        cpu=device.type == "cpu",
     )
 
 

@@ -210,7 +210,7 @@ def toy_loss(model, batch):
 def test_a_piece_ends_saved_and_the_next_goes_on_with_the_schedule_of_the_whole(tmp_path):
     def piece(seconds):
         model = torch.nn.Linear(1, 1)
-        config = TrainConfig(steps=10**9, minutes=0.02, schedule="linear", log_every=1, autocast=None)
+        config = TrainConfig(steps=10**9, minutes=0.02, warmup=0.0, schedule="linear", log_every=1, autocast=None)
         with until(time.monotonic() + seconds) as limited:
             train_loop(model, limited(toy_batches), config, tmp_path, loss=toy_loss)
 

@@ -288,6 +288,16 @@ def test_the_plan_is_told_and_nothing_done(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_is_for_the_device_of_the_run(base, data, tmp_path, monkeypatch):
+    """Also on a machine with a GPU that is not used."""
+    asked: dict = {}
+    monkeypatch.setattr("paligemma.train.planning.estimate", lambda config, **options: asked.update(options))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for device, cpu in (("cpu", True), ("cuda", False)):
+        plan_of(TrainOptions(model=base, data=data, out=str(tmp_path / "run"), device=device))
+        assert asked["cpu"] == cpu
+
+
 def test_the_longest_of_all_rows_makes_the_plan(base, data, tmp_path, monkeypatch):
     """It stands where a sample would hardly look, has two pictures, and is no longer than it will be trained on."""
     asked: dict[str, int] = {}

@@ -22,8 +22,8 @@ class PieceOver(Exception):
 def until(end: float) -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
     """Gives a wrapper for batches that stops the training loop after the step in which `time.monotonic()` passes `end`.
 
-    Of several processes the first one's clock decides, so that all of them stop in the same step and for the same reason.
-    Raises PieceOver if that is why the loop stopped.
+    Of several processes the first one's clock decides, so that all stop in the same step, for the same reason. Raises
+    PieceOver if that is why the loop stopped.
     """
     stopped = False
 
