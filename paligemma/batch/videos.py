@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Video:
             raise OSError(f"{path} is no video that can be read: {error}") from None
         self.error = av.FFmpegError
         self.path = path
+        self.lock = Lock()  # several threads open pictures, and a decoder can serve one at a time
         self.frames: Iterator[Any] = iter(())
         self.last: Any = None
         base, start = self.stream.time_base, self.stream.start_time or 0
@@ -59,7 +61,12 @@ class Video:
             self.seconds = self.container.duration / 1e6 if self.container.duration else None
 
     def frame_at(self, time: float) -> Image.Image:
-        """The last frame that begins at `time` or before. ValueError beyond the end or at a broken frame."""
+        """The last frame that begins at `time` or before. ValueError beyond the end or at a broken frame. Threads may
+        call this at the same time."""
+        with self.lock:
+            return self._frame_at(time)
+
+    def _frame_at(self, time: float) -> Image.Image:
         try:
             if self.last is None or not -1e-6 <= time - self._time(self.last) < 5:
                 self._seek(time)

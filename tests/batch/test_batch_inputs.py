@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -172,6 +174,7 @@ def pyav(monkeypatch):
 
         def decode(self, stream):
             for number in range(self.position, 25):
+                time.sleep(1e-4)  # other threads run meanwhile, as they do while FFmpeg decodes
                 yield frame(number)
 
         def close(self):
@@ -196,6 +199,14 @@ def test_frames_of_a_video(pyav, tmp_path, monkeypatch):
     assert [open_picture(row.image).getpixel((0, 0))[0] for row in rows] == [0, 7, 15, 22]
     assert len(pyav) == 1  # in order they are decoded in one go
     assert open_picture(rows[1].image).getpixel((0, 0))[0] == 7  # and out of order they are looked for
+
+
+def test_two_threads_take_frames_of_one_video(pyav):
+    """They share the decoder, as the threads do that open pictures ahead."""
+    rows = listed("x.mp4", every=0.1)
+    with ThreadPoolExecutor(2) as pool:
+        pictures = list(pool.map(lambda row: open_picture(row.image), rows))
+    assert [picture.getpixel((0, 0))[0] for picture in pictures] == list(range(25))
 
 
 def test_what_is_wrong_with_a_video_is_said(pyav, monkeypatch):
