@@ -103,7 +103,7 @@ def _of_request(record: dict[str, Any], records: Any, number: int, place: str) -
     places: list[Where] = []
     for k, url in enumerate(urls):
         places.append(_where(url, records, number, place, "image", k))
-    return InputRow(name, places if len(places) > 1 else places[0] if places else None, prompt, options)
+    return InputRow(plain(name), places if len(places) > 1 else places[0] if places else None, prompt, options)
 
 
 def _line(records: JsonLines, number: int, picture: int) -> Where:

@@ -110,8 +110,11 @@ def name_of(image: Any) -> Any:
 
 
 def plain(name: str) -> str:
-    r"""Text that is UTF-8: bytes of a file's name that are not become \xNN."""
-    return name if _is_utf8(name) else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""Text that is UTF-8: bytes of a file's name that are not become \xNN, half of a surrogate pair \udNNN."""
+    try:
+        return name if _is_utf8(name) else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # JSON can spell half of a pair, which stands for no byte
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_utf8(text: str) -> bool:

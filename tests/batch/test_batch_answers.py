@@ -17,6 +17,7 @@ from paligemma.answers.mask_codec import MaskCodec
 from paligemma.batch.answering import AnswerRows, ahead, kind_of, seed_of
 from paligemma.batch.drawings import drawing_path
 from paligemma.batch.pictures import open_picture
+from paligemma.batch.row_files import list_rows
 from paligemma.batch.rows import KINDS, InputRow, RowFailure, mask_of
 from paligemma.batch.settings import Settings
 from paligemma.engine import Engine
@@ -166,6 +167,17 @@ def test_bad_rows_between_good_ones(pg, tmp_path, scene):
         if line["error"]:
             assert line["error"]["kind"] in KINDS and line["error"]["message"]
             assert line["text"] is line["detections"] is line["score"] is None
+
+
+def test_half_of_a_surrogate_pair_is_an_error_of_its_row(pg, tmp_path):
+    """JSON can spell it, in the prompt or in the name of the picture. The line that says so is UTF-8."""
+    prompt = r'{"id": "prompt", "image": null, "prompt": "caption \ud800"}'
+    image = r'{"id": "image", "image": "\ud800.jpg", "prompt": "ocr"}'
+    (tmp_path / "rows.jsonl").write_text(f"{prompt}\n{image}\n")
+    lines = answers(pg, list(list_rows(str(tmp_path / "rows.jsonl"))))
+    assert {name: line["error"]["kind"] for name, line in lines.items()} == {"prompt": "internal", "image": "missing"}
+    assert lines["prompt"]["prompt"] == r"caption \ud800" and lines["image"]["image"].endswith(r"\ud800.jpg")
+    json.dumps(lines, ensure_ascii=False).encode()
 
 
 def test_a_constraint_that_fails_is_that_row_alone(pg):
