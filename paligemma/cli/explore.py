@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from paligemma.explore import KnockOut, Look
 
 
+COARSE = 4  # blocks in a row of the picture with --coarse
+
+
 def explore(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="'caption en', 'answer en what is this ?', 'detect dog', ...")
@@ -47,6 +52,9 @@ def explore(
             "Default: for small models.",
         ),
     ] = None,
+    coarse: Annotated[
+        bool, typer.Option("--coarse", help="Knock out 4 x 4 blocks of the picture, a pass each, for large models.")
+    ] = False,
     window: Annotated[int, typer.Option(min=1, help="Patches and layers that are changed together; odd.")] = 3,
     max_mb: Annotated[float, typer.Option(min=0.1, help="Size of the page at most; a larger one is made coarser.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing a page.")] = False,
@@ -73,7 +81,8 @@ def explore(
     """
     if check is not None:
         others = (prompt, out, compare, answer, quantize, revision, image_size, knock_out)
-        if as_json or window != 3 or any(other is not None for other in others):
+        numbers_given = (window, max_mb, max_pixels) != (3, 8, DEFAULT_MAX_PIXELS)
+        if as_json or coarse or numbers_given or any(other is not None for other in others):
             raise typer.BadParameter(
                 "--check takes the exercise and the answer: paligemma explore --check 2 12 (and --model, --dtype)"
             )
@@ -87,6 +96,8 @@ def explore(
         raise typer.BadParameter("give --out page.html, or --json for the numbers, one of them")
     if window % 2 == 0:
         raise typer.BadParameter(f"--window is {window}, expected an odd number: it lies around a patch")
+    if coarse and knock_out is False:
+        raise typer.BadParameter("--coarse is a way to knock out: leave it out with --no-knock-out")
     if as_json and compare is not None:
         raise typer.BadParameter("--compare adds a screen to the page: leave it out with --json")
 
@@ -95,10 +106,13 @@ def explore(
         raise typer.BadParameter(f"--out {out} is a folder: name a page, such as {out / 'look.html'}")
     if out is not None and out.resolve() in [Path(name).resolve() for name in (image, compare) if name is not None]:
         raise typer.BadParameter(f"--out {out} would replace the picture itself; choose another name")
+    if out is not None:
+        check_writable(out)
 
     import torch
 
-    from paligemma.explore import look, page
+    from paligemma.explore import flow, look, page
+    from paligemma.explore.stages import duration
     from paligemma.images import load_image
     from paligemma.inference import load
     from paligemma.weights.published import published_name
@@ -113,13 +127,20 @@ def explore(
         pg = load(model, device, wanted, quantize, revision, image_size)
     found = look(pg, picture, prompt, answer)
     small = published_name(pg.model.config) is None or pg.model.device.type == "cuda"
-    if knock_out is None and not small:
-        count = found.images * found.grid**2
-        note(
-            f"note: no knock-outs, which take {count:,} passes of the model, and no routes, which take some hundred; "
-            "--knock-out asks for both"
-        )
-    wants_knock_out = small if knock_out is None else knock_out
+    wants_knock_out = coarse or (small if knock_out is None else knock_out)
+    with_routes = small or bool(knock_out)
+    grid = min(COARSE, found.grid) if coarse else None
+    if not small and knock_out is not False:
+        one = found.picture[0] if isinstance(found.picture, tuple) else found.picture
+        passes = found.images * (grid or found.grid) ** 2
+        time = f"{passes:,} passes of the model, {duration(flow(pg, one, prompt), passes)}"
+        if wants_knock_out:
+            note(f"note: knock-outs take {time}" + ("; routes take some hundred more" if with_routes else ""))
+        else:
+            note(
+                f"note: no knock-outs, which take {time}, and no routes, which take some hundred; --knock-out asks for "
+                f"both, --coarse for knock-outs in {COARSE**2} passes"
+            )
     with Progress(console=notes, transient=True) as bar:
         task = bar.add_task("knock-outs", total=None, visible=wants_knock_out)
 
@@ -129,18 +150,32 @@ def explore(
         if out is None:
             from paligemma.explore import knock_out as knock_out_patches
 
-            drops = knock_out_patches(found, window, progress=progress) if wants_knock_out else None
-            numbers = as_numbers(found, drops, window, small or wants_knock_out)
+            drops = None
+            if wants_knock_out:
+                drops = knock_out_patches(found, window, progress=progress, grid=grid)
+            numbers = as_numbers(found, drops, window, with_routes)
         else:
             other = look(pg, other_picture, prompt) if other_picture is not None else None
-            with_routes = small or wants_knock_out
-            left_out = page(found, out, int(max_mb * 1e6), other, wants_knock_out, window, progress, with_routes)
+            most = int(max_mb * 1e6)
+            left_out = page(found, out, most, other, wants_knock_out, window, progress, with_routes, grid)
     if out is None:
         echo_json(numbers)
         return
+    said = ("knock-out", "routes") if knock_out is None and not wants_knock_out else ()  # before the work began
     for what, why in left_out.items():
-        note(f"note: {what}: {why}")
+        if what not in said:
+            note(f"note: {what}: {why}")
     note(f"written: {out}, {out.stat().st_size / 1000:,.0f} KB; answer: {found.answer}")
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError where no file can be written at `path`, before any work is done. It leaves nothing behind."""
+    try:
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--out {path} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def check_exercise(
@@ -168,9 +203,10 @@ def check_exercise(
 
 def as_numbers(found: Look, drops: KnockOut | None, window: int, with_routes: bool = True) -> dict[str, Any]:
     """What `--json` prints: the results of the functions of `paligemma.explore`, under their names."""
-    from paligemma.explore import attention, lens, locations, routes
+    from paligemma.explore import attention, flow, lens, locations, routes
 
     attended, read = attention(found, "answer"), lens(found)
+    picture = found.picture[0] if isinstance(found.picture, tuple) else found.picture
     traced = [routes(found, token, window) for token in range(min(1, len(found.answer_ids))) if with_routes]
     return {
         "look": {
@@ -196,11 +232,18 @@ def as_numbers(found: Look, drops: KnockOut | None, window: int, with_routes: bo
             "logprobs": read.logprobs.tolist(),
             "ranks": read.ranks.tolist(),
         },
-        "knock_out": None if drops is None else {"drop": drops.drop.tolist(), "base": drops.base.tolist()},
+        "knock_out": None
+        if drops is None
+        else {
+            "drop": drops.drop.tolist(),
+            "base": drops.base.tolist(),
+            "filled_with": drops.filled_with.tolist(),
+        },
         "locations": [
             {"token": e.token, "name": e.name, "mass": e.mass.tolist(), "mean": e.mean, "spread": e.spread,
              "pixels": e.pixels, "pixel_spread": e.pixel_spread}
             for e in locations(found)
         ],
         "routes": [{"token": 0, "names": found.names, "change": found.change.tolist()} for found in traced],
+        "flow": [dataclasses.asdict(stage) for stage in flow(found.pg, picture, found.prompt)],
     }  # fmt: skip

@@ -3,7 +3,7 @@
 The numbers go into the file as they are, deflated and in base64; `view.js` draws them. Attention weights are kept as
 the square root in 8 bits: an error of at most .004, where small weights keep their digits. What makes a page too large
 are the weights on patches: then 2 x 2 or 4 x 4 patches share one number, and then only the mean of all heads and the
-eight that look at the picture in the most different ways are kept. The page says so.
+eight heads whose share on the picture varies most are kept. The page says so.
 
 Letters: L layers, H heads, A answer tokens, n images, g grid, P patches of an image, T text columns.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 from paligemma.explore.attending import attention
 from paligemma.explore.changing import knock_out as knock_out_patches
 from paligemma.explore.reading import lens, locations
-from paligemma.explore.stages import flow
+from paligemma.explore.stages import Stage, duration, flow
 from paligemma.explore.tracing import patch
 from paligemma.explore.tracing import routes as routes_of
 from paligemma.explore.watching import Look, look
@@ -60,30 +60,40 @@ def page(
     window: int = 3,
     progress: Callable[[int, int], object] | None = None,
     routes: bool = True,
+    grid: int | None = None,
 ) -> dict[str, str]:
     """Writes the page. Returns what was left out or made coarser, and why: {what: why}, empty if nothing was.
 
     compare: a look at another picture with the same prompt; adds the screen that puts hidden states of `look` into it.
     knock_out: compute what each patch is needed for, one pass for each. window: of patches and of layers.
-    progress: called with (patches done, all). routes: compute them, some hundred passes in a model of 26 layers.
+    progress: called with (passes done, all). routes: compute them, some hundred passes in a model of 26 layers.
+    grid: knock out grid x grid blocks of each image instead, one pass for each; see `knock_out`.
     Raises ValueError where even the coarsest page is larger than max_bytes.
     """
     left_out: dict[str, str] = {}
-    meta, arrays = _what_never_changes(look, window)
+    picture = look.picture[0] if isinstance(look.picture, tuple) else look.picture
+    stages = flow(look.pg, picture, look.prompt)
+    meta, arrays = _what_never_changes(look, window, stages)
+    meta["knock_out_grid"] = look.grid if grid is None else grid
     if compare is not None:
         _add_comparison(look, compare, meta, arrays)  # first, since it may be refused
     if knock_out:
-        arrays["drop"] = knock_out_patches(look, window, progress=progress).drop.numpy()
+        arrays["drop"] = knock_out_patches(look, window, progress=progress, grid=grid).drop.numpy()
+        if grid is not None:
+            left_out["knock-out"] = f"of {grid} x {grid} blocks of patches, not of every patch"
     else:
-        left_out["knock-out"] = "not computed: it takes a pass of the model for every patch"
+        time = duration(stages, look.images * look.grid**2)
+        left_out["knock-out"] = f"not computed: it takes a pass of the model for every patch, {time}"
     if not routes:
         left_out["routes"] = "not computed: each takes a pass of the model for every layer"
     _add_routes(look, meta, arrays, window, MOST_ROUTES if routes else 0)
     weights = attention(look, "answer").weights  # [L, H, A, S]
     every, best = list(range(weights.shape[1])), _best_heads(weights, look)
-    for pool, heads in ((1, every), (2, every), (4, every), (2, best), (4, best)):
-        if look.grid % pool or (heads is best and best == every):
-            continue
+    pools = [pool for pool in (1, 2, 4) if look.grid % pool == 0]
+    tries = [(pool, every) for pool in pools]
+    if best != every:
+        tries += [(pool, best) for pool in pools[1:] or pools]
+    for pool, heads in tries:
         found = dict(left_out)
         if pool > 1:
             found["attention"] = f"{pool} x {pool} patches share one number, to keep the page small"
@@ -102,7 +112,7 @@ def page(
 # ---------------------------------------------------------------------------------------------- what is shown
 
 
-def _what_never_changes(look: Look, window: int) -> tuple[dict[str, Any], Arrays]:
+def _what_never_changes(look: Look, window: int, stages: list[Stage]) -> tuple[dict[str, Any], Arrays]:
     pictures = look.picture if isinstance(look.picture, tuple) else (look.picture,)
     on_patches = lens(look, k=1, columns=look.image_columns.tolist())  # [L + 1, n * P, 1]
     ids = on_patches.ids[..., 0]
@@ -127,7 +137,7 @@ def _what_never_changes(look: Look, window: int) -> tuple[dict[str, Any], Arrays
         "flow": [
             {"name": s.name, "file": s.file, "calls": s.calls, "shapes": s.shapes, "ms": s.ms,
              "screen": SCREENS.get(s.name, "flow")}
-            for s in flow(look.pg, pictures[0], look.prompt)
+            for s in stages
         ],
         "compare": None,
     }  # fmt: skip

@@ -103,5 +103,13 @@ def flow(pg: PaliGemma, image: Picture, prompt: str) -> list[Stage]:
     return stages
 
 
+def duration(stages: list[Stage], passes: int) -> str:
+    """About how long some passes of the decoder take, by the one among the stages: "about 40 min"."""
+    seconds = passes * next(stage.ms for stage in stages if stage.name == "decoder layers (prefill)") / 1000
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
 def _shape(tensor: Tensor) -> torch.Size:
     return tensor.shape

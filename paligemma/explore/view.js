@@ -211,16 +211,19 @@ function knockOut() {
   const at = state.patch >= 0 ? ` Without the marked window: ${drops[state.patch].toFixed(2)} nats, ` +
     `${percent(Math.exp(arrays.logprobs[state.token]))} becomes ${percent(Math.exp(arrays.logprobs[state.token] - drops[state.patch]))}.` : "";
   $("knock-out-said").textContent = `${JSON.stringify(meta.answer[state.token])} loses at most ${most.toFixed(2)} nats (full brightness: 10).` + at;
-  fillTable("knock-out-table", ["window around", "lost, nats"], largest(drops, 10, (d) => d.toFixed(2)));
+  fillTable("knock-out-table", ["window around", "lost, nats"], largest(drops.map((d, p) => (isFirst(p) ? d : -Infinity)), Math.min(10, n * k * k), (d) => d.toFixed(2)));
 }
+// A block is one patch, or, in a coarse grid of k x k, all patches that were replaced together.
+const k = meta.knock_out_grid, blockOf = (x) => Math.floor((x * k) / g), firstOf = (block) => Math.ceil((block * g) / k);
 function windowOf(p) {
   const half = Math.floor(meta.window / 2), image = Math.floor(p / (g * g)), q = p % (g * g), found = [];
-  for (let r = -half; r <= half; r++) for (let c = -half; c <= half; c++) {
-    const row = Math.floor(q / g) + r, column = (q % g) + c;
-    if (row >= 0 && row < g && column >= 0 && column < g) found.push(image * g * g + row * g + column);
-  }
+  const within = (x) => [Math.max(0, firstOf(blockOf(x)) - half), Math.min(g, firstOf(blockOf(x) + 1) + half)];
+  const [top, bottom] = within(Math.floor(q / g)), [left, right] = within(q % g);
+  for (let row = top; row < bottom; row++) for (let column = left; column < right; column++) found.push(image * g * g + row * g + column);
   return found;
 }
+// Of each block its first patch, so that a table names it once.
+const isFirst = (p) => [Math.floor((p % (g * g)) / g), p % g].every((x) => firstOf(blockOf(x)) === x);
 
 function locations() {
   const boxes = [...new Set(meta.edges.map((e) => e.box))];

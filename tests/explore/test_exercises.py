@@ -117,5 +117,6 @@ def test_the_command_says_right_or_wrong_and_why(tiny):
     assert run("--check", "99", "1") == (2, "")
     assert run("--check", "5", "many") == (2, "")
     assert run("--check", "5", truth, "--json") == (2, "")
-    assert run("--check", "5", truth, "--quantize", "int8") == (2, "")
+    for others in (["--quantize", "int8"], ["--coarse"], ["--max-mb", "2"], ["--max-pixels", "5"]):
+        assert run("--check", "5", truth, *others) == (2, "")
     assert run("caption en", "--out", "look.html") == (2, "")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from paligemma import explore
 from paligemma.cli.main import app
+from paligemma.explore.stages import Stage, duration
 from paligemma.tiny.renderer import render
 
 SCENE = "examples/scene.png"
@@ -86,7 +87,8 @@ def test_tokens_and_prompts_are_inert(tiny, tmp_path):
     text, meta, _ = opened(tmp_path / "look.html")
     assert "<img" not in text and "".join(meta["answer"]) == "a " + evil
     assert text.count("<script") == text.count("</script>") == 3
-    assert meta["left_out"] == {"knock-out": "not computed: it takes a pass of the model for every patch"}
+    assert list(meta["left_out"]) == ["knock-out"]
+    assert re.fullmatch(r"not computed: .* a pass .* for every patch, about \d+ s", meta["left_out"]["knock-out"])
 
 
 def test_of_many_heads_the_best_eight_are_kept_beside_the_mean_of_all(make_pg, picture, tmp_path):
@@ -136,8 +138,16 @@ def test_comparing_two_pictures_adds_a_screen(tiny, tmp_path):
     text, meta, arrays = opened(tmp_path / "look.html")
     assert '<section id="compare">' in text and meta["compare"]["names"][0] == "image"
     assert arrays["restored"][0, 0] == pytest.approx(1, abs=0.05) and arrays["per_patch"].shape == (6, 64)
+    done = []  # refused before the long work
     with pytest.raises(ValueError, match="answered both 'red': there is no word in which they differ"):
-        explore.page(a, tmp_path / "look.html", compare=a, knock_out=False)
+        explore.page(a, tmp_path / "look.html", compare=a, progress=lambda *counts: done.append(counts))
+    assert done == []
+
+
+def test_times_are_rounded_to_a_unit_that_is_read_easily():
+    stages = [Stage("decoder layers (prefill)", "", [], {}, ms=2000)]
+    said = [duration(stages, passes) for passes in (0, 16, 256, 4096)]
+    assert said == ["about 1 s", "about 32 s", "about 9 min", "about 2.3 h"]
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -158,8 +168,36 @@ def test_the_command_prints_numbers():
     numbers = json.loads(done.stdout)
     assert numbers["look"]["tokens"][64] == "<bos>" and numbers["knock_out"] is None
     assert [edge["name"] for edge in numbers["locations"]] == ["y0", "x0", "y1", "x1"]
+    assert [stage["name"] for stage in numbers["flow"]][-1] == "one more token"
     assert len(numbers["routes"][0]["names"]) == len(numbers["routes"][0]["change"])
     assert np.allclose(np.sum(numbers["attention"]["share"], -1), 1, atol=1e-5)
+
+
+def test_coarse_knock_outs_are_of_blocks_and_the_page_says_so(tmp_path):
+    page = tmp_path / "look.html"
+    done = command("caption en", SCENE, "--out", str(page), "--answer", "a green", "--coarse")
+    assert done.exit_code == 0 and "knock-out: of 4 x 4 blocks of patches" in done.stderr
+    _, meta, arrays = opened(page)
+    blocks = arrays["drop"].reshape(4, 2, 4, 2, -1)
+    assert meta["knock_out_grid"] == 4 and (blocks == blocks[:, :1, :, :1]).all()
+    done = command("caption en", SCENE, "--json", "--answer", "a green", "--coarse")
+    knocked_out = json.loads(done.stdout)["knock_out"]
+    assert np.allclose(knocked_out["drop"], arrays["drop"], atol=1e-5) and len(knocked_out["filled_with"]) == 8
+
+
+@pytest.mark.parametrize("choice, said", [([], 1), (["--no-knock-out"], 1), (["--coarse"], 1)])
+def test_of_an_official_size_it_is_said_once_what_is_not_computed(choice, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("paligemma.weights.published.published_name", lambda config: "an official one")
+    done = command("caption en", SCENE, "--out", str(tmp_path / "a.html"), "--answer", "a green", *choice)
+    assert done.exit_code == 0 and done.stderr.count("routes") == said
+    assert len(re.findall(r"about \d+ s", done.stderr)) == 1  # how long they take
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("paligemma.inference.load", None)
+    with pytest.raises(OSError, match=r"--out .*look.html cannot be written \(.*\): choose another folder"):
+        command("caption en", SCENE, "--out", str(tmp_path / "file" / "look.html"))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +207,7 @@ def test_the_command_prints_numbers():
         (["--out", "a.html", "--json"], "give --out page.html, or --json for the numbers"),
         (["--out", "a.html", "--window", "2"], "--window is 2, expected an odd number"),
         (["--json", "--compare", "b.png"], "--compare adds a screen to the page"),
+        (["--out", "a.html", "--coarse", "--no-knock-out"], "--coarse is a way to knock out"),
         (["--out", SCENE], "would replace the picture itself"),
         (["--out", "other.png", "--compare", "other.png"], "would replace the picture itself"),
         (["--out", "examples"], "examples is a folder: name a page"),
