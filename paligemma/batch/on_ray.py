@@ -22,7 +22,7 @@ from typing import Any
 
 from paligemma.batch.folder import RunFolder
 from paligemma.batch.run import Ended, Progress, stop_signals
-from paligemma.batch.shards import Answer, reopen
+from paligemma.batch.shards import Answer, reopen_failed
 from paligemma.batch.status import Tally, write_summary
 from paligemma.batch.worker import How, finish_shards, shards_of
 
@@ -71,8 +71,7 @@ def run_on_ray(
     ray = imported_ray(address)
     shards = shards_of(folder, how.part)
     if retry_errors:
-        again = sum(reopen(folder, shard) for shard in sorted(folder.done() & set(shards)))
-        note(f"{again:,} rows that failed are tried again")
+        note(f"{reopen_failed(folder, shards):,} rows that failed are tried again")
     tally = Tally(folder, shards)
     tally.update()
     before, started = tally.answered + tally.errors.total(), time.monotonic()

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from paligemma.batch.folder import RunFolder
-from paligemma.batch.shards import reopen
+from paligemma.batch.shards import reopen_failed
 from paligemma.batch.status import Tally, write_summary
 from paligemma.batch.worker import FAILED, STOPPED, How, run_worker, shards_of
 
@@ -98,8 +98,7 @@ def run_batch(
     how = how or How()
     shards = shards_of(folder, how.part)
     if retry_errors:
-        again = sum(reopen(folder, shard) for shard in sorted(folder.done() & set(shards)))
-        note(f"{again:,} rows that failed are tried again")
+        note(f"{reopen_failed(folder, shards):,} rows that failed are tried again")
     tally = Tally(folder, shards)
     tally.update()
     watch = Watch(folder, tally, how, stop_after_errors, on_progress, note)

@@ -201,24 +201,41 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def reopen(folder: RunFolder, shard: int) -> int:
-    """Opens a finished shard again in which rows failed, so that these are tried once more. How many there are.
+def reopen_failed(folder: RunFolder, shards: Iterable[int]) -> int:
+    """Lets the rows that failed in these shards, finished or not, be tried once more. How many there are."""
+    begun = {int(path.name.split(".")[0]) for path in folder.work.glob("*.jsonl")}
+    return sum(reopen(folder, shard) for shard in sorted((folder.done() | begun) & set(shards)))
 
-    The good lines become a work file before the part is removed, so nothing is lost in between.
+
+def reopen(folder: RunFolder, shard: int) -> int:
+    """The same for one shard. A shard that another process works on is left alone: 0.
+
+    Everything is read under the lease. One new work file gets what is known of the shard, before the old work files and
+    the part are removed, so nothing is lost in between.
     """
-    lines = list(folder.lines(shard))
-    failures = [line for line in lines if line["error"] is not None]
-    if not failures:
-        return 0
     lease = leases.take(folder.lease(shard))
-    if lease is None:  # another process is just doing the same
+    if lease is None:
         return 0
     try:
+        old = sorted(folder.work.glob(f"{shard:05d}.*.jsonl"))
+        done = folder.is_done(shard)
+        left = Work() if done else read_work(folder, shard, folder.rows(shard))
+        lines = list(folder.lines(shard)) if done else [json.loads(line) for line in left.lines.values()]
+        failures = sum(line["error"] is not None for line in lines)
+        if not failures:
+            return 0
         with _work_file(folder, shard) as append:
             for line in lines:
                 again = line["error"] is not None
                 append({"again": line["id"], "attempts": line["attempts"]} if again else line)
-        folder.part(shard).unlink()
-        return len(failures)
+            for name, attempts in left.attempts.items():
+                append({"again": name, "attempts": attempts})
+            for name in left.tried.elements():
+                append({"trying": name})
+        for path in old:
+            path.unlink(missing_ok=True)
+        if done:
+            folder.part(shard).unlink()
+        return failures
     finally:
         lease.release()

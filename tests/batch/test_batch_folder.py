@@ -18,7 +18,7 @@ from paligemma.batch.folder import AnotherRun, RunFolder, check_ids, open_run
 from paligemma.batch.leases import Holder
 from paligemma.batch.rows import InputRow, failed
 from paligemma.batch.settings import Settings
-from paligemma.batch.shards import reopen, work_on
+from paligemma.batch.shards import reopen, reopen_failed, work_on
 
 answer = quick(Settings(batch_size=4))
 
@@ -396,6 +396,54 @@ def test_rows_that_failed_are_tried_again(tmp_path):
     assert work_on(folder, 0, in_batches(answer_row, 4)) and asked[10:] == ["row 7"]
     assert [line["attempts"] for line in lines_of(folder)] == [2] * 7 + [3] + [2] * 2
     assert work_on(folder, 0, in_batches(line_of, 4)) and reopen(folder, 0) == 1
+
+
+def test_rows_that_failed_in_an_unfinished_shard_are_tried_again(tmp_path):
+    """What else is known of the shard is kept: answers, attempts, and how often a row was begun alone."""
+    folder = run_of(tmp_path / "run", 20)
+    with shards._work_file(folder, 1) as append:
+        append(line_of(folder.rows(1)[0]))
+        append(failed(folder.rows(1)[1], "missing", "gone"))
+        append({"again": "row 12", "attempts": 3})
+        append({"trying": "row 13"})
+    assert reopen_failed(folder, [1]) == 1
+    left = shards.read_work(folder, 1, folder.rows(1))
+    assert (
+        list(left.lines) == ["row 10"] and left.attempts == {"row 11": 1, "row 12": 3} and left.tried == {"row 13": 1}
+    )
+    assert reopen_failed(folder, range(2)) == 0
+    assert work_on(folder, 1, answer) and [line["attempts"] for line in lines_of(folder)] == [1, 2, 4, *[1] * 7]
+
+
+def test_a_worker_was_killed_before_it_tidied_up_and_its_errors_are_tried_again(tmp_path):
+    folder = run_of(tmp_path / "run", 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(folder.path), "unlink", lambda path, missing_ok=False: None)
+        assert work_on(folder, 0, in_batches(lambda row: failed(row, "missing", "gone"), 4))
+    leases.clear(folder.lease(0))
+    assert folder.is_done(0) and list(folder.work.glob("*.jsonl"))
+    assert reopen(folder, 0) == 10 and work_on(folder, 0, answer)
+    assert [line["error"] for line in lines_of(folder)] == [None] * 10
+
+
+@pytest.mark.parametrize("finishes", [False, True])
+def test_two_processes_try_again_at_once(tmp_path, monkeypatch, finishes):
+    """Another process opens the shard, and perhaps finishes it, just before we have the lease: its answers stay."""
+    folder = run_of(tmp_path / "run", 10)
+    assert work_on(folder, 0, in_batches(lambda row: failed(row, "missing", "gone"), 4))
+    take = leases.take
+
+    def other_first(path):
+        monkeypatch.setattr(leases, "take", take)
+        assert reopen(folder, 0) == 10
+        if finishes:
+            assert work_on(folder, 0, answer)
+        return take(path)
+
+    monkeypatch.setattr(leases, "take", other_first)
+    assert reopen(folder, 0) == 0 and folder.is_done(0) == finishes
+    assert work_on(folder, 0, answer)
+    assert [(line["error"], line["attempts"]) for line in lines_of(folder)] == [(None, 2)] * 10
 
 
 # ---------------------------------------------------------------------------------------------- disks
