@@ -52,7 +52,7 @@ class Progress:
 class Ended:
     """How a call ended. summary: what `summary.json` says. errors: by kind, in the shards of this call. signal: the
     number of the signal that ended it, if one did. failure: why it could not go on, in a line. stopped: by
-    --stop-after-errors."""
+    --stop-after-errors. Each of them may have come so late that the call is complete all the same."""
 
     summary: dict[str, Any]
     answered: int
@@ -155,7 +155,7 @@ class Watch:
             while self.workers:
                 wait([worker.process.sentinel for worker in self.workers], timeout=LOOK)
                 self.seconds = time.monotonic() - self.started
-                self.collect(stopping=asked)
+                self.collect(stopping=asked or bool(signals))  # a signal may go to the workers as well
                 self.report()
                 if self.stop_after_errors is not None and self.new_errors >= self.stop_after_errors:
                     self.stopped = True
@@ -193,7 +193,7 @@ class Watch:
             self.fruitless = 0 if worker.rows else self.fruitless
             if code == FAILED:
                 self.failure = "a worker could not go on: see the line above"
-            elif code and not (stopping and code == STOPPED):
+            elif code and not (stopping and code in (STOPPED, -signal.SIGTERM)):  # the latter: it had no handler yet
                 self.replace(number, worker, code, stopping)
 
     def replace(self, number: int, worker: Worker, code: int, stopping: bool) -> None:

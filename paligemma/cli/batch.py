@@ -281,17 +281,12 @@ def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: P
     errors = sum(ended.errors.values())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in ended.errors.items())
     note(f"{ended.answered:,} rows answered, {errors:,} failed{f' ({kinds})' if kinds else ''}: {folder.path}")
-    if ended.failure is not None:
-        print_error(RuntimeError(f"{ended.failure}. The same command goes on"))
-        raise typer.Exit(1)
-    if ended.signal is not None:
-        note("interrupted; the same command goes on")
-        raise typer.Exit(128 + ended.signal)
-    if ended.stopped:
-        print_error(RuntimeError("stopped by --stop-after-errors. The same command goes on"))
-        raise typer.Exit(1)
-    if not ended.complete:
-        print_error(RuntimeError("the run is not complete. The same command goes on"))
+    if not ended.complete:  # a signal or a failure may also come in the last moment, when every row has its line
+        if ended.signal is not None and ended.failure is None:
+            note("interrupted; the same command goes on")
+            raise typer.Exit(128 + ended.signal)
+        stopped = "stopped by --stop-after-errors" if ended.stopped else "the run is not complete"
+        print_error(RuntimeError(f"{ended.failure or stopped}. The same command goes on"))
         raise typer.Exit(1)
     if coco is not None and ended.summary["complete"]:
         from paligemma.batch.export import export

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import standins
+import typer
 from PIL import Image
 
 from paligemma.batch import run
@@ -16,7 +18,7 @@ from paligemma.batch.folder import RunFolder
 from paligemma.batch.status import Tally, write_summary
 from paligemma.batch.worker import finish_shards, shards_of
 from paligemma.cli import main as cli
-from paligemma.cli.batch import duration, in_words, parsed_max_errors
+from paligemma.cli.batch import duration, finish, in_words, parsed_max_errors
 
 
 @pytest.fixture
@@ -64,6 +66,34 @@ def test_a_folder_of_pictures(paligemma):
 @pytest.mark.parametrize(("allowed", "code"), [("0", 1), ("1", 0), ("12%", 0), ("11%", 1), ("100%", 0)])
 def test_max_errors(paligemma, allowed, code):
     assert paligemma("batch", "caption en", "photos", "--out", "run", "--max-errors", allowed)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ({"signal": signal.SIGINT}, 130, "interrupted; the same command goes on"),
+        ({"signal": signal.SIGTERM}, 143, "interrupted; the same command goes on"),
+        ({"stopped": True}, 1, "error: stopped by --stop-after-errors. The same command goes on"),
+        ({"failure": "all died", "signal": signal.SIGINT}, 1, "error: all died. The same command goes on"),
+        ({}, 1, "error: the run is not complete. The same command goes on"),
+    ],
+)
+def test_how_a_run_ended_before_it_was_complete(tmp_path, capsys, how, code, said):
+    folder = standins.run_of(tmp_path / "run", 9)
+    with pytest.raises(typer.Exit) as stopped:
+        finish(folder, run.Ended({"complete": False}, 4, {}, False, **how), (0, False), tmp_path / "boxes.json")
+    assert stopped.value.exit_code == code
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert not (tmp_path / "boxes.json").exists()
+
+
+@pytest.mark.parametrize("how", [{"stopped": True}, {"signal": signal.SIGTERM}, {"failure": "a worker died"}])
+def test_a_run_that_is_complete_is_not_called_stopped(tmp_path, capsys, how):
+    """--stop-after-errors, a signal or a worker's end may come in the last moment, when every row has its line."""
+    folder = standins.run_of(tmp_path / "run", 3)
+    finish_shards(folder, [0], lambda: standins.quick(folder.settings), lambda: False, lambda line: None)
+    finish(folder, run.Ended({"complete": True}, 6, {"missing": 3}, True, **how), (5, False), tmp_path / "boxes.json")
+    assert (tmp_path / "boxes.json").exists() and "goes on" not in capsys.readouterr().err
 
 
 def test_another_prompt_or_model_in_the_same_folder(paligemma, monkeypatch):

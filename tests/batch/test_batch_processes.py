@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -93,6 +95,35 @@ def test_a_worker_that_somebody_else_ends_is_replaced(tmp_path):
 
     done = run_batch(folder, 1, How(load=slow), on_progress=end_one)
     assert ended and done.complete and [line["id"] for line in lines_of(folder)] == ids(60)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_signal_to_all_processes_is_no_loss_of_a_worker(tmp_path, monkeypatch, answers):
+    """As scancel and systemd send it: the workers may have ended before the parent looks at its own signal, and while a
+    worker is still importing nothing handles it."""
+    wait = run.wait
+
+    def wait_until_gone(sentinels, timeout):
+        wait(sentinels, timeout=30)
+        time.sleep(0.2)  # a process closes its files a moment before its exit code can be read
+
+    monkeypatch.setattr(run, "wait", wait_until_gone)
+    folder = run_of(tmp_path / "run", 200)
+
+    def signal_all():
+        if answers:
+            wait_for(lambda: answered_so_far(folder.path) > 4)
+        else:
+            wait_for(lambda: multiprocessing.active_children())
+        for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+            os.kill(pid, signal.SIGTERM)
+
+    sender = threading.Thread(target=signal_all)
+    sender.start()
+    notes = []
+    ended = run_batch(folder, 1, How(load=slow), note=notes.append)
+    sender.join()
+    assert (ended.signal, ended.complete, ended.summary["workers_lost"], notes) == (signal.SIGTERM, False, 0, [])
 
 
 def test_many_errors_end_the_run_if_asked_and_it_goes_on(tmp_path):
