@@ -399,7 +399,9 @@ function asJson() {
 }
 $("copy-json").onclick = () => withButton($("copy-json"), () => copy(asJson()));
 $("copy-curl").onclick = () => withButton($("copy-curl"), () => copy(curl(answered, Boolean(server.getKey()))));
-$("save").onclick = async () => save(await drawnPicture($("picture"), answered.picture, shownItems(), answered.style), answered.picture.name.replace(/\.\w+$/, "") + "-answer.png");
+$("save").onclick = () => drawnPicture($("picture"), answered.picture, shownItems(), answered.style)
+  .then((drawn) => save(drawn, answered.picture.name.replace(/\.\w+$/, "") + "-answer.png"))
+  .catch((error) => showError(error.message));
 $("explore").onclick = lookInside;
 
 taskChanged();
