@@ -89,6 +89,35 @@ def test_the_numbers_that_it_decodes_are_those_of_the_library(browser, pages):
     assert rows == [f"{e.name} {e.pixels:.1f} {e.pixel_spread:.1f}" for e in edges[:4]]
 
 
+def test_digits_name_the_heads_that_were_kept_and_the_mean_is_that_of_all(browser, make_pg, picture, tmp_path):
+    look = explore.look(make_pg("gemma", num_attention_heads=16), picture, "caption en", "a dog")
+    left_out, most, page = {}, 8_000_000, tmp_path / "heads.html"
+    while "heads" not in left_out:
+        left_out = explore.page(look, page, max_bytes=most, knock_out=False, routes=False)
+        most = page.stat().st_size - 100
+    opened(browser, page, "#attention?token=1&layer=1&head=-1")
+    share = 100 * explore.attention(look).of(1)[1, :, look.image_columns].sum(-1).mean()
+    said = browser.find_element("id", "attention-said")
+    assert float(said.text.split(". ")[-1].split("%")[0]) == pytest.approx(float(share), abs=1.0)
+    kept = browser.execute_script("return meta.heads")
+    for digit in range(10):
+        press(browser, "m", str(digit))
+        assert (f"head {digit}." if digit in kept else "mean of the heads.") in said.text
+
+
+def test_the_window_of_a_coarse_knock_out_is_its_block(browser, pages, tmp_path):
+    explore.page(pages[1]["caption"], tmp_path / "coarse.html", window=1, routes=False, grid=4)
+    opened(browser, tmp_path / "coarse.html", "#knock-out?token=2&patch=27")
+    assert browser.execute_script("return windowOf(27)") == [18, 19, 26, 27]
+    rows = browser.find_elements("css selector", "#knock-out-table tr")
+    places = browser.execute_script(
+        "return [...document.querySelectorAll('#knock-out-table tr')].slice(1).map(r => r.children[0].textContent)"
+    )
+    assert len(rows) == 11 and len(set(places)) == 10
+    opened(browser, pages[0] / "caption.html", "#knock-out")
+    assert browser.execute_script("return windowOf(0)") == [0, 1, 8, 9]  # 3 x 3, cut off at the edge
+
+
 def test_nothing_is_asked_of_the_network_and_the_console_is_empty(browser, pages):
     import json
 
