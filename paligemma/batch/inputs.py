@@ -56,11 +56,12 @@ def _places(
         yield from _of_folder(name, every, note)
     elif glob.has_magic(name) and not os.path.lexists(name):
         found = sorted(glob.iglob(name, recursive=True))
-        if not found:
-            raise FileNotFoundError(f"{name}: no file matches this pattern")
-        for path in found:
-            if not os.path.isdir(path):
-                yield from _of_file(path, every, note)
+        files = [path for path in found if not os.path.isdir(path)]
+        if not files:
+            way_out = ", only folders: name a folder itself, or end the pattern with /*" if found else ""
+            raise FileNotFoundError(f"{name}: no file matches this pattern{way_out}")
+        for path in files:
+            yield from _of_file(path, every, note)
     elif name.lower().endswith(LISTS):
         with open(name, "rb") as file:
             yield from _of_list(file, name, every, note)
@@ -164,10 +165,25 @@ def pictures_of_tar(name: str, note: Callable[[str], object] = lambda text: None
                     yield f"{name}/{inside}", {**place, "name": f"{path}/{inside}"}
                 else:
                     others += not member.isdir()
+            _check_end(archive, name, note)
     except tarfile.TarError as error:
         raise ValueError(f"{name} is no tar archive that can be read ({error})") from None
     if others:
         note(f"note: {name}: {others:,} files in it are no pictures by their names and are left out")
+
+
+def _check_end(archive: tarfile.TarFile, name: str, note: Callable[[str], object]) -> None:
+    """TarError where the list of members ended at a damaged header: tarfile takes that for the end of the archive, which
+    is a block of zeros."""
+    file = archive.fileobj
+    assert file is not None
+    file.seek(archive.offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        begin = f"at byte {archive.offset:,} it has {block[:16]!r}"
+        raise tarfile.ReadError(f"{begin}..., expected the header of the next file, or zeros at the end")
+    if len(block) < tarfile.BLOCKSIZE:
+        note(f"note: {name} ends without the block of zeros that closes an archive: pictures may have been cut off")
 
 
 def refuse_url(name: str, where: str = "") -> None:

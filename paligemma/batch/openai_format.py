@@ -21,7 +21,11 @@ from paligemma.batch.rows import Line
 
 URL = "/v1/chat/completions"
 TAKEN = ("model", "messages", "user", "metadata", "store", "service_tier")
-OPTIONS = ("temperature", "top_p", "top_k", "seed", "constrained")
+# The least and the most of each number. All are whole but the first two.
+RANGES = {
+    "temperature": (0, 100), "top_p": (0, 1), "top_k": (-1, 1_000_000), "seed": (0, 2**63 - 1),
+    "max_tokens": (1, 1_000_000), "max_completion_tokens": (1, 1_000_000),
+}  # fmt: skip
 # Values that clients send by default and that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1, None), "stop": (None, []), "stream": (False, None), "logit_bias": (None, {}), "tools": (None, []),
@@ -42,45 +46,59 @@ def read_request(record: Mapping[str, Any], place: str) -> tuple[str, str, list[
         raise ValueError(f"{place}: expected POST {URL}, got {record.get('method')} {record.get('url')}")
     options: dict[str, Any] = {}
     for name, value in body.items():
-        if name in ("max_tokens", "max_completion_tokens"):
+        if name in RANGES or name == "constrained":
             if value is not None:
-                options["max_new_tokens"] = _number(value, name, place, 1)
-        elif name in OPTIONS:
-            if value is not None:
-                options[name] = value if name == "constrained" else _number(value, name, place, 0)
+                options["max_new_tokens" if name.startswith("max_") else name] = _option(value, name, place)
         elif name not in TAKEN and not any(value == neutral for neutral in NEUTRAL.get(name, ())):
             raise ValueError(f"{place}: body.{name} is {str(value)[:60]!r}, which is not supported: leave it out")
+    budgets = {body.get(name) for name in ("max_tokens", "max_completion_tokens")} - {None}
+    if len(budgets) > 1:
+        raise ValueError(f"{place}: body.max_tokens and max_completion_tokens differ: leave one of them out")
     prompt, pictures = _message(body.get("messages"), place)
     return str(record["custom_id"]), prompt, pictures, options
 
 
-def _number(value: Any, name: str, place: str, least: int) -> Any:
+def _option(value: Any, name: str, place: str) -> Any:
+    """The value of a field of generation. ValueError for one of another type or out of its range."""
+    if name == "constrained":
+        if not isinstance(value, bool):
+            raise ValueError(f"{place}: body.constrained is {repr(value)[:60]}, expected true or false")
+        return value
+    least, most = RANGES[name]
     whole = name not in ("temperature", "top_p")
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or value < least:
-        raise ValueError(
-            f"{place}: body.{name} is {value!r}, expected a{' whole' if whole else ''} number from {least}"
-        )
-    return value
+    kinds = (int,) if whole else (int, float)
+    if type(value) not in kinds or not least <= value <= most or (name == "top_p" and value == 0):
+        kind = "a whole number" if whole else "a number"
+        span = f"above {least} and at most {most}" if name == "top_p" else f"from {least} to {most}"
+        raise ValueError(f"{place}: body.{name} is {repr(value)[:60]}, expected {kind} {span}")
+    return None if name == "top_k" and value < 1 else value  # 0 and -1 mean all tokens to the clients of vLLM
 
 
 def _message(messages: Any, place: str) -> tuple[str, list[str]]:
-    if not isinstance(messages, list) or len(messages) != 1 or messages[0].get("role") != "user":
+    message = messages[0] if isinstance(messages, list) and len(messages) == 1 else None
+    if not isinstance(message, Mapping) or message.get("role") != "user":
         raise ValueError(
             f"{place}: expected one message with the role user: the model has no memory and no system prompt"
         )
-    content = messages[0].get("content")
+    content = message.get("content")
     if isinstance(content, str):
         return content, []
     texts, pictures = [], []
     for part in content if isinstance(content, list) else [None]:
         if isinstance(part, Mapping) and part.get("type") == "text":
-            texts.append(str(part.get("text", "")))
+            texts.append(_text(part.get("text"), "text", place))
         elif isinstance(part, Mapping) and part.get("type") == "image_url":
             url = part.get("image_url")
-            pictures.append(str(url.get("url") if isinstance(url, Mapping) else url))
+            pictures.append(_text(url.get("url") if isinstance(url, Mapping) else url, "image_url.url", place))
         else:
             raise ValueError(f"{place}: a part of the message is neither text nor image_url: {str(part)[:60]}")
     return " ".join(texts), pictures
+
+
+def _text(value: Any, name: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {name} of a part of the message is {repr(value)[:60]}, expected a string")
+    return value
 
 
 def response_line(line: Line, model: str) -> dict[str, Any]:

@@ -64,6 +64,10 @@ def test_pictures_and_patterns_have_the_path_as_their_id(photos):
     assert ids("photos/**/*.jpg") == ["photos/a.jpg", "photos/x/a.jpg"]
     with pytest.raises(FileNotFoundError, match="no file matches"):
         ids("photos/*.gif")
+    with pytest.raises(
+        FileNotFoundError, match=r"photos/x\*: no file matches this pattern, only folders: name a folder"
+    ):
+        ids("photos/a.jpg", "photos/x*")
 
 
 def test_a_list_of_paths_and_stdin(photos):
@@ -149,6 +153,25 @@ def test_what_is_no_archive_is_said(photos):
         ids("photos/x.tar")
     with pytest.raises(ValueError, match=r"compressed.*unpack it"):
         ids("photos/x.tar.gz")
+
+
+def test_an_archive_that_is_damaged_in_the_middle_is_said(photos):
+    """tarfile itself takes a damaged header for the end, and would leave out all that follows."""
+    with tarfile.open("set.tar", "w") as archive:
+        archive.add(photos / "a.jpg", "a.jpg")
+        second = archive.offset
+        archive.add(photos / "x", "x")
+    whole = (photos.parent / "set.tar").read_bytes()
+    (photos / "damaged.tar").write_bytes(whole[:second] + b"damage" + whole[second + 6 :])
+    with pytest.raises(ValueError, match=rf"no tar archive that can be read \(at byte {second:,} it has b'damage"):
+        ids("photos/damaged.tar")
+    (photos / "cut.tar").write_bytes(whole[: second + 100])
+    with pytest.raises(ValueError, match="no tar archive that can be read"):
+        ids("photos/cut.tar")
+    notes = []
+    (photos / "open.tar").write_bytes(whole[:second])
+    assert ids("photos/open.tar", note=notes.append) == ["photos/open.tar/a.jpg"]
+    assert notes[0].startswith("note: photos/open.tar ends without the block of zeros")
 
 
 @pytest.fixture
@@ -305,8 +328,13 @@ def request(body=(), **other):
     return {"custom_id": "r1", "method": "POST", "url": "/v1/chat/completions", "body": whole, **other}
 
 
+def part_of(part):
+    """A request whose message has one part."""
+    return request({"messages": [{"role": "user", "content": [part]}]})
+
+
 def test_requests_of_openai(photos):
-    one = request({"max_tokens": 20, "temperature": 0, "n": 1, "user": "me"})
+    one = request({"max_tokens": 20, "temperature": 0, "top_k": None, "n": 1, "user": "me"})
     two = request()
     two["custom_id"] = "r2"
     two["body"]["messages"][0]["content"][1]["image_url"]["url"] = data_url(photos / "x" / "b.png")
@@ -325,6 +353,15 @@ def test_requests_of_openai(photos):
         (request({"logit_bias": {"5": 1}}), "here: body.logit_bias is .* not supported"),
         (request({"n": 2}), "body.n is"),
         (request({"max_tokens": 0}), "body.max_tokens is 0, expected a whole number from 1"),
+        (request({"top_p": 5}), "body.top_p is 5, expected a number above 0 and at most 1"),
+        (request({"max_tokens": 5, "max_completion_tokens": 6}), "max_tokens and max_completion_tokens differ"),
+        (request({"top_p": 0}), "body.top_p is 0"),
+        (request({"temperature": float("nan")}), "body.temperature is nan"),
+        (request({"seed": True}), "body.seed is True, expected a whole number"),
+        (request({"constrained": "no"}), "body.constrained is 'no', expected true or false"),
+        (request({"messages": ["hi"]}), "one message with the role user"),
+        (part_of({"type": "text", "text": 7}), "text of a part of the message is 7, expected a string"),
+        (part_of({"type": "image_url", "image_url": {"url": None}}), "image_url.url of a part .* is None"),
         (request({"temperature": "hot"}), "body.temperature is 'hot', expected a number"),
         (request({"messages": [{"role": "system", "content": "be nice"}]}), "one message with the role user"),
         (request({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}), "neither text nor image_url"),
