@@ -205,14 +205,15 @@ class AnswerRows:
             try:
                 if one.failure is not None:
                     raise one.failure
-                if self.settings.beams > 1:
-                    line, answer = self.line(one, None)
-                    self.drawn(one, answer)
-                    yield one, line
-                else:
+                if self.settings.beams == 1:
                     requests.append((one, self.request(one)))
+                    continue
+                line, answer = self.line(one, None)
             except Exception as error:
                 yield one, failed(one.row, kind_of(error), message_of(error))
+            else:
+                self.drawn(one, answer)
+                yield one, line
         for (one, request), features in zip(requests, self.encoded([one for one, _ in requests])):
             if isinstance(features, Exception):
                 yield one, failed(one.row, kind_of(features), message_of(features))
@@ -306,9 +307,16 @@ class AnswerRows:
         return answered(one.row, answer, one.size, self.settings.masks, ms), answer
 
     def drawn(self, one: Opened, answer: Answer) -> None:
-        """Draws the answer, where that is asked for. OSError where it cannot be written."""
-        if self.draw is not None:
+        """Draws the answer, where that is asked for. OSError where that fails, which ends the run: a full disk, say,
+        concerns no single row."""
+        if self.draw is None:
+            return
+        try:
             draw_answer(self.draw, one.row, answer, self.settings.max_pixels)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"the answer to {one.row.id!r} cannot be drawn: {message_of(error)}") from error
 
 
 def ahead(

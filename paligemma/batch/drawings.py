@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paligemma.batch.pictures import open_picture, places_of
-from paligemma.batch.rows import InputRow, RowFailure
+from paligemma.batch.rows import InputRow, RowFailure, path_of
 
 if TYPE_CHECKING:
     from paligemma.answers.results import Answer, Detection, Segment
@@ -36,6 +36,5 @@ def draw_answer(folder: Path, row: InputRow, answer: Answer, max_pixels: float |
 def drawing_path(folder: Path, name: str) -> Path:
     """Where the drawing of a row goes: below `folder`, whatever its id is. The folders of the id are kept, so that
     equal names in two folders do not meet, and so is the ending: a.jpg and a.png are two pictures."""
-    parts = [part[:200] for part in name.replace("\\", "/").split("/") if part not in ("", ".")] or ["picture"]
-    parts[-1] += ".png"
-    return folder.joinpath(*("_" if part == ".." else part for part in parts))
+    path = folder / path_of(name)
+    return path.with_name(f"{path.name}.png")

@@ -21,8 +21,9 @@ from typing import IO, Any
 from paligemma.answers.formats import outline, rle_encode, to_yolo
 from paligemma.answers.results import Detection, Segment
 from paligemma.batch.folder import RunFolder
+from paligemma.batch.inputs import picture_names
 from paligemma.batch.openai_format import response_line
-from paligemma.batch.rows import Line, mask_of
+from paligemma.batch.rows import Line, mask_of, path_of
 from paligemma.data.prompts import labels_of
 from paligemma.files import written_whole
 
@@ -162,26 +163,30 @@ def _coco_of(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_name(line: Line) -> str:
-    """The id where it is the name of the picture, else the picture: several rows may ask about one."""
+    """The id where it is the name of the picture or the picture has no name, else the picture: several rows may ask
+    about one."""
     image = line["image"]
-    image = image[0] if isinstance(image, list) else image
-    return line["id"] if image is None or image.endswith(f"/{line['id']}") else image
+    if isinstance(image, list):
+        image = image[0] if image else None
+    has_name = image is not None and image[:5].lower() != "data:"  # a line holds only the beginning of such a URL
+    return line["id"] if not has_name or image.endswith(f"/{line['id']}") else image
 
 
 def export_yolo(folder: RunFolder, target: Path) -> int:
     """A text file for each row that was answered, also where nothing was found: it was looked at, and is empty."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, expected a folder for the label files")
-    classes, count = classes_of(folder), 0
-    written: dict[Path, str] = {}
+    files: dict[Path, str] = {}  # whose they are, known before anything is written
     for line in answered(folder):
-        path = target / "labels" / Path(*_inside(line["id"])).with_suffix(".txt")
-        if path in written:
-            raise ValueError(f"{written[path]} and {line['id']} would have one label file: give them other ids")
-        written[path] = line["id"]
+        path = _label_file(line["id"])
+        if path in files:
+            raise ValueError(f"{files[path]} and {line['id']} would have one label file: give them other ids")
+        files[path] = line["id"]
+    classes, count = classes_of(folder), 0
+    for line in answered(folder):
         items = [_result(item) for item in items_of(line)]
         text = "".join(f"{label}\n" for label in to_yolo(items, tuple(line["image_size"] or (1, 1)), classes))
-        with written_whole(path) as beside:
+        with written_whole(target / "labels" / _label_file(line["id"])) as beside:
             beside.write_text(text, encoding="utf-8", newline="\n")
         count += 1
     with written_whole(target / "classes.txt") as beside:
@@ -189,10 +194,10 @@ def export_yolo(folder: RunFolder, target: Path) -> int:
     return count
 
 
-def _inside(name: str) -> list[str]:
-    """An id as the parts of a path that leads nowhere else."""
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")] or ["picture"]
-    return ["_" if part == ".." else part for part in parts]
+def _label_file(id: str) -> Path:
+    """The path of a picture with .txt in place of its ending. (In x.mp4/0007.500 the 500 is no ending.)"""
+    path = path_of(id)
+    return path.with_name(f"{path.stem if path.suffix.lower() in picture_names() else path.name}.txt")
 
 
 def _result(item: dict[str, Any]) -> Detection | Segment:

@@ -12,10 +12,12 @@ A row that could not be answered has a line too. Its `error` is {"kind": ..., "m
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -105,8 +107,24 @@ def name_of(image: Any) -> Any:
     if isinstance(image, str):
         return plain(f"{image[:40]}..." if image[:5].lower() == "data:" else image)
     if isinstance(image, Mapping):
-        return plain(image["name"])
+        name = image.get("name", image.get("path"))
+        return None if name is None else plain(str(name))
     return [name_of(one) for one in image] if isinstance(image, list) else None
+
+
+def path_of(id: str) -> Path:
+    """The id of a row as a relative path that leads nowhere else, for a file that gets a suffix of up to 5 bytes."""
+    parts = [part for part in id.replace("\\", "/").split("/") if part not in ("", ".")] or ["picture"]
+    return Path(*("_" if part == ".." else _file_name(part) for part in parts))
+
+
+def _file_name(part: str) -> str:
+    """At most 229 bytes, as file systems take no more than 255. A hash keeps names with an equal beginning apart."""
+    whole = part.encode()
+    if len(whole) <= 220 and b"\0" not in whole:
+        return part
+    kept = whole[:220].decode(errors="ignore").replace("\0", "_")
+    return f"{kept}-{hashlib.blake2b(whole, digest_size=4).hexdigest()}"
 
 
 def plain(name: str) -> str:

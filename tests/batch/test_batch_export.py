@@ -128,9 +128,47 @@ def test_what_cannot_be_written_is_said(folder):
         export(folder, "yolo", folder.path / "run.json")
 
 
+def run_of(path, rows, answer_row=line_of):
+    """A finished run of these rows."""
+    folder = open_run(path, Settings("detect dog"), MARKS, lambda: rows)
+    assert work_on(folder, 0, in_batches(answer_row, 2))
+    return folder
+
+
 def test_two_pictures_that_would_have_one_label_file(tmp_path):
-    rows = [InputRow(name, None, "detect dog") for name in ("a.jpg", "a.png")]
-    folder = open_run(tmp_path / "run", Settings("detect dog"), MARKS, lambda: rows)
-    work_on(folder, 0, in_batches(line_of, 2))
+    rows = [InputRow(name, None, "detect dog") for name in ("0.jpg", "a.jpg", "a.png")]
+    folder = run_of(tmp_path / "run", rows)
     with pytest.raises(ValueError, match=r"a\.jpg and a\.png would have one label file"):
         export(folder, "yolo", tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()  # nothing is written before all names are known
+
+
+def test_frames_of_a_video_have_label_files_of_their_own(tmp_path):
+    rows = [InputRow(f"x.mp4/0000.{part}", None, "detect dog") for part in ("000", "500")]
+    assert export(run_of(tmp_path / "run", rows), "yolo", tmp_path / "yolo") == 2
+    files = sorted(path.name for path in (tmp_path / "yolo" / "labels" / "x.mp4").iterdir())
+    assert files == ["0000.000.txt", "0000.500.txt"]
+
+
+def test_pictures_that_stand_in_their_rows_are_images_of_their_own(tmp_path):
+    """The line of such a row holds the beginning of its data: URL, which all PNGs have in common."""
+
+    def answer_row(row):
+        answer = Answer("", [1], [0.0], 0.9, True, [Detection("dog", (0.0, 0.0, 2.0, 2.0), 0.5)], [], [])
+        return answered(row, answer, (4, 3), "rle")
+
+    url = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAA"
+    rows = [InputRow(id, image, "detect dog") for id, image in (("p", url + "A"), ("q", url + "B"), ("r", [url]))]
+    export(run_of(tmp_path / "run", rows, answer_row), "coco", tmp_path / "coco.json")
+    data = json.loads((tmp_path / "coco.json").read_text())
+    assert [image["file_name"] for image in data["images"]] == ["p", "q", "r"]
+    assert [annotation["image_id"] for annotation in data["annotations"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("to", ["jsonl", "csv", "coco", "yolo", "label-studio", "openai"])
+def test_a_row_with_an_empty_list_of_pictures(tmp_path, to):
+    def answer_row(row):
+        return answered(row, Answer("words", [1], [0.0], 0.9, True, [], [], []), None, "rle")
+
+    folder = run_of(tmp_path / "run", [InputRow("none", [], "caption en")], answer_row)
+    assert export(folder, to, tmp_path / "out") == 1
