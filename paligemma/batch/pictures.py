@@ -9,7 +9,7 @@ A picture is where its row says:
     {"table": "x.parquet", "row": 7, "column": "image", ...}    a cell of a parquet file
     {"video": "x.mp4", "time": 2.5, "name": ...}                a frame of a video, in seconds from its beginning
 
-For `Predictor` it may also be there already: the bytes of a file, or an array.
+For `Predictor` it may also be there already: the bytes of a file, an array, or {"bytes", "path"} of Hugging Face.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def read(where: Where) -> Any:
         return frame_of_video(where["video"], where["time"])
     if "table" in where:
         cell = _table(where["table"])[where["row"]][where["column"]]
-        return cell.get("bytes") if isinstance(cell, Mapping) else cell
+        return _stored(cell) if isinstance(cell, Mapping) else cell
+    if "file" not in where:
+        return _stored(where)
     with open(where["file"], "rb") as file:
         file.seek(where["start"])
         content = file.read(where["size"])
@@ -79,6 +81,11 @@ def read(where: Where) -> Any:
 
         return pictures_in_line(content)[where["picture"]]
     return content
+
+
+def _stored(image: Mapping[str, Any]) -> Any:
+    """The bytes or the path of a picture as Hugging Face stores it."""
+    return image.get("bytes") or image.get("path")
 
 
 @lru_cache(maxsize=4)

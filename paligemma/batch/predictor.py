@@ -45,8 +45,9 @@ class Predictor:
         segments, invalid and error. A row that failed has error {"kind", "message"}, the text "" and the score nan; the
         error of all others is "".
 
-        batch: column image, each a path, a data: URL, the bytes of a file, uint8 [H, W, 3] or None; and column prompt,
-        unless the constructor was given one. ValueError without them; never because of a row.
+        batch: column image, each a path, a data: URL, the bytes of a file, {"bytes", "path"} as Hugging Face has it,
+        uint8 [H, W, 3] or None; and column prompt, unless the constructor was given one. ValueError without them; never
+        because of a row.
         """
         import numpy as np
 

@@ -288,12 +288,30 @@ def test_drawings_keep_the_folders_of_ids(pg, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["../../etc/x", "/etc/x", "a/../../x", "..", "", "C:\\x", "n" * 900])
+@pytest.mark.parametrize(
+    "name", ["../../etc/x", "/etc/x", "a/../../x", "..", "", "C:\\x", "n" * 900, "画" * 83 + ".jpg", "x\0"]
+)
 def test_no_id_leads_out_of_the_folder_of_drawings(tmp_path, name):
     path = drawing_path(tmp_path, name)
     assert tmp_path in path.parents and ".." not in path.parts
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
+    assert len(os.fsencode(path.name)) <= 240
+
+
+def test_long_ids_with_an_equal_beginning_have_two_drawings(tmp_path):
+    names = ["n" * 900, "n" * 901, "画" * 300 + "a", "画" * 300 + "b", "a\0", "a_"]
+    assert len({drawing_path(tmp_path, name) for name in names}) == len(names)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_cannot_be_drawn_is_an_error_that_names_the_row(pg, tmp_path, monkeypatch, beams):
+    def broken(*_):
+        raise ValueError("no such colour")
+
+    monkeypatch.setattr("paligemma.batch.answering.draw_answer", broken)
+    with pytest.raises(OSError, match="the answer to 'a' cannot be drawn: no such colour"):
+        answers(pg, [InputRow("a", SCENE, "caption en")], draw=tmp_path, beams=beams, max_new_tokens=4)
 
 
 def test_a_stop_lets_the_rows_that_run_end(pg):
@@ -342,6 +360,16 @@ def test_predictor_adds_columns_and_raises_for_no_row(predictor, tmp_path, scene
     kinds = [json.loads(error)["kind"] if error else None for error in out["error"]]
     assert kinds == [None, "unreadable", None, None, None, "unreadable"]
     assert out["detections"][1] == "[]" and np.isnan(out["score"][1]) and not out["finished"][1]
+
+
+def test_predictor_takes_the_image_column_of_hugging_face(predictor, scene):
+    file = io.BytesIO()
+    scene.save(file, "PNG")
+    images = [{"bytes": file.getvalue(), "path": None}, {"bytes": None, "path": SCENE}, {"path": None}, {"other": 1}]
+    out = predictor({"image": images, "prompt": ["detect book"] * 4})
+    kinds = [json.loads(error)["kind"] if error else None for error in out["error"]]
+    assert kinds == [None, None, "unreadable", "unreadable"]
+    assert out["text"][0] == out["text"][1] == predictor({"image": [SCENE], "prompt": ["detect book"]})["text"][0]
 
 
 def test_predictor_takes_one_prompt_for_all_and_says_which_columns_it_misses(predictor):
