@@ -173,8 +173,8 @@ def pictures_of_tar(name: str, note: Callable[[str], object] = lambda text: None
 
 
 def _check_end(archive: tarfile.TarFile, name: str, note: Callable[[str], object]) -> None:
-    """TarError where the list of members ended at a damaged header: tarfile takes that for the end of the archive, which
-    is a block of zeros."""
+    """TarError where the list of members ended at a damaged header, which tarfile takes for the end of the archive. The
+    true end is a block of zeros."""
     file = archive.fileobj
     assert file is not None
     file.seek(archive.offset)
