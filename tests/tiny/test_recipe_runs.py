@@ -254,14 +254,18 @@ def test_ctrl_c_is_not_taken_for_the_end_of_a_piece():
 
 @pytest.mark.slow
 def test_the_second_recipe_in_pieces(tmp_path, monkeypatch):
-    """Three pieces of a quarter of a minute in all, then a package that opens; another recipe is refused."""
+    """Pieces of a quarter of a minute in all, then a package that opens; another recipe is refused.
+
+    What counts are minutes of the processor, so on a busy machine there are more than the usual three.
+    """
     for module in ("shards", "batches", "vision_pretraining"):
         monkeypatch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 64)
     logs = []
-    for _ in range(3):
-        package = train(0.12, tmp_path, recipe=SMALL, in_all=0.3)
+    package = tmp_path / "package"
+    while not package.exists() and len(logs) < 30:
+        assert train(0.12, tmp_path, recipe=SMALL, in_all=0.3) == package
         logs.append(sorted(path.name for path in tmp_path.iterdir() if path.is_dir()))
-    assert "joint-01" in logs[-1] and "joint-02" not in logs[-1]
+    assert len(logs) > 1 and "joint-01" in logs[-1] and "joint-02" not in logs[-1]
     pg = paligemma.load(str(package), device="cpu")
     assert pg.processor.image_size == 80
     assert isinstance(pg.caption(render_varied(0).image).text, str)
