@@ -83,7 +83,7 @@ def run_on_ray(
         stop = folder.work / f".stop-{uuid.uuid4().hex}"
         try:
             check_shared(ray, folder.work.absolute())
-            with stop_signals() as signals:
+            with stop_signals(stop.touch) as signals:  # at once: the first shard may be an hour away
                 for done in handed_out(ray, folder, sorted(set(shards) - tally.counted.keys()), workers, how, stop):
                     lost += int(sum(done["lost"]))
                     tally.update()
@@ -92,7 +92,7 @@ def run_on_ray(
                     stopped = (
                         stop_after_errors is not None and tally.errors.total() - failed_before >= stop_after_errors
                     )
-                    if stopped or signals:
+                    if stopped:
                         stop.touch()
         except ray.exceptions.RayError as error:
             failure = f"Ray ended the run: {str(error).strip().splitlines()[-1]}"

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 from paligemma.batch.folder import RunFolder
@@ -237,14 +238,18 @@ def killed_by(code: int) -> str:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yields a list to which the numbers of SIGINT and SIGTERM are added as they come."""
+def stop_signals(on_signal: Callable[[], object] = lambda: None) -> Iterator[list[int]]:
+    """Yields a list to which the numbers of SIGINT and SIGTERM are added as they come. on_signal: called each time."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only there signals may be handled
         yield came
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        on_signal()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield came
     finally:

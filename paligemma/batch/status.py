@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +63,13 @@ def count_lines(lines: Iterable[dict[str, Any]]) -> tuple[int, Counter[str]]:
 
 def status_of(folder: RunFolder) -> dict[str, Any]:
     """The state of a run, for `--json`."""
-    tally = Tally(folder, range(folder.num_shards))
-    tally.update()
-    begun = 0  # rows in open shards
+    begun = Counter[int]()  # rows in work files, by shard
     for path in folder.work.glob("*.jsonl"):
-        if not folder.is_done(int(path.name.split(".")[0])):
-            begun += sum(line.startswith(b'{"id"') for line in path.read_bytes().splitlines())
+        with suppress(FileNotFoundError):  # its shard was finished a moment ago
+            lines = path.read_bytes().splitlines()
+            begun[int(path.name.split(".")[0])] += sum(line.startswith(b'{"id"') for line in lines)
+    tally = Tally(folder, range(folder.num_shards))
+    tally.update()  # after the work files, so that the rows of a shard that is finished meanwhile are counted once
     held = {path.name.split(".")[0] for path in folder.work.glob("*.lease*") if not leases.is_abandoned(path)}
     return {
         "folder": str(folder.path),
@@ -77,7 +79,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         "shards": folder.num_shards,
         "shards_done": len(tally.counted),
         "shards_worked_on": len(held),
-        "rows_in_open_shards": begun,
+        "rows_in_open_shards": sum(rows for shard, rows in begun.items() if shard not in tally.counted),
         "complete": tally.is_complete,
         "options": folder.about["options"],
         "started": folder.about.get("started"),

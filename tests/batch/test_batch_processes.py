@@ -149,6 +149,34 @@ def test_status_counts_what_lies_in_the_folder(tmp_path):
     assert (state["shards_worked_on"], state["rows_in_open_shards"]) == (1, 1) and lease
 
 
+@pytest.mark.parametrize("before_it_is_read", [True, False])
+def test_status_while_a_shard_is_finished(tmp_path, monkeypatch, before_it_is_read):
+    """Its work file vanishes just before, or its part appears just after it was read: its rows are counted once."""
+    folder = run_of(tmp_path / "run", 30)
+    finish_shards(folder, [0], lambda: quick(folder.settings), lambda: False, lambda line: None)
+    for name in ("00001.x.jsonl", "00002.x.jsonl"):
+        (folder.work / name).write_text(json.dumps(standins.line_of(folder.rows(int(name[:5]))[0])) + "\n")
+    read_bytes = Path.read_bytes
+
+    def finish():
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        finish_shards(folder, [1], lambda: quick(folder.settings), lambda: False, lambda line: None)
+
+    def read_beside_a_worker(path):
+        if path.name != "00001.x.jsonl":
+            return read_bytes(path)
+        if before_it_is_read:
+            finish()
+            return read_bytes(path)
+        content = read_bytes(path)
+        finish()
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_beside_a_worker)
+    state = status_of(folder)
+    assert (state["shards_done"], state["answered"], state["rows_in_open_shards"]) == (2, 20, 1)
+
+
 # ---------------------------------------------------------------------------------------------- kills
 
 # A run in a process group of its own, as a user would start it: the folder, the number of rows, of workers.

@@ -5,14 +5,17 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from standins import lines_of, run_of, slow
 
+from paligemma.batch import on_ray
 from paligemma.batch.folder import RunFolder
 from paligemma.batch.run import run_batch
 from paligemma.batch.worker import How
@@ -50,6 +53,29 @@ def kill_one():
 threading.Thread(target=kill_one, daemon=True).start()
 ended = run_on_ray(folder, "local", 2, How(load=slow))
 assert killed and ended.complete and ended.answered == 300, ended
+"""
+
+# One shard of 3,000 rows takes a minute. SIGTERM comes when its first rows are answered.
+INTERRUPTED_RUN = """
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from standins import run_of, slow
+from paligemma.batch.on_ray import run_on_ray
+from paligemma.batch.worker import How
+
+folder = run_of(Path(sys.argv[2]), 3000, shard_size=3000)
+
+def interrupt():
+    while not any(path.stat().st_size for path in folder.work.glob("*.jsonl")):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=interrupt, daemon=True).start()
+ended = run_on_ray(folder, "local", 1, How(load=slow))
+lines = sum(path.read_bytes().count(b'{"id"') for path in folder.work.glob("*.jsonl"))
+assert 0 < lines < 1500 and not ended.complete and not list(folder.work.glob("*.lease*")), (lines, ended)
+print(128 + ended.signal)
 """
 
 # `Predictor` in a pipeline that somebody else wrote, with a picture that is cut short.
@@ -121,10 +147,10 @@ def test_one_of_two_actors_is_killed_and_the_parts_are_those_of_two_workers(pyth
     python(KILLED_RUN, HERE, tmp_path / "ray")
     whole = run_of(tmp_path / "processes", 300, shard_size=20)
     assert run_batch(whole, 2, How(load=slow)).complete
-    on_ray = RunFolder(tmp_path / "ray")
-    assert without_times(lines_of(on_ray)) == without_times(lines_of(whole))
-    assert not [path.name for path in on_ray.work.iterdir()]
-    summary = json.loads((on_ray.path / "summary.json").read_text())
+    folder = RunFolder(tmp_path / "ray")
+    assert without_times(lines_of(folder)) == without_times(lines_of(whole))
+    assert not [path.name for path in folder.work.iterdir()]
+    summary = json.loads((folder.path / "summary.json").read_text())
     assert (summary["answered"], summary["workers_lost"]) == (300, 1)
 
 
@@ -161,9 +187,30 @@ def test_the_commands_of_the_page_run(python, tmp_path):
         shutil.rmtree(tmp_path / "answers")
 
 
-def test_without_ray_the_way_out_is_named(tmp_path, monkeypatch):
-    from paligemma.batch.on_ray import run_on_ray
+def test_a_signal_asks_the_actors_to_stop_before_a_shard_is_done(tmp_path, monkeypatch):
+    """The file that asks them is there at once, and gone in the end. (A stand-in hands out the shards.)"""
+    folder = run_of(tmp_path / "run", 30)
 
+    def handed_out(ray, folder, shards, workers, how, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.exists()
+        yield from ({"shard": [shard], "lost": [0]} for shard in shards)
+
+    monkeypatch.setattr(on_ray, "handed_out", handed_out)
+    monkeypatch.setattr(on_ray, "start", lambda *arguments: None)
+    monkeypatch.setattr(on_ray, "check_shared", lambda *arguments: None)
+    no_error = SimpleNamespace(exceptions=SimpleNamespace(RayError=ArithmeticError))
+    monkeypatch.setattr(on_ray, "imported_ray", lambda address: no_error)
+    ended = on_ray.run_on_ray(folder, "a cluster", 1, How())
+    assert (ended.signal, ended.complete) == (signal.SIGTERM, False) and not list(folder.work.iterdir())
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_run_in_the_middle_of_its_only_shard(python, tmp_path):
+    assert python(INTERRUPTED_RUN, HERE, tmp_path / "run") == "143\n"
+
+
+def test_without_ray_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'paligemma\[ray\]'"):
-        run_on_ray(run_of(tmp_path / "run", 3), "local", 1, How())
+        on_ray.run_on_ray(run_of(tmp_path / "run", 3), "local", 1, How())
