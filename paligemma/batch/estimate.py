@@ -1,12 +1,15 @@
-"""`--dry-run`: how long a run would take, from the time of a few of its rows. Nothing is written."""
+"""`--dry-run`: how long a run would take, from the time of a few of its rows. Nothing is left behind."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from paligemma.batch.folder import ROWS, write_list
 from paligemma.batch.rows import InputRow
 from paligemma.batch.settings import Settings
 from paligemma.batch.shards import Answer
@@ -28,9 +31,20 @@ def sample_of(rows: Iterator[InputRow], batch_size: int) -> tuple[int, list[Inpu
     return count, list(islice(kept, 0, None, spread))[: SAMPLE * batch_size]
 
 
-def estimate(rows: Iterator[InputRow], settings: Settings, answer: Answer, workers: int) -> dict[str, Any]:
-    """Answers the sample, and says what all of it would take. workers: assumed to work side by side without loss."""
-    count, sample = sample_of(rows, settings.batch_size)
+def checked_sample(rows: Iterable[InputRow], batch_size: int) -> tuple[int, list[InputRow]]:
+    """`sample_of` rows that pass the checks of a run. ValueError for rows that could not become one."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / ROWS
+        write_list(path, rows)
+        with open(path, "rb") as file:
+            return sample_of(map(InputRow.from_json, file), batch_size)
+
+
+def estimate(count: int, sample: list[InputRow], settings: Settings, answer: Answer, workers: int) -> dict[str, Any]:
+    """Answers the sample, and says what all `count` rows would take. workers: assumed to work side by side without
+    loss; there are no more of them than shards."""
+    shards = -(-count // settings.shard_size)
+    workers = min(workers, shards)
     first, rest = sample[: settings.batch_size], sample[settings.batch_size :]
     lines, seconds = [], 0.0
     for group in (first, rest):
@@ -41,7 +55,7 @@ def estimate(rows: Iterator[InputRow], settings: Settings, answer: Answer, worke
             seconds = (time.perf_counter() - started) / len(new)  # that of the second group, where there is one
     return {
         "rows": count,
-        "shards": -(-count // settings.shard_size),
+        "shards": shards,
         "asked": len(lines),
         "failed": sum(line["error"] is not None for line in lines),
         "seconds_per_row": round(seconds, 4),

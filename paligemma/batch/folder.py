@@ -167,13 +167,7 @@ def _begin(path: Path, about: Mapping[str, Any], shard_size: int, listed: Callab
         left.unlink(missing_ok=True)
     beside = path / f".{ROWS}.{uuid.uuid4().hex}"
     try:
-        with open(beside, "wb") as file:
-            count = write_rows(file, listed())
-            file.flush()
-            os.fsync(file.fileno())
-        if not count:
-            raise ValueError("there is nothing to answer: no row was found")
-        check_ids(beside)
+        count = write_list(beside, listed())
         for name in ("parts", "work"):
             (path / name).mkdir(exist_ok=True)
         os.replace(beside, path / ROWS)
@@ -182,6 +176,19 @@ def _begin(path: Path, about: Mapping[str, Any], shard_size: int, listed: Callab
     versions = {"paligemma": __version__, "torch": torch.__version__}
     numbers = {"rows": count, "shards": -(-count // shard_size)}
     write_json(path / RUN, {**about, **numbers, "versions": versions, "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+
+def write_list(path: Path, rows: Iterable[InputRow]) -> int:
+    """Writes the list to the disk, and returns how many rows it has. ValueError for none, or for ids that are there
+    twice."""
+    with open(path, "wb") as file:
+        count = write_rows(file, rows)
+        file.flush()
+        os.fsync(file.fileno())
+    if not count:
+        raise ValueError("there is nothing to answer: no row was found")
+    check_ids(path)
+    return count
 
 
 def write_rows(file: IO[bytes], rows: Iterable[InputRow]) -> int:

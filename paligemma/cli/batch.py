@@ -262,7 +262,7 @@ def worked(
     from paligemma.batch.run import run_batch
     from paligemma.batch.worker import How
 
-    how = How(threads or max(1, (os.cpu_count() or 1) // workers), None, part, draw and draw.absolute())
+    how = How(threads_of_each(workers, threads), None, part, draw and draw.absolute())
     begun_by = folder.about.get("versions", {}).get("paligemma")
     if begun_by != __version__:
         note(f"note: the run was begun by version {begun_by}, this is {__version__}")
@@ -272,6 +272,11 @@ def worked(
 
             return run_on_ray(folder, ray, workers, how, stop_after_errors, retry_errors, show, note)
         return run_batch(folder, workers, how, stop_after_errors, retry_errors, show, note)
+
+
+def threads_of_each(workers: int, threads: int | None) -> int:
+    """--threads; by default the cores, shared among the workers."""
+    return threads or max(1, (os.cpu_count() or 1) // workers)
 
 
 def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: Path | None) -> None:
@@ -338,25 +343,22 @@ def duration(seconds: float) -> str:
 
 
 def show_estimate(settings: Settings, inputs: list[str], workers: int, threads: int | None) -> None:
-    """--dry-run: on stdout, since it is what was asked for."""
-    from paligemma.batch.answering import load_answer
-    from paligemma.batch.estimate import estimate
+    """--dry-run: on stdout, since it is asked for. It refuses what a run refuses, and answers as a worker does."""
+    from paligemma.batch.estimate import checked_sample, estimate
+    from paligemma.batch.worker import How
 
-    rows = rows_of(settings, inputs)
     with notes.status("answering a few rows"):
-        import torch
-
-        if threads is not None:
-            torch.set_num_threads(threads)
         try:
-            found = estimate(rows, settings, load_answer(settings), workers)
-        except (FileNotFoundError, NotADirectoryError) as error:
+            count, sample = checked_sample(rows_of(settings, inputs), settings.batch_size)
+        except (ValueError, FileNotFoundError, NotADirectoryError) as error:
             raise typer.BadParameter(str(error)) from None
+        answer = How(threads_of_each(workers, threads)).loaded(settings)
+        found = estimate(count, sample, settings, answer, workers)
     say(f"{found['rows']:,} rows in {found['shards']:,} shards")
     if found["asked"]:
         say(f"{found['asked']} of them answered to see how long it takes, {found['failed']} failed")
-        say(f"about {found['seconds_per_row']:.3g} s a row, {duration(found['seconds'])} with {workers} workers, "
-            f"{found['bytes'] / 1e6:.3g} MB of answers")  # fmt: skip
+        say(f"about {found['seconds_per_row']:.3g} s a row, {duration(found['seconds'])} with {found['workers']} "
+            f"workers, {found['bytes'] / 1e6:.3g} MB of answers")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- status, export

@@ -190,12 +190,49 @@ def test_a_batch_file_of_openai_is_answered_in_its_format(paligemma, photos):
     assert answer["response"]["body"]["choices"][0]["message"]["content"] == "caption en r1"
 
 
-def test_dry_run_estimates_and_writes_nothing(paligemma, photos, monkeypatch):
+@pytest.fixture
+def threads_set(monkeypatch):
+    """A dry run answers with a stand-in. The numbers of threads that it asks torch for."""
+    numbers = []
     answer = standins.opening(standins.Settings())
-    monkeypatch.setattr("paligemma.batch.answering.load_answer", lambda settings: answer)
+    monkeypatch.setattr("paligemma.batch.answering.load_answer", lambda settings, device, draw: answer)
+    monkeypatch.setattr("torch.set_num_threads", numbers.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    return numbers
+
+
+def test_dry_run_estimates_and_writes_nothing(paligemma, photos, threads_set):
     code, out, _ = paligemma("batch", "caption en", "photos", "--dry-run")
     assert code == 0 and out.startswith("9 rows in 1 shards\n9 of them answered")
     assert sorted(path.name for path in photos.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize(("more", "threads"), [([], 8), (["--workers", "4"], 2), (["--threads", "3"], 3)])
+def test_dry_run_has_the_threads_and_workers_of_the_run(paligemma, threads_set, more, threads):
+    """Each worker has its share of the cores; 9 rows in 5 shards and 4 workers at most."""
+    code, out, _ = paligemma("batch", "caption en", "photos", "--dry-run", "--shard-size", "2", *more)
+    assert code == 0 and threads_set == [threads]
+    assert f"with {4 if '--workers' in more else 1} workers" in out
+    assert "with 1 workers" in paligemma("batch", "caption en", "photos", "--dry-run", *more)[1]  # one shard
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["caption en", "https://x/a.jpg"], "download it first"),
+        (["caption en", "empty"], "empty"),
+        (["caption en", "photos/0.png", "photos/0.png"], "more than once"),
+        (["--rows", "bad.jsonl"], "bad.jsonl"),
+        (["--rows", "none.jsonl"], "nothing to answer"),
+    ],
+)
+def test_dry_run_refuses_what_the_run_refuses(paligemma, photos, threads_set, arguments, said):
+    (photos / "empty").mkdir()
+    (photos / "bad.jsonl").write_text('{"image": \n')
+    (photos / "none.jsonl").write_text("")
+    answers = [paligemma("batch", *arguments, *last) for last in (["--dry-run"], ["--out", "run"])]
+    assert answers[0] == answers[1] and answers[0][:2] == (2, "")
+    assert said in " ".join(answers[0][2].split())
 
 
 def test_the_sample_of_an_estimate_is_spread_over_all_rows():
