@@ -256,13 +256,18 @@ def happens(engine, kind, max_rows, happening):
     assert engine.failure is None and engine.rows_running == engine.rows_waiting == 0
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(
-    happening=st.lists(events, min_size=5, max_size=40),
-    kind=st.sampled_from(["gemma", "gemma2"]),
-    max_rows=st.integers(1, 6),
-    prefill_every=st.sampled_from([None, 1, 3]),
-)
+def anything_may_happen(test):
+    """Twenty engines, and what happens to each of them."""
+    found = given(
+        happening=st.lists(events, min_size=5, max_size=40),
+        kind=st.sampled_from(["gemma", "gemma2"]),
+        max_rows=st.integers(1, 6),
+        prefill_every=st.sampled_from([None, 1, 3]),
+    )
+    return settings(max_examples=20, deadline=None, derandomize=True)(found(test))
+
+
+@anything_may_happen
 def test_joins_cancellations_and_faults_leave_the_others_alone(happening, kind, max_rows, prefill_every):
     engine = Engine(model_of(kind), max_rows=max_rows, prefill_every=prefill_every)
     happens(engine, kind, max_rows, happening)

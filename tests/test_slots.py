@@ -10,13 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_engine import (
     NO_EOS,
     answer_alone,
+    anything_may_happen,
     embedded_requests,
-    events,
     fail_in,
     happens,
     mixed_request,
@@ -125,13 +123,7 @@ def test_on_a_gpu_slots_replay_one_recorded_graph(kind):
 
 
 @pytest.mark.usefixtures("not_compiled")
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(
-    happening=st.lists(events, min_size=5, max_size=40),
-    kind=st.sampled_from(["gemma", "gemma2"]),
-    max_rows=st.integers(1, 6),
-    prefill_every=st.sampled_from([None, 1, 3]),
-)
+@anything_may_happen
 def test_joins_cancellations_and_faults_leave_the_other_slots_alone(happening, kind, max_rows, prefill_every):
     engine = Engine(model_of(kind), max_rows=max_rows, prefill_every=prefill_every, compile=True)
     happens(engine, kind, max_rows, happening)
