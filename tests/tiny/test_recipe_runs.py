@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 from math import inf
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import paligemma
 from paligemma.answers.mask_codec import MaskCodec
+from paligemma.tiny.recipe import pieces
 from paligemma.tiny.recipe.ahead import Ahead
 from paligemma.tiny.recipe.batches import joint_loss
 from paligemma.tiny.recipe.codec import WIDTHS, mask_codes
@@ -32,7 +34,7 @@ from paligemma.tiny.recipe.train import codec_steps, train
 from paligemma.tiny.recipe.vision_pretraining import SceneBatches, Vision, validate_vision, vision_loss
 from paligemma.tiny.rows import READING
 from paligemma.tiny.varied import render_varied
-from paligemma.train import distributed
+from paligemma.train import distributed, loop
 from paligemma.train.interruption import stop_signals
 from paligemma.train.loop import TrainConfig
 from paligemma.train.loop import train as train_loop
@@ -198,29 +200,45 @@ def test_vision_is_validated_on_scenes_of_another_split_as_they_are_drawn(folder
 # --- pieces -----------------------------------------------------------------------------------------
 
 
-def toy_batches(step, part, parts):
-    time.sleep(0.01)
-    return {"x": torch.full((1,), float(step))}
+class Clock:
+    """The clock of the loop and of the pieces: a batch waits for ten milliseconds and computes for one of them."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        own = SimpleNamespace(monotonic=lambda: self.now, process_time=lambda: self.now / 10, time=time.time)
+        monkeypatch.setattr(loop, "time", own)
+        monkeypatch.setattr(pieces, "time", own)
+
+    def batches(self, step, part, parts):
+        self.now += 0.01
+        return {"x": torch.full((1,), float(step))}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
 
 
 def toy_loss(model, batch):
     return model(batch["x"]).square().sum(), 1.0, {}
 
 
-def test_a_piece_ends_saved_and_the_next_goes_on_with_the_schedule_of_the_whole(tmp_path):
+def test_a_piece_ends_saved_and_the_next_goes_on_with_the_schedule_of_the_whole(tmp_path, clock):
+    """120 steps in all: 30 in the first piece, at a rate that falls from 1 to 0."""
+
     def piece(seconds):
         model = torch.nn.Linear(1, 1)
         config = TrainConfig(steps=10**9, minutes=0.02, warmup=0.0, schedule="linear", log_every=1, autocast=None)
-        with until(time.monotonic() + seconds) as limited:
-            train_loop(model, limited(toy_batches), config, tmp_path, loss=toy_loss)
+        with until(clock.now + seconds) as limited:
+            train_loop(model, limited(clock.batches), config, tmp_path, loss=toy_loss)
 
     with pytest.raises(PieceOver):
-        piece(0.3)
+        piece(0.285)
     first = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert first[-1]["lr"] > 0.2  # far from the end of the schedule
+    assert len(first) == 30 and first[-1]["lr"] == pytest.approx(0.75, abs=0.02)
     piece(60)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == list(range(1, len(log) + 1)) and log[-1]["lr"] < 0.1
+    assert [entry["step"] for entry in log] == list(range(1, 121)) and log[-1]["lr"] < 0.02
 
 
 @pytest.mark.parametrize("over_there", [True, False])
@@ -229,7 +247,7 @@ def test_the_first_process_decides_when_a_piece_is_over(monkeypatch, over_there)
     monkeypatch.setattr(distributed, "broadcast", lambda own: float(over_there))
     stopped, end = (PieceOver, inf) if over_there else (KeyboardInterrupt, 0.0)
     with stop_signals() as stop_requested, pytest.raises(stopped), until(end) as limited:
-        limited(toy_batches)(0, 0, 1)
+        limited(lambda *_: None)(0, 0, 1)
         assert stop_requested() == over_there
         raise KeyboardInterrupt  # as the training loop stops
 
@@ -240,11 +258,14 @@ def test_a_short_first_run_trains_a_codec_of_use(minutes, steps):
     assert codec_steps(FIRST, minutes) == steps
 
 
-def test_minutes_of_the_processor_do_not_count_waiting(tmp_path):
-    """Each step waits ten milliseconds and computes for less than one."""
-    config = TrainConfig(steps=60, minutes=0.005, processor_time=True, schedule="linear", log_every=1, autocast=None)
-    train_loop(torch.nn.Linear(1, 1), toy_batches, config, tmp_path, loss=toy_loss)  # 0.3 seconds; it waits 0.6
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 60
+@pytest.mark.parametrize("processor_time, steps", [(False, 30), (True, 60)])
+def test_minutes_of_the_processor_do_not_count_waiting(tmp_path, clock, processor_time, steps):
+    """In 0.3 seconds by the clock there is time for 30 steps, in 0.3 seconds of the processor for all of them."""
+    config = TrainConfig(
+        steps=60, minutes=0.005, processor_time=processor_time, schedule="linear", log_every=1, autocast=None
+    )
+    train_loop(torch.nn.Linear(1, 1), clock.batches, config, tmp_path, loss=toy_loss)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == steps
 
 
 def test_ctrl_c_is_not_taken_for_the_end_of_a_piece():
