@@ -259,6 +259,7 @@ def run_command(random: Random, folder: Path, broken: Path) -> None:
     arguments = a_command_line(random)
     before, sys.argv = sys.argv, ["paligemma", *arguments]
     here, stdin = Path.cwd(), sys.stdin
+    torch.set_num_threads(1)  # a line before may have asked for more
     try:
         sys.stdin = io.TextIOWrapper(io.BytesIO(b""))
         os.chdir(folder)

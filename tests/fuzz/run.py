@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+os.environ["OMP_WAIT_POLICY"] = "passive"  # a thread that waits for another sleeps: spinning would count as a hang
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from kinds import KINDS, OUR_ERRORS, Kind, build  # noqa: E402
