@@ -260,10 +260,14 @@ class AnswerRows:
         """How the tokens of a row are chosen: as the settings say, but for what the row itself says."""
         settings, own, tokenizer = self.settings, row.options, self.pg.processor.tokenizer
         budget = own.get("max_new_tokens") or settings.max_new_tokens or budget_of(row.prompt)
-        sampling = {name: own.get(name, getattr(settings, name)) for name in ("temperature", "top_k", "top_p")}
+        names = ("temperature", "top_k", "top_p")
+        # A row without a temperature samples where the run does: its own top_k or top_p alone change nothing, as in
+        # `paligemma serve`.
+        samples = own.get("temperature", any(getattr(settings, name) is not None for name in names))
         chosen: dict[str, Any] = {}
-        if own.get("temperature") != 0 and any(value is not None for value in sampling.values()):
-            chosen = {**sampling, "temperature": sampling["temperature"] or 1.0, "do_sample": True}
+        if samples:
+            chosen = {name: own.get(name, getattr(settings, name)) for name in names}
+            chosen |= {"temperature": chosen["temperature"] or 1.0, "do_sample": True}
             chosen["seed"] = own.get("seed", seed_of(settings.seed, row.id))
         watch = (tokenizer.first_loc_id, NUM_LOC)
         return Options(budget, num_beams=settings.beams, watch=watch, num_tokens=len(tokenizer), **chosen)

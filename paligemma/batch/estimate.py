@@ -13,6 +13,7 @@ from paligemma.batch.folder import ROWS, write_list
 from paligemma.batch.rows import InputRow
 from paligemma.batch.settings import Settings
 from paligemma.batch.shards import Answer
+from paligemma.batch.worker import shards_of
 
 SAMPLE = 3  # batches that are answered; the first is not counted, since it pays for what is done once
 
@@ -40,11 +41,15 @@ def checked_sample(rows: Iterable[InputRow], batch_size: int) -> tuple[int, list
             return sample_of(map(InputRow.from_json, file), batch_size)
 
 
-def estimate(count: int, sample: list[InputRow], settings: Settings, answer: Answer, workers: int) -> dict[str, Any]:
-    """Answers the sample, and says what all `count` rows would take. workers: assumed to work side by side without
-    loss; there are no more of them than shards."""
-    shards = -(-count // settings.shard_size)
-    workers = min(workers, shards)
+def estimate(
+    count: int, sample: list[InputRow], settings: Settings, answer: Answer, workers: int, part: tuple[int, int] = (1, 1)
+) -> dict[str, Any]:
+    """Answers the sample, and says what all `count` rows would take, or one part of their shards. workers: assumed to
+    work side by side without loss; there are no more of them than shards."""
+    size = settings.shard_size
+    shards = shards_of(-(-count // size), part)
+    count = sum(min(size, count - size * shard) for shard in shards)
+    workers = max(1, min(workers, len(shards)))
     first, rest = sample[: settings.batch_size], sample[settings.batch_size :]
     lines, seconds = [], 0.0
     for group in (first, rest):
@@ -55,7 +60,7 @@ def estimate(count: int, sample: list[InputRow], settings: Settings, answer: Ans
             seconds = (time.perf_counter() - started) / len(new)  # that of the second group, where there is one
     return {
         "rows": count,
-        "shards": shards,
+        "shards": len(shards),
         "asked": len(lines),
         "failed": sum(line["error"] is not None for line in lines),
         "seconds_per_row": round(seconds, 4),

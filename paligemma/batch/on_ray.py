@@ -69,7 +69,7 @@ def run_on_ray(
     Progress is known shard by shard. ImportError without ray, RuntimeError if a node does not share the folder.
     """
     ray = imported_ray(address)
-    shards = shards_of(folder, how.part)
+    shards = shards_of(folder.num_shards, how.part)
     if retry_errors:
         note(f"{reopen_failed(folder, shards):,} rows that failed are tried again")
     tally = Tally(folder, shards)

@@ -8,7 +8,8 @@
         "error": null}
 
 The model sees one user message: its text parts are the prompt, its pictures the row. A field that would change the
-answer and is not supported is an error that names it, never dropped.
+answer and is not supported is an error that names it, never dropped. Without a temperature, or with 0, the likeliest
+token is taken each time, and top_p, top_k and seed change nothing.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ def read_request(record: Mapping[str, Any], place: str) -> tuple[str, str, list[
     budgets = {body.get(name) for name in ("max_tokens", "max_completion_tokens")} - {None}
     if len(budgets) > 1:
         raise ValueError(f"{place}: body.max_tokens and max_completion_tokens differ: leave one of them out")
+    name = record["custom_id"]
+    if type(name) not in (str, int) or name == "":
+        raise ValueError(f"{place}: custom_id is {repr(name)[:60]}, expected a string that names the request")
     prompt, pictures = _message(body.get("messages"), place)
-    return str(record["custom_id"]), prompt, pictures, options
+    return str(name), prompt, pictures, options
 
 
 def _option(value: Any, name: str, place: str) -> Any:

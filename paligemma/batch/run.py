@@ -97,7 +97,7 @@ def run_batch(
     on_progress: called about once a second. note: gets lines for a person to read.
     """
     how = how or How()
-    shards = shards_of(folder, how.part)
+    shards = shards_of(folder.num_shards, how.part)
     if retry_errors:
         note(f"{reopen_failed(folder, shards):,} rows that failed are tried again")
     tally = Tally(folder, shards)

@@ -54,9 +54,9 @@ class How:
         return load_answer(settings, self.device, self.draw)
 
 
-def shards_of(folder: RunFolder, part: tuple[int, int]) -> range:
+def shards_of(num_shards: int, part: tuple[int, int]) -> range:
     """The shards of one part of n: every n-th, so that all parts take about as long."""
-    return range(part[0] - 1, folder.num_shards, part[1])
+    return range(part[0] - 1, num_shards, part[1])
 
 
 def finish_shards(
@@ -101,7 +101,7 @@ def run_worker(path: Path, how: How, counts: Any) -> None:
 
     with errors_in_a_line():
         folder = RunFolder(path)
-        finish_shards(folder, shards_of(folder, how.part), lambda: how.loaded(folder.settings), stop, count)
+        finish_shards(folder, shards_of(folder.num_shards, how.part), lambda: how.loaded(folder.settings), stop, count)
     if stop():
         sys.exit(STOPPED)
 

@@ -136,7 +136,7 @@ def batch(
     if ray is None:  # a cluster's machines may have more cores than this one
         threads = within_cores(threads)
     if dry_run:
-        show_estimate(settings, inputs or [], workers, threads)
+        show_estimate(settings, inputs or [], workers, threads, which)
         return
     assert out is not None
     folder = opened(out, settings, inputs or [])
@@ -342,7 +342,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def show_estimate(settings: Settings, inputs: list[str], workers: int, threads: int | None) -> None:
+def show_estimate(
+    settings: Settings, inputs: list[str], workers: int, threads: int | None, part: tuple[int, int]
+) -> None:
     """--dry-run: on stdout, since it is asked for. It refuses what a run refuses, and answers as a worker does."""
     from paligemma.batch.estimate import checked_sample, estimate
     from paligemma.batch.worker import How
@@ -353,7 +355,7 @@ def show_estimate(settings: Settings, inputs: list[str], workers: int, threads: 
         except (ValueError, FileNotFoundError, NotADirectoryError) as error:
             raise typer.BadParameter(str(error)) from None
         answer = How(threads_of_each(workers, threads)).loaded(settings)
-        found = estimate(count, sample, settings, answer, workers)
+        found = estimate(count, sample, settings, answer, workers, part)
     say(f"{found['rows']:,} rows in {found['shards']:,} shards")
     if found["asked"]:
         say(f"{found['asked']} of them answered to see how long it takes, {found['failed']} failed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,11 +102,12 @@ def serve(
     from paligemma.serve.settings import LOCAL_HOSTS, Settings
 
     own_name = f"[{host}]" if ":" in host else host
+    allowed = [checked_name("--allow-host", name) for name in allow_host or []]
     settings = Settings(
         name=name or default_name(model), embedded=model == "tiny", api_key=key,
-        hosts=tuple(dict.fromkeys([*LOCAL_HOSTS, own_name.lower(), *(h.lower() for h in allow_host or [])])),
+        hosts=tuple(dict.fromkeys([*LOCAL_HOSTS, own_name.lower(), *allowed])),
         origins=tuple(checked_origin(origin) for origin in cors or []),
-        image_domains=tuple(domain.lower() for domain in image_urls or []),
+        image_domains=tuple(checked_name("--image-urls", domain) for domain in image_urls or []),
         max_rows=max_rows, max_queue=max_queue, queue_timeout=queue_timeout, timeout=timeout, grace=grace,
         max_body=max_body, max_pixels=max_pixels, max_images=max_images, max_new_tokens=max_new_tokens,
         cache_memory=cache_memory, image_cache=image_cache, prefill_every=prefill_every, threads=threads,
@@ -178,6 +180,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def checked_name(option: str, host: str) -> str:
+    """The name of a machine, which holds at every port."""
+    if not re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[^\s/:@?#\[\]]+", host):
+        raise typer.BadParameter(
+            f"{option} is {host!r}, expected a name alone, such as example.org or [::1]: leave out scheme and port"
+        )
+    return host.lower()
 
 
 def checked_origin(origin: str) -> str:

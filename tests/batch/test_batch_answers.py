@@ -115,6 +115,14 @@ def test_temperature_0_of_a_row_is_greedy(pg):
     assert answers(pg, [row], temperature=2.0)["a"]["text"] == pg.generate(SCENE, "caption en", 6).text
 
 
+def test_top_p_of_a_row_without_a_temperature_is_greedy(pg):
+    """As in `paligemma serve`. Where the run samples, the row does, with its own top_p."""
+    row = InputRow("a", SCENE, "caption en", {"top_p": 0.9, "top_k": 50, "max_new_tokens": 6})
+    assert answers(pg, [row], seed=3)["a"]["text"] == pg.generate(SCENE, "caption en", 6).text
+    run = AnswerRows(pg, Settings(temperature=2.0, top_p=0.5, seed=3)).options(row)
+    assert (run.do_sample, run.temperature, run.top_p, run.top_k) == (True, 2.0, 0.9, 50)
+
+
 # ---------------------------------------------------------------------------------------------- what is wrong with it
 
 

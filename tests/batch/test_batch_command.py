@@ -38,8 +38,8 @@ def paligemma(photos, monkeypatch, capsys):
 
     def run_batch(folder, workers, how, stop_after_errors, retry_errors, on_progress, note):
         answer = standins.opening(folder.settings)
-        finish_shards(folder, shards_of(folder, how.part), lambda: answer, lambda: False, lambda line: None)
-        tally = Tally(folder, shards_of(folder, how.part))
+        finish_shards(folder, shards_of(folder.num_shards, how.part), lambda: answer, lambda: False, lambda line: None)
+        tally = Tally(folder, shards_of(folder.num_shards, how.part))
         tally.update()
         errors = dict(tally.errors)
         return run.Ended(write_summary(folder, 1.0, 9, 0), tally.answered, errors, tally.is_complete)
@@ -214,6 +214,15 @@ def test_dry_run_has_the_threads_and_workers_of_the_run(paligemma, threads_set, 
     assert code == 0 and threads_set == [threads]
     assert f"with {4 if '--workers' in more else 1} workers" in out
     assert "with 1 workers" in paligemma("batch", "caption en", "photos", "--dry-run", *more)[1]  # one shard
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("1/2", "5 rows in 3 shards"), ("2/2", "4 rows in 2 shards"), ("9/9", "0 rows in 0")]
+)
+def test_dry_run_of_a_part_counts_what_is_in_it(paligemma, threads_set, part, said):
+    """9 rows in shards of 2: the fifth has one row."""
+    code, out, _ = paligemma("batch", "caption en", "photos", "--dry-run", "--shard-size", "2", "--part", part)
+    assert code == 0 and out.startswith(said)
 
 
 @pytest.mark.parametrize(

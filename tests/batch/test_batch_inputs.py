@@ -352,6 +352,9 @@ def test_requests_of_openai(photos):
     [
         (request({"logit_bias": {"5": 1}}), "here: body.logit_bias is .* not supported"),
         (request({"n": 2}), "body.n is"),
+        (request(custom_id=None), "custom_id is None, expected a string"),
+        (request(custom_id=["a"]), "custom_id is .*, expected a string"),
+        (request(custom_id=""), "custom_id is '', expected a string"),
         (request({"max_tokens": 0}), "body.max_tokens is 0, expected a whole number from 1"),
         (request({"top_p": 5}), "body.top_p is 5, expected a number above 0 and at most 1"),
         (request({"max_tokens": 5, "max_completion_tokens": 6}), "max_tokens and max_completion_tokens differ"),
