@@ -23,7 +23,9 @@ from paligemma.cli.options import (
     MaxPixels,
     Model,
     Revision,
+    World,
     pixels,
+    world_of,
 )
 from paligemma.cli.output import echo_json, hint_at_float32, note, print_table
 from paligemma.data.options import DataOptions
@@ -38,10 +40,11 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="tiny, tiny:val, tiny:heldout, tiny:twemoji (the small world; a folder of this name is ./tiny), your "
-            "rows, or a benchmark's folder."
+            help="tiny, tiny:val, tiny:heldout, tiny:twemoji (the small world; in world 2 tiny:emojione; a folder of "
+            "this name is ./tiny), your rows, or a benchmark's folder."
         ),
     ] = "tiny",
+    world: World = None,
     task: Annotated[
         str | None, typer.Option(help="A benchmark (textvqa, nlvr2, ...), or a metric for your rows (vqa, exact, ...).")
     ] = None,
@@ -103,7 +106,9 @@ def evaluate(
             raise typer.BadParameter("the pictures of the small world are all small: leave out --max-pixels")
         if source != DataOptions(data):
             raise typer.BadParameter("the small world makes its own rows: leave out the options for how rows are read")
-        report = _on_scenes(loaded, data, count or 1000, about, **row_options, **options)
+        report = _on_scenes(loaded, data, world_of(world), count or 1000, about, **row_options, **options)
+    elif world is not None:
+        raise typer.BadParameter("--world is for the scenes of the small world, --data tiny")
     elif task in BENCHMARKS:
         if free or max_new_tokens or max_pixels != DEFAULT_MAX_PIXELS or source != DataOptions(data, split=split):
             raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")
@@ -151,20 +156,25 @@ def _calibrate(report: Report, folder: Path) -> None:
     note(f"written: {file}")
 
 
-def _on_scenes(loaded: Callable[[], PaliGemma], data: str, count: int, about: dict[str, Any], **options: Any) -> Report:
+def _on_scenes(
+    loaded: Callable[[], PaliGemma], data: str, world: int, count: int, about: dict[str, Any], **options: Any
+) -> Report:
     """`count` scenes of the small world; data: "tiny" or "tiny:SPLIT"."""
     from paligemma.evaluate import evaluate as run_evaluation
     from paligemma.tiny.evaluation import METRICS, ROWS_PER_SCENE, targets, tiny_examples
 
-    world = data.partition(":")[2] or "test"
-    if world not in ("test", "val", "heldout", "twemoji"):
-        raise typer.BadParameter(f"--data is {data!r}, expected tiny, tiny:val, tiny:heldout or tiny:twemoji")
+    split = data.partition(":")[2] or "test"
+    artist = ("twemoji", "emojione")[world - 1]  # of whom only tests show drawings
+    if split not in ("test", "val", "heldout", artist):
+        raise typer.BadParameter(
+            f"--data is {data!r}, expected tiny, tiny:val, tiny:heldout or tiny:{artist} in world {world}"
+        )
     return run_evaluation(
         loaded(),
-        tiny_examples(count, world),
+        tiny_examples(count, split, world=world),
         METRICS,
-        targets=targets(world),
-        about={**about, "data": f"tiny:{world}"},
+        targets=targets(split, world),
+        about={**about, "data": f"tiny:{split}", "world": world},
         total=round(count * ROWS_PER_SCENE),
         **options,
     )

@@ -12,6 +12,13 @@ from paligemma.cli.output import note
 from paligemma.files import MAX_PIXELS
 
 
+def world_of(world: int | None) -> int:
+    """The value of --world."""
+    from paligemma.tiny.world import SHIPPED
+
+    return SHIPPED if world is None else world
+
+
 def one_of(*names: str) -> Callable[[str | None], str | None]:
     """A callback that accepts these values only. It runs before torch is imported, so wrong usage is told at once.
 
@@ -122,6 +129,15 @@ ImageName = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="The split to read, in a folder with several.")]
 Seed = Annotated[int, typer.Option(help="Start of all random numbers: the same seed gives the same result.")]
+World = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=2,
+        help="Of the small world: 1, or 2 with more artists, variety and degradations. Default: that of the model "
+        "that ships.",
+    ),
+]
 Language = Annotated[str, typer.Option(help="The language in prompts that are made of questions and captions.")]
 EveryLabel = Annotated[bool, typer.Option("--every-label", help="Boxes and masks: ask for all labels in every row.")]
 Data = Annotated[

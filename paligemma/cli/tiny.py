@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paligemma.cli.options import Device, Dtype, Model, Revision, Seed, one_of
+from paligemma.cli.options import Device, Dtype, Model, Revision, Seed, World, one_of, world_of
 from paligemma.cli.output import echo_json, hint_at_float32, note, print_table
 
 
@@ -21,12 +21,7 @@ def scenes(
             callback=one_of("train", "val", "test", "heldout", "twemoji", "emojione"),
         ),
     ] = "test",
-    world: Annotated[
-        int,
-        typer.Option(
-            min=1, max=2, help="1: the world of the model that ships. 2: more artists, variety, degradations."
-        ),
-    ] = 1,
+    world: World = None,
     size: Annotated[int, typer.Option(min=64, help="Side of the pictures in pixels.")] = 384,
     seed: Seed = 0,
     task: Annotated[
@@ -46,14 +41,15 @@ def scenes(
     ] = False,
 ) -> None:
     """Write pictures of the small world with prompts and answers (JSONL) and COCO annotations."""
+    if task == "count_color" and world == 2:
+        raise typer.BadParameter("--task count_color is of world 1")
+    world = 1 if task == "count_color" else world_of(world)
     if split == ("twemoji", "emojione")[2 - world]:
         raise typer.BadParameter(f"--split {split} is of world {3 - world}")
     if task not in (None, "count_color"):
         raise typer.BadParameter(
             f"--task is {task!r}, expected count_color; leave it out for the tasks that the model knows"
         )
-    if task == "count_color" and world != 1:
-        raise typer.BadParameter("--task count_color is of world 1")
     if task == "count_color":
         from paligemma.tiny.color_counts import write_color_counts
 
@@ -72,9 +68,7 @@ def scenes(
 def train(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long to train. Run the command again to continue.")] = 30,
     out: Annotated[Path, typer.Option(help="Folder for state, log and the packaged checkpoint.")] = Path("runs/tiny"),
-    world: Annotated[
-        int, typer.Option(min=1, max=2, help="1: the recipe of the model that ships. 2: the recipe for world 2.")
-    ] = 1,
+    world: World = None,
     in_all: Annotated[
         float | None,
         typer.Option(
@@ -97,7 +91,7 @@ def train(
     from paligemma.tiny.recipe.train import train as train_tiny
 
     try:
-        train_tiny(minutes, out, recipe=RECIPES[world], device=device, in_all=in_all, start=start)
+        train_tiny(minutes, out, recipe=RECIPES[world_of(world)], device=device, in_all=in_all, start=start)
     except KeyboardInterrupt as stop:
         note(str(stop) or "stopped")
         raise typer.Exit(getattr(stop, "exit_code", 130)) from None

@@ -426,6 +426,9 @@ def test_tiny_is_the_small_world_whatever_lies_here(paligemma, folder: Path):
     code, out, err = paligemma("evaluate", "--count", "1", "--json")
     assert code == 0, err
     assert json.loads(out)["about"]["data"] == "tiny:test"
+    code, out, err = paligemma("evaluate", "--data", "tiny:emojione", "--world", "2", "--count", "1", "--json")
+    about = json.loads(out)["about"]
+    assert code == 0 and (about["data"], about["world"]) == ("tiny:emojione", 2), err
     code, out, err = paligemma("evaluate", "--data", "./tiny", "--task", "exact", "--max-new-tokens", "1", "--json")
     assert code == 0, err
     assert json.loads(out)["about"]["data"] == "./tiny"
@@ -434,7 +437,9 @@ def test_tiny_is_the_small_world_whatever_lies_here(paligemma, folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--data", "tiny:moon"], 2, "expected tiny, tiny:val, tiny:heldout or tiny:twemoji"),
+        (["--data", "tiny:moon"], 2, "expected tiny, tiny:val, tiny:heldout or tiny:"),
+        (["--data", "tiny:twemoji", "--world", "2"], 2, "tiny:heldout or tiny:emojione in world 2"),
+        (["--data", "tiny:emojione", "--world", "1"], 2, "tiny:heldout or tiny:twemoji in world 1"),
         (["--data", "tiny", "--task", "vqa"], 2, "has its own tasks"),
         (["--data", ".", "--task", "gqa", "--free"], 2, "leave out the options for rows"),
         (["--data", ".", "--task", "vqav2", "--split", "test"], 2, "kept on a server: --out FOLDER"),
