@@ -10,7 +10,8 @@ import transformers
 
 import paligemma
 from paligemma.answers.mask_codec import crop
-from paligemma.tiny.renderer import render
+from paligemma.tiny.varied import render_in_world
+from paligemma.tiny.world import SHIPPED
 from paligemma.weights.finding import TINY
 
 ANSWERS = json.loads(Path(__file__).with_name("tiny_answers.json").read_text(encoding="utf-8"))
@@ -31,7 +32,7 @@ def test_the_answers_are_of_many_scenes_and_tasks():
 def test_it_answers_as_it_did_when_it_was_released(pg, task):
     """Right answers, all of them: `make_tiny_answers.py` takes no other."""
     rows = [row for row in ANSWERS if row["task"] == task]
-    images = [render(row["seed"], "test", SIZE).image for row in rows]
+    images = [render_in_world(SHIPPED, row["seed"], "test", SIZE).image for row in rows]
     boxes = task.startswith(("detect", "segment"))
     answers = pg.generate(images, [row["prompt"] for row in rows], 200, constrained=boxes)
     assert [answer.text for answer in answers] == [row["answer"] for row in rows]
@@ -66,7 +67,7 @@ def test_transformers_reads_the_same_files_and_gives_the_same_logits_and_words(p
     theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
         TINY, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    image = render(ANSWERS[0]["seed"], "test", SIZE).image
+    image = render_in_world(SHIPPED, ANSWERS[0]["seed"], "test", SIZE).image
     inputs = pg.processor(["caption en"], [image])
     with torch.no_grad():
         ours = pg.model(**inputs).logits
@@ -84,7 +85,7 @@ def test_its_codec_keeps_masks(pg):
     """IoU of what is decoded from an object's 16 codes with the object, on scenes it never saw."""
     crops = []
     for seed in range(20_000_000, 20_000_060):
-        crops += [crop(thing.mask, thing.box) for thing in render(seed, "test", SIZE).objects]
+        crops += [crop(thing.mask, thing.box) for thing in render_in_world(SHIPPED, seed, "test", SIZE).objects]
     masks = torch.from_numpy(np.stack(crops))
     with torch.no_grad():
         codes = pg.codec.encode(masks)
