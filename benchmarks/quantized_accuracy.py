@@ -46,8 +46,9 @@ from paligemma.evaluate.intervals import bootstrap, wilson
 from paligemma.evaluate.output_folder import fingerprint, open_folder, write_run_file
 from paligemma.evaluate.runner import answer
 from paligemma.tiny.evaluation import FIRST_SEED, METRICS, no_codes, to_example
-from paligemma.tiny.renderer import render
 from paligemma.tiny.rows import TASKS, asker, rows
+from paligemma.tiny.varied import render_in_world
+from paligemma.tiny.world import SHIPPED
 
 MODES: dict[str, str | None] = {"bf16": None, "int8": "int8", "int4": "int4"}  # name -> `quantize` of `load`
 AIMS = {"int8": 0.01, "int4": 0.03}  # what a figure may lose at most
@@ -113,7 +114,7 @@ def run_block(number: int, tasks: Sequence[str], forced_every: int) -> list[dict
 
     found: list[tuple[Example, str]] = []
     for seed in range(FIRST_SEED + number * BLOCK, FIRST_SEED + (number + 1) * BLOCK):
-        scene = render(seed, "test")
+        scene = render_in_world(SHIPPED, seed, "test")
         # All tasks, although some have enough rows: what is asked must not depend on which they are.
         codes = encode if "segment" in tasks else no_codes
         made = rows(scene, asker(scene), tasks=TASKS, canonical=True, encode_mask=codes)

@@ -21,7 +21,7 @@ from paligemma.answers.formats import rle_encode
 from paligemma.files import new_folder_written_whole
 from paligemma.tiny.rows import TASKS, EncodeMask, asker, rows
 from paligemma.tiny.varied import render_in_world
-from paligemma.tiny.world import LABELS, Scene
+from paligemma.tiny.world import LABELS, SHIPPED, Scene
 
 ATTRIBUTION = (
     "Pictograms by Google (Noto Color Emoji, OFL 1.1), OpenMoji (CC BY-SA 4.0) or Twemoji (CC BY 4.0): "
@@ -82,7 +82,7 @@ def write_scenes(
     seed: int = 0,
     *,
     style: str | None = None,
-    world: int = 1,
+    world: int = SHIPPED,
     tasks: Sequence[str] = TASKS,
     canonical: bool = True,
     encode_mask: EncodeMask | None = None,
