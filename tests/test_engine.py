@@ -147,7 +147,8 @@ def test_the_engine_is_the_loop_of_ten_lines():
 def embedded_requests(pg, count):
     """caption, ask, choices, detect and segment in turn, a third of the captions sampled, over random pictures."""
     tokenizer, draw = pg.processor.tokenizer, random.Random(5)
-    pictures = torch.rand(6, 3, 128, 128, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    side = pg.processor.image_size
+    pictures = torch.rand(6, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.inference_mode():
         features = pg.model.encode_image(pictures)
     detect = DetectionGrammar(tokenizer, ["book", "dog"])

@@ -221,7 +221,7 @@ def test_a_row_for_which_memory_does_not_suffice_even_alone(pg, monkeypatch):
     prefill = Engine._prefill
 
     def crowded(engine, rows):
-        if any(len(row.request.prompt) > 80 for row in [*engine._running, *rows]):
+        if any(len(row.request.prompt) > 16 + pg.processor.num_image_tokens for row in [*engine._running, *rows]):
             raise MemoryError
         return prefill(engine, rows)
 
@@ -237,7 +237,7 @@ def test_an_error_of_the_whole_batch_meets_the_row_that_it_belongs_to(pg, monkey
     prefill = Engine._prefill
 
     def failing(engine, rows):
-        if any(len(row.request.prompt) > 80 for row in [*engine._running, *rows]):
+        if any(len(row.request.prompt) > 16 + pg.processor.num_image_tokens for row in [*engine._running, *rows]):
             raise RuntimeError("a kernel does not know what to do")
         return prefill(engine, rows)
 

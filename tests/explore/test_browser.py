@@ -24,7 +24,7 @@ def pages(tiny, tmp_path_factory):
         name: explore.look(tiny, "examples/scene.png", prompt)
         for name, prompt in (("caption", "caption en"), ("detect", "detect book ; house"))
     }
-    other = explore.look(tiny, Image.new("RGB", (128, 128), "white"), "caption en")
+    other = explore.look(tiny, Image.new("RGB", (160, 160), "white"), "caption en")
     explore.page(looks["caption"], folder / "caption.html", compare=other)
     explore.page(looks["detect"], folder / "detect.html", knock_out=False)
     return folder, looks
@@ -108,14 +108,17 @@ def test_digits_name_the_heads_that_were_kept_and_the_mean_is_that_of_all(browse
 def test_the_window_of_a_coarse_knock_out_is_its_block(browser, pages, tmp_path):
     explore.page(pages[1]["caption"], tmp_path / "coarse.html", window=1, routes=False, grid=4)
     opened(browser, tmp_path / "coarse.html", "#knock-out?token=2&patch=27")
-    assert browser.execute_script("return windowOf(27)") == [18, 19, 26, 27]
+    g = pages[1]["caption"].grid
+    of = [[at * 4 // g for at in divmod(patch, g)] for patch in range(g * g)]  # the block of each patch
+    block = browser.execute_script("return windowOf(27)")
+    assert block == [patch for patch in range(g * g) if of[patch] == of[27]] and len(block) > 1
     rows = browser.find_elements("css selector", "#knock-out-table tr")
     places = browser.execute_script(
         "return [...document.querySelectorAll('#knock-out-table tr')].slice(1).map(r => r.children[0].textContent)"
     )
     assert len(rows) == 11 and len(set(places)) == 10
     opened(browser, pages[0] / "caption.html", "#knock-out")
-    assert browser.execute_script("return windowOf(0)") == [0, 1, 8, 9]  # 3 x 3, cut off at the edge
+    assert browser.execute_script("return windowOf(0)") == [0, 1, g, g + 1]  # 3 x 3, cut off at the edge
 
 
 def test_nothing_is_asked_of_the_network_and_the_console_is_empty(browser, pages):

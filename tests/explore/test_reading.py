@@ -1,5 +1,7 @@
 """The lens at the last layer is the model; locations are its distributions; tables find the grid."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -47,11 +49,12 @@ def test_locations_are_edges_in_pixels(tiny):
 
 
 def test_tables_find_the_grid(tiny):
+    P, g = tiny.processor.num_image_tokens, math.isqrt(tiny.processor.num_image_tokens)
     places = explore.position_similarity(tiny.model)
-    assert places.cosine.shape == (64, 64) and places.components.shape == (64, 3)
-    assert_close(places.cosine.diagonal(), torch.ones(64), atol=1e-5, rtol=0)
+    assert places.cosine.shape == (P, P) and places.components.shape == (P, 3)
+    assert_close(places.cosine.diagonal(), torch.ones(P), atol=1e-5, rtol=0)
     nearest = places.cosine.fill_diagonal_(-1).argmax(-1)
-    rows, columns = torch.arange(64) // 8 - nearest // 8, torch.arange(64) % 8 - nearest % 8
+    rows, columns = torch.arange(P) // g - nearest // g, torch.arange(P) % g - nearest % g
     assert ((rows.abs() + columns.abs()) == 1).float().mean() > 0.9  # most like each patch is one beside it
 
     locations = explore.loc_similarity(tiny.model)
@@ -63,7 +66,8 @@ def test_flow_lists_every_tensor_with_the_code_that_makes_it(tiny):
 
     stages = explore.flow(tiny, "examples/scene.png", "caption en")
     shapes = {name: shape for stage in stages for name, shape in stage.shapes.items()}
-    assert shapes["pixel_values"] == (1, 3, 128, 128) and shapes["image_features"] == (1, 64, 256)
+    side, tokens = tiny.processor.image_size, tiny.processor.num_image_tokens
+    assert shapes["pixel_values"] == (1, 3, side, side) and shapes["image_features"] == (1, tokens, 256)
     assert shapes["logits"] == (1, tiny.model.config.text_config.vocab_size)
     folder = explore.stages.ROOT
     for stage in stages:

@@ -3,6 +3,7 @@
 The figures beside the bounds were measured on the checkpoint that ships; another one is measured anew.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,16 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
+import paligemma
 from paligemma import explore
 from paligemma.tiny.renderer import render
 from paligemma.tiny.world import Scene, SceneObject
 
-GRID = 8
+GRID = math.isqrt(paligemma.load("tiny", device="cpu").processor.num_image_tokens)
+SIZE = 32 * GRID  # of the scenes: two pixels for each of the model's
 
 
 def scenes(count: int) -> Iterator[tuple[Scene, Image.Image]]:
     for seed in range(count):
-        scene = render(seed, "test")
+        scene = render(seed, "test", SIZE)
         yield scene, Image.fromarray(scene.image)
 
 
@@ -163,7 +166,7 @@ def test_a_colour_goes_from_its_patches_to_the_last_column(tiny):
     end."""
     on_object, last = [], []
     for seed, label in enumerate(("car", "bus", "heart", "balloon", "umbrella", "bell")):
-        twins = [render(seed, "val", things=[(label, tint)], sign=0.0, sign_only=0.0) for tint in ("red", "blue")]
+        twins = [render(seed, "val", SIZE, things=[(label, tint)], sign=0.0, sign_only=0.0) for tint in ("red", "blue")]
         if not np.array_equal(twins[0].objects[0].mask, twins[1].objects[0].mask):
             continue
         looks = [

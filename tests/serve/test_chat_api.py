@@ -28,8 +28,9 @@ def test_boxes_come_with_the_text(client, pg):
         assert set(found) == {"label", "box", "score"} and found["label"] == wanted.label
         assert found["box"] == list(wanted.box) and found["score"] == pytest.approx(wanted.score, abs=1e-5)
     assert reply["object"] == "chat.completion" and reply["id"].startswith("chatcmpl-") and reply["model"] == "tiny"
-    # 64 patches, bos, the prompt and its newline; five tokens for a box, two for the separator, eos
-    assert reply["usage"] == {"prompt_tokens": 70, "completion_tokens": 13, "total_tokens": 83}
+    # The patches, bos, the prompt and its newline; the answer and eos.
+    asked, written = pg.processor.num_image_tokens + 6, len(expected.token_ids) + 1
+    assert reply["usage"] == {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
 
 
 def test_the_budget_ends_an_answer_with_length(client, pg):

@@ -55,7 +55,8 @@ def test_a_row_beyond_its_slot_is_refused_before_anything_is_computed(pg, monkey
         four = {"image": [data_url()] * 4, "prompt": "caption en " + "very " * 90, "max_tokens": 100}
         response = client.post("/v1/answer", json=four)
         assert error_of(response)[:2] == (400, "prompt_too_long")
-        assert "and this server has room for 419 in a row" in response.json()["error"]["message"]
+        room = pg.processor.num_image_tokens + 255 + 100
+        assert f"and this server has room for {room} in a row" in response.json()["error"]["message"]
 
 
 def test_slots_that_do_not_fit_into_the_memory_end_the_start(pg):

@@ -156,7 +156,7 @@ def test_a_picture_is_encoded_once_for_many_questions(pg):
 
 
 def test_a_row_that_no_cache_could_hold(pg):
-    with running(pg, cache_memory=0.001) as server, server.client() as client:
+    with running(pg, cache_memory=0.0015) as server, server.client() as client:
         body = {"image": IMAGE, "prompt": "caption en", "max_tokens": 500}
         assert error_of(client.post("/v1/answer", json=body)) == (400, "invalid_value", "max_tokens")
         assert client.post("/v1/answer", json={**body, "max_tokens": 2}).status_code == 200
@@ -182,10 +182,11 @@ def test_pages_are_kept_for_a_while(pg):
         assert client.get(path).status_code == 404
 
 
-def test_small_endpoints(client):
+def test_small_endpoints(client, pg):
     assert client.get("/health").json() == {"status": "ok"}
     (model,) = client.get("/v1/models").json()["data"]
-    assert model["id"] == "tiny" and model["object"] == "model" and model["paligemma"]["image_size"] == 128
+    assert model["id"] == "tiny" and model["object"] == "model"
+    assert model["paligemma"]["image_size"] == pg.processor.image_size
     assert client.get("/v1/models/tiny").json() == model
     assert error_of(client.get("/v1/models/other")) == (404, "model_not_found", "model")
     assert error_of(client.get("/v1/nothing"))[:2] == (404, "not_found")

@@ -18,7 +18,7 @@ from paligemma.tiny.recipe.batches import joint_loss
 from paligemma.tiny.recipe.codec import WIDTHS, mask_codes
 from paligemma.tiny.recipe.joint_training import JointModel, prompt_batches
 from paligemma.tiny.recipe.pieces import PieceOver, until
-from paligemma.tiny.recipe.settings import FIRST, SECOND, Recipe, for_device, remember
+from paligemma.tiny.recipe.settings import FIRST, RECIPES, SECOND, Recipe, for_device, remember
 from paligemma.tiny.recipe.shards import (
     Shard,
     make_room,
@@ -34,6 +34,7 @@ from paligemma.tiny.recipe.train import codec_steps, train
 from paligemma.tiny.recipe.vision_pretraining import SceneBatches, Vision, validate_vision, vision_loss
 from paligemma.tiny.rows import READING
 from paligemma.tiny.varied import render_varied
+from paligemma.tiny.world import SHIPPED
 from paligemma.train import distributed, loop
 from paligemma.train.interruption import stop_signals
 from paligemma.train.loop import TrainConfig
@@ -69,8 +70,9 @@ def codec(folder):
 # --- settings ---------------------------------------------------------------------------------------
 
 
-def test_the_first_recipe_is_that_of_the_model_that_ships():
-    config, shipped = FIRST.model_config(build_tokenizer()), paligemma.load("tiny", device="cpu").model.config
+def test_the_model_that_ships_is_of_the_recipe_of_its_world():
+    shipped = paligemma.load("tiny", device="cpu").model.config
+    config = RECIPES[SHIPPED].model_config(build_tokenizer(SHIPPED))
     assert config.vision_config == shipped.vision_config
     assert config.text_config == shipped.text_config
 
