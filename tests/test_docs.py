@@ -70,9 +70,8 @@ def test_every_command_and_option_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_script_and_module_is_there_and_has_the_options_it_is_given(page):
-    called = re.findall(
-        r"\b(?:python|torchrun)3?\b([^`\n#]*?)(-m paligemma\.[.\w]+|(?:\w+/)+\w+\.py)([^`\n#]*)", page.read_text("utf-8")
-    )
+    script_or_module = r"(-m paligemma\.[.\w]+|(?:\w+/)+\w+\.py)"
+    called = re.findall(rf"\b(?:python|torchrun)3?\b([^`\n#]*?){script_or_module}([^`\n#]*)", page.read_text("utf-8"))
     for _, name, rest in called:
         script = ROOT / (name.removeprefix("-m ").replace(".", "/") + ".py" if name.startswith("-m") else name)
         assert script.is_file(), f"{page.name}: {name}"
