@@ -1,5 +1,6 @@
 """Clients that leave, times that run out, and more clients than places."""
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -42,10 +43,14 @@ def held(pg, monkeypatch):
         gate.set()
 
 
-def begin(server, body):
-    """Sends a request and returns the open connection."""
+def begin(server, body, **options):
+    """Sends a request and returns the open connection. options: of its socket."""
     content = json.dumps(body).encode()
-    connection = socket.create_connection(server.address, timeout=20)
+    connection = socket.socket()
+    connection.settimeout(20)
+    for name, value in options.items():
+        connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+    connection.connect(server.address)
     head = f"POST {URL} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
@@ -171,17 +176,23 @@ def test_tokens_without_text_are_no_reason_to_be_silent(pg, monkeypatch):
 
 
 def test_a_client_that_does_not_read_holds_nobody_up(pg):
-    """Its connection is full, and its time runs out; its neighbours are answered."""
-    with running(pg, timeout=1.5) as server, server.client() as client:
-        lazy = socket.create_connection(server.address)
-        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        body = json.dumps(chat("detect book ; house", stream=True, logprobs=True)).encode()
-        head = (
-            f"POST {URL} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        lazy.sendall(head.encode() + b"\r\n\r\n" + body)
+    """Its connection is full before its answer is written; its time runs out, and its neighbours are answered."""
+    long = {"choice": [" ".join(["dog"] * 880)]}  # 130 kB, more than a server keeps of what is not read
+    body = chat(stream=True, logprobs=True, structured_outputs=long, max_tokens=900)
+    with running(pg, timeout=6, max_new_tokens=900) as server, server.client() as client:
+        server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have the same
+        lazy = begin(server, body, SO_RCVBUF=2048)
+        wait_until(lambda: server.service.taken == 1 and len(server.service.engine.running) == 1)
+        wait_until(lambda: not server.service.engine.running)
+        assert server.service.taken == 1  # the row is done, and its reply waits for the client
         assert client.post(URL, json=chat()).status_code == 200
         wait_until(lambda: server.service.taken == 0)
+        lazy.settimeout(0.5)
+        received = b""
+        with contextlib.suppress(TimeoutError):
+            while part := lazy.recv(2**16):
+                received += part
+        assert b'"code":"timeout"' in received and b"[DONE]" not in received
         lazy.close()
 
 
