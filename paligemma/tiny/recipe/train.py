@@ -144,6 +144,7 @@ class _Run:
     def joint(self, minutes: float, folder: str, last: Path | None = None, end: float = float("inf")) -> None:
         """last: the checkpoint of an earlier run of this stage to start from."""
         self.log("joint training")
+        distributed.barrier()  # the first process has written stage 1 by now
         weights, vision = remembered_start(self.out), None
         if last is not None:
             weights = checkpointing.load(last)["average"]
