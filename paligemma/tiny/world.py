@@ -8,9 +8,9 @@ Splits. "train", "val" and "test" have the same distribution. The seed of a scen
 classes and 1/9 of the pairs of class and tint, chosen by a hash of their names, appear in "heldout" only, where every
 scene has at least one of them. "twemoji" is like "test" in another artist's drawings, which no other split shows.
 
-Two worlds. All of this is world 1. World 2 has the same names, prompts and
-rules, but six artists, more variety in everything that is drawn, and degraded pictures (`varied.render_varied`). Its
-splits are "train", "val", "test", "heldout", and "emojione" for the artist that is kept for tests.
+Two worlds. All of this is world 1. World 2 has the same names, prompts and rules, but six artists, more variety in
+everything that is drawn, and degraded pictures (`varied.render_varied`). Its splits are "train", "val", "test",
+"heldout", and "emojione" for the artist that is kept for tests.
 
 Random numbers come from NumPy's PCG64, so a seed gives the same scene on every machine.
 """

@@ -442,7 +442,11 @@ def test_tiny_is_the_small_world_whatever_lies_here(paligemma, folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--data", "tiny:moon"], 2, "expected tiny, tiny:val, tiny:heldout or tiny:"),
+        (
+            ["--data", "tiny:moon", "--world", "1"],
+            2,
+            "expected tiny, tiny:val, tiny:heldout or tiny:twemoji in world 1",
+        ),
         (["--data", "tiny:twemoji", "--world", "2"], 2, "tiny:heldout or tiny:emojione in world 2"),
         (["--data", "tiny:emojione", "--world", "1"], 2, "tiny:heldout or tiny:twemoji in world 1"),
         (["--data", "tiny", "--task", "vqa"], 2, "has its own tasks"),
