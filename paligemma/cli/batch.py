@@ -205,7 +205,7 @@ def parsed_max_errors(text: str) -> tuple[float, bool]:
 
 
 def parsed_part(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise typer.BadParameter(f"--part is {text!r}, expected i/n, such as 1/4 for the first of four")
     return int(found[1]), int(found[2])
@@ -357,7 +357,7 @@ def show_estimate(
         answer = How(threads_of_each(workers, threads)).loaded(settings)
         found = estimate(count, sample, settings, answer, workers, part)
     say(f"{found['rows']:,} rows in {found['shards']:,} shards")
-    if found["asked"]:
+    if found["rows"] and found["asked"]:
         say(f"{found['asked']} of them answered to see how long it takes, {found['failed']} failed")
         say(f"about {found['seconds_per_row']:.3g} s a row, {duration(found['seconds'])} with {found['workers']} "
             f"workers, {found['bytes'] / 1e6:.3g} MB of answers")  # fmt: skip

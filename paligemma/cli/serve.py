@@ -107,7 +107,7 @@ def serve(
         name=name or default_name(model), embedded=model == "tiny", api_key=key,
         hosts=tuple(dict.fromkeys([*LOCAL_HOSTS, own_name.lower(), *allowed])),
         origins=tuple(checked_origin(origin) for origin in cors or []),
-        image_domains=tuple(checked_name("--image-urls", domain) for domain in image_urls or []),
+        image_domains=tuple(checked_name("--image-urls", domain).strip("[]") for domain in image_urls or []),
         max_rows=max_rows, max_queue=max_queue, queue_timeout=queue_timeout, timeout=timeout, grace=grace,
         max_body=max_body, max_pixels=max_pixels, max_images=max_images, max_new_tokens=max_new_tokens,
         cache_memory=cache_memory, image_cache=image_cache, prefill_every=prefill_every, threads=threads,
@@ -184,7 +184,7 @@ def is_loopback(host: str) -> bool:
 
 def checked_name(option: str, host: str) -> str:
     """The name of a machine, which holds at every port."""
-    if not re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[^\s/:@?#\[\]]+", host):
+    if not re.fullmatch(r"\[[0-9a-fA-F:.]+\]|[\w.-]+", host):
         raise typer.BadParameter(
             f"{option} is {host!r}, expected a name alone, such as example.org or [::1]: leave out scheme and port"
         )

@@ -271,6 +271,7 @@ def test_wrong_usage(tmp_path, monkeypatch):
         (["--cors", "example.org"], "expected an origin"),
         (["--allow-host", "example.org:8443"], "leave out scheme and port"),
         (["--allow-host", "https://example.org"], "leave out scheme and port"),
+        (["--allow-host", "*.example.org"], "expected a name alone"),
         (["--image-urls", "https://example.org/a"], "leave out scheme and port"),
         (["--port", "70000"], "65535"),
         (["--loc-scale", "5"], "1024 or 1023"),
