@@ -57,9 +57,7 @@ def read_request(record: Mapping[str, Any], place: str) -> tuple[str, str, list[
         raise ValueError(f"{place}: body.max_tokens and max_completion_tokens differ: leave one of them out")
     name = record["custom_id"]
     if type(name) not in (str, int) or name == "":
-        raise ValueError(
-            f"{place}: custom_id is {repr(name)[:60]}, expected a string or a whole number"
-        )
+        raise ValueError(f"{place}: custom_id is {repr(name)[:60]}, expected a string or a whole number")
     prompt, pictures = _message(body.get("messages"), place)
     return str(name), prompt, pictures, options
 
