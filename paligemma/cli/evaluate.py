@@ -40,7 +40,7 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="tiny, tiny:val, tiny:heldout, tiny:twemoji (the small world; in world 2 tiny:emojione; a folder of "
+            help="tiny, tiny:val, tiny:heldout, tiny:emojione (the small world; in world 1 tiny:twemoji; a folder of "
             "this name is ./tiny), your rows, or a benchmark's folder."
         ),
     ] = "tiny",

@@ -23,7 +23,7 @@ from itertools import combinations
 
 import numpy as np
 
-SHIPPED = 1  # the world of the model that ships; commands work in it unless --world says otherwise
+SHIPPED = 2  # the world of the model that ships; commands work in it unless --world says otherwise
 
 CLASSES = (
     "dog", "cat", "horse", "cow", "pig", "sheep", "elephant", "rabbit", "bird", "duck", "owl", "penguin", "fish",

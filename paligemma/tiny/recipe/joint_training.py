@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--folder", default="joint-01", help="of this run, inside --out")
     parser.add_argument("--weights", type=Path, help="checkpoint of stage 2 to start from")
     parser.add_argument("--vision-weights", type=Path, help="checkpoint with a better vision tower")
-    parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
+    parser.add_argument("--world", type=int, choices=(1, 2), default=world.SHIPPED, help="whose recipe")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vision-lr", type=float, default=0.2, help="as a share of --lr")
     parser.add_argument("--auxiliary", type=float, default=0.4, help="weight of the patch heads' loss")

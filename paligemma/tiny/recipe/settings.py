@@ -1,7 +1,7 @@
 """What a recipe decides: the world, the size of the pictures and of the model, the batches.
 
-`FIRST` made the model that ships. `SECOND` is for world 2: larger pictures, because at 128 pixels a letter is 8 pixels
-wide, and a second model may have 30 MB. A trial is one of these with a field replaced.
+`SECOND` made the model that ships. `FIRST` made the one before, in world 1, with pictures of 128 pixels, where a letter
+is 8 pixels wide. A trial is one of these with a field replaced.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where the shards are written")
     parser.add_argument("--shards", type=int, default=200, help="how many")
     parser.add_argument("--first", type=int, default=0, help="number of the first")
-    parser.add_argument("--world", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--world", type=int, choices=(1, 2), default=world.SHIPPED)
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     write_shards(args.folder, range(args.first, args.first + args.shards), RECIPES[args.world], args.processes)

@@ -2,9 +2,9 @@
 
     paligemma tiny train --minutes 60                      # or: python -m paligemma.tiny.recipe.train --minutes 60
     torchrun --nproc-per-node 2 -m paligemma.tiny.recipe.train --minutes 60
-    paligemma tiny train --world 2 --minutes 55 --in-all 600 --out runs/second     # the first of eleven pieces
-    paligemma tiny train --world 2 --minutes 60 --out runs/second --device cuda
-    paligemma tiny train --world 2 --from tiny --minutes 60 --in-all 240 --out runs/second   # from another model
+    paligemma tiny train --minutes 55 --in-all 600                    # the first of eleven pieces of one training
+    paligemma tiny train --minutes 60 --device cuda
+    paligemma tiny train --from tiny --minutes 60 --in-all 240 --out runs/third       # begin with another model
 
 Every stage keeps its state in the output folder and resumes where it stopped; running the command again continues the
 training. docs/tiny.md says what was tried and what it gave.
@@ -34,6 +34,7 @@ from paligemma.tiny.recipe.shards import make_room, rendering_beside, shard_numb
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.vision_pretraining import train_vision
 from paligemma.tiny.recipe.warm_start import remember_start, remembered_start
+from paligemma.tiny.world import SHIPPED
 from paligemma.train import checkpointing, distributed
 from paligemma.weights.saving import save_pretrained
 
@@ -213,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded model from scratch, or resume.")
     parser.add_argument("--minutes", type=float, default=60.0, help="time of this run")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder for state, log and checkpoint")
-    parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
+    parser.add_argument("--world", type=int, choices=(1, 2), default=SHIPPED, help="whose recipe")
     parser.add_argument("--in-all", type=float, help="minutes of the whole training that this run is a piece of")
     parser.add_argument("--from", dest="start", metavar="MODEL", help="begin with the weights of this model")
     parser.add_argument("--device", default="cpu")

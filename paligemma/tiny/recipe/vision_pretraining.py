@@ -396,7 +396,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the vision model on what every patch shows.")
     parser.add_argument("--out", type=Path, required=True, help="folder for state and log")
     parser.add_argument("--scenes", type=Path, required=True, help="folder with shards")
-    parser.add_argument("--world", type=int, choices=(1, 2), default=1, help="whose recipe")
+    parser.add_argument("--world", type=int, choices=(1, 2), default=world.SHIPPED, help="whose recipe")
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--decay-from", type=float, default=0.6)

@@ -1,6 +1,6 @@
 """Begin where another embedded model stands: its weights, carried over to a new world and to larger pictures.
 
-    paligemma tiny train --world 2 --from tiny --out runs/second --minutes 60 --in-all 240
+    paligemma tiny train --from tiny --out runs/third --minutes 60 --in-all 240
 
 What fits is copied. The table of positions is resized to the new grid, and embeddings go by token, since two worlds
 have two vocabularies: a token that is new begins as the mean of the pieces that its text had before. The patch heads
