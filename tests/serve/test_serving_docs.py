@@ -56,6 +56,22 @@ def test_the_options_are_those_of_the_command():
     assert options - shared <= named
 
 
+def test_the_table_of_fields_is_that_of_the_endpoints():
+    """Each field of the native endpoints, and no other; `labels` of detect and segment alone, and so on."""
+    from paligemma.serve.openapi import schemas
+    from paligemma.serve.settings import Settings
+
+    known, endpoints = schemas(Settings()), ("answer", "detect", "segment", "explore")
+    table = DOCS.split("## Fields of a request")[1].split("\n## ")[0]
+    fields = {name: set() for name in endpoints}
+    for field, of in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, re.M):
+        named = {"all": endpoints, "all but explore": endpoints[:-1]}.get(of, of.split(", "))
+        for name in named:
+            fields[name].add(field)
+    schema = {"answer": "Answer", "detect": "Detect", "segment": "Detect", "explore": "Explore"}
+    assert fields == {name: set(known[schema[name]]["properties"]) for name in endpoints}
+
+
 def dockerfile():
     """(instruction, argument) of each line of the Dockerfile."""
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
