@@ -24,7 +24,7 @@ from sphinx.application import Sphinx
 import paligemma
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("examples/*.py"))]
+SHOWN = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("examples/*.py"))]
 SHOWN += [path for pattern in ("*.py", "*.md", "*.h", "*.cpp") for path in sorted((ROOT / "paligemma").rglob(pattern))]
 
 # ---------------------------------------------------------------------------------------------- source pages

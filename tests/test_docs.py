@@ -80,6 +80,18 @@ def test_every_script_and_module_is_there_and_has_the_options_it_is_given(page):
             assert f'"--{option}"' in source, f"{page.name}: {name} has no --{option}"
 
 
+def test_every_extra_is_explained():
+    """The table in docs/README.md has a row for each extra of pyproject.toml, with the packages that it names."""
+    section = (ROOT / "pyproject.toml").read_text("utf-8").split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    extras = dict(re.findall(r"^(\w+) = \[(.*?)\]$", section, re.M | re.S))
+    page = (ROOT / "docs" / "README.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.M))
+    assert list(rows) == list(extras)
+    for extra in extras.keys() - {"test"}:  # of which the table names the most important packages alone
+        packages = re.findall(r'"([\w-]+)', extras[extra])
+        assert sorted(re.sub(r" \(.*?\)", "", rows[extra]).split(", ")) == sorted(packages), extra
+
+
 # Run elsewhere: the course's snippets by test_course.py, those that need a server by tests/serve/test_serving_docs.py.
 RUN_HERE = [page for page in PAGES if page.parent.name != "course" and page.name != "serving.md"]
 
