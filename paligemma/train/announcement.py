@@ -76,7 +76,8 @@ def how_long(options: TrainOptions, rows: int, steps: int) -> str:
         length = f"{options.minutes:g} minutes"
     else:
         counted = "1 step" if steps == 1 else f"{steps:,} steps"
-        length = f"{counted} ({steps * options.batch / rows:.2g} epochs)"
+        epochs = steps * options.batch / rows
+        length = f"{counted} ({epochs:.2g} epochs)" if epochs < 10 else f"{counted} ({epochs:,.0f} epochs)"
         if options.minutes is not None:
             length += f", at most {options.minutes:g} minutes"
     return f"{length} of {options.batch} rows"
