@@ -52,7 +52,8 @@ class Video:
         self.path = path
         self.lock = Lock()  # several threads open pictures, and a decoder can serve one at a time
         self.frames: Iterator[Any] = iter(())
-        self.last: Any = None
+        self.last: Any = None  # the frame that was shown last
+        self.ahead: Any = None  # the one after it, where it was decoded already
         base, start = self.stream.time_base, self.stream.start_time or 0
         self.start = float(start * base)
         if self.stream.duration:
@@ -70,13 +71,16 @@ class Video:
         try:
             if self.last is None or not -1e-6 <= time - self._time(self.last) < 5:
                 self._seek(time)
-            for frame in self.frames:
+            while (frame := self.ahead or next(self.frames, None)) is not None:
+                self.ahead = frame
                 if self._time(frame) > time + 1e-6:
-                    self.frames = _chain(frame, self.frames)
                     break
-                self.last = frame
-        except self.error as error:
-            raise ValueError(f"{self.path} is damaged near {time:.3f} s: {error}") from None
+                self.last, self.ahead = frame, None
+        except Exception as error:
+            self.last = None  # the decoder has ended here: later frames are looked for from a key frame on
+            if isinstance(error, self.error):
+                raise ValueError(f"{self.path} is damaged near {time:.3f} s: {error}") from None
+            raise
         if self.last is None:
             raise ValueError(f"{self.path} has no frame at {time:.3f} s")
         picture: Image.Image = self.last.to_image()
@@ -85,12 +89,8 @@ class Video:
     def _seek(self, time: float) -> None:
         target = int((time + self.start) / self.stream.time_base)
         self.container.seek(target, stream=self.stream, backward=True)  # to the key frame before it
-        self.frames, self.last = self.container.decode(self.stream), None
+        self.frames = self.container.decode(self.stream)
+        self.last = self.ahead = None
 
     def _time(self, frame: Any) -> float:
         return float(frame.pts * self.stream.time_base) - self.start
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest

@@ -198,6 +198,8 @@ def pyav(monkeypatch):
         def decode(self, stream):
             for number in range(self.position, 25):
                 time.sleep(1e-4)  # other threads run meanwhile, as they do while FFmpeg decodes
+                if "damaged" in self.path and number == 15:
+                    raise FFmpegError("invalid data")
                 yield frame(number)
 
         def close(self):
@@ -230,6 +232,23 @@ def test_two_threads_take_frames_of_one_video(pyav):
     with ThreadPoolExecutor(2) as pool:
         pictures = list(pool.map(lambda row: open_picture(row.image), rows))
     assert [picture.getpixel((0, 0))[0] for picture in pictures] == list(range(25))
+
+
+def test_a_frame_may_be_asked_for_any_number_of_times(pyav):
+    video = videos.open_video("x.mp4")
+    assert {video.frame_at(0.25).getpixel((0, 0))[0] for _ in range(1500)} == {2}
+    assert video.frame_at(0.4).getpixel((0, 0))[0] == 4
+    assert len(pyav) == 1
+
+
+def test_damage_in_a_video_concerns_the_frames_up_to_the_next_key_frame(pyav):
+    """None of them is answered with an earlier frame."""
+    video = videos.open_video("damaged.mp4")
+    assert [video.frame_at(time).getpixel((0, 0))[0] for time in (1.2, 1.3)] == [12, 13]
+    for moment in (1.5, 1.6, 1.9):
+        with pytest.raises(ValueError, match=rf"damaged near {moment}00 s: invalid data"):
+            video.frame_at(moment)
+    assert video.frame_at(2.1).getpixel((0, 0))[0] == 21
 
 
 def test_what_is_wrong_with_a_video_is_said(pyav, monkeypatch):
