@@ -112,10 +112,9 @@ def explore(
     import torch
 
     from paligemma.explore import flow, look, page
-    from paligemma.explore.stages import duration
+    from paligemma.explore.stages import duration, many_passes_are_quick
     from paligemma.images import load_image
     from paligemma.inference import load
-    from paligemma.weights.published import published_name
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -126,11 +125,11 @@ def explore(
         wanted = "float32" if dtype is None and quantize is None and model == "tiny" else dtype
         pg = load(model, device, wanted, quantize, revision, image_size)
     found = look(pg, picture, prompt, answer)
-    small = published_name(pg.model.config) is None or pg.model.device.type == "cuda"
-    wants_knock_out = coarse or (small if knock_out is None else knock_out)
-    with_routes = small or bool(knock_out)
+    quick = many_passes_are_quick(pg)
+    wants_knock_out = coarse or (quick if knock_out is None else knock_out)
+    with_routes = quick or bool(knock_out)
     grid = min(COARSE, found.grid) if coarse else None
-    if not small and knock_out is not False:
+    if not quick and knock_out is not False:
         one = found.picture[0] if isinstance(found.picture, tuple) else found.picture
         passes = found.images * (grid or found.grid) ** 2
         time = f"{passes:,} passes of the model, {duration(flow(pg, one, prompt), passes)}"

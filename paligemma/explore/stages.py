@@ -19,6 +19,7 @@ from paligemma.modeling_gemma import GemmaForCausalLM, GemmaModel, PaliGemmaForC
 from paligemma.modeling_gemma import PaliGemmaMultiModalProjector as Projector
 from paligemma.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.weights.published import published_name
 
 ROOT = Path(images.__file__).parent
 
@@ -109,6 +110,12 @@ def duration(stages: list[Stage], passes: int) -> str:
     if seconds < 90:
         return f"about {max(1, round(seconds))} s"
     return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def many_passes_are_quick(pg: PaliGemma) -> bool:
+    """Whether knock-outs and routes, hundreds of passes, are computed unasked: not for a published size on a CPU, where
+    they take the better part of an hour."""
+    return published_name(pg.model.config) is None or pg.model.device.type == "cuda"
 
 
 def _shape(tensor: Tensor) -> torch.Size:

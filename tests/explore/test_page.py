@@ -191,7 +191,7 @@ def test_coarse_knock_outs_are_of_blocks_and_the_page_says_so(tmp_path):
 
 @pytest.mark.parametrize("choice, said", [([], 1), (["--no-knock-out"], 1), (["--coarse"], 1)])
 def test_of_an_official_size_it_is_said_once_what_is_not_computed(choice, said, tmp_path, monkeypatch):
-    monkeypatch.setattr("paligemma.weights.published.published_name", lambda config: "an official one")
+    monkeypatch.setattr("paligemma.explore.stages.published_name", lambda config: "an official one")
     done = command("caption en", SCENE, "--out", str(tmp_path / "a.html"), "--answer", "a green", *choice)
     assert done.exit_code == 0 and done.stderr.count("routes") == said
     assert len(re.findall(r"about \d+ s", done.stderr)) == 1  # how long they take

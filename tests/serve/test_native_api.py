@@ -10,6 +10,7 @@ from PIL import Image
 from serving import SCENE, data_url, error_of, png, running
 
 from paligemma.answers.formats import outline, rle_decode
+from paligemma.serve.exploring import make_page
 
 IMAGE = data_url()
 
@@ -172,6 +173,14 @@ def test_the_page_that_looks_inside(client):
         "img-src data: blob:"
     )
     assert error_of(client.get("/explored/guessed"))[0] == 404
+
+
+def test_the_page_of_an_official_size_has_no_routes(pg, monkeypatch):
+    """Hundreds of passes on the engine's thread, for which all rows would wait."""
+    monkeypatch.setattr("paligemma.explore.stages.published_name", lambda config: "an official one")
+    monkeypatch.setattr("paligemma.explore.rendering.routes_of", None)
+    page = make_page(pg, [Image.open(io.BytesIO(SCENE)).convert("RGB")], "answer en how many dogs are there ?")
+    assert b"not computed: each takes a pass of the model for every layer" in page
 
 
 def test_pages_are_kept_for_a_while(pg):
