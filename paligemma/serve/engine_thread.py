@@ -161,15 +161,21 @@ class EngineThread:
         if ticket is not None and not job.ended:
             ticket.cancel()
 
-    async def call(self, function: Callable[[PaliGemma], T]) -> T:
-        """Runs a function of the model between two steps. Rows wait meanwhile; none is inside the model."""
+    def call(self, function: Callable[[PaliGemma], T]) -> Future[T]:
+        """Runs a function of the model between two steps. Rows wait meanwhile; none is inside the model. What has not
+        begun can be cancelled, and is forgotten then with all that it holds."""
         future: Future[T] = Future()
         with self._changed:
             if self.state != "ok":
                 raise unavailable(self.state)
             self._calls.append((function, future))
             self._changed.notify()
-        return await asyncio.wrap_future(future)
+        future.add_done_callback(self._forget_call)
+        return future
+
+    def _forget_call(self, future: Future[Any]) -> None:
+        with self._changed:
+            self._calls = deque(call for call in self._calls if call[1] is not future)
 
     @property
     def waiting(self) -> int:
@@ -251,8 +257,11 @@ class EngineThread:
             return not self._stopping
 
     def _do_calls(self) -> None:
-        while self._calls:
-            function, future = self._calls.popleft()
+        while True:
+            with self._changed:
+                if not self._calls:
+                    return
+                function, future = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

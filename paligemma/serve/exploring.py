@@ -7,6 +7,7 @@ model for every patch, and with routes, some hundred passes, only where these ar
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from pathlib import Path
 
@@ -32,10 +33,13 @@ async def explore(service: Service, ask: Ask) -> str:
     try:
         sources = await service.contents(ask.sources)
         pictures = await service.in_worker(decode_all, sources, service.settings.most_pixels)
-        page = await service.engine.call(lambda pg: make_page(pg, pictures, ask.prompt))
-    finally:
+        made = service.engine.call(lambda pg: make_page(pg, pictures, ask.prompt))
+    except BaseException:
         service.exploring = False
-    return service.keep_explored(page)
+        raise
+    # Not when this request ends: a page that is being made goes on when its client has left.
+    made.add_done_callback(lambda _: setattr(service, "exploring", False))
+    return service.keep_explored(await asyncio.wrap_future(made))
 
 
 def decode_all(sources: list[Source], most_pixels: int) -> list[Image.Image]:

@@ -43,7 +43,7 @@ def held(pg, monkeypatch):
         gate.set()
 
 
-def begin(server, body, **options):
+def begin(server, body, path=URL, **options):
     """Sends a request and returns the open connection. options: of its socket."""
     content = json.dumps(body).encode()
     connection = socket.socket()
@@ -51,7 +51,7 @@ def begin(server, body, **options):
     for name, value in options.items():
         connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
     connection.connect(server.address)
-    head = f"POST {URL} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
 
@@ -95,6 +95,41 @@ def test_a_client_that_leaves_while_its_row_runs(held, pg, stream, phase):
         content = neighbour.result().json()["choices"][0]["message"]["content"]
         assert content == pg.generate(SCENE, "detect book ; house", 512, constrained=True).text
     assert "paligemma_cancelled_total 1.0" in service.metrics.text().decode()
+
+
+def test_a_page_whose_client_has_left_is_still_the_only_one_that_is_made(pg, monkeypatch):
+    began, gate = threading.Event(), threading.Event()
+
+    def make_page(*_):
+        began.set()
+        assert gate.wait(20)
+        return b"<p>page</p>"
+
+    monkeypatch.setattr("paligemma.serve.exploring.make_page", make_page)
+    with running(pg) as server, server.client() as client:
+        explore = {"image": data_url(), "prompt": "caption en"}
+        leaving = begin(server, explore, path="/v1/explore")
+        assert began.wait(20)
+        leaving.close()
+        wait_until(lambda: server.service.taken == 0)
+        assert error_of(client.post("/v1/explore", json=explore))[:2] == (429, "exploring")
+        gate.set()
+        wait_until(lambda: not server.service.exploring)
+        assert client.post("/v1/explore", json=explore).status_code == 200
+
+
+def test_a_page_that_waits_is_forgotten_with_its_pictures_when_its_client_leaves(pg):
+    gate = threading.Event()
+    with running(pg) as server:
+        engine = server.service.engine
+        before = engine.call(lambda _: gate.wait(20))
+        wait_until(before.running)
+        leaving = begin(server, {"image": data_url(), "prompt": "caption en"}, path="/v1/explore")
+        wait_until(lambda: len(engine._calls) == 1)
+        leaving.close()
+        wait_until(lambda: not server.service.exploring)
+        assert not engine._calls
+        gate.set()
 
 
 def test_more_clients_than_places(held):
