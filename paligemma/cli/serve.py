@@ -116,7 +116,12 @@ def serve(
     )  # fmt: skip
 
     def load() -> PaliGemma:
-        return load_for_serving(model, device, dtype, quantize, revision, image_size, loc_scale, device_map)
+        from paligemma.serve.loading import load_for_serving
+
+        return load_for_serving(
+            model, note, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
+            loc_scale=loc_scale, device_map=device_map,
+        )  # fmt: skip
 
     raise typer.Exit(run(load, settings, host, port, uds))
 
@@ -132,23 +137,6 @@ def run(load: object, settings: Settings, host: str, port: int, uds: Path | None
     finally:
         if uds is not None:
             uds.unlink(missing_ok=True)
-
-
-def load_for_serving(
-    model: str, device: str | None, dtype: str | None, quantize: str | None, revision: str | None,
-    image_size: int | None, loc_scale: int, device_map: str | None,
-) -> PaliGemma:  # fmt: skip
-    from paligemma.inference import load
-
-    pg = load(
-        model, device=device, dtype=dtype, quantize=quantize, revision=revision, image_size=image_size,
-        loc_scale=loc_scale, device_map=device_map,
-    )  # fmt: skip
-    try:
-        _ = pg.codec  # an official checkpoint's is downloaded: not in the middle of a request
-    except (OSError, ValueError, ImportError) as error:
-        note(f"note: segments will have no masks: {error}")
-    return pg
 
 
 # ------------------------------------------------------------------------------------------------ checks

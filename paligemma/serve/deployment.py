@@ -13,6 +13,7 @@ The class is made when it is first asked for, because ray is an extra and takes 
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -21,15 +22,15 @@ from typing import Any
 def deployment() -> Any:
     from ray import serve
 
-    from paligemma.inference import load
     from paligemma.serve.app import create_app
+    from paligemma.serve.loading import load_for_serving
     from paligemma.serve.settings import Settings
 
     @serve.deployment(name="PaliGemma", max_ongoing_requests=1_000, health_check_period_s=5)
     @serve.ingress()
     class Deployment:
-        """model, device, dtype, quantize: as in `paligemma.load`. settings: the fields of `Settings`, such as api_key
-        and hosts (what the Host header may say; the proxy passes it on)."""
+        """model, device, dtype, quantize, revision, image_size, loc_scale: as in `paligemma.load`. settings: the fields
+        of `Settings`, such as api_key and hosts (what the Host header may say; the proxy passes it on)."""
 
         def __init__(
             self,
@@ -37,9 +38,15 @@ def deployment() -> Any:
             device: str | None = None,
             dtype: str | None = None,
             quantize: str | None = None,
+            revision: str | None = None,
+            image_size: int | None = None,
+            loc_scale: int = 1024,
             **settings: Any,
         ) -> None:
-            pg = load(model, device, dtype, quantize)
+            pg = load_for_serving(
+                model, lambda text: print(text, file=sys.stderr, flush=True), device=device, dtype=dtype,
+                quantize=quantize, revision=revision, image_size=image_size, loc_scale=loc_scale,
+            )  # fmt: skip
             named = {"name": model, "embedded": model == "tiny", **settings}
             self.server = create_app(lambda: pg, Settings(**named))
 

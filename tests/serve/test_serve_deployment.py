@@ -4,15 +4,33 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from serving import SCENE, chat
 
-pytestmark = pytest.mark.slow
+import paligemma
+from paligemma.answers.mask_codec import MaskCodec
+from paligemma.serve.deployment import deployment
+
 URL = "/v1/chat/completions"
+
+
+def test_a_replica_loads_what_the_command_loads(pg, monkeypatch):
+    """With the mask codec, which is downloaded for an official checkpoint. Without ray, whose decorators wrap it."""
+    as_it_is = SimpleNamespace(deployment=lambda **_: lambda one: one, ingress=lambda: lambda one: one)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=as_it_is))
+    official, asked = paligemma.PaliGemma(pg.model, pg.processor), []
+    monkeypatch.setattr("paligemma.serve.loading.load", lambda model, **options: asked.append(options) or official)
+    monkeypatch.setattr(MaskCodec, "load", lambda *_: pg.codec)
+    options = {"revision": "float16", "image_size": 448, "loc_scale": 1023}
+    deployment.__wrapped__()("tiny", "cpu", **options)
+    assert official.loaded_codec is pg.codec
+    assert asked == [{**options, "device": "cpu", "dtype": None, "quantize": None}]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +55,7 @@ def address():
         ray.shutdown()
 
 
+@pytest.mark.slow
 def test_two_replicas_one_killed(address, pg):
     expected = pg.generate(SCENE, "caption en").text
     with httpx.Client(base_url=address, headers={"authorization": "Bearer key"}, timeout=60) as client:
