@@ -31,6 +31,9 @@ from paligemma.files import read_json, write_json
 
 RUN, ROWS, SUMMARY, SETUP = "run.json", "rows.jsonl", "summary.json", "setup.lease"
 
+# How the two files are called while they are written, the second by `files.written_whole`.
+BEGUN = f".{ROWS}.", f".{Path(RUN).stem}."
+
 
 class AnotherRun(ValueError):
     """The folder holds a run with other options, weights or rows."""
@@ -149,7 +152,7 @@ def _check_place(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, expected a folder to write the run to")
     if path.is_dir():
-        ours = (RUN, ROWS, SETUP, "parts", "work", f".{ROWS}", f"{SETUP}.", ".probe")
+        ours = (RUN, ROWS, SETUP, "parts", "work", f"{SETUP}.", ".probe", *BEGUN)
         strange = [entry.name for entry in os.scandir(path) if not entry.name.startswith(ours)]
         if strange and not (path / RUN).exists():
             raise FileExistsError(
@@ -163,8 +166,9 @@ def _begin(path: Path, about: Mapping[str, Any], shard_size: int, listed: Callab
 
     from paligemma import __version__
 
-    for left in path.glob(f".{ROWS}.*"):  # of a process that was killed while it listed
-        left.unlink(missing_ok=True)
+    for beginning in BEGUN:  # of a process that was killed here
+        for left in path.glob(f"{beginning}*"):
+            left.unlink(missing_ok=True)
     beside = path / f".{ROWS}.{uuid.uuid4().hex}"
     try:
         count = write_list(beside, listed())

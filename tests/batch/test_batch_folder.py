@@ -144,11 +144,14 @@ def test_two_starters_list_once(tmp_path):
     assert folder.num_rows == 5 and len(listings) == 1 and "waiting" in notes[0]
 
 
-def test_a_starter_that_was_killed_while_it_listed_is_followed_by_another(tmp_path, gone):
+@pytest.mark.parametrize("left", [".rows.jsonl.half", ".run.elsewhere-99-0123456789ab.json"])
+def test_a_starter_that_was_killed_is_followed_by_another(left, tmp_path, gone):
+    """While it listed, or while it wrote run.json. A waiter that looks at this moment does not call the folder
+    another's."""
     folder = tmp_path / "run"
     folder.mkdir()
     leases.take(folder / "setup.lease", Holder("here", 99, ""))
-    (folder / ".rows.jsonl.half").write_bytes(b'{"id": "ro')
+    (folder / left).write_bytes(b'{"id": "ro')
     gone.add(99)
     assert open_run(folder, Settings("caption en"), MARKS, lambda: rows_of(5)).num_rows == 5
     assert sorted(path.name for path in folder.iterdir()) == ["parts", "rows.jsonl", "run.json", "work"]
