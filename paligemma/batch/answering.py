@@ -24,7 +24,7 @@ import torch
 
 from paligemma.answers.constraints import Constraint
 from paligemma.answers.parsing import NUM_LOC
-from paligemma.batch.drawings import draw_answer
+from paligemma.batch.drawings import copy_drawing, draw_answer
 from paligemma.batch.pictures import bytes_of, open_picture, places_of
 from paligemma.batch.rows import InputRow, Line, RowFailure, answered, failed, name_of
 from paligemma.batch.settings import Settings, budget_of, task_of
@@ -118,7 +118,7 @@ class AnswerRows:
             for one in opened:
                 if one.digest in self.remembered:
                     self.remembered.move_to_end(one.digest)
-                    ready.append((one, copied(self.remembered[one.digest], one.row)))
+                    ready.append((one, self.copied(self.remembered[one.digest], one.row)))
                 elif one.digest in copies:
                     copies[one.digest].append(one)
                 else:
@@ -130,12 +130,18 @@ class AnswerRows:
             yield one, line
             if one.digest is not None:
                 self.remembered[one.digest] = line
-                yield from ((other, copied(line, other.row)) for other in copies.pop(one.digest))
+                yield from ((other, self.copied(line, other.row)) for other in copies.pop(one.digest))
             while ready:
                 yield ready.popleft()
             while len(self.remembered) > REMEMBERED:
                 self.remembered.popitem(last=False)
         yield from ready
+
+    def copied(self, line: Line, row: InputRow) -> Line:
+        """The line of another row with the same answer, whose drawing is copied as well."""
+        if self.draw is not None and (line["detections"] or line["segments"]):
+            copy_drawing(self.draw, line["id"], row.id)
+        return {**line, "id": row.id, "image": name_of(row.image), "attempts": 1, "ms": 0}
 
     # ------------------------------------------------------------------------------------------ answering
 
@@ -338,11 +344,6 @@ def ahead(
     finally:
         for future in waiting:
             future.cancel()
-
-
-def copied(line: Line, row: InputRow) -> Line:
-    """The line of another row with the same answer."""
-    return {**line, "id": row.id, "image": name_of(row.image), "attempts": 1, "ms": 0}
 
 
 def seed_of(seed: int | None, name: str) -> int | None:

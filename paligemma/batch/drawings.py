@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,16 @@ def draw_answer(folder: Path, row: InputRow, answer: Answer, max_pixels: float |
     drawn = draw(picture, items, scale=max(1, -(-512 // max(picture.size))))
     with written_whole(drawing_path(folder, row.id)) as beside:
         drawn.save(beside)
+
+
+def copy_drawing(folder: Path, name: str, other: str) -> None:
+    """The drawing of the row `name`, if there is one, for another row with the same picture and answer too."""
+    from paligemma.files import written_whole
+
+    drawn = drawing_path(folder, name)
+    if drawn.exists():
+        with written_whole(drawing_path(folder, other)) as beside:
+            shutil.copyfile(drawn, beside)
 
 
 def drawing_path(folder: Path, name: str) -> Path:

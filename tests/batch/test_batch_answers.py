@@ -296,6 +296,15 @@ def test_drawings_keep_the_folders_of_ids(pg, tmp_path):
     ]  # fmt: skip
 
 
+def test_rows_that_are_answered_once_are_all_drawn(pg, tmp_path):
+    """Those that wait for the same answer, and those that find it there."""
+    rows = [InputRow(name, SCENE, "detect book", {"max_new_tokens": 40}) for name in ("a", "b", "x/c")]
+    answer = AnswerRows(pg, Settings(dedupe=True), tmp_path)
+    assert [line["id"] for some in (rows[:2], rows[2:]) for _, line in answer(some)] == ["a", "b", "x/c"]
+    drawn = [(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "x/c.png")]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
 @pytest.mark.parametrize(
     "name", ["../../etc/x", "/etc/x", "a/../../x", "..", "", "C:\\x", "n" * 900, "画" * 83 + ".jpg", "x\0"]
 )
