@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         export("tiny", Path(folder) / "out", weights, say=print)
         for name in ["pytorch", *weights]:
-            model = pg if name == "pytorch" else load_exported(Path(folder) / "out", name, codec=pg.codec)
+            model = pg if name == "pytorch" else load_exported(Path(folder) / "out", name)
             report = evaluate(model, tiny_examples(given.scenes), METRICS, progress=False)
             record["figures"][name] = {f"{one.task}/{one.name}": round(one.value, 4) for one in report.figures}
             print(name, record["figures"][name], flush=True)

@@ -34,6 +34,7 @@ def build(target: Path, modules: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "paligemma", "export", "tiny", str(target / "tiny"), "--weights", "q8"], check=True
     )
+    (target / "tiny" / "mask_codec.npz").unlink()  # the page draws boxes, no masks
 
 
 if __name__ == "__main__":

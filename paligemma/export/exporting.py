@@ -3,6 +3,7 @@
     exported/
       onnx/vision_encoder.onnx  embed_tokens.onnx  decoder_model_merged.onnx     and with a suffix for other weights
       config.json  generation_config.json  preprocessor_config.json  tokenizer.json  tokenizer_config.json
+      calibration.json  mask_codec.npz     where the checkpoint has them; for `load_exported`
 
 A file of ONNX holds 2 GB at most. What is larger lies beside it as NAME.onnx_data, and config.json says so, because
 transformers.js does not look for it otherwise. Weights are read and written one after the other, so the memory needed
@@ -82,7 +83,6 @@ def _save(model: ir.Model, path: Path) -> bool:
 
 def _write_processor(checkpoint: Checkpoint, folders: Sequence[Path], staging: Path) -> None:
     copy_companions(folders, staging)
-    (staging / "mask_codec.npz").unlink(missing_ok=True)
     if not all((staging / name).exists() for name in ("tokenizer.json", "preprocessor_config.json")):
         vision = checkpoint.config.vision_config
         tokenizer = load_tokenizer(next(folder for folder in folders if any(folder.glob("*tokenizer*"))))

@@ -22,22 +22,22 @@ from paligemma.answers.scores import CALIBRATION_FILE, Calibration
 from paligemma.export.graphs import GRAPHS
 from paligemma.export.storing import SUFFIXES
 from paligemma.files import read_json
-from paligemma.inference import PaliGemma
+from paligemma.inference import CODEC_FILE, PaliGemma
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaOutput
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
 
 
-def load_exported(
-    folder: str | Path, weights: str = "fp32", threads: int | None = None, codec: MaskCodec | None = None
-) -> PaliGemma:
-    """The exported model, with the methods of `paligemma.load`'s. codec: of masks; default the official one."""
+def load_exported(folder: str | Path, weights: str = "fp32", threads: int | None = None) -> PaliGemma:
+    """The exported model, with the methods of `paligemma.load`'s."""
     model = ExportedModel(Path(folder), weights, threads)
     vision = model.config.vision_config
     processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)
     if (calibrated := Path(folder) / CALIBRATION_FILE).exists():
         processor.calibration = Calibration.load(calibrated)
+    own_codec = Path(folder) / CODEC_FILE
+    codec = MaskCodec.load(own_codec) if own_codec.exists() else None
     return PaliGemma(model, processor, codec)  # type: ignore[arg-type]
 
 

@@ -25,13 +25,14 @@ from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
+from paligemma.weights.finding import TINY, open_model
 from paligemma.weights.published import published_config
 from paligemma.weights.saving import save_pretrained
 
 ir = pytest.importorskip("onnx_ir", reason="needs the extra `export`")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 
-from paligemma.export import checking, exporting, storing  # noqa: E402
+from paligemma.export import checking, exporting, runtime, storing  # noqa: E402
 from paligemma.export.graphs import Decoder, TokenEmbedding, VisionEncoder  # noqa: E402
 from paligemma.export.runtime import ExportedModel, load_exported  # noqa: E402
 
@@ -117,6 +118,16 @@ def test_wrong_usage_is_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="weights are int8, expected fp32, fp16, q8, q4"):
         exporting.export("tiny", tmp_path / "out", ["int8"])
     assert not (tmp_path / "out").exists()
+
+
+def test_codes_of_masks_are_decoded_by_the_codec_of_the_checkpoint(tmp_path, monkeypatch):
+    """It goes along, and is found again."""
+    checkpoint, folders = open_model(TINY)
+    exporting._write_processor(checkpoint, folders, tmp_path)
+    pg = paligemma.load("tiny")
+    monkeypatch.setattr(runtime, "ExportedModel", lambda *_: pg.model)
+    codec, codes = load_exported(tmp_path).loaded_codec, torch.arange(16)[None]
+    assert torch.equal(codec.decode(codes), pg.codec.decode(codes))
 
 
 def test_a_check_finds_logits_that_are_no_numbers(monkeypatch):
