@@ -262,7 +262,9 @@ def worked(
     from paligemma.batch.run import run_batch
     from paligemma.batch.worker import How
 
-    how = How(threads_of_each(workers, threads), None, part, draw and draw.absolute())
+    if ray in (None, "local"):  # this machine's cores say nothing of a cluster's, where each worker reserves one
+        threads = threads_of_each(workers, threads)
+    how = How(threads, None, part, draw and draw.absolute())
     begun_by = folder.about.get("versions", {}).get("paligemma")
     if begun_by != __version__:
         note(f"note: the run was begun by version {begun_by}, this is {__version__}")

@@ -13,12 +13,12 @@ import standins
 import typer
 from PIL import Image
 
-from paligemma.batch import run
+from paligemma.batch import on_ray, run
 from paligemma.batch.folder import RunFolder
 from paligemma.batch.status import Tally, write_summary
 from paligemma.batch.worker import finish_shards, shards_of
 from paligemma.cli import main as cli
-from paligemma.cli.batch import duration, finish, in_words, parsed_max_errors
+from paligemma.cli.batch import duration, finish, in_words, parsed_max_errors, worked
 
 
 @pytest.fixture
@@ -115,6 +115,18 @@ def test_what_may_differ_when_a_run_goes_on(paligemma):
     )
     assert code == 1 and "1 failed" in err
     assert len(standins.lines_of(RunFolder("run"))) == 9
+
+
+@pytest.mark.parametrize(
+    ("address", "given", "threads"), [("a cluster", None, None), ("a cluster", 48, 48), ("local", None, 12)]
+)
+def test_threads_of_workers_on_ray(tmp_path, monkeypatch, address, given, threads):
+    """The cores of this machine do not count on a cluster: its nodes may have fewer."""
+    hows = []
+    monkeypatch.setattr(on_ray, "run_on_ray", lambda folder, address, workers, how, *_: hows.append(how))
+    monkeypatch.setattr("os.cpu_count", lambda: 24)
+    worked(standins.run_of(tmp_path / "run", 3), 2, given, (1, 1), None, address, None, False)
+    assert hows[0].threads == threads
 
 
 @pytest.mark.parametrize(
