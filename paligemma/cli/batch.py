@@ -25,6 +25,7 @@ from paligemma.cli.options import (
     Model,
     Quantize,
     Revision,
+    check_order,
     one_of,
     within_cores,
 )
@@ -166,8 +167,8 @@ def check_usage(
 
 def check_prompt(prompt: str | None, inputs: list[str] | None, free: bool, forbid_repeats: bool, model: str) -> None:
     """Options that do not fit the prompt are an error, a prompt that is unusual for the model a note."""
-    if prompt is not None and inputs and os.path.exists(prompt) and not os.path.exists(inputs[0]):
-        raise typer.BadParameter(f"the prompt comes first, then the pictures: paligemma batch {inputs[0]!r} {prompt}")
+    if prompt is not None and inputs:
+        check_order(prompt, inputs, "batch", folders=True)
     if forbid_repeats and free:
         raise typer.BadParameter("--forbid-repeats is a rule of the grammar, which --free leaves out: choose one")
     if prompt is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -39,9 +40,13 @@ def checked_loc_scale(value: int) -> int:
     return value
 
 
-def check_order(prompt: str, images: Sequence[str], command: str) -> None:
-    """An error of usage where the prompt is a file and no picture is: they have changed places."""
-    if os.path.isfile(prompt) and not any(os.path.exists(name) for name in images):
+def check_order(prompt: str, images: Sequence[str], command: str, folders: bool = False) -> None:
+    """An error of usage where the prompt is a file and no picture is: they have changed places. folders: pictures may
+    also come from a folder, a pattern or stdin."""
+    is_there = os.path.exists if folders else os.path.isfile
+    if is_there(prompt) and not any(
+        name == "-" or os.path.exists(name) or glob.glob(name, recursive=True) for name in images
+    ):
         raise typer.BadParameter(
             f"the prompt comes first, then the picture: paligemma {command} {images[0]!r} {prompt}"
         )

@@ -1,5 +1,6 @@
 """The command: wrong usage is told at once, errors have their exit codes, and stdout stays empty."""
 
+import io
 import json
 import os
 import re
@@ -146,6 +147,7 @@ def test_threads_of_workers_on_ray(tmp_path, monkeypatch, address, given, thread
         (["caption en", "photos", "--out", "run", "--loc-scale", "7"], "--loc-scale is 7"),
         (["caption en", "photos", "--out", "run", "--seed", "1"], "--seed is for sampling"),
         (["photos/0.png", "caption en", "--out", "run"], "the prompt comes first"),
+        (["photos", "answer en what is this ?", "--out", "run"], "the prompt comes first"),
         (["caption en", "photos", "--out", "run", "--free"], "are for detect and segment"),
         (["detect dog", "photos", "--out", "run", "--free", "--forbid-repeats"], "choose one"),
         (["caption en", "https://x/a.jpg", "--out", "run"], "download it first"),
@@ -161,6 +163,15 @@ def test_wrong_usage_is_told_at_once(paligemma, photos, arguments, said):
     assert (code, out) == (2, "")
     assert said in " ".join(err.split())
     assert not (photos / "run").exists()
+
+
+def test_a_folder_may_be_called_like_the_prompt(paligemma, monkeypatch):
+    """Pictures of stdin and of a pattern are no files by their names."""
+    os.mkdir("ocr")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"photos/0.png\n")))
+    for number, pictures in enumerate(["-", "photos/[0-7].png"]):
+        code, _, err = paligemma("batch", "ocr", pictures, "--out", f"run {number}")
+        assert code == 0, err
 
 
 def test_a_mistyped_model_is_told_before_anything_is_written(paligemma, photos):
