@@ -6,7 +6,7 @@
 
 `prefix` stands for `prompt` too, as in training data. `image` is a path relative to the file, a data: URL, a list of
 them for a row that sees several, null for a row without a picture, and in parquet also the bytes of a picture. Without
-an `id` the image as it stands there is the id.
+an `id` the image as it stands there is the id. A blank cell of a CSV is null.
 
 Anything that is wrong with the file is an error before work starts. (What is wrong with a picture is found later, and
 is one row's error.)
@@ -35,6 +35,8 @@ def list_rows(file: str, prompt: str | None = None) -> Iterator[InputRow]:
     records = _opened(path)
     for number in range(len(records)):
         record, place = records[number], records.where(number)
+        if isinstance(records, CsvFile):
+            record = {name: cell if cell.strip() else None for name, cell in record.items()}
         if is_request(record):
             yield _of_request(record, records, number, place)
         else:

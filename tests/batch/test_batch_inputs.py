@@ -314,6 +314,17 @@ def test_rows_of_csv_and_parquet(photos):
     assert [(row.id, color_of(row)) for row in rows] == [("p", "red"), ("q", "blue")]
 
 
+def test_blank_cells_of_a_csv_are_null(photos):
+    (photos / "rows.csv").write_text("id,image,prompt\n,a.jpg,ocr\n,x/a.jpg,\n9,x/b.png, \n,,\n")
+    rows = list(list_rows("photos/rows.csv", "caption en"))
+    assert [(row.id, row.prompt) for row in rows] == [
+        ("a.jpg", "ocr"), ("x/a.jpg", "caption en"), ("9", "caption en"), ("rows.csv:4", "caption en"),
+    ]  # fmt: skip
+    assert rows[3].image is None
+    with pytest.raises(ValueError, match=r"rows.csv:3: no prompt"):
+        list(list_rows("photos/rows.csv"))
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
