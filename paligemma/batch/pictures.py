@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from paligemma.batch.rows import RowFailure, Where
 from paligemma.images import TooManyPixels, load_image
 
@@ -57,7 +59,12 @@ def bytes_of(where: Where) -> bytes:
         with open(where, "rb") as file:
             return file.read()
     content = repr(sorted(where.items())) if isinstance(where, Mapping) and "video" in where else read(where)
-    return content if isinstance(content, bytes) else str(content).encode("utf-8", "surrogatepass")
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str):
+        return content.encode("utf-8", "surrogatepass")
+    array = content if isinstance(content, np.ndarray) else np.asarray(load_image(content))
+    return f"{array.shape} {array.dtype.str}".encode() + array.tobytes()
 
 
 def read(where: Where) -> Any:

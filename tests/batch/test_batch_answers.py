@@ -16,7 +16,7 @@ import paligemma
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.batch.answering import AnswerRows, ahead, kind_of, seed_of
 from paligemma.batch.drawings import drawing_path
-from paligemma.batch.pictures import open_picture
+from paligemma.batch.pictures import bytes_of, open_picture
 from paligemma.batch.row_files import list_rows
 from paligemma.batch.rows import KINDS, InputRow, RowFailure, mask_of
 from paligemma.batch.settings import Settings
@@ -294,6 +294,15 @@ def test_drawings_keep_the_folders_of_ids(pg, tmp_path):
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")) == [
         "a/x.jpg.png", "b/x.jpg.png",
     ]  # fmt: skip
+
+
+def test_arrays_are_known_by_all_of_their_values():
+    """Printed they differ only in the corners."""
+    one = np.zeros((64, 64, 3), np.uint8)
+    other = one.copy()
+    other[30, 30] = 255
+    assert len({bytes_of(array) for array in (one, other, one.reshape(32, 128, 3), one.view(np.int8))}) == 4
+    assert bytes_of(other.copy()) == bytes_of(Image.fromarray(other).quantize(2)) == bytes_of(other)
 
 
 def test_rows_that_are_answered_once_are_all_drawn(pg, tmp_path):
