@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paligemma.batch import leases
 from paligemma.batch.folder import RunFolder
 from paligemma.batch.rows import Line
 from paligemma.batch.settings import Settings
@@ -68,7 +69,8 @@ def finish_shards(
     on_lost: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Finishes all of these shards, or waits until others have finished them. answer: loads the model; it is called
-    when there is a shard to work on, and before its lease is taken. on_line, on_lost: see `work_on`."""
+    when there is a free shard to work on, and before its lease is taken: were this process killed while it loads, that
+    would be no loss of the shard's. on_line, on_lost: see `work_on`."""
     loaded: Answer | None = None
     while left := sorted(set(shards) - folder.done()):
         progress = False
@@ -78,6 +80,8 @@ def finish_shards(
             if folder.is_done(shard):
                 continue
             if loaded is None:
+                if leases.is_held(folder.lease(shard)):
+                    continue
                 loaded = answer()
             progress |= work_on(folder, shard, loaded, stop, on_line, on_lost)
         if not progress:

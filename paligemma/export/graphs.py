@@ -37,7 +37,6 @@ from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGen
 from paligemma.weights.expected import empty_model
 
 OPSET = 20  # of ONNX; what onnxruntime in a browser knows as well
-HEAD_INPUT = "hidden_of_the_head"  # the name of what goes into the head, for `_keep_logits`
 
 Axes = Mapping[int, str]  # which axes of an input may have any size, and what they are called
 BATCH, NEW, PAST, ALL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"

@@ -47,8 +47,9 @@ class Sampling:
 class Ask:
     """What a valid request asks of the model.
 
-    labels: None where the prompt says which; [] for any label. constrained: detect and segment follow their grammar.
-    params: the names of the fields that errors blame: {"prompt": "messages", ...}.
+    constrained: detect and segment follow their grammar. choices: the answer is one of these. any_label: the prompt is
+    a bare expression, and segments with any label are its answer. params: the names of the fields that errors blame:
+    {"prompt": "messages", ...}.
     """
 
     prompt: str

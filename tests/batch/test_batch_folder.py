@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from standins import MARKS, in_batches, line_of, lines_of, quick, rows_of, run_of
 
-from paligemma.batch import leases, shards
+from paligemma.batch import leases, shards, worker
 from paligemma.batch.folder import AnotherRun, RunFolder, check_ids, open_run
 from paligemma.batch.leases import Holder
 from paligemma.batch.rows import InputRow, failed
@@ -260,6 +260,26 @@ def test_a_lease_of_a_living_process_keeps_others_out(tmp_path):
     assert not work_on(folder, 0, answer)
     lease.release()
     assert work_on(folder, 0, answer)
+
+
+def test_no_model_is_loaded_while_others_hold_all_shards(tmp_path, monkeypatch):
+    folder, asked, loaded = run_of(tmp_path / "run", 20), [], []
+    held = [leases.take(folder.lease(shard)) for shard in (0, 1)]
+
+    def stop():
+        asked.append(1)
+        if len(asked) == 5:  # in the second round
+            assert not loaded
+            held[1].release()
+        return len(asked) > 8
+
+    def load():
+        loaded.append(1)
+        return quick(folder.settings)
+
+    monkeypatch.setattr(worker, "PAUSE", 0)
+    worker.finish_shards(folder, [0, 1], load, stop, lambda line: None)
+    assert loaded == [1] and folder.done() == {1}
 
 
 def test_a_lease_of_a_process_that_is_gone_is_taken_over_at_once(tmp_path):
