@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from paligemma.batch.rows import Line
+from paligemma.data.openai_chat import NEUTRAL, is_one_of, read_message
 
 URL = "/v1/chat/completions"
 TAKEN = ("model", "messages", "user", "metadata", "store", "service_tier")
@@ -27,11 +28,10 @@ RANGES = {
     "temperature": (0, 100), "top_p": (0, 1), "top_k": (-1, 1_000_000), "seed": (0, 2**63 - 1),
     "max_tokens": (1, 1_000_000), "max_completion_tokens": (1, 1_000_000),
 }  # fmt: skip
-# Values that clients send by default and that change nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1, None), "stop": (None, []), "stream": (False, None), "logit_bias": (None, {}), "tools": (None, []),
-    "presence_penalty": (0, None), "frequency_penalty": (0, None), "logprobs": (False, None), "top_logprobs": (0, None),
-    "response_format": (None, {"type": "text"}),
+# Besides the values that mean nothing anywhere: what asks for answers in another form, where it asks for this one.
+NEUTRAL_HERE: dict[str, tuple[object, ...]] = {
+    **NEUTRAL, "stream": (False,), "stream_options": ({}, {"include_usage": True}, {"include_usage": False}),
+    "logprobs": (False,), "response_format": ({"type": "text"},),
 }  # fmt: skip
 STATUS = {"missing": 400, "unreadable": 400, "too_many_pixels": 413, "prompt_too_long": 400, "constraint": 400}
 
@@ -50,7 +50,7 @@ def read_request(record: Mapping[str, Any], place: str) -> tuple[str, str, list[
         if name in RANGES or name == "constrained":
             if value is not None:
                 options["max_new_tokens" if name.startswith("max_") else name] = _option(value, name, place)
-        elif name not in TAKEN and not any(value == neutral for neutral in NEUTRAL.get(name, ())):
+        elif name not in TAKEN and not (name in NEUTRAL_HERE and is_one_of(value, (None, *NEUTRAL_HERE[name]))):
             raise ValueError(f"{place}: body.{name} is {str(value)[:60]!r}, which is not supported: leave it out")
     budgets = {body.get(name) for name in ("max_tokens", "max_completion_tokens")} - {None}
     if len(budgets) > 1:
@@ -84,25 +84,10 @@ def _message(messages: Any, place: str) -> tuple[str, list[str]]:
         raise ValueError(
             f"{place}: expected one message with the role user: the model has no memory and no system prompt"
         )
-    content = message.get("content")
-    if isinstance(content, str):
-        return content, []
-    texts, pictures = [], []
-    for part in content if isinstance(content, list) else [None]:
-        if isinstance(part, Mapping) and part.get("type") == "text":
-            texts.append(_text(part.get("text"), "text", place))
-        elif isinstance(part, Mapping) and part.get("type") == "image_url":
-            url = part.get("image_url")
-            pictures.append(_text(url.get("url") if isinstance(url, Mapping) else url, "image_url.url", place))
-        else:
-            raise ValueError(f"{place}: a part of the message is neither text nor image_url: {str(part)[:60]}")
-    return " ".join(texts), pictures
-
-
-def _text(value: Any, name: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: {name} of a part of the message is {repr(value)[:60]}, expected a string")
-    return value
+    texts, pictures = read_message(
+        message, "messages[0]", lambda field, said, code: ValueError(f"{place}: body.{said}")
+    )
+    return " ".join(text for text, _ in texts), [url for url, _ in pictures]
 
 
 def response_line(line: Line, model: str) -> dict[str, Any]:

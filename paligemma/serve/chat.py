@@ -9,29 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from paligemma.data.openai_chat import NEUTRAL, read_message
 from paligemma.serve.errors import ApiError, invalid, shown
 from paligemma.serve.fields import Fields, checked_text, kind_of
 from paligemma.serve.pictures import Source
 from paligemma.serve.rows import Ask, Sampling, budget_for, task_of
 from paligemma.serve.settings import Settings
 
-# What clients send without meaning anything by it.
-NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "stop": ("", []),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "metadata": ({},),
-    "store": (False,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "top_logprobs": (0,),
-    "service_tier": ("auto", "default"),
-    "modalities": (["text"],),
-}
 MOST_CHOICES = 1_000
 MOST_TOP_K = 1_000_000
 
@@ -147,58 +131,18 @@ def _message(messages: Any, settings: Settings) -> tuple[str, tuple[Source, ...]
                 "user message (the server's option --ignore-history drops the others)", "unsupported_messages",
             )  # fmt: skip
         ignored = tuple(f"messages[{i}]" for i in range(min(len(messages) - 1, 100)))
-    place = f"messages[{len(messages) - 1}]"
-    fields = Fields(messages[-1], place)
-    role = fields.take("role")
-    if role != "user":
-        raise invalid(
-            f"{place}.role", f"{place}.role is {shown(role)}: PaliGemma answers one message of the role user",
-            "unsupported_messages",
-        )  # fmt: skip
-    content = fields.take("content")
-    fields.text("name")
-    fields.end()
-    prompt, sources = _content(content, f"{place}.content", settings)
-    if not sources:
+    texts, pictures = read_message(messages[-1], f"messages[{len(messages) - 1}]", invalid)
+    prompt = " ".join(checked_text(text, place) for text, place in texts)
+    if not pictures:
         raise invalid(
             "messages", "the message has no picture: add a part of the type image_url with a data: URL", "no_image"
         )
-    return prompt, sources, ignored
+    check_count(len(pictures), settings, "messages")
+    return prompt, tuple(Source(url, place) for url, place in pictures), ignored
 
 
 def _count(value: object) -> str:
     return "an empty list" if value == [] else kind_of(value)
-
-
-def _content(content: Any, place: str, settings: Settings) -> tuple[str, tuple[Source, ...]]:
-    if isinstance(content, str):
-        return checked_text(content, place), ()
-    if not isinstance(content, list):
-        raise invalid(place, f"{place} is {kind_of(content)}, expected a string or a list of parts")
-    texts: list[str] = []
-    sources: list[Source] = []
-    for i, value in enumerate(content):
-        part = Fields(value, f"{place}[{i}]")
-        kind = part.one_of("type", ("text", "image_url"), "")
-        if kind == "text":
-            texts.append(checked_text(part.take("text"), part.path("text")))
-        elif kind == "image_url":
-            sources.append(_picture(part.take("image_url"), part.path("image_url")))
-            check_count(len(sources), settings, "messages")
-        else:
-            raise invalid(part.path("type"), f"{part.path('type')} is missing, expected text or image_url")
-        part.end()
-    return " ".join(texts), tuple(sources)
-
-
-def _picture(value: Any, place: str) -> Source:
-    fields = Fields(value, place)
-    url = fields.take("url")
-    if not isinstance(url, str):
-        raise invalid(f"{place}.url", f"{place}.url is {kind_of(url)}, expected a data: URL")
-    fields.neutral("detail", ("auto", "low", "high"))  # the model has one resolution
-    fields.end()
-    return Source(url, f"{place}.url")
 
 
 def check_count(pictures: int, settings: Settings, param: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from paligemma.data.openai_chat import is_one_of
 from paligemma.serve.errors import invalid, shown
 
 KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
@@ -88,8 +89,7 @@ class Fields:
     def neutral(self, field: str, values: Sequence[object], hint: str = "") -> None:
         """A field that is taken only where it changes nothing."""
         value = self.take(field)
-        same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values)
-        if value is not None and not same:
+        if value is not None and not is_one_of(value, values):
             raise invalid(
                 self.path(field),
                 f"{self.path(field)} is {shown(value)}, which is not offered here{hint}: leave it out",

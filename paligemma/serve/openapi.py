@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from paligemma import __version__
-from paligemma.serve.chat import NEUTRAL
+from paligemma.data.openai_chat import NEUTRAL
 from paligemma.serve.native import MASKS
 from paligemma.serve.settings import Settings
 

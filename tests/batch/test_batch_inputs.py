@@ -19,6 +19,7 @@ from paligemma.batch.openai_format import read_request, response_line
 from paligemma.batch.pictures import bytes_of, open_picture
 from paligemma.batch.row_files import is_batch_file, list_rows
 from paligemma.batch.rows import InputRow, RowFailure, answered, failed
+from paligemma.data.openai_chat import NEUTRAL
 from paligemma.images import load_image
 
 
@@ -377,6 +378,17 @@ def test_requests_of_openai(photos):
     assert is_batch_file("photos/batch.jsonl") and not is_batch_file("photos/a.jpg") and not is_batch_file(None)
 
 
+def test_what_the_server_takes_for_nothing_is_taken_in_a_batch_file_too():
+    for name, values in NEUTRAL.items():
+        for value in (*values, None):
+            assert read_request(request({name: value}), "here")[3] == {}
+    one = request()
+    one["body"] |= {"stream": False, "stream_options": {"include_usage": True}, "logprobs": None}
+    one["body"]["messages"][0]["name"] = "me"
+    one["body"]["messages"][0]["content"][1]["image_url"]["detail"] = "high"
+    assert read_request(one, "here") == ("r1", "caption en", ["a.jpg"], {})
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -393,11 +405,23 @@ def test_requests_of_openai(photos):
         (request({"seed": True}), "body.seed is True, expected a whole number"),
         (request({"constrained": "no"}), "body.constrained is 'no', expected true or false"),
         (request({"messages": ["hi"]}), "one message with the role user"),
-        (part_of({"type": "text", "text": 7}), "text of a part of the message is 7, expected a string"),
-        (part_of({"type": "image_url", "image_url": {"url": None}}), "image_url.url of a part .* is None"),
+        (part_of({"type": "text", "text": 7}), "here: body.messages.0..content.0..text is 7, expected a string"),
+        (
+            part_of({"type": "image_url", "image_url": {"url": None}}),
+            "content.0..image_url.url is None",
+        ),
         (request({"temperature": "hot"}), "body.temperature is 'hot', expected a number"),
         (request({"messages": [{"role": "system", "content": "be nice"}]}), "one message with the role user"),
-        (request({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}), "neither text nor image_url"),
+        (
+            request({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}),
+            "content.0..type is 'audio', expected text",
+        ),
+        (part_of({"type": "text", "text": "hi", "x": 1}), "unknown field 'messages.0..content.0..x'"),
+        (part_of({"type": "image_url", "image_url": {"url": "a.jpg", "size": 3}}), "unknown field .*image_url.size'"),
+        (request({"messages": [{"role": "user", "content": "hi", "x": []}]}), "unknown field 'messages.0..x'"),
+        (request({"n": True}), "body.n is 'True'"),
+        (request({"presence_penalty": False}), "body.presence_penalty is 'False'"),
+        (request({"other": None}), "body.other is 'None'"),
         (request(url="/v1/embeddings"), "expected POST /v1/chat/completions"),
     ],
 )

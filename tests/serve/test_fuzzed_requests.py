@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from serving import SCENE, data_url, png
 
-from paligemma.serve.chat import NEUTRAL
+from paligemma.data.openai_chat import NEUTRAL
 
 IMAGE = data_url(png(Image.new("RGB", (8, 8), "red")))
 EXPECTED = {200, 400, 404, 413, 415, 422, 429}
