@@ -126,8 +126,8 @@ def evaluate(
 
 def _own_folder(model: str) -> Path:
     """The user's own folder of a checkpoint, to which a calibration can be written."""
-    path = Path(model)
-    if path.is_dir() or path.is_file():
+    path = Path(model).expanduser()
+    if model != "tiny" and (path.is_dir() or path.is_file()):  # a folder of that name is ./tiny
         return path if path.is_dir() else path.parent
     raise typer.BadParameter(
         f"--calibrate writes calibration.json beside the model, and {model} is no folder of yours: make it one with "

@@ -1,6 +1,7 @@
 """Scores against how often they are right: the figure, the diagram, the fit, and how it travels with a checkpoint."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 import paligemma
 from paligemma.answers.scores import CALIBRATION_FILE, Calibration
+from paligemma.cli.evaluate import _own_folder as own_folder
 from paligemma.cli.main import app
 from paligemma.evaluate.calibration import (
     draw_reliability,
@@ -126,6 +128,23 @@ def test_calibrate_writes_the_map_and_later_scores_follow_it(folder):
 def test_only_a_folder_of_your_own_is_calibrated():
     result = runner.invoke(app, ["evaluate", "--model", "tiny", "--calibrate"])
     assert result.exit_code == 2 and "paligemma convert tiny FOLDER" in " ".join(result.stderr.split())
+
+
+def test_a_folder_named_tiny_is_not_the_embedded_model(tmp_path, monkeypatch):
+    """`--model tiny` is the model that ships: what is measured on it does not belong beside another one."""
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("paligemma.inference.load", lambda *_, **__: pytest.fail("it is loaded"))
+    result = runner.invoke(app, ["evaluate", "--model", "tiny", "--calibrate"])
+    assert result.exit_code == 2 and "paligemma convert tiny FOLDER" in " ".join(result.stderr.split())
+    assert own_folder("./tiny") == Path("tiny")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert own_folder("~/model") == tmp_path / "model"
 
 
 def test_the_map_travels_with_the_checkpoint(tmp_path):
