@@ -45,6 +45,7 @@ from paligemma.engine import Engine, Ticket, requests_of, stream
 from paligemma.generation import Generated, Options, beam_search, check_length
 from paligemma.images import ImageInput, ImageT, Picture, load_image, looks_swapped
 from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tasks import BOX_BUDGET, TEXT_BUDGET, asks_for_items, task_of
 from paligemma.terminal import error_line, printable
 from paligemma.utils import load_hf_model
 from paligemma.weights.finding import first_with, open_model, resolve
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "PaliGemma", "Sampling", "load"]
 
-TEXT_BUDGET = 128  # new tokens for a sentence
-BOX_BUDGET = 512  # for boxes (about 7 tokens each) and masks (about 23)
 CODEC_FILE = "mask_codec.npz"  # a checkpoint may bring its own; the official one is shared by all official checkpoints
 
 Row: TypeAlias = ImageInput | None  # what a row of the batch sees; None: no picture
@@ -446,10 +445,10 @@ class PaliGemma:
         It is the `constraint` of an `Options` or a `Request`. forbid_repeats: as in `detect`. ValueError for a prompt
         without labels.
         """
-        task, _, rest = prompt.strip().partition(" ")
-        if task not in ("detect", "segment"):
+        if not asks_for_items(prompt):
             return None
-        labels = _labels([label.strip() for label in rest.split(";")])
+        task = task_of(prompt)
+        labels = _labels([label.strip() for label in prompt.strip().removeprefix(task).split(";")])
         return DetectionGrammar(
             self.processor.tokenizer, labels=labels, segments=task == "segment", forbid_repeats=forbid_repeats
         )

@@ -25,7 +25,7 @@ ROOT = Path(paligemma.__file__).parent
 LAYERS = [
     # the leaves: each can be read alone
     "configuration attention_mask kv_cache static_kv_cache modeling_siglip images tokenizer processing_paligemma "
-    "devices files terminal allocator arguments",
+    "devices files terminal allocator arguments tasks",
     "modeling_gemma",
     "answers fast",
     "weights",

@@ -27,10 +27,11 @@ from paligemma.answers.parsing import NUM_LOC
 from paligemma.batch.drawings import copy_drawing, draw_answer
 from paligemma.batch.pictures import bytes_of, open_picture, places_of
 from paligemma.batch.rows import InputRow, Line, RowFailure, answered, failed, name_of
-from paligemma.batch.settings import Settings, budget_of, task_of
+from paligemma.batch.settings import Settings
 from paligemma.engine import Engine, Request, Ticket
 from paligemma.generation import Options, check_length
 from paligemma.images import preprocess
+from paligemma.tasks import asks_for_items, budget_of, task_of
 
 if TYPE_CHECKING:
     from paligemma.answers.results import Answer
@@ -280,9 +281,7 @@ class AnswerRows:
 
     def constraint(self, row: InputRow) -> Constraint | None:
         """The grammar of a detect or segment prompt. RowFailure where it cannot be made: no label, say."""
-        if task_of(row.prompt) not in ("detect", "segment") or not row.options.get(
-            "constrained", not self.settings.free
-        ):
+        if not asks_for_items(row.prompt) or not row.options.get("constrained", not self.settings.free):
             return None
         if row.prompt not in self.grammars:
             try:

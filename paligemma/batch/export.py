@@ -26,6 +26,7 @@ from paligemma.batch.openai_format import response_line
 from paligemma.batch.rows import Line, mask_of, path_of
 from paligemma.data.prompts import labels_of
 from paligemma.files import written_whole
+from paligemma.tasks import asks_for_items
 
 COLUMNS = (
     "id", "image", "prompt", "text", "score", "finished", "detections", "segments", "invalid", "image_size",
@@ -114,7 +115,7 @@ def classes_of(folder: RunFolder) -> list[str]:
     found: dict[str, None] = {}
     prompts: set[str] = set()
     for line in answered(folder):
-        if line["prompt"] not in prompts and line["prompt"].strip().partition(" ")[0] in ("detect", "segment"):
+        if line["prompt"] not in prompts and asks_for_items(line["prompt"]):
             prompts.add(line["prompt"])
             found.update(dict.fromkeys(labels_of(line["prompt"].strip())))
         found.update(dict.fromkeys(item["label"] for item in items_of(line)))

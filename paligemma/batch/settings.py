@@ -13,7 +13,6 @@ from paligemma.files import MAX_PIXELS
 
 FORMATS = ("jsonl", "parquet")
 MASKS = ("rle", "png", "none")
-TEXT_BUDGET, BOX_BUDGET = 128, 512  # new tokens: of a sentence, of boxes and masks
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,6 @@ class Settings:
         known = {field.name for field in fields(cls)} & set(values)
         settings = {name: values[name] for name in known}
         return cls(**{**settings, "inputs": tuple(settings.get("inputs", ()))})
-
-
-def task_of(prompt: str) -> str:
-    """The first word: detect and segment have a grammar, and a larger budget."""
-    return prompt.strip().partition(" ")[0]
-
-
-def budget_of(prompt: str) -> int:
-    """New tokens that the answer to a prompt may have, where nothing else is said."""
-    return BOX_BUDGET if task_of(prompt) in ("detect", "segment") else TEXT_BUDGET
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from paligemma.cli.options import (
 )
 from paligemma.cli.output import echo_json, note, notes, print_error, say
 from paligemma.cli.run import note_embedded_model, note_unusual_prompt, sampling_options
+from paligemma.tasks import asks_for_items
 
 if TYPE_CHECKING:
     from paligemma.batch.folder import RunFolder
@@ -173,13 +174,12 @@ def check_prompt(prompt: str | None, inputs: list[str] | None, free: bool, forbi
         raise typer.BadParameter("--forbid-repeats is a rule of the grammar, which --free leaves out: choose one")
     if prompt is None:
         return
-    task = prompt.strip().partition(" ")[0]
-    if (free or forbid_repeats) and inputs and task not in ("detect", "segment"):
+    if (free or forbid_repeats) and inputs and not asks_for_items(prompt):
         raise typer.BadParameter(
             "--free and --forbid-repeats are for detect and segment: other answers have no grammar"
         )
     if inputs:
-        note_unusual_prompt(prompt, task, model)
+        note_unusual_prompt(prompt, model)
         note_embedded_model(model)
 
 

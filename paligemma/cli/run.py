@@ -31,6 +31,7 @@ from paligemma.cli.options import (
     pixels,
 )
 from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say
+from paligemma.tasks import asks_for_items, budget_of, task_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,19 +100,18 @@ def run(
         raise typer.BadParameter("--compile goes neither with --beams nor with --quantize")
     if compile:
         sampling["compile"] = True
-    task = prompt.strip().partition(" ")[0]
-    boxes = task in ("detect", "segment")
+    task, boxes = task_of(prompt), asks_for_items(prompt)
     check_usage(prompt, images, boxes, free, forbid_repeats)
     several = len(images) > 1 or os.path.isdir(images[0])
     images = expanded(images)
     several |= len(images) > 1
     drawings = drawing_paths(save, images) if save is not None else []
     labels = label_files(save_labels, label_format, images, prompt, boxes)
-    note_unusual_prompt(prompt, task, model)
+    note_unusual_prompt(prompt, model)
 
-    from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, load, shown
+    from paligemma.inference import load, shown
 
-    budget = max_new_tokens or (BOX_BUDGET if boxes else TEXT_BUDGET)
+    budget = max_new_tokens or budget_of(prompt)
     pg = None
     answered = 0
     for numbers, pictures in opened(images, pixels(max_pixels)):
@@ -193,9 +193,9 @@ def sampling_options(
     return {"do_sample": True, "temperature": temperature or 1.0, "top_k": top_k, "top_p": top_p, "seed": seed}
 
 
-def note_unusual_prompt(prompt: str, task: str, model: str) -> None:
+def note_unusual_prompt(prompt: str, model: str) -> None:
     """A hint where the prompt differs from those that the model was trained on. It is answered all the same."""
-    boxes = task in ("detect", "segment")
+    task, boxes = task_of(prompt), asks_for_items(prompt)
     labels = [label.strip() for label in prompt.strip().removeprefix(task).split(";")]
     spaced = f"{task} {' ; '.join(labels)}"
     if boxes and any("," in label for label in labels):
@@ -205,7 +205,7 @@ def note_unusual_prompt(prompt: str, task: str, model: str) -> None:
         )
     elif boxes and len(labels) > 1 and all(labels) and prompt.strip() != spaced:
         note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
-    if model == "tiny" and task not in [known.partition(" ")[0] for known in TINY_PROMPTS]:
+    if model == "tiny" and task not in [task_of(known) for known in TINY_PROMPTS]:
         note(f"note: {prompt!r} is no prompt that the embedded model learned: {', '.join(map(repr, TINY_PROMPTS))}")
     elif task not in TASKS:
         note(

@@ -27,6 +27,7 @@ from paligemma.evaluate.metrics import METRICS
 from paligemma.evaluate.regions import Region
 from paligemma.evaluate.runner import evaluate
 from paligemma.images import load_image
+from paligemma.tasks import task_of
 
 if TYPE_CHECKING:
     from paligemma.evaluate.report import Report
@@ -110,7 +111,7 @@ def metric_of_prompt(prompt: str, metric: str = "auto") -> str:
     ValueError for an unknown metric, ImportError for one whose package is missing.
     """
     if metric == "auto":
-        return METRIC_OF.get(plain_form(prompt).strip().partition(" ")[0], "exact")
+        return METRIC_OF.get(task_of(plain_form(prompt)), "exact")
     metric = "reading" if metric == "ocr" else metric
     if metric not in METRICS:
         raise ValueError(f"there is no metric {metric!r}; there are: auto, ocr, {', '.join(METRICS)}")

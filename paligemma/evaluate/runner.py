@@ -32,7 +32,7 @@ from paligemma.evaluate.output_folder import (
 from paligemma.evaluate.report import Report, environment
 from paligemma.evaluate.summary import Scored, badness, score, summarize
 from paligemma.evaluate.worst import WorstRows
-from paligemma.inference import BOX_BUDGET, TEXT_BUDGET
+from paligemma.tasks import budget_of, task_of
 
 if TYPE_CHECKING:
     from paligemma.inference import PaliGemma
@@ -172,12 +172,11 @@ def answer(
     """Answers to a batch; with `batch_size` in several smaller batches, for which a picture is encoded once."""
     prompts = [example.prompt for example in batch]
     search: dict[str, Any] = {"num_beams": beams, "length_penalty": 0.0} if beams > 1 else {}
-    regions = any(prompt.split(" ")[0] in ("detect", "segment") for prompt in prompts)
-    masks = any(prompt.split(" ")[0] == "segment" for prompt in prompts)
+    masks = any(task_of(prompt) == "segment" for prompt in prompts)
     answers = pg.generate(
         [example.image for example in batch],
         prompts,
-        max_new_tokens or (BOX_BUDGET if regions else TEXT_BUDGET),
+        max_new_tokens or max(map(budget_of, prompts)),
         constrained=constrained,
         batch_size=batch_size or len(batch),
         codec=pg.codec if masks else None,

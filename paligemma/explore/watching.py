@@ -26,7 +26,8 @@ from torch import Tensor
 
 from paligemma.answers.results import Answer
 from paligemma.images import ImageInput, Picture, load_image, preprocess
-from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
+from paligemma.inference import PaliGemma
+from paligemma.tasks import asks_for_items, budget_of
 
 ROWS_AT_ONCE = 16  # of a batch in which the same picture is tried with many changes
 
@@ -148,8 +149,7 @@ def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = Non
 
 def own_answer(pg: PaliGemma, picture: Image.Image | tuple[Image.Image, ...], prompt: str) -> Answer:
     """What `paligemma run` would write: greedy, with the default budget, under the grammar for detect and segment."""
-    boxes = prompt.strip().partition(" ")[0] in ("detect", "segment")
-    return pg.generate(picture, prompt, BOX_BUDGET if boxes else TEXT_BUDGET, constrained=boxes)
+    return pg.generate(picture, prompt, budget_of(prompt), constrained=asks_for_items(prompt))
 
 
 def _text_of(pg: PaliGemma, token: int) -> str:

@@ -13,8 +13,9 @@ from paligemma.data.openai_chat import NEUTRAL, read_message
 from paligemma.serve.errors import ApiError, invalid, shown
 from paligemma.serve.fields import Fields, checked_text, kind_of
 from paligemma.serve.pictures import Source
-from paligemma.serve.rows import Ask, Sampling, budget_for, task_of
+from paligemma.serve.rows import Ask, Sampling, budget_for
 from paligemma.serve.settings import Settings
+from paligemma.tasks import asks_for_items
 
 MOST_CHOICES = 1_000
 MOST_TOP_K = 1_000_000
@@ -98,7 +99,7 @@ def _as_json(value: Any, prompt: str) -> bool:
     fields = Fields(value, "response_format")
     kind = fields.one_of("type", ("text", "json_object"), "text")
     fields.end()
-    if kind == "json_object" and task_of(prompt) not in ("detect", "segment"):
+    if kind == "json_object" and not asks_for_items(prompt):
         raise invalid(
             "response_format", "json_object is for detect and segment: other answers of the model are plain text"
         )

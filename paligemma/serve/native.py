@@ -12,8 +12,9 @@ from paligemma.serve.chat import MOST_CHOICES, check_count, check_model, take_sa
 from paligemma.serve.errors import invalid, shown
 from paligemma.serve.fields import Fields, checked_text, kind_of
 from paligemma.serve.pictures import Source
-from paligemma.serve.rows import Ask, Sampling, budget_for, check_prompt, task_of
+from paligemma.serve.rows import Ask, Sampling, budget_for, check_prompt
 from paligemma.serve.settings import Settings
+from paligemma.tasks import task_of
 
 MASKS = ("rle", "png", "polygon", "none")
 MOST_LABELS = 1_000

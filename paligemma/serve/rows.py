@@ -18,9 +18,10 @@ from torch import Tensor
 from paligemma.answers.constraints import Constraint
 from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.generation import check_length
-from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
+from paligemma.inference import PaliGemma
 from paligemma.serve.errors import ApiError, invalid, shown
 from paligemma.serve.pictures import Picture, Source
+from paligemma.tasks import asks_for_items, budget_of
 
 LONGEST_TOKEN = 16  # characters: a prompt with more for each position of the model is too long without being tokenized
 
@@ -65,14 +66,9 @@ class Ask:
         return self.params.get(what, what)
 
 
-def task_of(prompt: str) -> str:
-    """The first word: detect and segment have a grammar and a larger budget."""
-    return prompt.strip().partition(" ")[0]
-
-
 def budget_for(prompt: str, wanted: int | None, most: int) -> int:
     """The tokens that an answer may have: as asked, else the default of the task, at most the server's limit."""
-    return wanted or min(most, BOX_BUDGET if task_of(prompt) in ("detect", "segment") else TEXT_BUDGET)
+    return wanted or min(most, budget_of(prompt))
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,6 @@ def lay_out(pg: PaliGemma, ask: Ask, room: int | None = None) -> Row:
 
 def _constraint(pg: PaliGemma, ask: Ask) -> Constraint | None:
     tokenizer = pg.processor.tokenizer
-    task = task_of(ask.prompt)
     try:
         if ask.choices is not None:
             choices = ChoiceGrammar(tokenizer, ask.choices)
@@ -140,7 +135,7 @@ def _constraint(pg: PaliGemma, ask: Ask) -> Constraint | None:
             return choices
         if ask.any_label:
             return DetectionGrammar(tokenizer, labels=None, segments=True) if ask.constrained else None
-        if not ask.constrained or task not in ("detect", "segment"):
+        if not ask.constrained or not asks_for_items(ask.prompt):
             return None
         return pg.grammar(ask.prompt)
     except ValueError as error:

@@ -28,7 +28,8 @@ from paligemma.evaluate.output_folder import read_predictions
 from paligemma.evaluate.own_rows import load_pictures, merge_captions, metric_of_prompt, to_example
 from paligemma.evaluate.report import Report
 from paligemma.files import written_whole
-from paligemma.inference import BOX_BUDGET, TEXT_BUDGET, PaliGemma
+from paligemma.inference import PaliGemma
+from paligemma.tasks import BOX_BUDGET, TEXT_BUDGET
 from paligemma.train.options import TrainOptions
 
 if TYPE_CHECKING:
