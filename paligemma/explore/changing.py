@@ -11,18 +11,20 @@ Letters: S tokens, A answer tokens, n images, P patches of an image, D hidden, g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from paligemma.answers.parsing import NUM_LOC
 from paligemma.answers.results import Answer
-from paligemma.explore.watching import ROWS_AT_ONCE, Look, logprobs_of_answer, own_answer, run
+from paligemma.engine import generate
+from paligemma.explore.watching import ROWS_AT_ONCE, Look, logprobs_of_answer, run
 from paligemma.images import preprocess
+from paligemma.tasks import budget_of
 
 FILLS = ("background", "mean", "zero")
 
@@ -79,6 +81,7 @@ def knock_out(
     return KnockOut(torch.cat(drops)[blocks], look.logprobs, backgrounds)
 
 
+@torch.no_grad()
 def without(look: Look, patches: Sequence[int], fill: str = "background", where: str = "features") -> Answer:
     """The answer, written anew without some patches.
 
@@ -91,15 +94,23 @@ def without(look: Look, patches: Sequence[int], fill: str = "background", where:
     P = look.grid**2
     if len(gone) and not (int(gone.min()) >= 0 and int(gone.max()) < look.images * P):
         raise ValueError(f"patches is {list(patches)}, expected numbers from 0 to {look.images * P - 1}")
-    pg = look.pg
+    model, tokenizer = look.pg.model, look.pg.processor.tokenizer
     if where == "features":
-        changed = _filled(look, gone, fill, background_patches(look)).unflatten(0, (look.images, P))  # [n, P, D]
-        put_in = _output_of(pg.model.multi_modal_projector, lambda y: changed.to(y.device, y.dtype))
+        changed = _filled(look, gone, fill, background_patches(look)).unflatten(0, (look.images, P))
     else:
-        pixels = _filled_pixels(look, gone, fill)  # [n, 3, side, side]
-        put_in = _input_of(pg.model.vision_tower, lambda x: pixels.to(x.device, x.dtype))
-    with put_in:
-        return own_answer(pg, look.picture, look.prompt)
+        changed = model.encode_image(_filled_pixels(look, gone, fill).to(model.device))
+    # Not by `pg.generate`: a picture that the row shows twice is encoded once there, and here the two may differ.
+    inputs = look.pg.processor.lay_out([look.prompt], [look.images])
+    inputs["image_features"] = changed.to(model.device, model.dtype)  # [n, P, D]
+    (written,) = generate(
+        model,
+        inputs,
+        budget_of(look.prompt),
+        constraint=look.pg.grammar(look.prompt),
+        watch=(tokenizer.first_loc_id, NUM_LOC),
+        num_tokens=len(tokenizer),
+    )
+    return look.pg.to_answer(written, look.pictures[0].size, look.picture, look.pg.loaded_codec)
 
 
 def background_patches(look: Look) -> Tensor:
@@ -115,8 +126,7 @@ def background_patches(look: Look) -> Tensor:
 
 
 def _pixels(look: Look) -> Tensor:
-    pictures = look.picture if isinstance(look.picture, tuple) else (look.picture,)
-    return torch.stack([preprocess(one, look.pg.processor.image_size) for one in pictures])  # [n, 3, side, side]
+    return torch.stack([preprocess(one, look.pg.processor.image_size) for one in look.pictures])  # [n, 3, side, side]
 
 
 def _patches(look: Look) -> Tensor:
@@ -176,24 +186,6 @@ def _filled_pixels(look: Look, gone: Tensor, fill: str) -> Tensor:
             mean = whole[patch // P].mean((1, 2))[:, None, None]
             pixels[square(patch)] = mean if fill == "mean" else 0.0
     return pixels
-
-
-@contextmanager
-def _output_of(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda _, inputs, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _input_of(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 # ---------------------------------------------------------------------------------------------- attention

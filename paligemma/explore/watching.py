@@ -68,6 +68,11 @@ class Look:
         return len(self.hidden_states) - 1
 
     @property
+    def pictures(self) -> tuple[Image.Image, ...]:
+        """The pictures of the row, one or several."""
+        return self.picture if isinstance(self.picture, tuple) else (self.picture,)
+
+    @property
     def answer_ids(self) -> Tensor:
         """int64 [A]"""
         return self.input_ids[self.first_answer :]

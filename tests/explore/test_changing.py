@@ -105,3 +105,17 @@ def test_without_everything_the_picture_is_gone(tiny, where):
     assert not any(word in blind.text for word in ("book", "umbrella", "house"))
     with pytest.raises(ValueError, match=f"expected numbers from 0 to {look.grid**2 - 1}"):
         explore.without(look, [look.grid**2])
+
+
+@pytest.mark.parametrize("where", ["features", "pixels"])
+def test_of_a_picture_that_is_seen_twice_one_place_is_changed(random_pg, picture, where):
+    """What the second picture showed does not matter once all of it is gone: here it was the same as the first."""
+    other = picture[::-1].copy()
+    for twice, different, gone in (
+        ((picture, picture), (picture, other), range(4, 8)),
+        ((picture, picture), (other, picture), range(4)),
+    ):
+        looks = [explore.look(random_pg, pair, "caption en", ANSWER) for pair in (twice, different)]
+        found, expected = (explore.without(look, gone, fill="zero", where=where) for look in looks)
+        assert found.token_ids == expected.token_ids
+        assert found.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-4)

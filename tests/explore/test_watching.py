@@ -78,7 +78,8 @@ def test_the_model_is_left_as_it_was(random_pg, picture, monkeypatch):
         with pytest.raises(error):
             explore.watching.run(look, layers={1: fail})
         assert hooks_of(model) == []
-    monkeypatch.setattr(random_pg, "generate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupt = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    monkeypatch.setattr("paligemma.explore.changing.generate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         explore.without(look, [0])
     assert hooks_of(model) == [] and torch.equal(logits().logits, before)
