@@ -9,8 +9,9 @@ Letters: L layers, S tokens, C columns, k words, D hidden, V vocabulary, A answe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, groupby
 
 import torch
 import torch.nn.functional as F
@@ -90,24 +91,33 @@ class Edge:
 
 @torch.no_grad()
 def locations(look: Look) -> list[Edge]:
-    """Where the model sees the edges of boxes, and how sure it is: for every location token of the answer."""
+    """Where the model sees the edges of boxes, and how sure it is: four edges for each box of the answer.
+
+    Location tokens that make no whole boxes (they stand in a row of three, say) are left out: nobody knows which edges
+    they are.
+    """
     pg = look.pg
     first = pg.processor.tokenizer.first_loc_id
-    picture = look.picture[0] if isinstance(look.picture, tuple) else look.picture
+    picture = look.pictures[0]
     hidden = run(look)[0]
     bins = torch.arange(1024, dtype=torch.float32)
     edges: list[Edge] = []
-    for token, id in enumerate(look.answer_ids.tolist()):
-        if not first <= id < first + 1024:
-            continue
+    for token, name in _edges_of_boxes([first <= id < first + 1024 for id in look.answer_ids.tolist()]):
         logits = pg.model.logits(hidden[look.query_of(token)]).float().cpu()
         mass = logits[first : first + 1024].softmax(-1)
         mean = float((mass * bins).sum())
         spread = float((mass * (bins - mean).square()).sum().sqrt())
-        name = ("y0", "x0", "y1", "x1")[len(edges) % 4]  # the order of the tokens
         scale = (picture.height if name[0] == "y" else picture.width) / pg.loc_scale
         edges.append(Edge(token, name, mass, mean, spread, mean * scale, spread * scale))
     return edges
+
+
+def _edges_of_boxes(is_location: Sequence[bool]) -> Iterator[tuple[int, str]]:
+    """The tokens that are edges of whole boxes, and which edges: four location tokens in a row, eight for two boxes."""
+    for location, run_of_tokens in groupby(range(len(is_location)), key=is_location.__getitem__):
+        tokens = list(run_of_tokens)
+        if location and len(tokens) % 4 == 0:
+            yield from zip(tokens, cycle(("y0", "x0", "y1", "x1")))
 
 
 # ---------------------------------------------------------------------------------------------- tables

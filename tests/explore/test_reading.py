@@ -48,6 +48,20 @@ def test_locations_are_edges_in_pixels(tiny):
         assert (edge.pixels, edge.pixel_spread) == pytest.approx(tuple(map(float, row)), abs=1.0)
 
 
+def test_only_whole_boxes_have_edges(random_pg, picture):
+    """Location tokens that stand alone shift the names of no edge behind them."""
+    box = "<loc0100><loc0200><loc0300><loc0400>"
+    look = explore.look(random_pg, picture, "detect cat", f"<loc0100> a ; {box} cat ; {box}<loc0500> dog ; {box}{box}")
+    edges = explore.locations(look)
+    assert [edge.name for edge in edges] == ["y0", "x0", "y1", "x1"] * 3
+    first = random_pg.processor.tokenizer.first_loc_id
+    assert [int(look.answer_ids[edge.token]) - first for edge in edges] == [100, 200, 300, 400] * 3
+    height, width = picture.shape[:2]
+    for edge in edges:
+        side = height if edge.name[0] == "y" else width
+        assert edge.pixels == pytest.approx(edge.mean * side / 1024)
+
+
 def test_tables_find_the_grid(tiny):
     P, g = tiny.processor.num_image_tokens, math.isqrt(tiny.processor.num_image_tokens)
     places = explore.position_similarity(tiny.model)
