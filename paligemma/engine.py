@@ -363,7 +363,7 @@ class Engine:
 
     def _rules_of(self, options: Options) -> Rules:
         """Shared by rows with the same options, because a row of bools for each of 257,216 ids is not small."""
-        key = options.eos_token_id, options.num_tokens, tuple(options.suppress_tokens or ()), options.watch
+        key = options.eos_token_id, options.num_tokens, options.suppress_tokens, options.watch
         rules = self._rules.get(key)
         if rules is None:
             if len(self._rules) >= 64:

@@ -118,6 +118,9 @@ class Options:
 
     def __post_init__(self) -> None:
         self._check_types()
+        for name in ("suppress_tokens", "watch"):  # tuples, since rows are grouped by them
+            if (ids := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(map(int, ids)))
         if self.num_beams > MOST_BEAMS:
             raise ValueError(
                 f"num_beams is {self.num_beams:,}, expected at most {MOST_BEAMS:,}: each has its own cache"

@@ -11,6 +11,7 @@ import itertools
 import math
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -561,6 +562,19 @@ def test_a_constraint_that_allows_nothing_is_an_error(num_beams):
     for ids in ([-1, 5], [5, 320]):
         with pytest.raises(ValueError, match="the model has 320"):
             generate(model, inputs, 5, constraint=lambda g, r, ids=ids: torch.tensor(ids), num_beams=num_beams)
+
+
+def test_ids_may_come_in_a_list_or_an_array():
+    """`watch` and `suppress_tokens` are keys of what rows have in common, so they are kept as tuples of int."""
+    model = make_ours()
+    row = next(rows_of(ragged(model)))
+    expected = generate(model, row, 4, watch=(100, 50), suppress_tokens=(5, 6), eos_token_id=NO_EOS)
+    for watch, suppressed in (([100, 50], [5, 6]), ([np.int64(100), np.int64(50)], np.array([5, 6]))):
+        given = {"watch": watch, "suppress_tokens": suppressed}
+        assert generate(model, row, 4, **given, eos_token_id=NO_EOS) == expected
+        options = Options(4, **given)
+        assert options == Options(4, watch=(100, 50), suppress_tokens=(5, 6)) and isinstance(hash(options), int)
+    assert Options().suppress_tokens is None and Options().watch is None
 
 
 # -- watched bins --
