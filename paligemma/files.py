@@ -5,6 +5,7 @@
 - *Writing whole*: a file or folder is written beside its place and renamed at the end, so that nobody ever sees half
   of one, and an error (a full disk, Ctrl-C) leaves what was there before.
 - *Locking a folder* while it is written, with a message that says who writes it.
+- Beside these, what files of pictures are called, and how large they may be (`images.py` opens them).
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ from typing import Any
 # The most pixels that a picture may have by its header, where no other limit is given. Decoding them takes .85 GB; a
 # file of 12 KB can hold as many. See `images.load_image`.
 MAX_PIXELS = 100_000_000
+
+
+def picture_names() -> set[str]:
+    """Endings of names that pictures have, in lower case: what Pillow opens, without documents and videos, and HEIC,
+    which `images.load_image` reads with pillow-heif."""
+    from PIL import Image
+
+    return {*Image.registered_extensions(), ".heic", ".heif"} - {".mpg", ".mpeg", ".pdf", ".eps", ".ps"}
+
 
 # ------------------------------------------------------------------------------------------------ damage
 

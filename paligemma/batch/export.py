@@ -21,11 +21,10 @@ from typing import IO, Any
 from paligemma.answers.formats import outline, rle_encode, to_yolo
 from paligemma.answers.results import Detection, Segment
 from paligemma.batch.folder import RunFolder
-from paligemma.batch.inputs import picture_names
 from paligemma.batch.openai_format import response_line
 from paligemma.batch.rows import Line, mask_of, path_of
 from paligemma.data.prompts import labels_of
-from paligemma.files import written_whole
+from paligemma.files import picture_names, written_whole
 from paligemma.tasks import asks_for_items
 
 COLUMNS = (

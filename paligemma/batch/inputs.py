@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from paligemma.batch.rows import InputRow, Where, plain
+from paligemma.files import picture_names
 
 TARS = (".tar",)
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -143,13 +144,6 @@ def files_below(folder: str, above: frozenset[tuple[int, int]] = frozenset()) ->
             inner = os.stat(path)
             if (inner.st_dev, inner.st_ino) not in way:
                 yield from files_below(path, way)
-
-
-def picture_names() -> set[str]:
-    """Endings of names that pictures have, in lower case."""
-    from PIL import Image
-
-    return {*Image.registered_extensions(), ".heic", ".heif"} - {".mpg", ".mpeg", ".pdf", ".eps", ".ps"}
 
 
 def pictures_of_tar(name: str, note: Callable[[str], object] = lambda text: None) -> Iterator[tuple[str, Where]]:

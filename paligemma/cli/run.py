@@ -31,6 +31,7 @@ from paligemma.cli.options import (
     pixels,
 )
 from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say
+from paligemma.files import picture_names
 from paligemma.tasks import asks_for_items, budget_of, task_of
 
 if TYPE_CHECKING:
@@ -227,9 +228,7 @@ def expanded(images: list[str]) -> list[str]:
     paths: list[str] = []
     for name in images:
         if os.path.isdir(name):
-            from PIL import Image
-
-            known = {*Image.registered_extensions(), ".heic", ".heif"}  # `load_image` reads these with pillow-heif
+            known = picture_names()
             found = [os.path.join(name, file) for file in os.listdir(name) if Path(file).suffix.lower() in known]
             if not found:
                 raise ValueError(f"{name}: there is no picture in this folder")

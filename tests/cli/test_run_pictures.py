@@ -48,6 +48,17 @@ def test_folders_and_patterns_stand_for_their_pictures_in_order(folder):
         expanded(["x*"])
 
 
+def test_documents_and_videos_of_a_folder_are_no_pictures(folder):
+    """Pillow writes some of these, and reads others with programs that nobody has: they would fail one by one."""
+    for name in ("notes.pdf", "logo.eps", "page.PS", "clip.mpg", "clip.mpeg"):
+        (folder / "album" / name).write_bytes(b"no picture")
+        (folder / "empty" / name).write_bytes(b"no picture")
+    assert expanded(["album"]) == ["album/a.JPG", "album/b.png"]
+    with pytest.raises(ValueError, match="empty: there is no picture in this folder"):
+        expanded(["empty"])
+    assert expanded(["album/*.pdf"]) == ["album/notes.pdf"]  # who names one is told why it cannot be read
+
+
 def test_every_line_of_a_folder_names_its_picture(run, folder):
     assert run("ocr", "album")[:2] == (0, "album/a.JPG: seen\nalbum/b.png: seen\n")
     assert run("ocr", "album/more")[1] == "album/more/c.png: seen\n"  # also where there is only one
