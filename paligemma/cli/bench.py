@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from paligemma.cli.options import Threads, one_of
+from paligemma.cli.options import Threads, device_in
 from paligemma.cli.output import note, notes, print_table, say
 
 PRECISIONS = "bf16,int8,int4"
@@ -42,7 +42,8 @@ def bench(
     work: Annotated[Path | None, typer.Option(help="Where random weights lie for the time of the run.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for the record and the picture.")] = Path("benchmarks"),
     device: Annotated[
-        str, typer.Option(help="cpu; or cuda: eager, compiled, and transformers.", callback=one_of("cpu", "cuda"))
+        str,
+        typer.Option(help="cpu; or cuda: eager, compiled, and transformers.", callback=device_in("cpu", "cuda")),
     ] = "cpu",
 ) -> None:
     """Measure speed and memory on this machine, beside its limits and beside transformers.

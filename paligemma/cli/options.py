@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
@@ -21,14 +22,22 @@ def world_of(world: int | None) -> int:
 
 
 def one_of(*names: str) -> Callable[[str | None], str | None]:
-    """A callback that accepts these values only. It runs before torch is imported, so wrong usage is told at once.
-
-    "cuda:1" counts as "cuda".
-    """
+    """A callback that accepts these values only. It runs before torch is imported, so wrong usage is told at once."""
 
     def check(value: str | None) -> str | None:
-        if value is not None and value.partition(":")[0] not in names:
+        if value is not None and value not in names:
             raise typer.BadParameter(f"{value!r}, expected {', '.join(names)}")
+        return value
+
+    return check
+
+
+def device_in(*names: str) -> Callable[[str | None], str | None]:
+    """The same for devices, "cuda" among them, which may have a number: "cuda:1"."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names and not re.fullmatch("cuda:[0-9]+", value):
+            raise typer.BadParameter(f"{value!r}, expected {', '.join(names)} or a numbered one such as cuda:1")
         return value
 
     return check
@@ -78,7 +87,7 @@ Device = Annotated[
     str | None,
     typer.Option(
         help="cuda, mps or cpu. Default: the first of them that this machine has.",
-        callback=one_of("cuda", "mps", "cpu"),
+        callback=device_in("cuda", "mps", "cpu"),
     ),
 ]
 Dtype = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from paligemma.cli.options import Device, Dtype, Model, Revision, Seed, World, one_of, world_of
+from paligemma.cli.options import Device, Dtype, Model, Revision, Seed, World, device_in, one_of, world_of
 from paligemma.cli.output import echo_json, hint_at_float32, note, print_table
 
 
@@ -83,7 +83,7 @@ def train(
     ] = None,
     device: Annotated[
         str,
-        typer.Option(help="cpu, cuda or mps. A GPU gets larger batches.", callback=one_of("cuda", "mps", "cpu")),
+        typer.Option(help="cpu, cuda or mps. A GPU gets larger batches.", callback=device_in("cuda", "mps", "cpu")),
     ] = "cpu",
 ) -> None:
     """Train an embedded model from scratch, or continue where the last run stopped."""
