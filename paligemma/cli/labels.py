@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from paligemma.cli.output import name_of, short_name, stem_of
+
 if TYPE_CHECKING:
     from paligemma.answers.results import Detection, Segment
 
@@ -36,26 +38,26 @@ class LabelFiles:
         self.annotations: list[dict[str, Any]] = []
         names: dict[str, str] = {}
         for image in images:
-            name = Path(image).name if format == "coco" else Path(image).stem
+            name = name_of(image) if format == "coco" else stem_of(image)
             if name in names:
                 raise typer.BadParameter(
-                    f"--save-labels: {names[name]} and {image} would have one label file; run them one by one, each "
-                    "into a folder of its own"
+                    f"--save-labels: {names[name]} and {short_name(image)} would have one label file; run them one by "
+                    "one, each into a folder of its own"
                 )
-            names[name] = image
+            names[name] = short_name(image)
 
     def add(self, image: str, size: tuple[int, int], items: Sequence[Detection | Segment]) -> None:
         """size: width and height of the picture."""
         from paligemma.answers.formats import to_coco_results, to_voc, to_yolo
         from paligemma.files import write_text
 
-        name = "stdin" if image == "-" else Path(image).name
+        name, stem = name_of(image), stem_of(image)
         self.classes += dict.fromkeys(item.label for item in items if item.label not in self.classes)
         if self.format == "yolo":
             lines = to_yolo(items, size, self.classes)
-            write_text(self.folder / f"{Path(name).stem}.txt", "".join(f"{line}\n" for line in lines))
+            write_text(self.folder / f"{stem}.txt", "".join(f"{line}\n" for line in lines))
         elif self.format == "voc":
-            write_text(self.folder / f"{Path(name).stem}.xml", to_voc(items, size, name))
+            write_text(self.folder / f"{stem}.xml", to_voc(items, size, name))
         else:
             number = len(self.images) + 1
             self.images.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})

@@ -71,6 +71,23 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
 
+def short_name(image: str) -> str:
+    """What messages call a picture, which may be a long data: URL."""
+    return image if len(image) <= 300 else f"{image[:60]}..."
+
+
+def name_of(image: str) -> str:
+    """The name of a picture without its folder; "stdin" and "picture" where it has none: of "-" and a data: URL."""
+    if image == "-":
+        return "stdin"
+    return "picture" if image[:5].lower() == "data:" else Path(image).name or "picture"
+
+
+def stem_of(image: str) -> str:
+    """The same without its ending: what files about the picture are named after."""
+    return Path(name_of(image)).stem
+
+
 def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list[Path]:
     """Where the drawing of each picture goes: the file `save`, or a PNG in the folder `save` named after the picture.
 
@@ -95,7 +112,7 @@ def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list
     paths: list[Path] = []
     taken: set[str] = set()  # in lower case: not every disk tells A.png from a.png
     for name in images:
-        stem = "stdin" if name == "-" else "picture" if name[:5].lower() == "data:" else Path(name).stem or "picture"
+        stem = stem_of(name)
         path, number = save / f"{stem}.png", 1
         while str(path).lower() in taken or path.resolve() in read:
             number += 1

@@ -30,7 +30,7 @@ from paligemma.cli.options import (
     one_of,
     pixels,
 )
-from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say
+from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say, short_name
 from paligemma.files import picture_names
 from paligemma.tasks import asks_for_items, budget_of, task_of
 
@@ -263,11 +263,6 @@ def opened(images: list[str], max_pixels: int) -> Iterator[tuple[list[int], list
                 print_error(error)
         if numbers:
             yield numbers, pictures
-
-
-def short_name(image: str) -> str:
-    """What messages call a picture, which may be a long data: URL."""
-    return image if len(image) <= 300 else f"{image[:60]}..."
 
 
 def say_answer(answer: Answer, name: str, boxes: bool, several: bool) -> None:

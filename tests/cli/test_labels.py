@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from paligemma.answers.results import Detection, Segment
 from paligemma.cli import main as cli
 from paligemma.cli.labels import LabelFiles
+from paligemma.cli.output import stem_of
 from paligemma.data.options import open_rows
 
 DOG, CAT = Detection("dog", (10.0, 5.0, 60.0, 45.0), 0.9), Detection("cat", (0.0, 0.0, 50.0, 25.0))
@@ -93,6 +95,29 @@ def test_the_command_writes_what_it_prints(folder, monkeypatch, capsys):
     boxes = [len(json.loads(line)["detections"]) for line in out.splitlines()]
     assert [len((folder / "labels" / f"{name}.txt").read_text().splitlines()) for name in "ab"] == boxes
     assert (folder / "labels/classes.txt").read_text() == "dog\ncat\n"
+
+
+@pytest.mark.parametrize(("format", "files"), [("yolo", ["picture.txt"]), ("voc", ["picture.xml"]), ("coco", [])])
+def test_a_data_url_is_called_picture(folder, format, files):
+    """Its text is no name: behind the last slash of the base64 there may be thousands of letters, or very few."""
+    url = "data:image/png;base64," + "A" * 300 + "/kJggg=="
+    assert stem_of(url) == "picture" and stem_of("-") == "stdin" and stem_of("sub/a.b.png") == "a.b"
+    labels = LabelFiles(folder / "out", format, [url], ["cat", "dog"])
+    labels.add(url, (100, 50), [DOG])
+    labels.finish()
+    whole = {"yolo": ["classes.txt", "data.yaml"], "voc": [], "coco": ["annotations.json"]}[format]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted([*files, *whole])
+    if format == "coco":
+        assert json.loads((folder / "out/annotations.json").read_text())["images"][0]["file_name"] == "picture"
+    if format == "voc":
+        assert "<filename>picture</filename>" in (folder / "out/picture.xml").read_text()
+
+
+def test_two_data_urls_would_have_one_label_file(folder):
+    urls = ["data:image/png;base64," + letter * 5000 for letter in "AB"]
+    with pytest.raises(typer.BadParameter, match="would have one label file") as error:
+        LabelFiles(folder / "out", "yolo", urls, [])
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
