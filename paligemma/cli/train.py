@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from paligemma.cli.options import (
@@ -198,7 +197,7 @@ def finetune(
     if plan:
         from paligemma.train.planning import plan_of
 
-        Console().print(plan_of(options).table())
+        print_table(plan_of(options).table())
         return
     try:
         from paligemma.train.finetune import finetune as run

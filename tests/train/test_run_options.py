@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.table import Table
 from safetensors.torch import load_file
 from test_train import COLORS
 from training_runs import interrupt_in_step_4, log_of, losses, run
@@ -290,6 +291,15 @@ def test_the_plan_is_told_and_nothing_done(data, tmp_path):
     rounded = CliRunner().invoke(app, [*arguments, "--quantize", "nf4"]).stdout
     assert float(re.search(r"in all .* (\d+\.\d\d)", rounded)[1]) < float(total[1])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_lines_of_a_plan_are_whole_in_a_pipe(data, tmp_path, monkeypatch):
+    """A program that reads them has no terminal whose width would break them."""
+    table = Table("what", "MB")
+    table.add_row("activations " * 10, "1.00")
+    monkeypatch.setattr("paligemma.train.planning.plan_of", lambda options: SimpleNamespace(table=lambda: table))
+    arguments = ["train", "--data", data, "--out", str(tmp_path / "run"), "--plan"]
+    assert ("activations " * 10).strip() in CliRunner().invoke(app, arguments).stdout
 
 
 def test_a_plan_is_for_the_device_of_the_run(base, data, tmp_path, monkeypatch):
