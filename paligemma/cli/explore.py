@@ -27,7 +27,7 @@ from paligemma.cli.options import (
 from paligemma.cli.output import echo_json, note, notes, say
 
 if TYPE_CHECKING:
-    from paligemma.explore import KnockOut, Look
+    from paligemma.explore import KnockOut, Look, Stage
 
 
 COARSE = 4  # blocks in a row of the picture with --coarse
@@ -125,14 +125,14 @@ def explore(
         wanted = "float32" if dtype is None and quantize is None and model == "tiny" else dtype
         pg = load(model, device, wanted, quantize, revision, image_size)
     found = look(pg, picture, prompt, answer)
+    stages = flow(pg, found.picture, prompt)
     quick = many_passes_are_quick(pg)
     wants_knock_out = coarse or (quick if knock_out is None else knock_out)
     with_routes = quick or bool(knock_out)
     grid = min(COARSE, found.grid) if coarse else None
     if not quick and knock_out is not False:
-        one = found.picture[0] if isinstance(found.picture, tuple) else found.picture
         passes = found.images * (grid or found.grid) ** 2
-        time = f"{passes:,} passes of the model, {duration(flow(pg, one, prompt), passes)}"
+        time = f"{passes:,} passes of the model, {duration(stages, passes)}"
         if wants_knock_out:
             note(f"note: knock-outs take {time}" + ("; routes take some hundred more" if with_routes else ""))
         else:
@@ -152,11 +152,11 @@ def explore(
             drops = None
             if wants_knock_out:
                 drops = knock_out_patches(found, window, progress=progress, grid=grid)
-            numbers = as_numbers(found, drops, window, with_routes)
+            numbers = as_numbers(found, stages, drops, window, with_routes)
         else:
             other = look(pg, other_picture, prompt) if other_picture is not None else None
             most = int(max_mb * 1e6)
-            left_out = page(found, out, most, other, wants_knock_out, window, progress, with_routes, grid)
+            left_out = page(found, out, most, other, wants_knock_out, window, progress, with_routes, grid, stages)
     if out is None:
         echo_json(numbers)
         return
@@ -200,12 +200,13 @@ def check_exercise(
         raise typer.Exit(1)
 
 
-def as_numbers(found: Look, drops: KnockOut | None, window: int, with_routes: bool = True) -> dict[str, Any]:
+def as_numbers(
+    found: Look, stages: list[Stage], drops: KnockOut | None, window: int, with_routes: bool = True
+) -> dict[str, Any]:
     """What `--json` prints: the results of the functions of `paligemma.explore`, under their names."""
-    from paligemma.explore import attention, flow, lens, locations, routes
+    from paligemma.explore import attention, lens, locations, routes
 
     attended, read = attention(found, "answer"), lens(found)
-    picture = found.picture[0] if isinstance(found.picture, tuple) else found.picture
     traced = [routes(found, token, window) for token in range(min(1, len(found.answer_ids))) if with_routes]
     return {
         "look": {
@@ -244,5 +245,5 @@ def as_numbers(found: Look, drops: KnockOut | None, window: int, with_routes: bo
             for e in locations(found)
         ],
         "routes": [{"token": 0, "names": found.names, "change": found.change.tolist()} for found in traced],
-        "flow": [dataclasses.asdict(stage) for stage in flow(found.pg, picture, found.prompt)],
+        "flow": [dataclasses.asdict(stage) for stage in stages],
     }  # fmt: skip

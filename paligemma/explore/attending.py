@@ -159,8 +159,7 @@ def vision_attention(look: Look, patches: Sequence[int]) -> VisionAttention:
     if (numbers // P != image).any():
         raise ValueError(f"patches is {list(patches)}: they are of several images, which do not see each other")
     model = look.pg.model
-    pictures = look.picture if isinstance(look.picture, tuple) else (look.picture,)
-    pixels = preprocess(pictures[image], look.pg.processor.image_size)[None]
+    pixels = preprocess(look.pictures[image], look.pg.processor.image_size)[None]
     tower = model.vision_tower.vision_model
     layers: Any = tower.encoder.layers
     _check_size((len(layers), layers[0].self_attn.num_heads, len(numbers), P), "fewer patches")

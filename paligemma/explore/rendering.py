@@ -61,6 +61,7 @@ def page(
     progress: Callable[[int, int], object] | None = None,
     routes: bool = True,
     grid: int | None = None,
+    stages: list[Stage] | None = None,
 ) -> dict[str, str]:
     """Writes the page. Returns what was left out or made coarser, and why: {what: why}, empty if nothing was.
 
@@ -68,11 +69,12 @@ def page(
     knock_out: compute what each patch is needed for, one pass for each. window: of patches and of layers.
     progress: called with (passes done, all). routes: compute them, some hundred passes in a model of 26 layers.
     grid: knock out grid x grid blocks of each image instead, one pass for each; see `knock_out`.
+    stages: what `flow` returned for this row, if it has run already.
     Raises ValueError where even the coarsest page is larger than max_bytes.
     """
     left_out: dict[str, str] = {}
-    picture = look.picture[0] if isinstance(look.picture, tuple) else look.picture
-    stages = flow(look.pg, picture, look.prompt)
+    if stages is None:
+        stages = flow(look.pg, look.picture, look.prompt)
     meta, arrays = _what_never_changes(look, window, stages)
     meta["knock_out_grid"] = look.grid if grid is None else grid
     if compare is not None:
@@ -113,7 +115,6 @@ def page(
 
 
 def _what_never_changes(look: Look, window: int, stages: list[Stage]) -> tuple[dict[str, Any], Arrays]:
-    pictures = look.picture if isinstance(look.picture, tuple) else (look.picture,)
     on_patches = lens(look, k=1, columns=look.image_columns.tolist())  # [L + 1, n * P, 1]
     ids = on_patches.ids[..., 0]
     used = ids.unique()
@@ -128,7 +129,7 @@ def _what_never_changes(look: Look, window: int, stages: list[Stage]) -> tuple[d
         "images": look.images,
         "patches": look.images * look.grid**2,
         "window": window,
-        "pictures": [_data_url(picture) for picture in pictures],
+        "pictures": [_data_url(picture) for picture in look.pictures],
         "words": [decode([id]) for id in used.tolist()],
         "edges": [
             {"box": i // 4, "name": e.name, "mean": e.mean, "pixels": e.pixels, "pixel_spread": e.pixel_spread}

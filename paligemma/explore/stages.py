@@ -6,14 +6,16 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from paligemma import attention_mask, generation, images
-from paligemma.images import Picture
+from paligemma.images import ImageInput
 from paligemma.inference import PaliGemma
 from paligemma.modeling_gemma import GemmaForCausalLM, GemmaModel, PaliGemmaForConditionalGeneration
 from paligemma.modeling_gemma import PaliGemmaMultiModalProjector as Projector
@@ -41,8 +43,11 @@ class Stage:
 
 
 @torch.no_grad()
-def flow(pg: PaliGemma, image: Picture, prompt: str) -> list[Stage]:
-    """Runs the model step by step, as `pg.generate` does, up to the second token. Raises what `pg.generate` raises."""
+def flow(pg: PaliGemma, image: ImageInput, prompt: str) -> list[Stage]:
+    """Runs the model step by step, as `pg.generate` does, up to the second token. Raises what `pg.generate` raises.
+
+    image: one picture, or a tuple that the row sees together; the shapes of several are picture_1, picture_2, ...
+    """
     model, processor, stages = pg.model, pg.processor, list[Stage]()
     tower, decoder = model.vision_tower.vision_model, model.language_model.model
 
@@ -62,16 +67,19 @@ def flow(pg: PaliGemma, image: Picture, prompt: str) -> list[Stage]:
         stages.append(Stage(name, file, [made.__qualname__], found, ms))
         return result
 
-    picture = step(
-        "open the picture", images.load_image, lambda: images.load_image(image),
-        picture=lambda p: (p.height, p.width, 3),
+    given = image if isinstance(image, tuple) else (image,)
+    names = ["picture"] if len(given) == 1 else [f"picture_{k}" for k in range(1, len(given) + 1)]
+    pictures = step(
+        "open the picture", images.load_image, lambda: [images.load_image(one) for one in given],
+        **{name: partial(_shape_of_picture, k) for k, name in enumerate(names)},
     )  # fmt: skip
     pixels = step(
-        "resize, scale to [-1, 1]", images.preprocess, lambda: images.preprocess(picture, processor.image_size)[None],
+        "resize, scale to [-1, 1]", images.preprocess,
+        lambda: torch.stack([images.preprocess(one, processor.image_size) for one in pictures]),
         pixel_values=_shape,
     ).to(model.device, model.dtype)  # fmt: skip
     ids = step(
-        "text to ids, <image> in front", PaliGemmaProcessor.lay_out, lambda: processor.lay_out([prompt], [1]),
+        "text to ids, <image> in front", PaliGemmaProcessor.lay_out, lambda: processor.lay_out([prompt], [len(given)]),
         input_ids=lambda inputs: inputs["input_ids"].shape,
     )["input_ids"].to(model.device)  # fmt: skip
     x = step("cut into patches", SiglipVisionEmbeddings.forward, lambda: tower.embeddings(pixels), patches=_shape)
@@ -120,3 +128,7 @@ def many_passes_are_quick(pg: PaliGemma) -> bool:
 
 def _shape(tensor: Tensor) -> torch.Size:
     return tensor.shape
+
+
+def _shape_of_picture(k: int, pictures: list[Image.Image]) -> tuple[int, int, int]:
+    return pictures[k].height, pictures[k].width, 3

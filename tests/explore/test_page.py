@@ -111,6 +111,14 @@ def test_of_many_heads_the_best_eight_are_kept_beside_the_mean_of_all(make_pg, p
     assert_close(stored[..., meta["attention_patches"] :], rows, atol=0.004, rtol=0)
 
 
+def test_the_flow_of_a_page_is_that_of_its_row(make_pg, picture, tmp_path):
+    look = explore.look(make_pg("gemma"), (picture, picture), "caption en", "a dog")
+    explore.page(look, tmp_path / "page", knock_out=False, routes=False)
+    _, meta, _ = opened(tmp_path / "page")
+    shapes = {name: shape for stage in meta["flow"] for name, shape in stage["shapes"].items()}
+    assert shapes["input_ids"] == [1, look.first_answer]
+
+
 def test_too_large_a_page_is_made_coarser_and_says_so(look, tmp_path):
     path = tmp_path / "look.html"
     explore.page(look, path, knock_out=False)
@@ -187,6 +195,18 @@ def test_coarse_knock_outs_are_of_blocks_and_the_page_says_so(tmp_path):
     knocked_out = json.loads(done.stdout)["knock_out"]
     assert np.allclose(knocked_out["drop"], arrays["drop"], atol=1e-5)
     assert len(knocked_out["filled_with"]) == grid**2 // 8
+
+
+@pytest.mark.parametrize("choice", [[], ["--coarse"]])
+def test_the_steps_are_run_once_for_the_note_and_the_page(choice, tmp_path, monkeypatch):
+    """Each time, an official size on a CPU takes half a minute."""
+    flow, runs = explore.flow, []
+    for place in ("paligemma.explore.flow", "paligemma.explore.rendering.flow"):
+        monkeypatch.setattr(place, lambda *given: runs.append(given) or flow(*given))
+    for place in ("paligemma.weights.published", "paligemma.explore.stages"):  # wherever it is asked
+        monkeypatch.setattr(f"{place}.published_name", lambda config: "an official one", raising=False)
+    done = command("caption en", SCENE, "--out", str(tmp_path / "a.html"), "--answer", "a green", *choice)
+    assert done.exit_code == 0 and len(runs) == 1
 
 
 @pytest.mark.parametrize("choice, said", [([], 1), (["--no-knock-out"], 1), (["--coarse"], 1)])

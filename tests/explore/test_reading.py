@@ -76,8 +76,20 @@ def test_tables_find_the_grid(tiny):
     assert 0 < float(locations.explained.sum()) <= 1
 
 
-def test_flow_lists_every_tensor_with_the_code_that_makes_it(tiny):
+def test_the_flow_of_two_pictures_has_the_tokens_of_both(random_pg, picture):
+    look = explore.look(random_pg, (picture, picture[:20]), "caption en", "a dog")
+    assert [one.size for one in look.pictures] == [(60, 40), (60, 20)]
+    one, two = (explore.flow(random_pg, given, "caption en") for given in (look.pictures[0], look.picture))
+    assert [stage.name for stage in two] == [stage.name for stage in one]
+    shapes = {name: shape for stage in two for name, shape in stage.shapes.items()}
+    assert (shapes["picture_1"], shapes["picture_2"]) == ((40, 60, 3), (20, 60, 3))
+    S, P = look.first_answer, random_pg.processor.num_image_tokens
+    assert shapes["pixel_values"][0] == 2 and shapes["image_features"][:2] == (2, P)
+    assert shapes["input_ids"] == (1, S) and shapes["inputs_embeds"][:2] == (1, S) and shapes["mask"][-1] == S
+    assert "picture" in one[0].shapes and explore.look(random_pg, (picture,), "ocr", "a").pictures[0].size == (60, 40)
 
+
+def test_flow_lists_every_tensor_with_the_code_that_makes_it(tiny):
     stages = explore.flow(tiny, "examples/scene.png", "caption en")
     shapes = {name: shape for stage in stages for name, shape in stage.shapes.items()}
     side, tokens = tiny.processor.image_size, tiny.processor.num_image_tokens
