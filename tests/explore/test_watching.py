@@ -78,7 +78,10 @@ def test_the_model_is_left_as_it_was(random_pg, picture, monkeypatch):
         with pytest.raises(error):
             explore.watching.run(look, layers={1: fail})
         assert hooks_of(model) == []
-    interrupt = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr("paligemma.explore.changing.generate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         explore.without(look, [0])
