@@ -342,7 +342,7 @@ def test_scenes_of_world_2_are_written_with_what_is_known_of_them(tmp_path):
     ("arguments", "message"),
     [
         (["--world", "2", "--split", "twemoji"], "--split twemoji is of world 1"),
-        (["--split", "emojione"], "--split emojione is of world 2"),
+        (["--world", "1", "--split", "emojione"], "--split emojione is of world 2"),
         (["--world", "2", "--task", "count_color"], "--task count_color is of world 1"),
     ],
 )

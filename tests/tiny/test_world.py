@@ -591,7 +591,7 @@ def test_written_scenes_can_be_read_back(tmp_path):
     from faster_coco_eval import COCO
     from faster_coco_eval import mask as coco_mask
 
-    folder = write_scenes(4, tmp_path / "new" / "data", seed=30, size=128, style="noto", progress=False)
+    folder = write_scenes(4, tmp_path / "new" / "data", seed=30, size=128, style="noto", world=1, progress=False)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["data"]  # nothing half-written beside it
 
     lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
