@@ -85,7 +85,7 @@ def _message(messages: Any, place: str) -> tuple[str, list[str]]:
             f"{place}: expected one message with the role user: the model has no memory and no system prompt"
         )
     texts, pictures = read_message(
-        message, "messages[0]", lambda field, said, code: ValueError(f"{place}: body.{said}")
+        message, "body.messages[0]", lambda field, said, code: ValueError(f"{place}: {said}")
     )
     return " ".join(text for text, _ in texts), [url for url, _ in pictures]
 

@@ -54,7 +54,8 @@ def check_order(prompt: str, images: Sequence[str], command: str, folders: bool 
     also come from a folder, a pattern or stdin."""
     is_there = os.path.exists if folders else os.path.isfile
     if is_there(prompt) and not any(
-        name == "-" or os.path.exists(name) or glob.glob(name, recursive=True) for name in images
+        name == "-" or name[:5].lower() == "data:" or os.path.exists(name) or glob.glob(name, recursive=True)
+        for name in images
     ):
         raise typer.BadParameter(
             f"the prompt comes first, then the picture: paligemma {command} {images[0]!r} {prompt}"

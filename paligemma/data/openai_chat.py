@@ -41,7 +41,7 @@ def read_message(message: Any, place: str, refuse: Refuse) -> tuple[list[Placed]
     _check_object(message, place, refuse)
     role, content, at = message.get("role"), message.get("content"), f"{place}.content"
     if role != "user":
-        said = f"is {reprlib.repr(role)}: PaliGemma answers one message of the role user"
+        said = f"is {_shown(role)}: PaliGemma answers one message of the role user"
         raise refuse(f"{place}.role", f"{place}.role {said}", "unsupported_messages")
     _check_keys(message, place, ("role", "content", "name"), refuse)
     if message.get("name") is not None:
@@ -49,7 +49,7 @@ def read_message(message: Any, place: str, refuse: Refuse) -> tuple[list[Placed]
     if isinstance(content, str):
         return [(content, at)], []
     if not isinstance(content, list):
-        said = f"{at} is {reprlib.repr(content)}, expected a string or a list of parts"
+        said = f"{at} is {_shown(content)}, expected a string or a list of parts"
         raise refuse(at, said, "invalid_value")
     texts, pictures = [], []
     for i, part in enumerate(content):
@@ -57,7 +57,7 @@ def read_message(message: Any, place: str, refuse: Refuse) -> tuple[list[Placed]
         _check_object(part, here, refuse)
         kind = part.get("type")
         if kind not in ("text", "image_url"):
-            said = f"{here}.type is {reprlib.repr(kind)}, expected text or image_url"
+            said = f"{here}.type is {_shown(kind)}, expected text or image_url"
             raise refuse(f"{here}.type", said, "invalid_value")
         _check_keys(part, here, ("type", kind), refuse)
         if kind == "text":
@@ -73,23 +73,27 @@ def _picture(value: Any, place: str, refuse: Refuse) -> Placed:
     _check_object(value, place, refuse)
     _check_keys(value, place, ("url", "detail"), refuse)
     if not is_one_of(value.get("detail"), (None, "auto", "low", "high")):  # the model has one resolution
-        said = f"{place}.detail is {reprlib.repr(value['detail'])}, expected auto, low or high"
+        said = f"{place}.detail is {_shown(value['detail'])}, expected auto, low or high"
         raise refuse(f"{place}.detail", said, "invalid_value")
     return _text(value.get("url"), f"{place}.url", refuse)
 
 
 def _text(value: Any, place: str, refuse: Refuse) -> Placed:
     if not isinstance(value, str):
-        raise refuse(place, f"{place} is {reprlib.repr(value)}, expected a string", "invalid_value")
+        raise refuse(place, f"{place} is {_shown(value)}, expected a string", "invalid_value")
     return value, place
 
 
 def _check_object(value: Any, place: str, refuse: Refuse) -> None:
     if not isinstance(value, Mapping):
-        raise refuse(place, f"{place} is {reprlib.repr(value)}, expected an object", "invalid_value")
+        raise refuse(place, f"{place} is {_shown(value)}, expected an object", "invalid_value")
 
 
 def _check_keys(value: Mapping[str, Any], place: str, known: Sequence[str], refuse: Refuse) -> None:
     for name in value:
         if name not in known:
             raise refuse(f"{place}.{name}"[:200], f"unknown field {f'{place}.{name}'[:200]!r}", "unknown_field")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else reprlib.repr(value)

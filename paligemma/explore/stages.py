@@ -122,7 +122,7 @@ def duration(stages: list[Stage], passes: int) -> str:
 
 def many_passes_are_quick(pg: PaliGemma) -> bool:
     """Whether knock-outs and routes, hundreds of passes, are computed unasked: not for a published size on a CPU, where
-    they take the better part of an hour."""
+    they take hours."""
     return published_name(pg.model.config) is None or pg.model.device.type == "cuda"
 
 

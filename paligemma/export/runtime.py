@@ -29,15 +29,21 @@ from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
 
 
-def load_exported(folder: str | Path, weights: str = "fp32", threads: int | None = None) -> PaliGemma:
-    """The exported model, with the methods of `paligemma.load`'s."""
+def load_exported(
+    folder: str | Path, weights: str = "fp32", threads: int | None = None, codec: MaskCodec | None = None
+) -> PaliGemma:
+    """The exported model, with the methods of `paligemma.load`'s.
+
+    codec: for masks, in place of the folder's own. An official checkpoint has none: without `codec` it is downloaded.
+    """
     model = ExportedModel(Path(folder), weights, threads)
     vision = model.config.vision_config
     processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)
     if (calibrated := Path(folder) / CALIBRATION_FILE).exists():
         processor.calibration = Calibration.load(calibrated)
     own_codec = Path(folder) / CODEC_FILE
-    codec = MaskCodec.load(own_codec) if own_codec.exists() else None
+    if codec is None and own_codec.exists():
+        codec = MaskCodec.load(own_codec)
     return PaliGemma(model, processor, codec)  # type: ignore[arg-type]
 
 

@@ -94,9 +94,10 @@ def schemas(settings: Settings) -> Json:
     picture = {"oneOf": [TEXT, listed(TEXT)], "description": "A data: URL; in a form, the file."}
     common: Json = {"model": TEXT, "image": picture, "max_tokens": tokens, "constrained": FLAG, **sampling}
     boxes: Json = {"min_score": {"type": "number", "minimum": 0, "maximum": 1}, "masks": {"enum": list(MASKS)}}
+    url = {"oneOf": [TEXT, record(["url"], url=TEXT, detail=TEXT)]}
     part = {"oneOf": [
         record(["type", "text"], type={"const": "text"}, text=TEXT),
-        record(["type", "image_url"], type={"const": "image_url"}, image_url=record(["url"], url=TEXT, detail=TEXT)),
+        record(["type", "image_url"], type={"const": "image_url"}, image_url=url),
     ]}  # fmt: skip
     message = record(["role", "content"], role={"const": "user"}, content=listed(part), name=TEXT)
     return {

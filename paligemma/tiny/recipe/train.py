@@ -29,7 +29,7 @@ from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tiny.recipe.codec import mask_codes, train_codec
 from paligemma.tiny.recipe.joint_training import JointModel, train_jointly
 from paligemma.tiny.recipe.pieces import PieceOver
-from paligemma.tiny.recipe.settings import FIRST, RECIPES, Recipe, for_device, remember
+from paligemma.tiny.recipe.settings import RECIPES, Recipe, for_device, remember
 from paligemma.tiny.recipe.shards import make_room, rendering_beside, shard_number, shard_paths, write_shards
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.vision_pretraining import train_vision
@@ -49,7 +49,7 @@ def train(
     out: str | Path = "runs/tiny",
     resume: bool = True,
     *,
-    recipe: Recipe = FIRST,
+    recipe: Recipe = RECIPES[SHIPPED],
     device: str | None = "cpu",
     in_all: float | None = None,
     start: str | Path | None = None,
