@@ -248,7 +248,7 @@ def test_two_starters(work, command):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_the_training_of_an_embedded_model_goes_on(work, name):
     """Half a minute for a whole run of the recipe, so it is ended at two moments only."""
-    arguments = ["tiny", "train", "--minutes", "0.1", "--out", "new"]
+    arguments = ["tiny", "train", "--world", "1", "--minutes", "0.1", "--out", "new"]
     number = getattr(signal, name)
     code, err = run(work, arguments, at_write(40, lambda: os.kill(os.getpid(), number)))
     assert code == {"SIGTERM": 143, "SIGKILL": -9}[name] and "Traceback" not in err, err

@@ -258,6 +258,7 @@ def test_the_first_process_decides_when_a_piece_is_over(monkeypatch, over_there)
 def test_a_short_first_run_trains_a_codec_of_use(minutes, steps):
     """Every later run keeps it."""
     assert codec_steps(FIRST, minutes) == steps
+    assert codec_steps(SECOND, minutes) == (steps if minutes < 100 else 4000)
 
 
 @pytest.mark.parametrize("processor_time, steps", [(False, 30), (True, 60)])

@@ -82,7 +82,7 @@ def _train(run: _Run, resume: bool, in_all: float | None, start: str | Path | No
     if run.rank == 0:
         remember(run.recipe, run.out)
         remember_start(start, run.recipe, run.out)
-        run.prepare(beside)
+        run.prepare(beside, in_all)
     distributed.barrier()
     with rendering_beside(run.scenes, run.recipe) if beside and run.rank == 0 else nullcontext():
         folder = run.whole() if in_all is None else run.piece(in_all)
@@ -110,7 +110,7 @@ class _Run:
     def spent(self) -> float:
         return (time.monotonic() - self.begun) / 60
 
-    def prepare(self, beside: bool) -> None:
+    def prepare(self, beside: bool, in_all: float | None) -> None:
         """Scenes and codec, as far as they are missing. A third of the time at most goes to more scenes.
 
         beside: training begins with a few scenes, more are rendered beside it, and the oldest make room for them.
@@ -128,7 +128,8 @@ class _Run:
             write_shards(self.scenes, range(wanted), recipe, processes, self.minutes / 3 - self.spent)
         if not self.codec.exists():
             self.log("mask codec")
-            train_codec(self.scenes, self.codec, codec_steps(recipe, self.minutes), log=self.log, device=self.device)
+            steps = recipe.codec_steps if in_all or self.workers else codec_steps(recipe, self.minutes)
+            train_codec(self.scenes, self.codec, steps, log=self.log, device=self.device)
         if self.workers:  # otherwise each of them would make the same codes
             codec = MaskCodec.load(self.codec).to(self.device)
             for path in shard_paths(self.scenes):
@@ -189,9 +190,7 @@ class _Run:
 
 
 def codec_steps(recipe: Recipe, minutes: float) -> int:
-    """Of the mask codec, in a first run of so many minutes."""
-    if recipe.world == 2:
-        return recipe.codec_steps
+    """Of the mask codec, in a whole first run of so many minutes on a CPU. Other trainings make all of them."""
     return min(recipe.codec_steps, max(LEAST_CODEC_STEPS, round(20 * minutes)))
 
 
