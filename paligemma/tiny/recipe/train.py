@@ -67,14 +67,13 @@ def train(
 
     Raises ValueError if the folder was begun with another recipe, BlockingIOError if another process trains there.
     """
-    run = _Run(Path(out), minutes, recipe, pick_device(device))
+    run = _Run(Path(out), minutes, recipe, pick_device(device), in_all)
     run.out.mkdir(parents=True, exist_ok=True)
     with locked(run.out, "paligemma tiny train") if run.rank == 0 else nullcontext():
-        return _train(run, resume, in_all, start)
+        return _train(run, resume, start)
 
 
-def _train(run: _Run, resume: bool, in_all: float | None, start: str | Path | None) -> Path:
-    beside = in_all is not None and run.device.type == "cpu"
+def _train(run: _Run, resume: bool, start: str | Path | None) -> Path:
     if not resume and run.rank == 0:
         for old in run.out.iterdir():
             if old.name != LOCK:
@@ -82,10 +81,10 @@ def _train(run: _Run, resume: bool, in_all: float | None, start: str | Path | No
     if run.rank == 0:
         remember(run.recipe, run.out)
         remember_start(start, run.recipe, run.out)
-        run.prepare(beside, in_all)
+        run.prepare()
     distributed.barrier()
-    with rendering_beside(run.scenes, run.recipe) if beside and run.rank == 0 else nullcontext():
-        folder = run.whole() if in_all is None else run.piece(in_all)
+    with rendering_beside(run.scenes, run.recipe) if run.beside and run.rank == 0 else nullcontext():
+        folder = run.whole() if run.in_all is None else run.piece(run.in_all)
     if run.rank == 0 and folder is not None:
         package(checkpointing.checkpoints(folder / "checkpoints")[-1], run.out, run.recipe)
         run.log(f"the checkpoint is in {run.out / 'package'}")
@@ -95,8 +94,8 @@ def _train(run: _Run, resume: bool, in_all: float | None, start: str | Path | No
 class _Run:
     """One call of `train`: its time, its device, and the stages."""
 
-    def __init__(self, out: Path, minutes: float, recipe: Recipe, device: torch.device):
-        self.begun, self.minutes, self.out = time.monotonic(), minutes, out
+    def __init__(self, out: Path, minutes: float, recipe: Recipe, device: torch.device, in_all: float | None):
+        self.begun, self.minutes, self.in_all, self.out = time.monotonic(), minutes, in_all, out
         self.recipe, self.device = for_device(recipe, device), device
         self.scenes, self.codec = out / "scenes", out / "codec.safetensors"
         self.workers = 0 if device.type == "cpu" else max(1, cpu_count() - 2)
@@ -110,14 +109,16 @@ class _Run:
     def spent(self) -> float:
         return (time.monotonic() - self.begun) / 60
 
-    def prepare(self, beside: bool, in_all: float | None) -> None:
-        """Scenes and codec, as far as they are missing. A third of the time at most goes to more scenes.
+    @property
+    def beside(self) -> bool:
+        """Whether training begins with a few scenes, more are rendered beside it, and the oldest make room for them."""
+        return self.in_all is not None and self.device.type == "cpu"
 
-        beside: training begins with a few scenes, more are rendered beside it, and the oldest make room for them.
-        """
+    def prepare(self) -> None:
+        """Scenes and codec, as far as they are missing. A third of the time at most goes to more scenes."""
         self.log("rendering scenes")
         recipe, processes = self.recipe, max(1, self.workers)
-        if beside:
+        if self.beside:
             make_room(self.scenes, 2 * recipe.shards // 3)
             wanted = min(recipe.shards, FIRST_SHARDS)
         else:
@@ -128,7 +129,7 @@ class _Run:
             write_shards(self.scenes, range(wanted), recipe, processes, self.minutes / 3 - self.spent)
         if not self.codec.exists():
             self.log("mask codec")
-            steps = recipe.codec_steps if in_all or self.workers else codec_steps(recipe, self.minutes)
+            steps = recipe.codec_steps if self.in_all or self.workers else codec_steps(recipe, self.minutes)
             train_codec(self.scenes, self.codec, steps, log=self.log, device=self.device)
         if self.workers:  # otherwise each of them would make the same codes
             codec = MaskCodec.load(self.codec).to(self.device)
