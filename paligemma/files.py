@@ -33,6 +33,11 @@ from typing import Any
 MAX_PIXELS = 100_000_000
 
 
+def is_data_url(name: str) -> bool:
+    """Whether the name of a picture is the picture itself: "data:image/png;base64,..."."""
+    return name[:5].lower() == "data:"
+
+
 def picture_names() -> set[str]:
     """Endings of names that pictures have, in lower case: what Pillow opens, without documents and videos, and HEIC,
     which `images.load_image` reads with pillow-heif."""

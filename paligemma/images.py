@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paligemma.files import MAX_PIXELS
+from paligemma.files import MAX_PIXELS, is_data_url
 
 # One picture in the forms that can be opened again, and what a row may see: one picture, or a tuple of several.
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
@@ -62,7 +62,7 @@ def load_image(source: Picture | bytearray | memoryview | IO[bytes], max_pixels:
         return _to_rgb(source, "the picture", max_pixels, ours=False)
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source), "the array", max_pixels)
-    if isinstance(source, str) and source[:5].lower() == "data:":
+    if isinstance(source, str) and is_data_url(source):
         return open_picture(io.BytesIO(_data_of_url(source)), "the data: URL", max_pixels)
     if isinstance(source, (str, os.PathLike)):
         return _load_file(os.fspath(source), max_pixels)

@@ -45,7 +45,7 @@ from paligemma.engine import Engine, Ticket, requests_of, stream
 from paligemma.generation import Generated, Options, beam_search, check_length
 from paligemma.images import ImageInput, ImageT, Picture, load_image, looks_swapped
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tasks import BOX_BUDGET, TEXT_BUDGET, asks_for_items, task_of
+from paligemma.tasks import BOX_BUDGET, TEXT_BUDGET, asks_for_items, split_labels, task_of
 from paligemma.terminal import error_line, printable
 from paligemma.utils import load_hf_model
 from paligemma.weights.finding import first_with, open_model, resolve
@@ -447,11 +447,10 @@ class PaliGemma:
         """
         if not asks_for_items(prompt):
             return None
-        task = task_of(prompt)
-        labels = _labels([label.strip() for label in prompt.strip().removeprefix(task).split(";")])
         return DetectionGrammar(
-            self.processor.tokenizer, labels=labels, segments=task == "segment", forbid_repeats=forbid_repeats
-        )
+            self.processor.tokenizer, labels=_labels(split_labels(prompt)), segments=task_of(prompt) == "segment",
+            forbid_repeats=forbid_repeats,
+        )  # fmt: skip
 
     def to_answer(
         self, generated: Generated, size: Size | None, image: Row = None, codec: MaskCodec | None = None

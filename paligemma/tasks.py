@@ -20,6 +20,11 @@ def asks_for_items(prompt: str) -> bool:
     return task_of(prompt) in ("detect", "segment")
 
 
+def split_labels(prompt: str) -> list[str]:
+    """What stands between the semicolons behind the task: "detect dog ; cat" -> ["dog", "cat"]. Empty ones stay."""
+    return [label.strip() for label in prompt.strip().partition(" ")[2].split(";")]
+
+
 def budget_of(prompt: str) -> int:
     """New tokens that the answer may have, where nothing else is said."""
     return BOX_BUDGET if asks_for_items(prompt) else TEXT_BUDGET

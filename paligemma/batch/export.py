@@ -24,7 +24,7 @@ from paligemma.batch.folder import RunFolder
 from paligemma.batch.openai_format import response_line
 from paligemma.batch.rows import Line, mask_of, path_of
 from paligemma.data.prompts import labels_of
-from paligemma.files import picture_names, written_whole
+from paligemma.files import is_data_url, picture_names, written_whole
 from paligemma.tasks import asks_for_items
 
 COLUMNS = (
@@ -116,7 +116,7 @@ def classes_of(folder: RunFolder) -> list[str]:
     for line in answered(folder):
         if line["prompt"] not in prompts and asks_for_items(line["prompt"]):
             prompts.add(line["prompt"])
-            found.update(dict.fromkeys(labels_of(line["prompt"].strip())))
+            found.update(dict.fromkeys(labels_of(line["prompt"])))
         found.update(dict.fromkeys(item["label"] for item in items_of(line)))
     return list(found)
 
@@ -168,7 +168,7 @@ def _file_name(line: Line) -> str:
     image = line["image"]
     if isinstance(image, list):
         image = image[0] if image else None
-    has_name = image is not None and image[:5].lower() != "data:"  # a line holds only the beginning of such a URL
+    has_name = image is not None and not is_data_url(image)  # a line holds only the beginning of such a URL
     return line["id"] if not has_name or image.endswith(f"/{line['id']}") else image
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from paligemma.batch.rows import RowFailure, Where
+from paligemma.files import is_data_url
 from paligemma.images import TooManyPixels, load_image
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def places_of(image: Where | Sequence[Where] | None) -> Sequence[Where]:
 
 def bytes_of(where: Where) -> bytes:
     """Bytes by which a picture is known again: those of its file, as far as it has one of its own."""
-    if isinstance(where, str) and where[:5].lower() != "data:":
+    if isinstance(where, str) and not is_data_url(where):
         with open(where, "rb") as file:
             return file.read()
     content = repr(sorted(where.items())) if isinstance(where, Mapping) and "video" in where else read(where)

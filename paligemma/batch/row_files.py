@@ -25,6 +25,7 @@ from paligemma.batch.rows import InputRow, Where, plain
 from paligemma.data.arrow_files import ArrowFiles
 from paligemma.data.records import IMAGE, OTHER_IMAGE, first_of
 from paligemma.data.text_files import CsvFile, JsonLines, parse_object, text_of
+from paligemma.files import is_data_url
 
 
 def list_rows(file: str, prompt: str | None = None) -> Iterator[InputRow]:
@@ -75,7 +76,7 @@ def _of_record(record: dict[str, Any], records: Any, number: int, place: str, pr
     column = key or next((name for name in record if record[name] is image), "image")
     given = record.get("id")
     if given is None:
-        inline = not isinstance(image, str) or _is_data(image)
+        inline = not isinstance(image, str) or is_data_url(image)
         given = f"{os.path.basename(_file_of(records))}:{number + 1}" if inline else image
     several = image if isinstance(image, list) else [image]
     places = [
@@ -91,7 +92,7 @@ def _where(image: Any, records: Any, number: int, place: str, column: str, k: in
     if isinstance(image, Mapping) and not image.get("bytes"):
         image = image.get("path")  # how Hugging Face stores a picture
     if isinstance(image, str) and image:
-        if not _is_data(image):
+        if not is_data_url(image):
             refuse_url(image, f"{place}: ")
             return os.path.abspath(os.path.join(os.path.dirname(_file_of(records)), image))
         return _line(records, number, k or 0) if isinstance(records, JsonLines) else image
@@ -127,7 +128,3 @@ def pictures_in_line(line: bytes) -> list[Any]:
 
 def _file_of(records: Any) -> str:
     return str(records.paths[0] if isinstance(records, ArrowFiles) else records.pieces.path)
-
-
-def _is_data(image: str) -> bool:
-    return image[:5].lower() == "data:"

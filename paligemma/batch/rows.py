@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from paligemma.files import is_data_url
+
 if TYPE_CHECKING:
     from paligemma.answers.results import Answer, Detection, Segment
 
@@ -105,7 +107,7 @@ def name_of(image: Any) -> Any:
     if image is None:
         return None
     if isinstance(image, str):
-        return plain(f"{image[:40]}..." if image[:5].lower() == "data:" else image)
+        return plain(f"{image[:40]}..." if is_data_url(image) else image)
     if isinstance(image, Mapping):
         name = image.get("name", image.get("path"))
         return None if name is None else plain(str(name))

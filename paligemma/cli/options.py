@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from paligemma.cli.output import note
-from paligemma.files import MAX_PIXELS
+from paligemma.files import MAX_PIXELS, is_data_url
 
 
 def world_of(world: int | None) -> int:
@@ -54,7 +54,7 @@ def check_order(prompt: str, images: Sequence[str], command: str, folders: bool 
     also come from a folder, a pattern or stdin."""
     is_there = os.path.exists if folders else os.path.isfile
     if is_there(prompt) and not any(
-        name == "-" or name[:5].lower() == "data:" or os.path.exists(name) or glob.glob(name, recursive=True)
+        name == "-" or is_data_url(name) or os.path.exists(name) or any(glob.iglob(name, recursive=True))
         for name in images
     ):
         raise typer.BadParameter(

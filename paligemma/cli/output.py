@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from paligemma.files import is_data_url
 from paligemma.terminal import error_line, printable
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def name_of(image: str) -> str:
     """The name of a picture without its folder; "stdin" and "picture" where it has none: of "-" and a data: URL."""
     if image == "-":
         return "stdin"
-    return "picture" if image[:5].lower() == "data:" else Path(image).name or "picture"
+    return "picture" if is_data_url(image) else Path(image).name or "picture"
 
 
 def stem_of(image: str) -> str:

@@ -32,7 +32,7 @@ from paligemma.cli.options import (
 )
 from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say, short_name
 from paligemma.files import picture_names
-from paligemma.tasks import asks_for_items, budget_of, task_of
+from paligemma.tasks import asks_for_items, budget_of, split_labels, task_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -174,7 +174,7 @@ def label_files(folder: Path | None, format: str, images: list[str], prompt: str
         raise typer.BadParameter(f"--save-labels {folder} is a file, expected a folder")
     from paligemma.data.prompts import labels_of
 
-    return LabelFiles(folder, format, images, labels_of(prompt.strip()))
+    return LabelFiles(folder, format, images, labels_of(prompt))
 
 
 def sampling_options(
@@ -197,7 +197,7 @@ def sampling_options(
 def note_unusual_prompt(prompt: str, model: str) -> None:
     """A hint where the prompt differs from those that the model was trained on. It is answered all the same."""
     task, boxes = task_of(prompt), asks_for_items(prompt)
-    labels = [label.strip() for label in prompt.strip().removeprefix(task).split(";")]
+    labels = split_labels(prompt)
     spaced = f"{task} {' ; '.join(labels)}"
     if boxes and any("," in label for label in labels):
         separated = f"{task} {' ; '.join(part.strip() for part in ','.join(labels).split(',') if part.strip())}"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from paligemma.tasks import split_labels
+
 _PROMPT = re.compile(
     r"(?:detect|segment) \S.*|(?:answer|question) [a-z]{2,3} \S.*|(?:caption|cap|describe) [a-z]{2,3}|ocr", re.S
 )
@@ -19,7 +21,7 @@ def asks_for_boxes(prompt: str) -> bool:
 
 def labels_of(prompt: str) -> list[str]:
     """The labels that a detect or segment prompt asks for."""
-    return [label.strip() for label in prompt.partition(" ")[2].split(";") if label.strip()]
+    return [label for label in split_labels(prompt) if label]
 
 
 def is_prompt(question: str, answer: object) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from paligemma.files import is_data_url
 from paligemma.serve.chat import MOST_CHOICES, check_count, check_model, take_sampling
 from paligemma.serve.errors import invalid, shown
 from paligemma.serve.fields import Fields, checked_text, kind_of
@@ -60,7 +61,7 @@ def _pictures(value: Any, files: list[Source], settings: Settings) -> tuple[Sour
         place = f"image[{i}]" if isinstance(value, list) else "image"
         if not isinstance(url, str):
             raise invalid(place, f"{place} is {kind_of(url)}, expected a data: URL")
-        name = None if url[:5].lower() == "data:" else url[:2000]
+        name = None if is_data_url(url) else url[:2000]
         sources.append(Source(url, place, name))
     if not sources:
         raise invalid("image", "image is missing: a data: URL, or the file of a form", "no_image")

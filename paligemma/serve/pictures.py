@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
+from paligemma.files import is_data_url
 from paligemma.images import TooManyPixels, open_picture, preprocess
 from paligemma.serve.errors import ApiError, invalid, shown
 
@@ -41,7 +42,7 @@ class Source:
 
     @property
     def is_url(self) -> bool:
-        return isinstance(self.value, str) and self.value[:5].lower() != "data:"
+        return isinstance(self.value, str) and not is_data_url(self.value)
 
 
 @dataclass(frozen=True)
