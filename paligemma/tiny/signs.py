@@ -70,13 +70,22 @@ def sign_text(rng: np.random.Generator, length: tuple[int, int] = (1, 6)) -> str
     if kind < 0.55:
         words = [word for word in WORDS if shortest <= len(word) <= longest]
         if words:
-            word = words[rng.integers(len(words))]
-            # Upper and lower case of these letters differ only in size.
-            plain = set(word) <= set("cosuvwxz")
-            return (word.upper(), word.capitalize(), word if not plain else word.upper())[rng.integers(3)]
+            return _in_some_case(rng, words[rng.integers(len(words))])
     if kind < 0.78:
         return str(rng.integers(1, 10)) + "".join(str(rng.integers(10)) for _ in range(count - 1))
     return "".join(_UNAMBIGUOUS[rng.integers(len(_UNAMBIGUOUS))] for _ in range(count))
+
+
+def mixed_text(rng: np.random.Generator) -> str:
+    """The beginning of a word and the end of another, up to 10 letters: they must be read one by one."""
+    first, second = (WORDS[i] for i in rng.integers(len(WORDS), size=2))
+    return _in_some_case(rng, first[: rng.integers(1, 6)] + second[-int(rng.integers(1, 6)) :])
+
+
+def _in_some_case(rng: np.random.Generator, word: str) -> str:
+    """Upper case, capitalised or lower case."""
+    plain = set(word) <= set("cosuvwxz")  # upper and lower case of these letters differ only in size
+    return (word.upper(), word.capitalize(), word if not plain else word.upper())[rng.integers(3)]
 
 
 @dataclass(frozen=True)
@@ -193,21 +202,30 @@ def brightness(color: tuple[float, float, float]) -> float:
     return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
-def varied_sign(rng: np.random.Generator, text: str, size: int, color: str, scale: float) -> Stamp:
+def varied_sign(
+    rng: np.random.Generator,
+    text: str,
+    size: int,
+    color: str,
+    scale: float = 1.0,
+    char_size: tuple[float, float] = (0.085, 0.25),
+) -> Stamp:
     """A sign of world 2. color: the name of the board's colour, one of BOARD_COLORS. scale: 1, or less to make it fit.
 
-    The font size is a twelfth to a quarter of the picture's side before long texts are shrunk; tilted by up to 15
-    degrees, or not at all.
+    char_size: bounds of the font size, as shares of the picture's side, before long texts are shrunk. The sign is
+    tilted by up to 15 degrees, or not at all.
     """
-    board = _varied_board(rng, text, size, color, scale)
+    board = _varied_board(rng, text, size, color, scale, char_size)
     angle = 0.0 if rng.random() < 0.35 else float(rng.uniform(-15, 15))
     return _turned(*_draw_board(board, text, size), angle)
 
 
-def _varied_board(rng: np.random.Generator, text: str, size: int, color: str, scale: float) -> _Board:
+def _varied_board(
+    rng: np.random.Generator, text: str, size: int, color: str, scale: float, char_size: tuple[float, float]
+) -> _Board:
     names = [*_FONTS, *(name for name in VARIED_FONTS if text.isalpha() or name not in _OLD_STYLE_FIGURES)]
     name = names[rng.integers(len(names))]
-    em = 2 * size * scale * float(rng.uniform(0.085, 0.25))
+    em = 2 * size * scale * float(rng.uniform(*char_size))
     width = _varied_font(name, max(8, round(em))).getlength(text)
     em *= min(1.0, 2 * size * scale * float(rng.uniform(0.4, 0.62)) / max(width, 1))
     font = _varied_font(name, max(8, round(em)))

@@ -104,19 +104,14 @@ def render_varied(
     text = signs.sign_text(rng) if with_sign else ""
     board = tuple(signs.BOARD_COLORS)[rng.integers(len(signs.BOARD_COLORS))]
     colors = _background_colors(rng, drawings, board if with_sign else None)
-    images = [_image(drawing, artist, redraw) for drawing in drawings]
+    images = [drawn(drawing, artist, redraw) for drawing in drawings]
     placed = _lay_out(rng, drawings, images, (text, board), kind, size)
     pattern = VARIED_PATTERNS[rng.integers(len(VARIED_PATTERNS))]
     canvas = varied_background(rng, colors, pattern, size)
     name = None if pattern in MANY_COLORS else colors[0]
 
     objects = _draw(rng, canvas, placed, drawings, (text, board))
-    gray = any(degradation == "gray" for degradation, _ in chosen)
-    if gray:
-        objects = [replace(thing, tint=None, color=None) for thing in objects]
-        name = _gray_name(name) if name else None
-    for degradation, strength in chosen:
-        canvas = degrade(canvas, degradation, strength, after)
+    canvas, objects, name = degraded(canvas, objects, name, chosen, after)
     styles = {drawing.style for drawing in drawings}
     drawn_by = "mixed" if len(styles) > 1 else styles.pop() if styles else "none"
     return Scene(np.asarray(canvas), tuple(objects), name, pattern, drawn_by, seed, split, 2, chosen)
@@ -131,6 +126,22 @@ def render_in_world(
     if world == 2:
         return render_varied(seed, split, size, style, **options)
     raise ValueError(f"unknown world {world!r}; there is: 1, 2")
+
+
+def degraded(
+    canvas: Image.Image,
+    objects: list[SceneObject],
+    background: str | None,
+    chosen: Sequence[tuple[str, float]],
+    rng: np.random.Generator,
+) -> tuple[Image.Image, list[SceneObject], str | None]:
+    """The picture after all degradations, its objects and the name of its background: in gray, nothing has a colour."""
+    if any(degradation == "gray" for degradation, _ in chosen):
+        objects = [replace(thing, tint=None, color=None) for thing in objects]
+        background = _gray_name(background) if background else None
+    for degradation, strength in chosen:
+        canvas = degrade(canvas, degradation, strength, rng)
+    return canvas, objects, background
 
 
 def _gray_name(color: str) -> str | None:
@@ -159,10 +170,10 @@ def _contents(
     styles = (style,) if style else VARIED_STYLES[split]
     if rng.random() < 0.67:
         styles = (styles[rng.integers(len(styles))],)
-    return with_sign, _drawings(rng, count, split, styles)
+    return with_sign, sample_drawings(rng, count, split, styles)
 
 
-def _drawings(rng: np.random.Generator, count: int, split: str, styles: Sequence[str]) -> list[Drawing]:
+def sample_drawings(rng: np.random.Generator, count: int, split: str, styles: Sequence[str]) -> list[Drawing]:
     """Some pictograms, a few of them repeated, within what the split may show."""
 
     def drawing(label: str, painted: str | None = None) -> Drawing:
@@ -215,7 +226,7 @@ def _background_colors(rng: np.random.Generator, drawings: Sequence[Drawing], bo
 # --- where it lies, and how it is drawn -----------------------------------------------------------
 
 
-def _image(drawing: Drawing, artist: np.random.Generator, redraw: float) -> Image.Image:
+def drawn(drawing: Drawing, artist: np.random.Generator, redraw: float) -> Image.Image:
     image = sprite(drawing.style, drawing.label, drawing.painted)
     if artist.random() >= redraw:
         return image
@@ -275,7 +286,7 @@ def _draw(
         dx, dy = spot.stamp.corner
         x, y = spot.x - dx, spot.y - dy
         if shadow:
-            _cast(canvas, spot.stamp.image.getchannel("A"), (x, y), reach)
+            cast_shadow(canvas, spot.stamp.image.getchannel("A"), (x, y), reach)
         canvas.paste(spot.stamp.image, (x, y), spot.stamp.image)
         drawing = drawings[i] if i < len(drawings) else None
         text, board = sign if drawing is None else ("", "")
@@ -287,7 +298,7 @@ def _draw(
     return sorted(objects, key=lambda thing: thing.box[0])
 
 
-def _cast(canvas: Image.Image, alpha: Image.Image, corner: tuple[int, int], reach: float) -> None:
+def cast_shadow(canvas: Image.Image, alpha: Image.Image, corner: tuple[int, int], reach: float) -> None:
     """A soft shadow below and to the right of a drawing."""
     border = round(2 * reach)
     mask = ImageOps.expand(alpha.point([round(0.4 * shade) for shade in range(256)]), border)

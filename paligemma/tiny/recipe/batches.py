@@ -42,7 +42,7 @@ from paligemma.tiny import rows as world_rows
 from paligemma.tiny import world
 from paligemma.tiny.recipe.codec import code_similarity, mask_codes
 from paligemma.tiny.recipe.settings import FIRST
-from paligemma.tiny.recipe.shards import SHARD, Shard, pixels, shard_paths
+from paligemma.tiny.recipe.shards import SHARD, Shard, pages_of, pixels, some_shards
 from paligemma.tiny.recipe.vision_pretraining import augmented_targets, stored_targets
 from paligemma.tokenizer import Tokenizer
 from paligemma.train.loss import LossFunction
@@ -77,6 +77,7 @@ class PromptBatches:
     unpacked_every:  every so many steps, one is not packed.
     extra_images:    pictures without prompts for each one with prompts. Only the patch heads learn from them, which is
                      cheap.
+    pages:           whether half of these are pages, see pages.py.
     """
 
     def __init__(
@@ -90,10 +91,11 @@ class PromptBatches:
         seed: int = 0,
         num_patches: int = FIRST.num_patches,
         bin_step: int = FIRST.bin_step,
+        pages: bool = False,
     ):
         self.folder, self.tokenizer, self.codec, self.size, self.seed = folder, tokenizer, codec, size, seed
         self.unpacked_every, self.extra_images, self.num_patches = unpacked_every, extra_images, num_patches
-        self.bin_step = bin_step
+        self.bin_step, self.pages = bin_step, pages
         self.mixed = 4
         self.encode = lru_cache(maxsize=4096)(tokenizer.encode)
         self.letters = [tokenizer.encode(character)[0] for character in world.CHARACTERS]
@@ -104,15 +106,17 @@ class PromptBatches:
         self.chances = weights / weights.sum()
         self._round: tuple[int, int] | None = None
         self._shards: list[tuple[Shard, np.ndarray, np.ndarray]] = []  # shard, codes, order of its scenes
+        self._pages: list[tuple[Shard, np.ndarray]] = []
 
     def __call__(self, step: int, part: int, parts: int) -> dict[str, Tensor]:
         share = self.size // parts // self.mixed
         round_, place = divmod(step, min(32, SHARD // share))
         if self._round != (round_, part):
             rng = np.random.default_rng([self.seed, round_, part, 2])
-            paths = shard_paths(self.folder)
-            chosen = [paths[i] for i in rng.choice(len(paths), self.mixed, replace=False)]
+            chosen = some_shards(self.folder, self.mixed, rng)
             self._shards = [(Shard.load(p), mask_codes(p, self.codec), rng.permutation(SHARD)) for p in chosen]
+            of_pages = some_shards(pages_of(self.folder), self.mixed // 2, rng) if self.pages else []
+            self._pages = [(Shard.load(p), mask_codes(p, self.codec)) for p in of_pages]
             self._round = round_, part
         rng = np.random.default_rng([self.seed, step, part, 3])
         packed = step % self.unpacked_every != self.unpacked_every - 1
@@ -126,10 +130,11 @@ class PromptBatches:
             for i in chosen_rows:
                 made = self._rows(shard.scene(i), codes[first[i] : first[i + 1]], rng, packed)
                 sequences.extend([made] if packed else [[row] for row in made])
-        for shard, codes, _ in self._shards:
-            image, target = augmented_targets(
-                shard, rng.integers(len(shard), size=self.extra_images * share), codes, rng
-            )
+        extra = self.extra_images * share
+        without_prompts = [(shard, codes, extra // 2 if self.pages else extra) for shard, codes, _ in self._shards]
+        without_prompts += [(shard, codes, extra) for shard, codes in self._pages]  # half as many shards
+        for shard, codes, count in without_prompts:
+            image, target = augmented_targets(shard, rng.integers(len(shard), size=count), codes, rng)
             images.append(image)
             targets.append(target)
         batch = {name: torch.from_numpy(np.concatenate([t[name] for t in targets])) for name in targets[0]}

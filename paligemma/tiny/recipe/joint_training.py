@@ -244,7 +244,7 @@ def train_jointly(
     loss = joint_loss(tokenizer.first_loc_id, auxiliary, bin_step=recipe.bin_step)
     arguments = {"folder": out / "scenes", "world": recipe.world, "codec": codec, "size": recipe.joint_batch}
     arguments |= {"unpacked_every": unpacked_every, "extra_images": extra_images, "num_patches": recipe.num_patches}
-    arguments["bin_step"] = recipe.bin_step
+    arguments |= {"bin_step": recipe.bin_step, "pages": recipe.page_shards > 0}
     with Ahead(workers, prompt_batches, **arguments) as batches, until(end) as limited:
         train(joint, limited(batches), settings, out / folder, loss=loss, optimizers=optimizers)
     return joint

@@ -32,6 +32,7 @@ class Recipe:
     text_layers: int = 6
     codec_steps: int = 2000
     shards: int = 60  # files of 512 scenes that are rendered ahead, at most
+    page_shards: int = 0  # files of 512 pages, see pages.py; if there are any, half of stage 1 is pages
     vision_share: float = 0.35  # of the training time for stage 1
     vision_batch: int = 128  # pictures in a step of stage 1
     joint_batch: int = 16  # pictures in a step of stage 2, with about a dozen prompts each
@@ -96,7 +97,7 @@ def remember(recipe: Recipe, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(recipe))
         return
-    before, now = read_json(file), asdict(recipe)
+    before, now = asdict(FIRST) | read_json(file), asdict(recipe)  # an older file lacks newer fields
     differing = [name for name in now if not name.endswith("_batch") and before.get(name) != now[name]]
     if differing:
         raise ValueError(

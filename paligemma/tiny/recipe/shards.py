@@ -11,6 +11,8 @@ Half of the scenes (three in four of world 2) are rendered at the model's size, 
 reduced as the processor would do it, because users have pictures of both kinds. A third has more signs than usual,
 in world 1 with larger letters. Shards from number `SIGNS` on have only such scenes, because reading is learned last and
 needs practice. In world 2, most drawings are changed (`redrawing.py`).
+
+A folder named `pages` (`pages_of`) holds shards of pages (`pages.py`) instead of scenes.
 """
 
 import functools
@@ -35,6 +37,7 @@ from torch import Tensor
 
 from paligemma.files import written_whole
 from paligemma.tiny import world
+from paligemma.tiny.pages import render_page
 from paligemma.tiny.recipe.patch_targets import patch_targets
 from paligemma.tiny.recipe.settings import FIRST, RECIPES, Recipe
 from paligemma.tiny.renderer import render
@@ -57,6 +60,17 @@ def training_scene(seed: int, split: str = "train", recipe: Recipe = FIRST, redr
     if kind == 1:
         return render(seed, split, size, sign=0.8, sign_only=0.2)
     return render(seed, split, size)
+
+
+def training_page(seed: int, split: str = "train", recipe: Recipe = FIRST) -> world.Scene:
+    """The page of a seed, in the same mixture of sizes."""
+    size = recipe.image_size if seed % 4 else 2 * recipe.image_size
+    return render_page(seed, split, size, redraw=REDRAWN)
+
+
+def pages_of(scenes: Path) -> Path:
+    """The folder of the pages beside these scenes."""
+    return scenes / "pages"
 
 
 def picture(scene: world.Scene, side: int = FIRST.image_size) -> np.ndarray:
@@ -184,6 +198,14 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*[0-9].npz"))
 
 
+def some_shards(folder: Path, count: int, rng: np.random.Generator) -> list[Path]:
+    """So many different shards, chosen by chance. Raises FileNotFoundError if there are too few."""
+    paths = shard_paths(folder)
+    if len(paths) < count:
+        raise FileNotFoundError(f"too few shards in {folder}: python -m paligemma.tiny.recipe.shards --folder {folder}")
+    return [paths[i] for i in rng.choice(len(paths), count, replace=False)]
+
+
 def shard_number(path: Path) -> int:
     return int(path.stem)
 
@@ -193,7 +215,8 @@ def write_shard(folder: Path, number: int, split: str = "train", recipe: Recipe 
     path = shard_path(folder, number)
     if path.exists():
         return
-    arrays = pack([training_scene(number * SHARD + i, split, recipe) for i in range(SHARD)], recipe)
+    draw = training_page if folder.name == "pages" else training_scene
+    arrays = pack([draw(number * SHARD + i, split, recipe) for i in range(SHARD)], recipe)
     with written_whole(path) as beside:
         np.savez(beside, **arrays)  # type: ignore[arg-type]
 
@@ -222,8 +245,8 @@ def write_shards(
 
 @contextmanager
 def rendering_beside(folder: Path, recipe: Recipe, share: float = 0.2) -> Iterator[None]:
-    """New scenes are rendered by another process meanwhile, on about `share` of a core, until there are as many shards
-    as the recipe wants. Scenes that training has not seen yet are worth more than its steps on old ones."""
+    """New scenes and pages are rendered by another process meanwhile, on about `share` of a core, until there are as
+    many shards as the recipe wants. What training has not seen yet is worth more than its steps on old scenes."""
     context = multiprocessing.get_context("spawn")  # a forked process would inherit the threads of PyTorch
     process = context.Process(target=_render_slowly, args=(folder, recipe, share), daemon=True)
     process.start()
@@ -237,10 +260,15 @@ def rendering_beside(folder: Path, recipe: Recipe, share: float = 0.2) -> Iterat
 def _render_slowly(folder: Path, recipe: Recipe, share: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which ends this process afterwards
     training = os.getppid()  # if that is killed, another process becomes the parent
-    while len(shard_paths(folder)) < recipe.shards and os.getppid() == training:
-        begun = time.monotonic()  # not the processor's: where the training waits for it, this process waits as long
-        write_shard(folder, next_number(folder), recipe=recipe)
-        time.sleep((time.monotonic() - begun) * (1 / share - 1))
+    wanted = {folder: recipe.shards, pages_of(folder): recipe.page_shards}
+    while os.getppid() == training:
+        missing = [place for place, shards in wanted.items() if len(shard_paths(place)) < shards]
+        if not missing:
+            break
+        for place in missing:
+            begun = time.monotonic()  # not the processor's: where the training waits for it, this process waits as long
+            write_shards(place, [next_number(place)], recipe)
+            time.sleep((time.monotonic() - begun) * (1 / share - 1))
 
 
 def next_number(folder: Path) -> int:
@@ -250,7 +278,7 @@ def next_number(folder: Path) -> int:
 
 def make_room(folder: Path, shards: int) -> None:
     """Delete all but the newest `shards`, with their mask codes."""
-    for path in shard_paths(folder)[:-shards]:
+    for path in shard_paths(folder)[: -shards or None]:
         path.with_suffix(".codes.npy").unlink(missing_ok=True)
         path.unlink()
 

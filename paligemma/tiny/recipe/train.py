@@ -30,7 +30,7 @@ from paligemma.tiny.recipe.codec import mask_codes, train_codec
 from paligemma.tiny.recipe.joint_training import JointModel, train_jointly
 from paligemma.tiny.recipe.pieces import PieceOver
 from paligemma.tiny.recipe.settings import RECIPES, Recipe, for_device, remember
-from paligemma.tiny.recipe.shards import make_room, rendering_beside, shard_number, shard_paths, write_shards
+from paligemma.tiny.recipe.shards import make_room, pages_of, rendering_beside, shard_number, shard_paths, write_shards
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.vision_pretraining import train_vision
 from paligemma.tiny.recipe.warm_start import remember_start, remembered_start
@@ -118,22 +118,23 @@ class _Run:
         """Scenes and codec, as far as they are missing. A third of the time at most goes to more scenes."""
         self.log("rendering scenes")
         recipe, processes = self.recipe, max(1, self.workers)
-        if self.beside:
-            make_room(self.scenes, 2 * recipe.shards // 3)
-            wanted = min(recipe.shards, FIRST_SHARDS)
-        else:
-            wanted = recipe.shards if recipe.world == 2 else min(recipe.shards, 4 + round(self.minutes))
-        there = shard_paths(self.scenes)
-        if not there or shard_number(there[0]) == 0:  # else the first ones have made room
-            write_shards(self.scenes, range(4), recipe, processes)
-            write_shards(self.scenes, range(wanted), recipe, processes, self.minutes / 3 - self.spent)
+        for folder, shards in ((self.scenes, recipe.shards), (pages_of(self.scenes), recipe.page_shards)):
+            if self.beside:
+                make_room(folder, 2 * shards // 3)
+                wanted = min(shards, FIRST_SHARDS)
+            else:
+                wanted = shards if recipe.world == 2 else min(shards, 4 + round(self.minutes))
+            there = shard_paths(folder)
+            if not there or shard_number(there[0]) == 0:  # else the first ones have made room
+                write_shards(folder, range(min(4, wanted)), recipe, processes)
+                write_shards(folder, range(wanted), recipe, processes, self.minutes / 3 - self.spent)
         if not self.codec.exists():
             self.log("mask codec")
             steps = recipe.codec_steps if self.in_all or self.workers else codec_steps(recipe, self.minutes)
             train_codec(self.scenes, self.codec, steps, log=self.log, device=self.device)
         if self.workers:  # otherwise each of them would make the same codes
             codec = MaskCodec.load(self.codec).to(self.device)
-            for path in shard_paths(self.scenes):
+            for path in shard_paths(self.scenes) + shard_paths(pages_of(self.scenes)):
                 mask_codes(path, codec)
 
     def vision(self, minutes: float, end: float = float("inf")) -> None:

@@ -28,11 +28,12 @@ from paligemma.files import written_whole
 from paligemma.modeling_gemma import GemmaAttention
 from paligemma.modeling_siglip import SiglipAttention, SiglipVisionConfig, SiglipVisionModel
 from paligemma.tiny import world
+from paligemma.tiny.pages import PATTERN
 from paligemma.tiny.recipe.ahead import Ahead
 from paligemma.tiny.recipe.codec import code_similarity, mask_codes
 from paligemma.tiny.recipe.pieces import until
 from paligemma.tiny.recipe.settings import RECIPES, Recipe, autocast_dtype
-from paligemma.tiny.recipe.shards import SHARD, Shard, pack, pixels, shard_paths, training_scene
+from paligemma.tiny.recipe.shards import SHARD, Shard, pack, pages_of, pixels, some_shards, training_scene
 from paligemma.train import checkpointing, distributed
 from paligemma.train.loop import TrainConfig, Validate, train
 from paligemma.train.optimizer import muon_and_adamw
@@ -108,8 +109,8 @@ class PatchHeads(nn.Module):
         )  # fmt: skip
         figures = {f"loss/{name}": float(value.detach()) for name, value in parts.items()}
         for name, chosen in (("class", thing), ("tint", thing), ("order", thing), ("total", thing | ~thing)):
-            right = predicted[name].argmax(-1) == targets[name].flatten()
-            figures[name] = float(right[chosen].float().mean())
+            target = targets[name].flatten()
+            figures[name] = float((predicted[name].argmax(-1) == target)[chosen & (target != NONE)].float().mean())
         figures["box_px"] = float(off.detach().mean()) * 128  # at a side of 128 pixels
         figures["codes"] = float((logp.argmax(-1) == code[known]).float().mean()) if known.any() else 0.0
         written = on_sign & (letter > 0)
@@ -152,7 +153,7 @@ def stored_targets(
         targets["box"][mirrored] = np.stack([-box[..., 2], box[..., 1], -box[..., 0], box[..., 3]], -1)
     shape = index.shape
     targets["background"] = np.broadcast_to(a["background"][rows].astype(np.int64)[:, None, None], shape)
-    targets["total"] = np.broadcast_to(count[:, None, None], shape)
+    targets["total"] = np.broadcast_to(np.where(count < HEADS["total"], count, NONE)[:, None, None], shape)
     flat = {name: value.reshape(len(rows), shape[1] * shape[2], *value.shape[3:]) for name, value in targets.items()}
     flat["mask"] = flat["mask"].reshape(len(rows), -1, 64)
     return image, flat
@@ -160,9 +161,10 @@ def stored_targets(
 
 def _facts_by_index(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of object k - 1 of scene n, at [n, k] (k = 0 is the background): its rank from the left, how many objects have
-    its label, and its edges [n, k, 4] in sides of the picture."""
-    order, same = np.zeros((2, len(rows), 8), np.int64)
-    edges = np.zeros((len(rows), 8, 4), np.float32)
+    its label, and its edges [n, k, 4] in sides of the picture. On pages, nobody asks for rank or number."""
+    most = 1 + max(len(shard.facts["objects"][row]) for row in rows)
+    order, same = np.zeros((2, len(rows), most), np.int64)
+    edges = np.zeros((len(rows), most, 4), np.float32)
     for n, row in enumerate(rows):
         things = shard.facts["objects"][row]
         names, used = [thing["label"] for thing in things], slice(1, 1 + len(things))
@@ -175,6 +177,8 @@ def _facts_by_index(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tup
         else:
             edges[n, used] = boxes
             order[n, used] = 1 + np.arange(len(names))
+        if shard.facts["scenes"][row]["pattern"] == PATTERN:
+            order[n], same[n] = NONE, NONE
     return order, same, edges
 
 
@@ -229,12 +233,21 @@ def waves(place: Tensor) -> Tensor:
 class SceneBatches:
     """Batches of pictures and their patches' targets, from the shards that are in the folder at that time.
 
-    Each process takes its scenes from four shards at a time, shuffled together. Without a codec there are no targets
-    for mask codes.
+    Each process takes its pictures from four shards at a time, shuffled together; with `pages`, two of them are shards
+    of pages. Without a codec there are no targets for mask codes.
     """
 
-    def __init__(self, folder: Path, size: int, seed: int = 0, mixed: int = 4, codec: MaskCodec | None = None):
-        self.folder, self.size, self.seed, self.mixed, self.codec = folder, size, seed, mixed, codec
+    def __init__(
+        self,
+        folder: Path,
+        size: int,
+        seed: int = 0,
+        mixed: int = 4,
+        codec: MaskCodec | None = None,
+        pages: bool = False,
+    ):
+        self.folder, self.size, self.seed, self.mixed = folder, size, seed, mixed
+        self.codec, self.pages = codec, pages
         self._round: tuple[int, int] | None = None
         self._shards: list[Shard] = []
         self._places: list[np.ndarray] = []
@@ -245,10 +258,9 @@ class SceneBatches:
         round_, place = divmod(step, SHARD // share)
         if self._round != (round_, part):
             rng = np.random.default_rng([self.seed, round_, part])
-            paths = shard_paths(self.folder)
-            if len(paths) < self.mixed:
-                raise FileNotFoundError(f"too few scenes in {self.folder}: python -m paligemma.tiny.recipe.shards")
-            chosen = [paths[i] for i in rng.choice(len(paths), self.mixed, replace=False)]
+            of_pages = self.mixed // 2 if self.pages else 0
+            chosen = some_shards(self.folder, self.mixed - of_pages, rng)
+            chosen += some_shards(pages_of(self.folder), of_pages, rng)
             self._shards = [Shard.load(path) for path in chosen]
             self._codes = [mask_codes(path, self.codec) if self.codec else None for path in chosen]
             self._places = [rng.permutation(SHARD) for _ in self._shards]
@@ -350,7 +362,8 @@ def train_vision(
         save_every=90, autocast=autocast_dtype(torch.device(device)), processor_time=processor_time, validate_every=400,
     )  # fmt: skip
     validate = validate_vision(scenes, recipe, codec) if distributed.start()[0] == 0 else None
-    ahead = Ahead(workers, SceneBatches, folder=scenes, size=recipe.vision_batch, codec=codec)
+    arguments = {"folder": scenes, "size": recipe.vision_batch, "codec": codec, "pages": recipe.page_shards > 0}
+    ahead = Ahead(workers, SceneBatches, **arguments)
     with ahead as batches, until(end) as limited:
         train(
             vision, limited(batches), settings, out, loss=vision_loss, optimizers=optimizers, validate=validate
