@@ -1,8 +1,8 @@
 """Drawings as yet another artist might have made them, for training.
 
 Six artists are few: a model that has seen six drawings of a dog can learn them by heart. So most of the drawings in
-training are bent, recoloured, simplified or traced, a different way each time. What a drawing is called stays true: a
-colour that has a name is changed no more than a camera would.
+training are bent, recoloured, simplified, shaded or traced, a different way each time. What a drawing is called stays
+true: a colour that has a name is changed no more than a camera would.
 """
 
 import math
@@ -24,6 +24,10 @@ def redrawn(image: Image.Image, rng: np.random.Generator, named_color: bool) -> 
     colors, alpha = image.convert("RGB"), image.getchannel("A")
     if rng.random() < 0.2:
         colors = simplified(colors, rng)
+    elif rng.random() < 0.25:
+        colors = repainted(colors, rng, 0.02 if named_color else 0.12)
+    if rng.random() < 0.2:
+        colors = shaded(colors, rng)
     if rng.random() < 0.2:
         colors = traced(colors, alpha, rng)
     if rng.random() < 0.6:
@@ -71,6 +75,24 @@ def _hue_turned(turn: float) -> tuple[float, ...]:
 def simplified(colors: Image.Image, rng: np.random.Generator) -> Image.Image:
     """In three to six flat colours."""
     return colors.quantize(int(rng.integers(3, 7)), Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).convert("RGB")
+
+
+def repainted(colors: Image.Image, rng: np.random.Generator, turn: float) -> Image.Image:
+    """In four to ten colours, each made lighter or darker, and its hue turned by up to `turn`, without the others."""
+    flat = colors.quantize(int(rng.integers(4, 11)), Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    palette = np.array(flat.getpalette(), np.float32).reshape(-1, 3)
+    mixed = np.array([np.reshape(_hue_turned(t), (3, 4))[:, :3] for t in rng.uniform(-turn, turn, len(palette))])
+    palette = np.einsum("kij,kj->ki", mixed, palette) * rng.uniform(0.75, 1.2, (len(palette), 1))
+    flat.putpalette(palette.clip(0, 255).astype(np.uint8).tobytes())
+    return flat.convert("RGB")
+
+
+def shaded(colors: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Lit from one side, darker towards the other."""
+    light = Image.linear_gradient("L").rotate(float(rng.uniform(0, 360)), Image.Resampling.BILINEAR, fillcolor=128)
+    depth = float(rng.uniform(0.2, 0.6))
+    light = light.resize(colors.size).point([round(255 - depth * (255 - shade)) for shade in range(256)])
+    return ImageChops.multiply(colors, Image.merge("RGB", [light] * 3))
 
 
 def traced(colors: Image.Image, alpha: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -34,6 +34,7 @@ class Recipe:
     shards: int = 60  # files of 512 scenes that are rendered ahead, at most
     page_shards: int = 0  # files of 512 pages, see pages.py; if there are any, half of stage 1 is pages
     vision_share: float = 0.35  # of the training time for stage 1
+    vision_lr: float = 3e-3  # the highest learning rate of stage 1
     vision_batch: int = 128  # pictures in a step of stage 1
     joint_batch: int = 16  # pictures in a step of stage 2, with about a dozen prompts each
 

@@ -142,7 +142,8 @@ class _Run:
         codec = MaskCodec.load(self.codec)
         train_vision(
             self.recipe, self.scenes, self.out / "vision", minutes, codec, start=remembered_start(self.out),
-            device=self.device, workers=self.workers, end=end, processor_time=self.processor_time(end),
+            lr=self.recipe.vision_lr, device=self.device, workers=self.workers, end=end,
+            processor_time=self.processor_time(end),
         )  # fmt: skip
 
     def joint(self, minutes: float, folder: str, last: Path | None = None, end: float = float("inf")) -> None:
