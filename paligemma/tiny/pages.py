@@ -4,7 +4,7 @@
 
 A scene of the small world has three objects, and a sign in two of five, so a picture teaches the vision model less than
 two letters on average. Letters are what it learns last: there are 62 of them, in 23 fonts, and two of the smallest
-share a patch. A page has about thirty letters and three drawings. Nobody is asked about pages: they have more objects
+share a patch. A page has about 25 letters and four drawings. Nobody is asked about pages: they have more objects
 than there are words for, and no order.
 
 Most of the texts are no words (`signs.mixed_text`), so that letters are read and not guessed.
@@ -38,7 +38,7 @@ def render_page(seed: int, split: str = "train", size: int = 256, redraw: float 
     boards = [name for name, color in signs.BOARD_COLORS.items() if _stands_out(np.array(color), colors)]
     drawings = sample_drawings(rng, DRAWINGS, split, VARIED_STYLES[split])
     drawings = [d for d in drawings if _stands_out(rim_color(d.style, d.label, d.painted), colors)]
-    share_of_signs = float(rng.choice((0.5, 0.8, 1.0)))
+    share_of_signs = float(rng.choice((0.3, 0.7, 1.0)))
 
     objects: list[SceneObject] = []
     x, y, bottom, trials = _gap(rng, size), _gap(rng, size), 0, TRIALS
