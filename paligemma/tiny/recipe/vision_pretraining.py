@@ -105,7 +105,7 @@ class PatchHeads(nn.Module):
         loss = (
             parts["class"] + 0.5 * parts["tint"] + 0.25 * parts["background"] + 10 * parts["box"] + parts["mask"]
             + 2 * parts["characters"] + 0.4 * parts["order"] + 0.3 * parts["same"] + 0.2 * parts["total"]
-            + 4 * parts["edges"] + 0.5 * parts["codes"]
+            + 4 * parts["edges"] + parts["codes"]
         )  # fmt: skip
         figures = {f"loss/{name}": float(value.detach()) for name, value in parts.items()}
         for name, chosen in (("class", thing), ("tint", thing), ("order", thing), ("total", thing | ~thing)):
