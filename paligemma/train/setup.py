@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paligemma.allocator import give_back_freed_memory
+from paligemma.allocator import give_back_freed_memory, keep_freed_memory
 from paligemma.data.checkpoint import codec_of
 from paligemma.data.options import DataOptions
 from paligemma.data.rows import Rows
@@ -90,8 +90,10 @@ def prepare(model: Any, options: TrainOptions) -> None:
         parts.checkpoint_gradients(model)
     if model.device.type == "cpu":
         parts.suit_cpu(model)
-        if not parts.is_small(model):
-            give_back_freed_memory()  # small models would be a tenth slower with it
+        if parts.is_small(model):
+            keep_freed_memory()
+        else:
+            give_back_freed_memory()
 
 
 def optimizers_of(model: Any, options: TrainOptions) -> list[torch.optim.Optimizer] | None:
