@@ -32,13 +32,19 @@ class LabelFiles:
     them (an answer without the grammar may have some) are numbered as they come."""
 
     def __init__(self, folder: Path, format: str, images: Sequence[str], classes: Sequence[str]) -> None:
-        """A usage error if two pictures have one name, since label files are named after their pictures."""
+        """A usage error if two pictures have one name, or one that of the list of classes: label files are named after
+        their pictures."""
         self.folder, self.format, self.classes = folder, format, list(classes)
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
         names: dict[str, str] = {}
         for image in images:
             name = name_of(image) if format == "coco" else stem_of(image)
+            if format == "yolo" and name == "classes":
+                raise typer.BadParameter(
+                    f"--save-labels: the labels of {short_name(image)} would be classes.txt, which holds the names of "
+                    "the classes; rename the picture, or take another --label-format"
+                )
             if name in names:
                 raise typer.BadParameter(
                     f"--save-labels: {names[name]} and {short_name(image)} would have one label file; run them one by "

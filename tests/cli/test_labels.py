@@ -120,6 +120,12 @@ def test_two_data_urls_would_have_one_label_file(folder):
     assert len(str(error.value)) < 400
 
 
+def test_a_picture_called_classes_does_not_lose_its_labels_to_the_list_of_names(folder):
+    with pytest.raises(typer.BadParameter, match=r"the labels of classes.png would be classes.txt"):
+        LabelFiles(folder / "out", "yolo", ["sub/classes.png"], ["cat"])
+    LabelFiles(folder / "out", "voc", ["sub/classes.png"], ["cat"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
