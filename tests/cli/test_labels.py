@@ -121,7 +121,7 @@ def test_two_data_urls_would_have_one_label_file(folder):
 
 
 def test_a_picture_called_classes_does_not_lose_its_labels_to_the_list_of_names(folder):
-    with pytest.raises(typer.BadParameter, match=r"the labels of classes.png would be classes.txt"):
+    with pytest.raises(typer.BadParameter, match=r"the labels of sub/classes.png would be classes.txt"):
         LabelFiles(folder / "out", "yolo", ["sub/classes.png"], ["cat"])
     LabelFiles(folder / "out", "voc", ["sub/classes.png"], ["cat"])
 
