@@ -70,7 +70,7 @@ def read_run(folder: Path) -> Record:
             interval = "" if figure["low"] is None else f" ({rounded(figure['low'])} … {rounded(figure['high'])})"
             results[name] = rounded(figure["value"]) + interval
     else:
-        summary = {**summary_of(log, int(options["batch"] or 1)), "peak memory": None, "finished": "no"}
+        summary = {**summary_of(log, int(options["batch"] or 1)), "finished": "no"}
         for entry in log:
             for name, value in (entry.get("validation") or {}).items():
                 results[name] = f"{rounded(value)} in step {entry['step']}"
