@@ -136,7 +136,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def open_settings(folder: Path) -> Adapter:
-    """What an adapter says that it belongs to; its tensors need not be here. Raises as `open_adapter` does for these."""
+    """Which base an adapter says that it belongs to; its tensors need not be here. Raises as `open_adapter` does."""
     settings = _settings(folder / CONFIG)
     return Adapter(folder, settings["base_model_name_or_path"], settings.get("revision"))
 
