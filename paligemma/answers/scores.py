@@ -37,8 +37,8 @@ class Distribution(NamedTuple):
     quantiles: tuple[int, ...]  # in the middle of n equal shares of the probability of the watched ids
 
 
-def chance_of_overlap(chosen: Sequence[float], quantiles: Sequence[Sequence[float]], threshold: float = 0.5) -> float:
-    """The probability that the true box has an IoU of at least `threshold` with the chosen one.
+def chance_of_overlap(chosen: Sequence[float], quantiles: Sequence[Sequence[float]]) -> float:
+    """The probability that the true box has an IoU of at least .5 with the chosen one.
 
     chosen: its edges in bins, in the order of an answer: y0 x0 y1 x1. quantiles: of each edge's distribution, in the
     middle of n equal shares. The edges are taken as independent: that leaves n^4 equally likely boxes.
@@ -49,7 +49,7 @@ def chance_of_overlap(chosen: Sequence[float], quantiles: Sequence[Sequence[floa
     wide, shared_wide = _sides(x0, x1, q[1], q[3])
     shared = shared_high[:, None] * shared_wide
     union = (y1 - y0) * (x1 - x0) + high[:, None] * wide - shared
-    return float(np.mean(shared >= threshold * union))
+    return float(np.mean(shared >= 0.5 * union))
 
 
 def _sides(low: float, high: float, lows: np.ndarray, highs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -146,9 +146,10 @@ def summary(record: dict[str, Any]) -> dict[str, dict[str, float]]:
 def table(record: dict[str, Any]) -> Table:
     """For a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     drawn = Table(
-        title=f"{record['model']}: {record['decoding_device']}, {record['dtype']}",
+        title=Text(f"{record['model']}: {record['decoding_device']}, {record['dtype']}", "table.title"),
         caption=f"the device reads {record['read_gb_s']:.0f} GB/s: {record['token_bytes'] / 1e9:.2f} GB for each token",
     )
     for name in ("", "first token, ms", "each token, ms (min - max)", "of the reading limit"):

@@ -35,6 +35,7 @@ import numpy as np
 import tokenizers
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from paligemma.bench.machine import describe_machine
 from paligemma.bench.run import Say, checkpoint_of
@@ -121,7 +122,8 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(record: dict[str, Any]) -> Table:
     """The summary of a record, to print."""
-    shown = Table(title=f"{record['model']}: {record['tokens']} tokens at most, medians of the rounds")
+    title = f"{record['model']}: {record['tokens']} tokens at most, medians of the rounds"
+    shown = Table(title=Text(title, "table.title"))
     for name in ("server", "clients", "requests/s", "latency p50, p99 (s)", "to first token p50, p99 (s)"):
         shown.add_column(name, justify="left" if name == "server" else "right")
     for row in record["summary"]:

@@ -56,9 +56,10 @@ def _cell(figures: dict[str, Any], key: str, between: str) -> str:
 def table(record: dict[str, Any]) -> Table:
     """For a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     heading, *lines = cells(record, between="\n")
-    drawn = Table(title=title(record), caption=footer(record))
+    drawn = Table(title=Text(title(record), "table.title"), caption=footer(record))
     for name in heading:
         drawn.add_column(name, justify="right" if name else "left")
     for line in lines:

@@ -178,8 +178,10 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(record: dict[str, Any]) -> Table:
     """The summary of a record, to print."""
     from rich.table import Table
+    from rich.text import Text
 
-    shown = Table(title=f"{record['model']}: training steps of {record['batch']} rows, medians")
+    title = f"{record['model']}: training steps of {record['batch']} rows, medians"
+    shown = Table(title=Text(title, "table.title"))
     columns = ("", "learns", "step, s", "of the bare loop", "times transformers", "tokens/s", "peak, GB", "first loss")
     for name in columns:
         shown.add_column(name, justify="left" if name in columns[:2] else "right")

@@ -78,12 +78,12 @@ def fitted(boxes: Sequence[Item], masks: Sequence[Item], before: Calibration = I
     return result
 
 
-def draw_reliability(parts: Mapping[str, Sequence[Bin | None]], side: int = 280) -> Image.Image:
+def draw_reliability(parts: Mapping[str, Sequence[Bin | None]]) -> Image.Image:
     """The diagrams side by side: bars for the share that is right, a diagonal where it would equal the score, and how
     many items lie in each tenth."""
     from PIL import Image, ImageDraw, ImageFont
 
-    left, top, bottom = 40, 34, 54
+    side, left, top, bottom = 280, 40, 34, 54
     picture = Image.new("RGB", ((side + left + 16) * len(parts), side + top + bottom), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     for n, (name, bins) in enumerate(parts.items()):

@@ -23,7 +23,7 @@ def wilson(right: float, n: int) -> tuple[float, float]:
 
 
 def bootstrap(
-    figure: Callable[[np.ndarray], float], groups: Sequence[Hashable], samples: int = 1000, seed: int = 0
+    figure: Callable[[np.ndarray], float], groups: Sequence[Hashable], samples: int = 1000
 ) -> tuple[float, float]:
     """Bootstrap percentile interval: resample as many groups as there are, with replacement, `samples` times.
 
@@ -35,7 +35,7 @@ def bootstrap(
     if len(keys) < 2:
         return float("nan"), float("nan")
     of_row = np.array([keys[key] for key in groups], int)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     shares = np.full(len(keys), 1 / len(keys))
     values = [figure(rng.multinomial(len(keys), shares)[of_row].astype(float)) for _ in range(samples)]
     values = [value for value in values if not math.isnan(value)]

@@ -24,7 +24,7 @@ from paligemma.evaluate.captions import bleu, cider_d
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.intervals import bootstrap
 from paligemma.evaluate.regions import Region, instance_ious, match_boxes
-from paligemma.evaluate.text import anls, character_errors, edit_distance, exact_match, relaxed_match, word_errors
+from paligemma.evaluate.text import anls, character_errors, edit_distance, exact_match, relaxed_accuracy, word_errors
 from paligemma.evaluate.vqa import normalize, vqa_accuracy
 from paligemma.evaluate.yes_no import pope_counts
 
@@ -78,8 +78,7 @@ def _anls(example: Example, prediction: Prediction) -> Ratios:
 
 
 def _relaxed(example: Example, prediction: Prediction) -> Ratios:
-    relaxed = max(relaxed_match(prediction.text, answer) for answer in example.answers)
-    return {"relaxed accuracy": (relaxed, 1), **_exact(example, prediction)}
+    return {"relaxed accuracy": (relaxed_accuracy(prediction.text, example.answers), 1), **_exact(example, prediction)}
 
 
 def _reading(example: Example, prediction: Prediction) -> Ratios:
@@ -124,19 +123,19 @@ def _detect(example: Example, prediction: Prediction) -> Ratios:
     }
 
 
-def _ranking(rows: Answered, orders: int = 20, samples: int = 200) -> Values:
+def _ranking(rows: Answered) -> Values:
     """Average precision at IoU .5 ranked by score; the same boxes with a constant score, which means in random order
-    (the mean over `orders` of them); and the difference, whose interval compares both on the same rows."""
+    (the mean over 20 of them); and the difference, whose interval compares both on the same rows."""
     pictures = [(e.regions, p.regions) for e, p in rows]
     by_score = rank(pictures)
-    shuffled = [rank(pictures, shuffle=np.random.default_rng(seed)) for seed in range(orders)]
+    shuffled = [rank(pictures, shuffle=np.random.default_rng(seed)) for seed in range(20)]
     once = np.ones(len(rows))
     value, constant = mean_area(by_score, once), float(np.mean([mean_area(order, once) for order in shuffled]))
     order = cycle(shuffled)
     gained = bootstrap(
         lambda weights: mean_area(by_score, weights) - mean_area(next(order), weights),
         [e.group or e.id for e, _ in rows],
-        samples,
+        samples=200,
     )
     return {
         "AP at IoU .5 by score": (value, NAN, NAN),

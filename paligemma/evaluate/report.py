@@ -99,13 +99,14 @@ class Report:
         write_json(folder / "results.json", self.to_dict())
 
     def table(self) -> Table:
-        """For rich: `Console().print(report.table())`."""
+        """For rich: `Console().print(report.table())`. Brackets in a path or the name of a task are not markup."""
         from rich.table import Table
+        from rich.text import Text
 
         # The numbers of a calibration are in results.json; here they would fill a line.
         named = {key: "yes" if key == "calibration" else value for key, value in self.about.items()}
         about = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
-        table = Table(title=about, title_justify="left")
+        table = Table(title=Text(about, "table.title"), title_justify="left")
         table.add_column("task", no_wrap=True)
         table.add_column("figure")
         targets, others = (any(getattr(f, part) is not None for f in self.figures) for part in ("target", "published"))
@@ -122,8 +123,8 @@ class Report:
             )
             interval = "" if figure.low is None else f"{rounded(figure.low)} … {rounded(figure.high)}"
             table.add_row(
-                "" if figure.task == task else figure.task,
-                figure.name,
+                "" if figure.task == task else Text(figure.task),
+                Text(figure.name),
                 rounded(figure.value) + mark,
                 interval,
                 "" if figure.baseline is None else rounded(figure.baseline),

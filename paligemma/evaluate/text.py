@@ -4,6 +4,7 @@ Every function scores one answer. The figure of a corpus is the mean of the scor
 sums. Text is normalised only as the definition of the metric says.
 """
 
+import math
 from collections.abc import Sequence
 
 
@@ -69,8 +70,15 @@ def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> float:
     return float(text == answer)
 
 
+def relaxed_accuracy(text: str, answers: Sequence[str]) -> float:
+    """`relaxed_match` with the best of several right answers."""
+    return max(relaxed_match(text, answer) for answer in answers)
+
+
 def _number(text: str) -> float | None:
+    """None for what is no number, such as "nan" and "inf"."""
     try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        number = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None

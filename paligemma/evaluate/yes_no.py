@@ -3,8 +3,6 @@
 Questions like "is there a dog in the image?"; half of the right answers are "yes", the positive class.
 """
 
-from collections.abc import Sequence
-
 
 def reads_as_yes(text: str) -> bool:
     """The rule of POPE's own script: "no" if the first sentence has the word No, no or not; anything else is a yes."""
@@ -29,10 +27,3 @@ def pope_counts(text: str, answer: str) -> dict[str, tuple[float, float]]:
         "yes ratio": (said, 1),
         "valid": (text.strip().lower() in ("yes", "no"), 1),
     }
-
-
-def pope(texts: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """The figures of many answers, see `pope_counts`; 0 for a ratio without a denominator (nobody said yes)."""
-    rows = [pope_counts(text, answer) for text, answer in zip(texts, answers)]
-    sums = {name: [sum(part) for part in zip(*(row[name] for row in rows))] for name in (rows[0] if rows else ())}
-    return {name: top / bottom if bottom else 0.0 for name, (top, bottom) in sums.items()}

@@ -16,7 +16,7 @@ from rich.console import Console
 from paligemma.data.check import check
 from paligemma.data.rows import Row, Rows
 from paligemma.train.options import TrainOptions
-from paligemma.weights.adapters import base_of, is_adapter
+from paligemma.weights.adapters import is_adapter, open_settings
 from paligemma.weights.finding import resolve
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check_model(options: TrainOptions) -> None:
     """ValueError for LoRA on top of an adapter: the base of an adapter is a whole model, so nothing could open the
     result. Also for a model inside the run's own folder: starting over would remove it."""
     path = resolve(options.model, options.revision, options.dtype, weights=False)
-    places = [path, path / base_of(path)] if is_adapter(path) else [path]
+    places = [path, path / open_settings(path).base] if is_adapter(path) else [path]
     for place in places:
         if place.resolve().is_relative_to(Path(options.out).resolve()):
             raise ValueError(

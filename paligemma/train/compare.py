@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from paligemma.evaluate.report import rounded
 from paligemma.files import read_json
@@ -39,16 +40,16 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Ta
     one, other = read_run(Path(first)), read_run(Path(second))
     table = Table(title="options that differ, and results", title_justify="left")
     for column in ("", str(first), str(second)):
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")  # brackets in a path are not markup
     for left, right in ((one.options, other.options), (one.facts, other.facts)):
         for name in {**left, **right}:
             if left.get(name) != right.get(name):
-                table.add_row(name, left.get(name, "–"), right.get(name, "–"))
+                table.add_row(*map(Text, (name, left.get(name, "–"), right.get(name, "–"))))
     if not table.row_count:
         table.add_row("options, data and weights", "the same", "the same")
     table.add_section()
     for name in {**one.results, **other.results}:
-        table.add_row(name, one.results.get(name, "–"), other.results.get(name, "–"))
+        table.add_row(*map(Text, (name, one.results.get(name, "–"), other.results.get(name, "–"))))
     return table
 
 
@@ -70,7 +71,7 @@ def read_run(folder: Path) -> Record:
             interval = "" if figure["low"] is None else f" ({rounded(figure['low'])} … {rounded(figure['high'])})"
             results[name] = rounded(figure["value"]) + interval
     else:
-        summary = {**summary_of(log, int(options["batch"] or 1)), "peak memory": None, "finished": "no"}
+        summary = {**summary_of(log, int(options["batch"] or 1)), "finished": "no"}
         for entry in log:
             for name, value in (entry.get("validation") or {}).items():
                 results[name] = f"{rounded(value)} in step {entry['step']}"

@@ -32,7 +32,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from paligemma.devices import multiplies_bfloat16
 from paligemma.train import checkpointing, distributed, sharding
 from paligemma.train.batches import Batch
 from paligemma.train.interruption import stop_signals
@@ -130,11 +129,6 @@ class TrainConfig:
             raise ValueError(f"minutes must be more than 0, got {self.minutes:g}")
 
 
-def bfloat16_where_fast() -> torch.dtype | None:
-    """For `TrainConfig.autocast` on a CPU: bfloat16, or None (float32) where it has no fast products of it."""
-    return torch.bfloat16 if multiplies_bfloat16() else None
-
-
 class NotFinite(FloatingPointError):
     """A loss or gradient that is not a finite number.
 
@@ -176,7 +170,7 @@ class Run:
             optimizers = [adamw(model, config.weight_decay, config.lr, config.vision_lr, config.betas)]
         self.optimizers = optimizers
         self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        self.average = {name: value.clone() for name, value in trained_state(model).items()} if config.ema else None
+        self.average: dict[str, Tensor] | None = None
 
         self.step = 0
         self.elapsed = 0.0  # seconds of the run before this process
@@ -191,7 +185,10 @@ class Run:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
         if not self.sharded:
             distributed.broadcast_weights(model)
+        if config.ema and self.average is None:  # not before all processes have the same weights
+            self.average = {name: value.clone() for name, value in trained_state(model).items()}
         self.log = Log(out, self.step, on_log) if self.rank == 0 else None
+        distributed.barrier()  # another process's skipped row, written while the log is made, would be lost
         self.saved = self.logged = self.step_ended = time.monotonic()
         self.clock = time.process_time if config.processor_time else time.monotonic
         self.began = self.clock()
@@ -205,7 +202,7 @@ class Run:
         load_trained(self.model, state["model"])
         for optimizer, values in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(values)
-        if self.average is not None and state["average"] is not None:
+        if self.config.ema and state["average"] is not None:
             device = next(self.model.parameters()).device
             self.average = {name: value.to(device) for name, value in state["average"].items()}
         self.step, self.elapsed, self.sums = state["step"], state["elapsed"], state.get("sums", {})

@@ -111,6 +111,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name} is {value}, expected at least {bound}")
+        if abs(self.seed) > 10**12:  # batches multiply it by a million, and it must stay an int64
+            raise ValueError(f"seed is {self.seed:,}, expected a whole number from -10^12 to 10^12")
         for name in ("epochs", "minutes", "lr", "clip", "alpha", "max_pixels"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -7,7 +7,6 @@ not sampled, since the longest one decides, however rare it is.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -17,13 +16,14 @@ from paligemma.data.rows import Rows
 from paligemma.devices import pick_device
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tokenizer import load_tokenizer
+from paligemma.tokenizer import TOKENIZERS, load_tokenizer
 from paligemma.train.checks import check_model
 from paligemma.train.options import TrainOptions
 from paligemma.train.plan import Plan, estimate
 from paligemma.train.setup import compute_dtype_of, max_length_of, rows_of
-from paligemma.weights.finding import resolve
-from paligemma.weights.loading import default_dtype, parse_dtype
+from paligemma.weights.adapters import is_adapter, open_settings
+from paligemma.weights.finding import find_base, first_with, resolve
+from paligemma.weights.loading import config_at_image_size, default_dtype, parse_dtype
 from paligemma.weights.opening import open_checkpoint
 
 
@@ -31,20 +31,24 @@ def plan_of(options: TrainOptions) -> Plan:
     """ValueError as in `finetune` for options, and for the first row whose length cannot be told."""
     check_model(options)
     path = resolve(options.model, options.revision, options.dtype, weights=False)
+    folders = [path if path.is_dir() else path.parent]
+    if is_adapter(path):  # training folds it into its base, whose weights all learn
+        path = find_base(open_settings(path), options.dtype, weights=False)
+        folders.append(path if path.is_dir() else path.parent)
     try:
         checkpoint = open_checkpoint(path)
         config, dtype = checkpoint.config, default_dtype(checkpoint)
     except FileNotFoundError:  # of a hub id only the settings are here
         config, dtype = PaliGemmaConfig.from_pretrained(path), torch.bfloat16
     if options.image_size is not None:
-        config = replace(config, vision_config=replace(config.vision_config, image_size=options.image_size))
+        config = config_at_image_size(config, options.image_size)
     dtype = parse_dtype(options.dtype) or dtype
     device = pick_device(options.device)
     compute_dtype = compute_dtype_of(options, dtype, device)
     rows = rows_of(options, options.training_data)
-    folder = path if path.is_dir() else path.parent
     vision = config.vision_config
-    processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)
+    tokenizer = load_tokenizer(first_with(folders, *TOKENIZERS) or folders[-1])
+    processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
     return estimate(
         config,
         batch=options.batch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +11,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
-from paligemma.files import write_text
-from paligemma.train.run_folder import LOG, append_to_log, read_log
+from paligemma.train.run_folder import LOG, append_to_log, read_log, write_log
 
 
 class Log:
@@ -23,8 +21,7 @@ class Log:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.on_log = out, on_log
         if (out / LOG).exists():
-            kept = [entry for entry in read_log(out) if entry["step"] <= step]
-            write_text(out / LOG, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_log(out, [entry for entry in read_log(out) if entry["step"] <= step])
 
     def write(self, entry: dict[str, Any]) -> None:
         append_to_log(self.out, entry)

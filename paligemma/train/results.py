@@ -15,7 +15,7 @@ from paligemma.evaluate.report import Report, rounded
 from paligemma.files import write_json
 from paligemma.inference import CODEC_FILE
 from paligemma.train.options import TrainOptions
-from paligemma.train.run_folder import FINISHED, append_to_log, read_log
+from paligemma.train.run_folder import FINISHED, read_log, write_log
 from paligemma.train.run_report import write_report
 from paligemma.train.validation import Validation, figures_of
 from paligemma.weights.adapters import save_adapter
@@ -64,10 +64,12 @@ def finish(
     log = read_log(out)
     steps = [entry for entry in log if "loss" in entry]
     if measured is not None and steps:  # the end of the curve
-        entry = {"step": steps[-1]["step"], "validation": figures_of(measured), "time": time.time()}
-        append_to_log(out, entry)
-        log.append(entry)
+        step = steps[-1]["step"]
+        log = [entry for entry in log if entry["step"] != step or "validation" not in entry]  # of a run killed below
+        log.append({"step": step, "validation": figures_of(measured), "time": time.time()})
+        write_log(out, log)
     summary = summary_of(log, options.batch)
+    summary["peak memory"] = f"{peak_memory(pg.model.device) / 1e9:.2f} GB"
     write_report(
         out / "report.html",
         f"{options.model} fine-tuned on {Path(options.data).name}",
@@ -99,7 +101,6 @@ def summary_of(log: LogEntries, batch: int) -> dict[str, Any]:
         "last loss": round(last["loss"], 4) if steps else None,
         "seconds of training": round(sum(entry["seconds"] for entry in steps), 1),
         "rows skipped": sum("skipped" in entry for entry in log),
-        "peak memory": f"{peak_memory() / 1e9:.2f} GB",
     }
 
 
@@ -130,10 +131,10 @@ def in_words(report: Report) -> list[str]:
     return lines
 
 
-def peak_memory() -> float:
-    """Bytes: of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
+def peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU if the model is on one, else of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
     try:
         import resource
     except ImportError:  # Windows

@@ -17,19 +17,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from paligemma.data.rows import Rows
 from paligemma.evaluate.report import environment
-from paligemma.files import append_text, locked, parse_json, read_json, write_json
+from paligemma.files import append_text, locked, parse_json, read_json, write_json, write_text
 from paligemma.train import checkpointing
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # What a run may be given differently when it goes on: none of it changes the losses (but that dropout draws anew for
-# each piece of a batch).
+# each piece of a batch, and that another limit of pixels skips other rows: one that was too low need not end a run).
 FREE = {
     "data",
     "annotations",
@@ -189,6 +189,11 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return entries
+
+
+def write_log(out: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """In the place of what the log holds."""
+    write_text(out / LOG, "".join(json.dumps(dict(entry)) + "\n" for entry in entries))
 
 
 def append_to_log(out: Path, entry: Mapping[str, Any]) -> None:

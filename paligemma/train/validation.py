@@ -52,9 +52,9 @@ def validation_of(options: TrainOptions, pg: PaliGemma, rows: Rows, say: Callabl
     )
 
 
-def random_sample(rows: Rows, count: int, seed: int = 0) -> list[Row]:
+def random_sample(rows: Rows, count: int) -> list[Row]:
     """`count` rows at random, the same ones every time, in their order; all of them if there are no more."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return [rows[i] for i in sorted(order[:count].tolist())]
 
 

@@ -135,10 +135,10 @@ def is_adapter(path: Path) -> bool:
     return True
 
 
-def base_of(folder: Path) -> str:
-    """What an adapter says that it belongs to, from its settings alone. Raises as `open_adapter` does for these."""
-    base: str = _settings(folder / CONFIG)["base_model_name_or_path"]
-    return base
+def open_settings(folder: Path) -> Adapter:
+    """Which base an adapter says that it belongs to; its tensors need not be here. Raises as `open_adapter` does."""
+    settings = _settings(folder / CONFIG)
+    return Adapter(folder, settings["base_model_name_or_path"], settings.get("revision"))
 
 
 def open_adapter(folder: str | os.PathLike[str]) -> Adapter:

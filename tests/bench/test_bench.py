@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from reference import tiny_config
+from rich.console import Console
 
 import paligemma
-from paligemma.bench import run, shapes, worker
+from paligemma.bench import decoding, run, serving, shapes, tables, training, worker
 from paligemma.bench.run import benchmark
 from paligemma.bench.summary import spread, summarise
 from paligemma.bench.tables import cells, growth_lines, markdown, table
@@ -262,8 +263,6 @@ def test_spread_takes_what_there_is():
 
 
 def test_tables_show_every_model(fake):
-    from rich.console import Console
-
     record = benchmark("tiny", ["bf16", "int8"], rounds=1)
     heading, *lines = cells(record)
     assert heading == ["", "transformers", "bf16", "int8"]
@@ -274,6 +273,22 @@ def test_tables_show_every_model(fake):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(record))
     assert all(len(line) <= 80 for line in console.export_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("table", "record"),
+    [
+        (tables.table, {"device": "cpu", "threads": 1, "date": "2026-11-30", "rounds": []}),
+        (decoding.table, {"decoding_device": "cpu", "dtype": "float32", "read_gb_s": 1.0, "token_bytes": 1}),
+        (training.table, {"batch": 4}),
+        (serving.table, {"tokens": 4}),
+    ],
+)
+def test_brackets_in_the_name_of_a_model_are_no_markup(table, record):
+    summary = {"contestants": {}, "limits": {}} if table is tables.table else {}
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(table({**record, "model": "[/x]", "summary": summary}))
+    assert "[/x]: " in console.export_text()
 
 
 def test_the_picture_is_drawn(fake, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from reference import tiny_config
 from rich.console import Console
 
 from paligemma.answers.mask_codec import MaskCodec
@@ -18,6 +19,7 @@ from paligemma.evaluate.benchmarks.objects import mask_of
 from paligemma.evaluate.vqa import agreement
 from paligemma.images import load_image
 from paligemma.inference import Answer
+from paligemma.weights.published import published_config
 
 
 @dataclass
@@ -454,12 +456,12 @@ def write(folder: Path, files: dict[str, Any]) -> Path:
 
 
 class Says:
-    """A model that has the size of a published one, opens its pictures and says what it is told to."""
+    """A model of a published size (or, with None, another one) that opens its pictures and says what it is told to."""
 
-    def __init__(self, texts: list[str], side: int = 224, width: int = 2048):
+    def __init__(self, texts: list[str], side: int = 224, size: str | None = "paligemma-3b"):
         self.texts, self.calls = iter(texts), []
         self.processor = SimpleNamespace(image_size=side)
-        config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=width))
+        config = published_config(size, side) if size is not None else tiny_config("gemma")
         self.model = SimpleNamespace(config=config, state_dict=dict)
         self.codec = MaskCodec(
             num_codes=128, embedding_dim=8, encoder_widths=(2, 2, 2, 2), decoder_widths=(8, 8, 4, 4, 4)
@@ -543,9 +545,10 @@ def test_published_figures_are_named_as_ours(tmp_path: Path):
 
 def test_published_figures_stand_beside_ours_where_model_resolution_and_split_agree(tmp_path: Path):
     case = next(case for case in CASES if case.task == "textvqa")
-    for side, width, expected in ((224, 2304, 0.596), (448, 4608, 0.762), (896, 2304, None), (224, 256, None)):
-        folder = tmp_path / f"{side}-{width}"
-        figure = measured(case, folder, Says(case.says, side, width))["textvqa", "VQA accuracy"]
+    two, large = "paligemma2-3b", "paligemma2-28b"
+    for side, size, expected in ((224, two, 0.596), (448, large, 0.762), (896, two, None), (224, None, None)):
+        folder = tmp_path / f"{side}-{size}"
+        figure = measured(case, folder, Says(case.says, side, size))["textvqa", "VQA accuracy"]
         assert figure.published == expected
     report = measured(next(case for case in CASES if case.task == "gqa"), tmp_path / "gqa")
     console = Console(width=140, record=True, file=open(tmp_path / "table.txt", "w"))  # noqa: SIM115

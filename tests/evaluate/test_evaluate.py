@@ -568,6 +568,16 @@ def test_the_table_fits_a_terminal_and_rounds_to_no_minus_zero():
     assert "-0.000" not in text and "dtype" not in text
 
 
+def test_brackets_in_a_path_are_no_markup():
+    """Rich would leave out "[old]", and raise at "[/x]" after all answers were made."""
+    about = {"model": "/tmp/[old]/model", "data": "/tmp/[/x]/:car:.jsonl"}
+    figures = [Figure("[bold]", "[red]share", 0.5, None, None, rows=1)]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(Report(figures, {}, about).table())
+    text = console.export_text()
+    assert all(name in text for name in (*about.values(), "[bold]", "[red]share"))
+
+
 def test_the_right_answers_reach_every_target(examples):
     report = run(ideal(examples), examples, tiny.METRICS, targets=tiny.targets())
     assert {figure.task for figure in report.figures} == set(TASKS)

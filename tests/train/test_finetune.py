@@ -111,6 +111,27 @@ def test_validation_whose_pictures_are_gone_does_not_end_the_run(base, data, tmp
     paligemma.load(str(tmp_path / "run"))
 
 
+def test_killed_at_its_end_it_logs_the_last_figures_once(base, data, tmp_path, monkeypatch):
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("paligemma.train.results.write_report", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "run", steps=2, validation=data)
+    monkeypatch.undo()
+    run(base, data, tmp_path / "run", steps=2, validation=data)
+    assert [entry["step"] for entry in log_of(tmp_path / "run") if "validation" in entry] == [2]
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_peak_of_memory_is_of_the_device_that_computed(base, data, tmp_path, monkeypatch, gpu):
+    """Also on a machine with a GPU that is not used."""
+    monkeypatch.setattr("paligemma.train.results.torch.cuda.is_available", lambda: gpu)
+    run(base, data, tmp_path / "run", steps=1, device="cpu")
+    peak = json.loads((tmp_path / "run" / "finished.json").read_text())["summary"]["peak memory"]
+    assert float(peak.removesuffix(" GB")) > 0.05
+
+
 def test_the_report_is_one_page_with_curves_figures_and_examples(finished):
     out, _ = finished
     page = (out / "report.html").read_text()

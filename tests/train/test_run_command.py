@@ -1,16 +1,19 @@
 """The command line of `paligemma train`, what people complain of most, and the report."""
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from training_runs import run
 from typer.testing import CliRunner
 
@@ -20,6 +23,7 @@ from paligemma.data.rows import Row
 from paligemma.evaluate.own_rows import metric_of_prompt, to_example
 from paligemma.train import run_report
 from paligemma.train.batches import RowBatches
+from paligemma.train.compare import compare
 from paligemma.train.options import TrainOptions
 
 # ----------------------------------------------------------------------------------------------------- the command
@@ -41,6 +45,17 @@ def test_two_runs_side_by_side(base, data, tmp_path):
     assert "options, data and weights" in unfinished and "in step 3" in unfinished
     done = CliRunner().invoke(app, ["train", "compare", str(one), str(tmp_path)])
     assert isinstance(done.exception, FileNotFoundError) and "has no settings.json" in str(done.exception)
+
+
+def test_brackets_in_the_names_of_runs_are_no_markup(base, data, tmp_path):
+    one, two = (str(tmp_path / name) for name in ("[old]", "[/x]"))
+    shutil.copytree(Path(data).parent, tmp_path / "[data]")
+    run(base, data, Path(one), steps=1)
+    run(base, str(tmp_path / "[data]" / "rows.jsonl"), Path(two), steps=1)
+    console = Console(width=1000, record=True, file=io.StringIO())
+    console.print(compare(one, two))
+    text = console.export_text()
+    assert all(name in text for name in (one, two, str(tmp_path / "[data]" / "rows.jsonl")))
 
 
 def test_help_shows_every_option_once_under_a_heading():

@@ -24,8 +24,10 @@ from paligemma.tiny.scenes import write_scenes
 from paligemma.train import checkpointing, loop
 from paligemma.train.finetune import finetune
 from paligemma.train.options import TrainOptions
+from paligemma.train.parts import add_lora
 from paligemma.train.planning import plan_of
 from paligemma.train.setup import open_rows as open_both_rows
+from paligemma.weights.adapters import save_adapter
 from paligemma.weights.opening import open_checkpoint
 from paligemma.weights.saving import save_pretrained
 
@@ -225,6 +227,8 @@ def test_masks_of_a_coco_file_are_learned_as_tokens_of_the_models_codec(tmp_path
         ({"weight_decay": math.nan}, "weight_decay is nan, expected a number from 0 on"),
         ({"save_every": math.nan}, "save_every is nan, expected a number from 0 on"),
         ({"lr": math.inf}, "lr is inf"),
+        ({"seed": 10**14}, "seed is 100,000,000,000,000, expected a whole number from -10^12 to 10^12"),
+        ({"seed": -(10**14)}, "seed is -100,000,000,000,000"),
         ({"rank": 0, "lora": ("decoder",)}, "rank is 0, expected at least 1"),
         ({"alpha": -1.0, "lora": ("decoder",)}, "alpha is -1, expected a number above 0"),
         ({"weight_decay": 0.1, "lora": ("decoder",)}, "neither learns: leave out --weight-decay"),
@@ -259,6 +263,7 @@ def test_options_that_cannot_work_are_refused(wrong, named):
         {"weight_decay": 0.1, "lora": ("projector",)},
         {"weight_decay": 0.1, "freeze": ("vision",), "save_every": 0.0},
         {"vision_lr": 0.1, "lora": ("vision", "decoder"), "rank": 4, "alpha": 8.0, "lora_dropout": 0.1},
+        {"seed": -1},
         {"validation": "v", "metric": "vqa", "validate_every": 5, "validation_rows": 5},
     ],
 )
@@ -310,6 +315,27 @@ def test_a_plan_is_for_the_device_of_the_run(base, data, tmp_path, monkeypatch):
     for device, cpu in (("cpu", True), ("cuda", False)):
         plan_of(TrainOptions(model=base, data=data, out=str(tmp_path / "run"), device=device))
         assert asked["cpu"] == cpu
+
+
+def test_the_plan_of_an_adapter_is_that_of_its_base(base, data, tmp_path, monkeypatch):
+    """`train` folds it in and trains all weights. A tokenizer need not lie beside it."""
+    pytest.importorskip("peft")
+    model, adapter = paligemma.load(base).model, tmp_path / "adapter"
+    add_lora(model, ("decoder",))
+    save_adapter(model, adapter, base)
+    asked: list = []
+    monkeypatch.setattr("paligemma.train.planning.estimate", lambda *config, **options: asked.append((config, options)))
+    for name in (base, str(adapter)):
+        plan_of(TrainOptions(model=name, data=data, out=str(tmp_path / "run")))
+    assert asked[0] == asked[1]
+
+
+def test_the_plan_refuses_a_resolution_that_training_refuses(base, data, tmp_path):
+    """Both before a picture of such a size is made: 91 x 91 patches of 14 pixels."""
+    options = TrainOptions(model=base, data=data, out=str(tmp_path / "run"), image_size=91 * 14)
+    for refusing in (finetune, plan_of):
+        with pytest.raises(ValueError, match="image_size 1,274 makes 8,281 image tokens, and the model has 8,192"):
+            refusing(options)
 
 
 def test_the_longest_of_all_rows_makes_the_plan(base, data, tmp_path, monkeypatch):

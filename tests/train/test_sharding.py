@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import torch
 from test_train import losses, make_model, make_processor, make_rows
 
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.train import checkpointing, distributed, parts, sharding
+from paligemma.train import checkpointing, distributed, parts, progress, sharding
 from paligemma.train.batches import RowBatches
-from paligemma.train.loop import TrainConfig, train
+from paligemma.train.loop import Run, TrainConfig, train
 from paligemma.train.optimizer import muon_and_adamw
+from paligemma.train.run_folder import append_to_log, read_log
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the tests fork processes")
 
@@ -220,6 +222,39 @@ def test_validation_sees_the_averaged_model(processor, tmp_path):
 
     assert set(sums(tmp_path / "whole")) == {2, 4}
     assert sums(tmp_path / "sharded") == pytest.approx(sums(tmp_path / "whole"), rel=1e-6)
+
+
+def test_all_processes_have_the_same_average(processor, tmp_path):
+    """Also of a model that they hold whole, and that each has made with other weights: those of the first one count."""
+
+    def run(rank: int) -> None:
+        model = make_model(processor, seed=rank)
+        train(model, Batches(processor), TrainConfig(**SETTINGS), tmp_path / "run")
+        checkpointing.save(tmp_path / f"weights-{rank}", 0, dict(model.state_dict()))
+
+    in_processes(2, run)
+    first, second = (checkpointing.load_last(tmp_path / f"weights-{rank}") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_another_process_logs_at_once_is_kept(processor, tmp_path, monkeypatch):
+    """A skipped row. Meanwhile the first process takes its time to remove old entries."""
+    append_to_log(tmp_path, {"step": 1, "loss": 2.0})
+
+    def reading_slowly(out: Path) -> list[dict[str, Any]]:
+        entries = read_log(out)
+        time.sleep(0.5)
+        return entries
+
+    monkeypatch.setattr(progress, "read_log", reading_slowly)
+
+    def run(rank: int) -> None:
+        Run(make_model(processor), TrainConfig(**SETTINGS), tmp_path, None, None, None, True, None)
+        if rank:
+            append_to_log(tmp_path, {"step": 1, "skipped": "rows.jsonl:3"})
+
+    in_processes(2, run)
+    assert [entry.get("skipped") for entry in read_log(tmp_path)] == ["rows.jsonl:3"]
 
 
 def test_each_process_holds_its_share_and_no_more(processor):

@@ -25,6 +25,7 @@ from make_tokenizer import build_sentencepiece
 from safetensors.torch import load_file
 
 from paligemma.tokenizer import load_tokenizer
+from paligemma.weights import writing
 from paligemma.weights.converting import convert
 from paligemma.weights.loading import load_model
 from paligemma.weights.saving import save_pretrained
@@ -154,6 +155,13 @@ def test_formats_that_do_not_exist(folder, tmp_path):
         convert(folder, tmp_path / "b", format="gguf")
     with pytest.raises(ValueError, match=r"x.npz is to hold safetensors: name a folder"):
         convert(folder, tmp_path / "x.npz", format="safetensors")
+
+
+def test_brackets_in_a_path_are_no_markup(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    with writing.progress_in_bytes("writing [/x]", total=10) as advance:
+        advance(10)
+    assert "writing [/x]" in capsys.readouterr().err
 
 
 TERMINATED = """

@@ -27,6 +27,7 @@ from paligemma.evaluate.benchmarks.table import BENCHMARKS
 from paligemma.evaluate.examples import Example
 from paligemma.evaluate.metrics import refcoco
 from paligemma.evaluate.runner import evaluate
+from paligemma.weights.published import published_name
 
 if TYPE_CHECKING:
     from paligemma.evaluate.report import Report
@@ -97,13 +98,8 @@ def evaluate_benchmark(
 
 def published(task: str, split: str, pg: PaliGemma) -> Mapping[str, float]:
     """Name -> figure of the same model at the same resolution, fine-tuned for this task; {} if there is none."""
-    return BENCHMARKS[task].published.get(split, {}).get((variant(pg), pg.processor.image_size), {})
-
-
-def variant(pg: PaliGemma) -> str:
-    """The published model of the same size, by the width of the language model; "" if there is none."""
-    widths = {2048: "paligemma-3b", 2304: "paligemma2-3b", 3584: "paligemma2-10b", 4608: "paligemma2-28b"}
-    return widths.get(pg.model.config.text_config.hidden_size, "")
+    size = published_name(pg.model.config) or ""
+    return BENCHMARKS[task].published.get(split, {}).get((size, pg.processor.image_size), {})
 
 
 def resolved_split(task: str, split: str | None) -> str:
