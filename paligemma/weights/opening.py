@@ -34,6 +34,7 @@ from paligemma.weights.published import config_of_arrays
 from paligemma.weights.safetensors_file import FLOATS, MappedFile, Shape
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -99,7 +100,7 @@ def open_checkpoint(path: str | os.PathLike[str], extra: Extra = NO_EXTRA) -> Ch
 
 def _no_weights(path: Path) -> Exception:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    if "adapter_config.json" in [file.name for file in files]:
+    if ADAPTER_CONFIG in [file.name for file in files]:
         return ValueError(f"{path} holds an adapter, no whole weights: `paligemma merge` makes a checkpoint of it")
     if pickled := [file.name for file in files if file.suffix in PICKLED]:
         return ValueError(

@@ -26,7 +26,7 @@ from paligemma.files import staging_folder, write_json
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.weights.expected import check_tensors, expected_shapes
 from paligemma.weights.extra import shapes_to_save
-from paligemma.weights.opening import INDEX, WEIGHTS
+from paligemma.weights.opening import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from paligemma.weights.safetensors_file import Shape
 from paligemma.weights.writing import progress_in_bytes, write_safetensors
 
@@ -137,11 +137,16 @@ def names_in(folder: Path) -> list[str]:
 
 
 def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
-    """Files in the folder that would be taken for a part of the new weights: other weights, and their calibration."""
-    if WEIGHTS not in new and INDEX not in new:
+    """Files in the folder that would be taken for a part of the new weights: other weights, those of a whole model and
+    those of an adapter, with their settings and their calibration."""
+    if not {WEIGHTS, INDEX, ADAPTER_WEIGHTS}.intersection(new):
         return []
-    pattern = rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|{re.escape(CALIBRATION_FILE)}"
-    return [name for name in names_in(folder) if re.fullmatch(pattern, name) and name not in new]
+    there = names_in(folder)
+    old = {name for name in there if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name)}
+    if old:
+        old.add("config.json")  # of a quantised model it says so, and an adapter in its place would be taken for one
+    old |= {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CALIBRATION_FILE}
+    return [name for name in there if name in old and name not in new]
 
 
 def copy_companions(folders: Sequence[Path], staging: Path) -> None:
