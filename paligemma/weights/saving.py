@@ -59,10 +59,17 @@ def save_pretrained(
         raise TypeError(f"processor is {type(processor).__name__}, expected a PaliGemmaProcessor{hint}")
     state = model.state_dict()
     tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    if not all(dtype.is_floating_point for _, dtype in tensors.values()):
+    whole = {name: dtype for name, (_, dtype) in tensors.items() if not dtype.is_floating_point}
+    if not {torch.int8, torch.uint8}.isdisjoint(whole.values()):
         raise ValueError(
             "the model is quantised and is not saved: load it without `quantize`, or write a quantised checkpoint with "
             "`paligemma quantize`"
+        )
+    if whole:
+        named = ", ".join(f"{name} is {dtype}" for name, dtype in whole.items())
+        raise ValueError(
+            f"{named}: a checkpoint holds floating point alone. Set the counter of a BatchNorm to None (it needs none "
+            "but with momentum=None), and register other buffers with persistent=False, or as floating point"
         )
     hint = "Merge or take out what was added to it first, or name a part that was changed: extra=['name']."
     check_tensors("the model to save", tensors, shapes_to_save(model, expected_shapes(model.config), extra), hint)
@@ -168,9 +175,11 @@ def checkpoint_written_whole(folder: Path, replaces: bool = True) -> Iterator[Pa
         try:
             yield staging
         except OSError as error:
-            raise OSError(
-                error.errno, f"{folder} could not be written ({error.strerror or error}); what was there is untouched"
-            ) from error
+            named = error.filename
+            if isinstance(named, str) and not Path(named).resolve().is_relative_to(staging.resolve()):
+                raise  # it is of a file that is read
+            said = f"{folder} could not be written ({error.strerror or error}); what was there is untouched"
+            raise (OSError(said) if error.errno is None else OSError(error.errno, said)) from error
         if not replaces:
             check_nothing_lost(staging, folder)
         _move_up(staging, folder)
