@@ -267,8 +267,8 @@ def _check_patterns(patterns: Mapping[str, Any]) -> None:
             raise ValueError(f"alpha_pattern: {pattern!r} is no pattern ({error})") from None
 
 
-def _listed(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 # ------------------------------------------------------------------------------------------------ folding in
