@@ -265,30 +265,35 @@ def new_folder_written_whole(folder: Path) -> Iterator[Path]:
         raise
 
 
+_writing: dict[str, threading.RLock] = {}  # by folder: `locked` holds other processes off, and no threads of this one
+
+
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
     """A hidden folder inside `folder`, on the same disk: write there, then move the files up. It is removed at the end.
 
     `folder` is made if need be, and removed again if nothing came to lie in it. It is locked meanwhile, so what is
-    left there of a process that was killed belongs to nobody, and is removed first.
+    left there of a process that was killed belongs to nobody, and is removed first. Another thread of this process
+    that writes there is waited for.
     """
-    existed = folder.exists()
-    if existed and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, expected a folder to write to")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder, "saving a model"):
-            for left in folder.glob(".saving-*"):
-                shutil.rmtree(left, ignore_errors=True)
-            staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-            try:
-                yield staging
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-    finally:
-        if not existed:
-            with suppress(OSError):
-                folder.rmdir()
+    with _writing.setdefault(str(folder.resolve()), threading.RLock()):
+        existed = folder.exists()
+        if existed and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file, expected a folder to write to")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(folder, "saving a model"):
+                for left in folder.glob(".saving-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+                try:
+                    yield staging
+                finally:
+                    shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            if not existed:
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 # ------------------------------------------------------------------------------------------------ locking a folder
@@ -340,6 +345,7 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
 def _take(place: Path, doing: str) -> _Held:
     while True:
         descriptor, is_new = _open_lock(place)
+        ours = False
         try:
             free = _flock(descriptor)
             holder = _holder(descriptor)
@@ -352,14 +358,15 @@ def _take(place: Path, doing: str) -> _Held:
             if not _is_still(descriptor, place):  # its holder removed it after we had opened it
                 os.close(descriptor)
                 continue
+            ours = True
             about = {"doing": doing, "pid": os.getpid(), "host": socket.gethostname(), "machine": _machine()}
             about["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
             with named_in_errors(place.parent):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(about).encode())
-        except BaseException as error:
-            if not isinstance(error, BlockingIOError):
-                place.unlink(missing_ok=True)  # it is ours, and a full disk, say, keeps us from writing so
+        except BaseException:
+            if ours:
+                place.unlink(missing_ok=True)  # a full disk, say, keeps us from writing that it is ours
             with suppress(OSError):
                 os.close(descriptor)
             raise

@@ -95,12 +95,10 @@ def runs_in_float32(checkpoint: Checkpoint, device: torch.device) -> bool:
     return small and checkpoint.dtype == torch.bfloat16 and not multiplies_bfloat16(device)
 
 
-def stored_dtype(
-    model_path: str | os.PathLike[str], revision: str | None = None, extra: Extra = NO_EXTRA
-) -> torch.dtype | None:
+def stored_dtype(model_path: str | os.PathLike[str], revision: str | None = None) -> torch.dtype | None:
     """The dtype that a model has by default where no device has a say: to save it as it was found.
 
     None for a quantised checkpoint. Raises as `load_hf_model` does.
     """
-    checkpoint, _ = open_model(resolve(model_path, revision, None), None, extra)
+    checkpoint, _ = open_model(resolve(model_path, revision))
     return None if isinstance(checkpoint, QuantizedCheckpoint) else default_dtype(checkpoint)

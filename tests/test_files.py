@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 
@@ -105,6 +106,23 @@ def test_a_staging_folder_leaves_nothing(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_two_threads_write_to_one_folder_one_after_the_other(tmp_path):
+    def save():
+        with staging_folder(tmp_path / "out") as staging:
+            (staging / "second").write_text("")
+            (staging / "second").rename(tmp_path / "out" / "second")
+
+    second = threading.Thread(target=save)
+    with staging_folder(tmp_path / "out") as staging:
+        (staging / "first").write_text("")
+        second.start()
+        second.join(0.2)  # it waits, and removes nothing meanwhile
+        (staging / "first").rename(tmp_path / "out" / "first")
+        assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["first"]
+    second.join()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["first", "second"]
+
+
 @linux
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     code = """
@@ -189,6 +207,30 @@ def test_the_lock_of_another_machine_holds_while_it_shows_life(tmp_path, monkeyp
         pass
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)  # no sign of life any more
     with locked(tmp_path, "paligemma evaluate"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_stops_waiting_for_a_lock_leaves_it(tmp_path, monkeypatch):
+    """Ctrl-C, while it is watched for signs of life of its holder."""
+    about = '{"doing": "paligemma train", "pid": 7, "host": "node-3", "machine": "x", "since": "noon"}'
+    (tmp_path / files.LOCK).write_text(about)
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path, "paligemma evaluate"):
+        pass
+    assert (tmp_path / files.LOCK).read_text() == about
+
+
+def test_a_lock_that_cannot_be_written_is_removed(tmp_path, monkeypatch):
+    def full(descriptor, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "write", full)
+    with pytest.raises(OSError, match="No space left on device"), locked(tmp_path, "paligemma evaluate"):
         pass
     assert list(tmp_path.iterdir()) == []
 

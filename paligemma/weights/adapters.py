@@ -36,12 +36,12 @@ from torch import Tensor
 from paligemma.files import read_json
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.weights.layouts import EMBEDDING, HEAD, our_name, their_name
-from paligemma.weights.opening import PICKLED, Checkpoint
+from paligemma.weights.opening import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED, Checkpoint
 from paligemma.weights.published import TINY
 from paligemma.weights.safetensors_file import MappedFile, Shape
-from paligemma.weights.saving import checkpoint_written_whole
+from paligemma.weights.saving import check_apart, checkpoint_written_whole
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = ADAPTER_CONFIG, ADAPTER_WEIGHTS
 PREFIX = "base_model.model."  # peft's own wrapping, before the names of transformers
 
 # Of the settings in `adapter_config.json`: what is read, and what only says how the tensors came about.
@@ -76,7 +76,9 @@ def save_adapter(
     """Writes what LoRA has learned (see `train.parts.add_lora`) so that peft loads it beside transformers' model.
 
     base_name: the model that LoRA was added to: a hub id, a folder, "tiny". processor: whose files are written too.
-    Raises ValueError for a model without LoRA, OSError when the files cannot be written; then what was there is left.
+    An adapter or a whole model that lies in `folder` is replaced; other files in it are left alone.
+    Raises ValueError for a model without LoRA and where `folder` is that of the base, which the adapter needs; OSError
+    when the files cannot be written. Then what was there is left.
     """
     if not hasattr(model, "peft_config"):
         raise ValueError("the model has no LoRA to save: `save_pretrained` writes all of its weights")
@@ -92,6 +94,7 @@ def save_adapter(
     config.base_model_name_or_path = str(base_name)
     if (path := TINY if str(base_name) == "tiny" else Path(base_name).expanduser()).exists():
         config.base_model_name_or_path = str(path.resolve())  # so that it is found from everywhere, and by peft
+        check_apart(Path(folder), [path if path.is_dir() else path.parent])
     with checkpoint_written_whole(Path(folder)) as place:
         if processor is not None:
             processor.save_pretrained(place)
@@ -264,8 +267,8 @@ def _check_patterns(patterns: Mapping[str, Any]) -> None:
             raise ValueError(f"alpha_pattern: {pattern!r} is no pattern ({error})") from None
 
 
-def _listed(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 # ------------------------------------------------------------------------------------------------ folding in

@@ -47,11 +47,10 @@ def check_tensors(
     found: Mapping[str, tuple[Shape, torch.dtype | str]],
     expected: dict[str, Shape],
     hint: str = "The download is incomplete, or it is another model's.",
-    listed: int = 8,
 ) -> None:
     """Raises one ValueError with all that is missing, unexpected, of another shape or dtype, by name.
 
-    where: whose tensors they are, for the message. hint: its last line. listed: how many names of a kind are written.
+    where: whose tensors they are, for the message. hint: its last line.
     """
     problems = {
         "missing": [name for name in expected if name not in found],
@@ -68,8 +67,8 @@ def check_tensors(
     lines = []
     for problem, names in problems.items():
         if names:
-            more = f" and {len(names) - listed} more" if len(names) > listed else ""
-            lines.append(f"\n  {len(names)} {problem}: {', '.join(names[:listed])}{more}")
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lines.append(f"\n  {len(names)} {problem}: {', '.join(names[:8])}{more}")
     if lines:
         raise ValueError(
             f"{where}: these weights are not those of the model that its configuration describes"

@@ -141,13 +141,14 @@ def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype, weights
     activations  those of the vision tower or of the language model, whichever needs more, with b bytes per number:
                  vision    P x (2 F + 6 D) x b                P patches, F and D of the vision tower
                  language  tokens x (3 F + 6 D) x b           gate, up and their product; hidden states and their norms
-                           + tokens^2 x 9                     the masks, and the distances they are made of
+                           + tokens^2 x (2 + b)               the masks, and one as the numbers added to the scores
                            + 12 x min(2^24, H x tokens^2)     soft-capped scores, which are computed in chunks
     """
     text, vision = config.text_config, config.vision_config
     tokens = vision.num_patches + TEXT_TOKENS
     vision_tower = vision.num_patches * (2 * vision.intermediate_size + 6 * vision.hidden_size) * dtype.itemsize
-    language_model = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * dtype.itemsize + tokens**2 * 9
+    language_model = tokens * (3 * text.intermediate_size + 6 * text.hidden_size) * dtype.itemsize
+    language_model += tokens**2 * (2 + dtype.itemsize)
     if text.attn_logit_softcapping is not None:
         language_model += 12 * min(2**24, text.num_attention_heads * tokens**2)
     result = {

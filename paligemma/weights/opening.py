@@ -34,6 +34,7 @@ from paligemma.weights.published import config_of_arrays
 from paligemma.weights.safetensors_file import FLOATS, MappedFile, Shape
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -99,7 +100,7 @@ def open_checkpoint(path: str | os.PathLike[str], extra: Extra = NO_EXTRA) -> Ch
 
 def _no_weights(path: Path) -> Exception:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    if "adapter_config.json" in [file.name for file in files]:
+    if ADAPTER_CONFIG in [file.name for file in files]:
         return ValueError(f"{path} holds an adapter, no whole weights: `paligemma merge` makes a checkpoint of it")
     if pickled := [file.name for file in files if file.suffix in PICKLED]:
         return ValueError(
@@ -149,11 +150,12 @@ def _open_safetensors(path: Path, files: list[Path], extra: Extra) -> Checkpoint
     place, found, prefix = _tensors_of(path, files)
     if HEAD in found:
         _check_head(path, place, found)
-        del place[HEAD], found[HEAD]
     shapes = {name: shape for name, (shape, _) in found.items()}
     expected, unused = shapes_with_extra(expected_shapes(config), shapes, extra)
     for name in unused:
         del place[name], found[name]
+    if HEAD in found:  # still: its dtype is none that is read, which is named with all else that does not fit
+        expected[HEAD] = found[HEAD][0]
     check_tensors(str(path), found, expected, _reason(found, expected, config))
     if prefix:
         warnings.warn(f"{path}: the names of its tensors begin with {prefix!r}, which is left out", stacklevel=3)
@@ -193,15 +195,19 @@ def _tensors_of(
 def _check_head(
     path: Path, place: dict[str, tuple[Path, str]], found: dict[str, tuple[Shape, torch.dtype | str]]
 ) -> None:
-    """An output layer is the input embedding under another name, or ValueError. It may be the only one in the file."""
+    """Drops the output layer, which is the input embedding under another name: ValueError if it is not. It may be the
+    only one in the file. One of a dtype that is not read stays."""
     if EMBEDDING not in found:  # some writers drop the other one of two names for one matrix
         place[EMBEDDING], found[EMBEDDING] = place[HEAD], found[HEAD]
-    elif _are_numbers(found[HEAD], found[EMBEDDING]) and not _equal(place[HEAD], place[EMBEDDING]):
+    elif isinstance(found[HEAD][1], str):
+        return
+    elif not isinstance(found[EMBEDDING][1], str) and not _equal(place[HEAD], place[EMBEDDING]):
         raise ValueError(
             f"{path}: {place[HEAD][1]} differs from {place[EMBEDDING][1]}. PaliGemma's output layer is its input "
             "embedding; a checkpoint in which the two were trained apart cannot be loaded. It runs in transformers; "
             "for here train it again with tie_word_embeddings=true, or remove the one of the two that was not trained"
         )
+    del place[HEAD], found[HEAD]
 
 
 def _reason(
@@ -230,17 +236,12 @@ def _reason(
     )
 
 
-def _are_numbers(*found: tuple[Shape, torch.dtype | str]) -> bool:
-    """Whether all are of a dtype that is read here. Others are named later, with all else that does not fit."""
-    return all(isinstance(dtype, torch.dtype) for _, dtype in found)
-
-
-def _equal(one: tuple[Path, str], other: tuple[Path, str], rows: int = 8192) -> bool:
+def _equal(one: tuple[Path, str], other: tuple[Path, str]) -> bool:
     """Whether two matrices on disk are the same, compared a few rows at a time."""
     a, b = MappedFile(one[0]).read(one[1]), MappedFile(other[0]).read(other[1])
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return all(map(torch.equal, a.split(rows), b.split(rows)))
+    return all(map(torch.equal, a.split(8192), b.split(8192)))
 
 
 # ------------------------------------------------------------------------------------------------ big_vision .npz

@@ -26,7 +26,7 @@ from paligemma.files import staging_folder, write_json
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.weights.expected import check_tensors, expected_shapes
 from paligemma.weights.extra import shapes_to_save
-from paligemma.weights.opening import INDEX, WEIGHTS
+from paligemma.weights.opening import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS
 from paligemma.weights.safetensors_file import Shape
 from paligemma.weights.writing import progress_in_bytes, write_safetensors
 
@@ -59,10 +59,17 @@ def save_pretrained(
         raise TypeError(f"processor is {type(processor).__name__}, expected a PaliGemmaProcessor{hint}")
     state = model.state_dict()
     tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    if not all(dtype.is_floating_point for _, dtype in tensors.values()):
+    whole = {name: dtype for name, (_, dtype) in tensors.items() if not dtype.is_floating_point}
+    if not {torch.int8, torch.uint8}.isdisjoint(whole.values()):
         raise ValueError(
             "the model is quantised and is not saved: load it without `quantize`, or write a quantised checkpoint with "
             "`paligemma quantize`"
+        )
+    if whole:
+        named = ", ".join(f"{name} is {dtype}" for name, dtype in whole.items())
+        raise ValueError(
+            f"{named}: a checkpoint holds floating point alone. Set the counter of a BatchNorm to None (it needs none "
+            "but with momentum=None), and register other buffers with persistent=False, or as floating point"
         )
     hint = "Merge or take out what was added to it first, or name a part that was changed: extra=['name']."
     check_tensors("the model to save", tensors, shapes_to_save(model, expected_shapes(model.config), extra), hint)
@@ -137,11 +144,16 @@ def names_in(folder: Path) -> list[str]:
 
 
 def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
-    """Files in the folder that would be taken for a part of the new weights: other weights, and their calibration."""
-    if WEIGHTS not in new and INDEX not in new:
+    """Files in the folder that would be taken for a part of the new weights: other weights, those of a whole model and
+    those of an adapter, with their settings and their calibration."""
+    if not {WEIGHTS, INDEX, ADAPTER_WEIGHTS}.intersection(new):
         return []
-    pattern = rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|{re.escape(CALIBRATION_FILE)}"
-    return [name for name in names_in(folder) if re.fullmatch(pattern, name) and name not in new]
+    there = names_in(folder)
+    old = {name for name in there if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name)}
+    if old:
+        old.add("config.json")  # of a quantised model it says so, and an adapter in its place would be taken for one
+    old |= {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CALIBRATION_FILE}
+    return [name for name in there if name in old and name not in new]
 
 
 def copy_companions(folders: Sequence[Path], staging: Path) -> None:
@@ -163,9 +175,11 @@ def checkpoint_written_whole(folder: Path, replaces: bool = True) -> Iterator[Pa
         try:
             yield staging
         except OSError as error:
-            raise OSError(
-                error.errno, f"{folder} could not be written ({error.strerror or error}); what was there is untouched"
-            ) from error
+            named = error.filename
+            if isinstance(named, str) and not Path(named).resolve().is_relative_to(staging.resolve()):
+                raise  # it is of a file that is read
+            said = f"{folder} could not be written ({error.strerror or error}); what was there is untouched"
+            raise (OSError(said) if error.errno is None else OSError(error.errno, said)) from error
         if not replaces:
             check_nothing_lost(staging, folder)
         _move_up(staging, folder)

@@ -32,6 +32,7 @@ from paligemma.weights.info import describe, in_units
 from paligemma.weights.loading import load_model
 from paligemma.weights.opening import open_checkpoint
 from paligemma.weights.published import TINY
+from paligemma.weights.quantized import quantize_checkpoint
 from paligemma.weights.saving import save_pretrained
 
 EVERYWHERE = ("vision", "projector", "decoder")
@@ -472,6 +473,55 @@ def test_a_folder_that_holds_both(adapter, gemma):
     (adapter / "model.safetensors").write_bytes((gemma / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"holds an adapter .* and whole weights \(model.safetensors\): move one"):
         load_hf_model(adapter)
+
+
+def test_saving_replaces_whatever_model_lies_there(adapter, gemma, tmp_path):
+    """An adapter in the place of a whole model, of a quantised one (which its config.json tells), and the reverse."""
+    ours, folder = with_lora(gemma), tmp_path / "mine"
+    batch = batch_for(ours)
+    save_pretrained(load_model(gemma), folder, max_shard_size=40_000)
+    (folder / "notes.txt").write_text("mine")
+    save_adapter(ours, folder, gemma)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, TENSORS, "notes.txt"]
+    assert_same(logits(ours, batch), logits(load_hf_model(folder)[0], batch))
+
+    save_pretrained(load_model(gemma), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    assert torch.equal(logits(load_model(gemma), batch), logits(load_model(folder), batch))
+
+    quantize_checkpoint(gemma, tmp_path / "small", "int8")
+    save_adapter(ours, tmp_path / "small", gemma)
+    assert_same(logits(ours, batch), logits(load_hf_model(tmp_path / "small")[0], batch))
+
+
+def test_an_old_calibration_does_not_outlive_its_adapter(adapter, gemma):
+    """It belongs to the weights it was fitted to: those of a run that is trained for longer are others."""
+    (adapter / CALIBRATION_FILE).write_text(json.dumps(Calibration(boxes=(0.5, 1.5)).to_dict()))
+    (adapter / "config.json").write_text("{}")  # other programs put the base's there
+    save_adapter(with_lora(gemma), adapter, gemma)
+    assert sorted(path.name for path in adapter.iterdir()) == [CONFIG, TENSORS, "config.json"]
+
+    pg = paligemma.load(adapter.parent / "adapter", device="cpu")
+    pg.calibration = Calibration(boxes=(-0.5, 1.25))
+    save_adapter(with_lora(gemma), adapter, gemma, pg.processor)  # with one of its own
+    assert Calibration.load(adapter / CALIBRATION_FILE) == pg.calibration
+
+
+def test_an_adapter_never_replaces_its_own_base(gemma, tmp_path):
+    shutil.copytree(gemma, tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    for base in (tmp_path / "base", tmp_path / "base" / "model.safetensors"):
+        with pytest.raises(ValueError, match=r"base is where the source lies: choose another folder"):
+            save_adapter(with_lora(gemma), tmp_path / "base", base)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
+
+
+def test_merging_over_an_adapter_loses_nothing(adapter, gemma, tmp_path):
+    save_adapter(with_lora(gemma), tmp_path / "other", gemma)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    with pytest.raises(ValueError, match=rf"holds {CONFIG}, {TENSORS} of other content, which would be lost"):
+        merge(adapter, tmp_path / "other")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
 
 
 def test_what_takes_no_adapter_says_what_does(adapter, gemma, tmp_path):

@@ -160,8 +160,10 @@ class Peak(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "intermediate_size"), [("gemma", 2048), ("gemma2", 256)])
-@pytest.mark.parametrize("image_size", [224, 448])
+@pytest.mark.parametrize(
+    ("kind", "intermediate_size", "image_size"),
+    [("gemma", 2048, 224), ("gemma", 2048, 448), ("gemma2", 256, 224), ("gemma2", 256, 448), ("gemma", 64, 896)],
+)  # in the last, nearly all are masks
 def test_the_estimate_of_memory_is_not_exceeded_and_not_wild(kind, intermediate_size, image_size, dtype):
     sizes = {"hidden_size": 64, "intermediate_size": intermediate_size, "head_dim": 32, "image_size": image_size}
     config = tiny_config(kind, **sizes)

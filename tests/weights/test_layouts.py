@@ -84,6 +84,15 @@ def test_a_head_in_whole_numbers_is_named_with_the_rest(gemma, tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(("dtype", "code"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_a_head_of_a_dtype_that_is_not_read_is_not_dropped(gemma, tmp_path, dtype, code):
+    """Nobody can tell whether it is the embedding."""
+    state = gemma.state_dict()
+    write(tmp_path, gemma.config, {**state, "lm_head.weight": state[EMBEDDING].to(dtype)})
+    with pytest.raises(ValueError, match=rf"1 not floating point: language_model.lm_head.weight is {code}\n"):
+        load_model(tmp_path)
+
+
 def test_a_file_that_holds_the_tied_matrix_under_the_heads_name_only(gemma, tmp_path):
     state = gemma.state_dict()
     write(tmp_path, gemma.config, {"lm_head.weight": state.pop(EMBEDDING), **state})

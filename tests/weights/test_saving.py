@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from paligemma.weights.converting import convert
 from paligemma.weights.loading import load_model
-from paligemma.weights.saving import save_pretrained
+from paligemma.weights.opening import open_checkpoint
+from paligemma.weights.saving import checkpoint_written_whole, save_pretrained
 
 # ------------------------------------------------------------------------------------------------ there and back
 
@@ -103,6 +104,14 @@ def test_a_model_with_added_parameters_is_not_saved(gemma, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_part_that_counts_in_whole_numbers_is_named(gemma, tmp_path):
+    gemma.norm = torch.nn.BatchNorm1d(8)
+    with pytest.raises(ValueError, match=r"^norm.num_batches_tracked is torch.int64: a checkpoint holds floating"):
+        save_pretrained(gemma, tmp_path / "new", extra=["norm"])
+    gemma.norm.num_batches_tracked = None
+    save_pretrained(gemma, tmp_path / "new", extra=["norm"])
+
+
 # ------------------------------------------------------------------------------------------------ a full disk
 
 
@@ -137,6 +146,22 @@ def test_an_error_before_the_last_byte_leaves_the_old_files_whole(gemma, tmp_pat
     with pytest.raises(OSError, match="No space left on device"):
         save_pretrained(make_model("gemma2"), tmp_path)
     assert digests(tmp_path) == before
+
+
+def test_a_file_that_cannot_be_read_is_named_and_not_the_target(folder, tmp_path):
+    checkpoint = open_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        convert(checkpoint, tmp_path / "new")
+    assert "could not be written" not in str(error.value) and str(folder / "model.safetensors") in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_error_without_a_number_is_told_without_one(tmp_path):
+    with pytest.raises(OSError) as error, checkpoint_written_whole(tmp_path / "new"):
+        raise OSError("the library says no")
+    said = "could not be written (the library says no); what was there is untouched"
+    assert str(error.value) == f"{tmp_path / 'new'} {said}"
 
 
 def test_saving_into_a_file(gemma, tmp_path):
