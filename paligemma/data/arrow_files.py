@@ -25,11 +25,11 @@ class ArrowFiles:
     to unpack a whole row group for it; the last two are kept, so rows in order are cheap, and in a random order dear if
     row groups are large.
 
-    ImportError without pyarrow.
+    without: columns that are not read, such as that of the pictures. ImportError without pyarrow.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
-        self.paths = [Path(path) for path in paths]
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], without: Sequence[str] = ()) -> None:
+        self.paths, self.without = [Path(path) for path in paths], tuple(without)
         self.kept: dict[tuple[int, int], Any] = {}  # unpacked row groups
         self.files: list[Any] = []
         self.groups: list[tuple[int, int]] = []  # (file, record batch or row group in it)
@@ -56,6 +56,8 @@ class ArrowFiles:
         row = i - self.firsts[group]
         record = {}
         for j, name in enumerate(batch.schema.names):
+            if name in self.without:
+                continue
             try:
                 record[name] = batch.column(j)[row].as_py()
             except UnicodeDecodeError as error:
@@ -69,7 +71,8 @@ class ArrowFiles:
             while len(self.kept) > 1:
                 del self.kept[next(iter(self.kept))]
             with _refusing(self.paths[file]):
-                group = self.files[file].read_row_group(k)
+                names = [name for name in self.files[file].schema_arrow.names if name not in self.without]
+                group = self.files[file].read_row_group(k, names if self.without else None)
                 _validate(group)
             self.kept[file, k] = group
         return self.kept[file, k]
@@ -93,10 +96,10 @@ class ArrowFiles:
         return f"{self.paths[file]} row {i - self.files_first[file]}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths}  # open tables stay behind
+        return {"paths": self.paths, "without": self.without}  # open tables stay behind
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["paths"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def _names_in(feature: Any) -> list[str] | None:

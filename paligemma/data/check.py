@@ -41,6 +41,8 @@ PROBLEMS = {
     "newline after prefix": "take the line break off: the processor puts the one that parts prefix and suffix",
     "reserved token": "leave out <image>, <bos>, <eos> and <pad>: the processor puts them where they belong",
     "label with ;": "labels are parted by ' ; ', so none can contain ';': rename it",
+    "empty label": "detect and segment ask for one label or more, parted by ' ; ': write what is missing, or take the "
+    "semicolon out",
     "loc tokens": "a box is <locY0><locX0><locY1><locX1> (four digits, 0000 to 1023) with y0 < y1 and x0 < x1, "
     "then for a mask 16 <segNNN>, then the label",
     "box outside": "boxes are in pixels of the original picture: were they scaled, or width and height swapped?",

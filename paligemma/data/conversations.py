@@ -4,9 +4,12 @@
                                          {"from": "gpt", "value": "a dog"}, ...]}
     {"images": ["7.jpg"], "messages": [{"role": "user", "content": "<image>what is it?"},
                                        {"role": "assistant", "content": "a dog"}, ...]}
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "7.jpg"}},
+                                               {"type": "text", "text": "what is it?"}]}, ...]}
 
-PaliGemma reads one prompt and writes one answer, so each question is asked alone, with the picture. `<image>` marks
-where the picture stood; the processor puts it in front.
+PaliGemma reads one prompt and writes one answer, so each question is asked alone, with the picture. `<image>`, or a
+part {"type": "image"} without a picture, marks where the picture stood; the processor puts it in front. Pictures stand
+in the parts, or in a column as in other records; a conversation without any says so: "image": null.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from paligemma.data.records import NOTES_KEY, Records
+from paligemma.data.records import IMAGE, NOTES_KEY, OTHER_IMAGE, Records, first_of
 from paligemma.data.rows import RowError, short
 from paligemma.files import parse_json
 
 KEYS = ("conversations", "messages")
 ASKS = {"human", "user"}
 ANSWERS = {"gpt", "assistant", "model"}
+# Columns that would count as question or answer beside those of a turn. The others may name the picture.
+SAYING = {*KEYS, "prefix", "suffix", "answers", "multiple_choice_answer", "objects"}
 
 
 def is_conversation(record: dict[str, Any]) -> bool:
@@ -97,16 +102,21 @@ def questions_of(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
             raise RowError(where, "wrong type", f"turn {k} is by {speaker!r}: expected question and answer in turn")
     if not found or asked is not None:
         raise RowError(where, "missing key", "a question without an answer" if found else "no question with an answer")
-    given = next((record[key] for key in ("image", "images") if record.get(key)), None)
+    rest = {key: value for key, value in record.items() if key not in SAYING}
+    given = first_of(record, IMAGE, ())
     pictures = pictures or (given if isinstance(given, list) else [given] if given is not None else [])
-    if marks and marks != len(pictures):
-        raise RowError(where, "missing picture", f"{marks} times <image>, but {len(pictures)} pictures")
-    image = pictures[0] if len(pictures) == 1 else pictures or None
-    return [{**one, "image": image, NOTES_KEY: notes} for one in found]
+    if pictures or set(IMAGE) & set(record):
+        rest["image"], count = pictures[0] if len(pictures) == 1 else pictures or None, len(pictures)
+    else:  # one of another column, or whose name is made of columns
+        other = first_of(record, (), OTHER_IMAGE)
+        count = len(other) if isinstance(other, list) else 1
+    if marks and marks != count:
+        raise RowError(where, "missing picture", f"{marks} times <image>, but {count} pictures")
+    return [{**rest, **one, NOTES_KEY: notes} for one in found]
 
 
 def _turn(turn: Any, name: str, where: str) -> tuple[str, str, list[Any]]:
-    """Who speaks, the text, and the pictures that stand in it."""
+    """Who speaks, the text with its marks, and the pictures that stand in it."""
     if not isinstance(turn, dict):
         raise RowError(where, "wrong type", f"{name} is {short(turn)}, expected an object")
     speaker = turn.get("from", turn.get("role"))
@@ -114,12 +124,25 @@ def _turn(turn: Any, name: str, where: str) -> tuple[str, str, list[Any]]:
     pictures: list[Any] = []
     if isinstance(content, list):
         texts = []
-        for part in content:
-            if isinstance(part, dict) and part.get("type") == "text":
-                texts.append(str(part.get("text", "")))
-            elif isinstance(part, dict) and part.get("image") is not None:
-                pictures.append(part["image"])
+        for k, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            picture = _picture(part) if isinstance(part, dict) and kind in (None, "image", "image_url") else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                texts.append(part["text"])
+            elif picture is not None:
+                pictures.append(picture)
+            elif kind == "image":
+                texts.append("<image>")
+            else:
+                raise RowError(where, "wrong type", f"{name}: part {k} is {short(part)}, expected a text or a picture")
         content = "\n".join(texts)
     if not isinstance(speaker, str) or not isinstance(content, str):
         raise RowError(where, "wrong type", f"{name} is {short(turn)}, expected who speaks and a text")
     return speaker, content, pictures
+
+
+def _picture(part: dict[str, Any]) -> Any:
+    """The picture of a part, as OpenAI and as chat templates write it; None if there is none."""
+    url = part.get("image_url")
+    given = (part.get("image"), url.get("url") if isinstance(url, dict) else url, part.get("url"), part.get("path"))
+    return next((picture for picture in given if picture is not None), None)

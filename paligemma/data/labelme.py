@@ -41,9 +41,10 @@ def objects(files: Sequence[Path], kind: str, images: str | None, make: ObjectRo
 
 
 def has_shapes(file: Path) -> bool:
-    """Told by the head of the file, in whose end the whole picture may stand."""
+    """Told by the head of the file, in whose end the whole picture may stand; where it stands first, by all of it."""
     with open(file, "rb") as content:
-        return not NO_SHAPES.search(content.read(1 << 16))
+        head = content.read(1 << 16)
+        return not NO_SHAPES.search(head if b'"shapes"' in head[:-1000] else head + content.read(LARGEST_JSON))
 
 
 def names_in(file: Path) -> list[str]:

@@ -77,6 +77,8 @@ class ObjectRows:
         present = {found.label for found in objects}
         names = list(dict.fromkeys([*self.names, *sorted(present)] if self.names is not None else sorted(present)))
         labels = [name for name in names if self.every_label or name in present]
+        if not labels:
+            raise RowError(where, "missing key", "no object, and so no label to ask for: leave the row out")
         for label in labels:
             if ";" in label:
                 raise RowError(
@@ -130,7 +132,7 @@ def problem_of(found: Object, size: tuple[int, int]) -> str | None:
         return f"the box {numbers(found.box)} is not finite"
     if x1 <= x0 or y1 <= y0:
         return f"the box of {found.label!r} has no area: its corners are {numbers(found.box)} (x0, y0, x1, y1)"
-    if x1 < 0 or y1 < 0 or x0 > size[0] or y0 > size[1]:
+    if x1 <= 0 or y1 <= 0 or x0 >= size[0] or y0 >= size[1]:
         return (
             f"the box {numbers(found.box)} of {found.label!r} lies outside of the picture, which is "
             f"{size[0]} x {size[1]}"

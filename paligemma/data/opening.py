@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paligemma.data import box_tables, class_folders, coco, labelme, voc, vqa, yolo
 from paligemma.data.arrow_files import ArrowFiles
@@ -13,7 +14,16 @@ from paligemma.data.folders import in_folder
 from paligemma.data.json_documents import JsonRecords
 from paligemma.data.kinds import KINDS, kind_of_file
 from paligemma.data.objects import ObjectRows
-from paligemma.data.records import RecordReader, RecordRows, Records, check_image_name
+from paligemma.data.records import (
+    IMAGE,
+    OTHER_IMAGE,
+    RecordReader,
+    RecordRows,
+    Records,
+    WithObjects,
+    asks_for_objects,
+    check_image_name,
+)
 from paligemma.data.rows import RowError, Rows
 from paligemma.data.text_files import CsvFile, JsonLines
 
@@ -64,7 +74,13 @@ def open_table(kind: str, paths: list[Path], options: DataOptions, folder: str, 
     files = str(paths[0]) if len(paths) == 1 else f"{len(paths)} files in {options.data}"
     note = f"{files}: {NAMES[kind]}, {len(records):,} rows"
     names = records.class_names if isinstance(records, ArrowFiles) else {}
-    if starts_with_conversation(records):
+    if starts_with(asks_for_objects, records):
+        columns = ArrowFiles(paths, without=IMAGE + OTHER_IMAGE) if isinstance(records, ArrowFiles) else records
+        pictures, records = len(records), WithObjects(records, columns)
+        note = f"{files}: {NAMES[kind]}, {len(records):,} rows"
+        left_out = pictures - len(records)
+        note += f" ({left_out:,} pictures without objects left out)" if left_out else ""
+    elif starts_with(is_conversation, records):
         conversations, records = records, Questions(records)
         note = f"{files}: {NAMES[kind]}, {len(records):,} questions of {len(conversations):,} conversations"
     boxes = ObjectRows(loc_scale=loc_scale, names=names.get("objects"))
@@ -72,9 +88,9 @@ def open_table(kind: str, paths: list[Path], options: DataOptions, folder: str, 
     return Rows(kind, note, len(records), RecordReader(records, make), paths)
 
 
-def starts_with_conversation(records: Records) -> bool:
+def starts_with(form: Callable[[dict[str, Any]], bool], records: Records) -> bool:
     try:
-        return len(records) > 0 and is_conversation(records[0])
+        return len(records) > 0 and form(records[0])
     except RowError:
         return False
 

@@ -6,7 +6,7 @@ A record says what the model reads and writes in one of these ways; what else it
     {"image": "7.png", "question": "what is it ?", "answers": ["a dog", "dog", "a dog"]}
     {"image": "7.png", "caption": "a dog asleep"}                                 (or "text", or a list of them)
     {"image": "7.png", "label": "dog"}                                            (a class: see LABEL_PROMPT)
-    {"image": "7.png", "objects": {"bbox": [[x, y, width, height], ...], "category": ["dog", ...]}}
+    {"image": "7.png", "objects": {"bbox": [[x, y, width, height], ...], "category": ["dog", ...]}}   (or dicts)
     {"image": "7.png", "conversations": [{"from": "human", "value": "<image>what is it ?"}, ...]}   (conversations.py)
 
 `image` (or `file_name`, and other usual names) is a path, relative to the file it stands in (or to `images`), a list of
@@ -19,6 +19,7 @@ takes any of them as right; with an "answer" or a suffix beside them, that one a
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections import Counter
@@ -27,10 +28,13 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Protocol
 
+import numpy as np
+
 from paligemma.data.objects import Object, ObjectRows, corners, four_numbers
 from paligemma.data.picture_checks import upright_size
 from paligemma.data.prompts import is_prompt
 from paligemma.data.rows import Picture, Row, RowError, short
+from paligemma.files import is_data_url
 
 IMAGE = ("image", "images", "file_name")
 # Other usual names of the same columns. They are looked for after `image_name`, and in capitals too.
@@ -75,7 +79,7 @@ class RecordRows:
 
     def row(self, record: dict[str, Any], number: int, where: str) -> Row:
         """RowError for a record in none of the forms at the head of this file."""
-        if isinstance(record.get("objects"), (dict, list)) and not {"prefix", "suffix"} & set(record):
+        if asks_for_objects(record):
             picture = picture_of(record, self.folder, self.image_name, where)
             return self.row_of_objects(record, picture, number, where)
         text = self.text(record, where)
@@ -130,12 +134,11 @@ class RecordRows:
         return str(label)
 
     def row_of_objects(self, record: dict[str, Any], picture: Any, number: int, where: str) -> Row:
-        """A record with a column of boxes: a dict of lists, or a list of dicts."""
-        columns = record["objects"]
-        if isinstance(columns, list):
-            columns = {key: [item.get(key) for item in columns] for key in (columns[0] if columns else {})}
+        """A record with a column of boxes."""
+        columns = columns_of(record["objects"], where)
         boxes, labels = first_of(columns, BOXES, ()) or [], first_of(columns, CATEGORIES, ()) or []
-        if not isinstance(boxes, list) or not isinstance(labels, list) or len(boxes) != len(labels):
+        readable = isinstance(boxes, list) and isinstance(labels, list) and len(boxes) == len(labels)
+        if not readable or (not boxes and any(columns.values())):
             raise RowError(
                 where,
                 "box or mask",
@@ -151,6 +154,8 @@ class RecordRows:
                 numbers = four_numbers(box)
             except ValueError as error:
                 raise RowError(where, "box or mask", f"objects[{k}]: {error}") from None
+            if label is None or label == "":
+                raise RowError(where, "missing key", f"objects[{k}] has no category")
             name = str(self.label(label, "objects", notes))
             in_shares = all(0 <= value <= 1 for value in numbers)
             found.append(Object(name, corners(*numbers), f"objects[{k}]", in_shares=in_shares))
@@ -165,6 +170,61 @@ class RecordRows:
         if size is None:
             raise RowError(where, "missing picture", f"no picture at {picture!r}, whose size the boxes need")
         return size
+
+
+def asks_for_objects(record: Mapping[str, Any]) -> bool:
+    """Whether the row is made of the column of objects. Beside a caption it may hold anything, such as names."""
+    objects = record.get("objects")
+    if not isinstance(objects, (dict, list)) or {"prefix", "suffix"} & set(record):
+        return False
+    if isinstance(objects, dict) and first_of(objects, BOXES, ()) is not None:
+        return True
+    if isinstance(objects, list) and any(isinstance(one, dict) for one in objects):
+        return True
+    return first_of(record, ("question", *CAPTION, *LABEL), OTHER_CAPTION) is None
+
+
+def columns_of(objects: dict[str, Any] | list[Any], where: str) -> dict[str, Any]:
+    """Objects as a dict of lists, which may stand as a list of dicts."""
+    if isinstance(objects, dict):
+        return objects
+    for k, one in enumerate(objects):
+        if not isinstance(one, dict):
+            raise RowError(
+                where, "box or mask", f"objects[{k}] is {short(one)}, expected an object with bbox and category"
+            )
+    return {key: [one.get(key) for one in objects] for key in dict.fromkeys(key for one in objects for key in one)}
+
+
+class WithObjects:
+    """The records of a data set of boxes, without those of pictures without objects. All are read once, of `columns`
+    (the same records) no more than it takes to know this."""
+
+    def __init__(self, records: Records, columns: Records) -> None:
+        self.records = records
+        self.kept = np.array([i for i in range(len(records)) if not without_objects(columns, i)], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.records[int(self.kept[i])]
+
+    def where(self, i: int) -> str:
+        return self.records.where(int(self.kept[i]))
+
+
+def without_objects(records: Records, i: int) -> bool:
+    """Whether record i is one of boxes and has none."""
+    try:
+        record = records[i]
+        if not asks_for_objects(record):
+            return False
+        columns = columns_of(record["objects"], "")
+    except RowError:
+        return False  # says what is wrong when it is read
+    boxes, labels = first_of(columns, BOXES, ()), first_of(columns, CATEGORIES, ())
+    return not boxes and not labels and (boxes is not None or not any(columns.values()))
 
 
 NOTES_KEY = "\0notes"  # a key that no file has, by which `conversations.py` hands on what it left out
@@ -211,7 +271,7 @@ def picture_of(
             where,
             "missing key",
             "no image: expected a path in 'image' (null for a row without one), or a name made of other fields "
-            f"(image_name='{{image_id}}.jpg'); it has {', '.join(map(str, record))}",
+            f"(image_name='{{image_id}}.jpg'); it has {', '.join(str(key) for key in record if key != NOTES_KEY)}",
         )
     if isinstance(value, (list, tuple)):
         return tuple(_picture(item, folder, where) for item in value) or None
@@ -233,6 +293,11 @@ def check_image_name(name: str) -> None:
 def _picture(value: Any, folder: str, where: str) -> Picture:
     if isinstance(value, dict):  # how Hugging Face stores a picture
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and is_data_url(value):
+        try:
+            return base64.b64decode(value.partition(",")[2], validate=True)
+        except ValueError:
+            raise RowError(where, "unreadable picture", f"the image is {short(value)}, which is no base64") from None
     if isinstance(value, str) and value:
         return os.path.join(folder, value)
     if isinstance(value, bytes) and value:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from paligemma.data.objects import numbers
 from paligemma.data.prompts import asks_for_boxes, labels_of, plain_form
 from paligemma.data.rows import Row, short
+from paligemma.tasks import asks_for_items, split_labels
 
 _RESERVED = re.compile(r"<(?:image|bos|eos|pad)>")
 _ITEM = re.compile(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>((?:<seg\d{3}>){16})?(?: ([^;<>\n]+))?")
@@ -42,6 +43,8 @@ def _prompt_problems(prefix: str, asked: bool) -> Iterator[tuple[str, str]]:
     plain = plain_form(prefix)
     if plain != prefix.rstrip("\r\n") and not asks_for_boxes(plain):
         yield _form(prefix, plain)
+    if asks_for_items(prefix) and not all(split_labels(prefix)):
+        yield "empty label", f"the prompt {short(prefix)} has nothing where a label belongs"
     if asked and ";" in prefix:
         for label in prefix.partition(" ")[2].split(" ; "):
             if ";" in label:

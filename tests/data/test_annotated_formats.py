@@ -196,6 +196,18 @@ def test_labelme(folder, codec):
     assert [row.suffix for row in open_rows(folder, every_label=True)] == [BOXES, ""]
 
 
+def test_pictures_without_objects_are_left_out_where_labelme_writes_the_picture_first(folder):
+    data = base64.b64encode(bytes(100_000)).decode()
+    for name, shapes in {"a": [DOG], "b": []}.items():
+        content = {"imageData": data, **labelme(*shapes)} | {"imageData": data}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    rows = open_rows(folder, "labelme-detect")
+    assert [row.prefix for row in rows] == ["detect dog"] and "(1 pictures without objects left out)" in rows.note
+    (folder / "a.json").unlink()
+    with pytest.raises(RowError, match="no object, and so no label to ask for"):  # in the whole data set
+        open_rows(folder, "labelme-detect", every_label=True)[0]
+
+
 def test_a_picture_inside_a_file_of_labelme(folder):
     data = base64.b64encode((folder / "a.png").read_bytes()).decode()
     (folder / "a.json").write_text(json.dumps(labelme(DOG, imagePath="gone.png", imageData=data)))
@@ -350,4 +362,65 @@ def test_conversations_are_asked_question_by_question(folder, as_list):
 ])  # fmt: skip
 def test_conversations_that_are_none(folder, turns, problem, words):
     report = check(open_rows(write_lines(folder, {"image": "a.png", "conversations": turns})))
+    assert report.counts == {problem: 1} and words in str(report)
+
+
+def conversation(*parts, **columns):
+    content = list(parts) or "what is it?"
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a dog"}]
+    return {**columns, "messages": turns}
+
+
+TEXT = {"type": "text", "text": "what is it?"}
+DATA_URL = "data:image/png;base64," + base64.b64encode(b"the picture").decode()
+
+
+@pytest.mark.parametrize("record", [
+    conversation(image_path="a.png"), conversation(FileName="a.png"), conversation(file_name="a.png"),
+    conversation({"type": "image_url", "image_url": {"url": "a.png"}}, TEXT),
+    conversation({"type": "image_url", "image_url": "a.png"}, TEXT),
+    conversation({"type": "image", "path": "a.png"}, TEXT),
+    conversation({"type": "image", "text": None}, {**TEXT, "image": None}, images=["a.png"]),  # as Arrow fills them
+    conversation({"type": "image"}, TEXT, path="a.png"),
+    conversation(image_path="a.png", answers=["b"], objects=["dog"], suffix=None, caption=3),  # other columns
+])  # fmt: skip
+def test_where_a_conversation_has_its_picture(folder, record):
+    (row,) = open_rows(write_lines(folder, record))
+    assert (row.image, row.prefix, row.suffix) == (str(folder / "a.png"), "answer en what is it?", "a dog")
+    assert row.suffixes == ()
+
+
+def test_a_conversation_whose_picture_is_named_by_other_columns(folder):
+    path = write_lines(folder, conversation(id="a", path="somewhere"), conversation(id="b", image="b.png"))
+    assert [row.image for row in open_rows(path, image_name="{id}.png")] == [
+        str(folder / "a.png"),
+        str(folder / "b.png"),
+    ]
+
+
+def test_a_conversation_with_the_picture_itself(folder):
+    (row,) = open_rows(write_lines(folder, conversation({"type": "image_url", "image_url": {"url": DATA_URL}}, TEXT)))
+    assert row.image == b"the picture"
+
+
+def test_a_conversation_without_a_picture_says_so(folder):
+    rows = open_rows(write_lines(folder, conversation(image=None), conversation(images=[]), conversation(id="a")))
+    assert rows[0].image is rows[1].image is None
+    with pytest.raises(RowError, match="no image: expected a path in 'image'"):
+        rows[2]
+
+
+@pytest.mark.parametrize("record, problem, words", [
+    (conversation({"type": "video", "path": "a.mp4"}, TEXT), "wrong type", "turn 0: part 0 is {'type': 'video'"),
+    (conversation("what is it?"), "wrong type", "part 0 is 'what is it?', expected a text or a picture"),
+    (conversation({"type": "text"}), "wrong type", "part 0 is"),
+    (conversation({"type": "image_url"}, TEXT), "wrong type", "part 0 is"),
+    (conversation({"type": "image"}, {"type": "image"}, TEXT, image="a.png"), "missing picture", "2 times <image>"),
+    (conversation({"type": "image"}, {"type": "image"}, TEXT, path="a.png"), "missing picture", "2 times <image>"),
+    (conversation({"type": "image"}, TEXT, image=None), "missing picture", "but 0 pictures"),
+    (conversation({"type": "image_url", "image_url": "data:image/png;base64,?"}, TEXT), "unreadable picture", "base64"),
+    (conversation(image=""), "wrong type", "the image is ''"),
+])  # fmt: skip
+def test_parts_that_are_neither_text_nor_picture(folder, record, problem, words):
+    report = check(open_rows(write_lines(folder, {"image": None, **record} if "video" in str(record) else record)))
     assert report.counts == {problem: 1} and words in str(report)

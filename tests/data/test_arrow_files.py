@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from paligemma.data.arrow_files import ArrowFiles
 from paligemma.data.check import check
 from paligemma.data.options import open_rows
 
@@ -91,6 +92,19 @@ def test_numbers_of_classes_have_the_names_that_datasets_noted(folder):
     assert [row.suffix for row in rows] == ["dog", "cat", "7"] and rows[0].prefix == "answer en what is this?"
     report = check(rows)
     assert report.ok and "1 row has a label that is a number without a name" in str(report)
+
+
+def test_pictures_without_objects_are_left_out_and_not_read(folder):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    objects = [{"bbox": [], "category": []}, {"bbox": [[0, 0, 20, 10]], "category": ["dog"]}] * 2
+    image = {"bytes": (folder / "a.png").read_bytes(), "path": None}
+    parquet.write_table(pyarrow.table({"image": [image] * 4, "objects": objects}), folder / "x.parquet")
+    opened = open_rows(folder / "x.parquet")
+    for rows in (opened, pickle.loads(pickle.dumps(opened))):
+        assert [(row.prefix, row.image) for row in rows] == [("detect dog", image["bytes"])] * 2
+        assert rows.note.endswith("(2 pictures without objects left out)")
+    assert list(ArrowFiles([folder / "x.parquet"], without=("image",))[0]) == ["objects"]
 
 
 @pytest.mark.parametrize("form", ["a dict of lists", "a list of dicts"])

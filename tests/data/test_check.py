@@ -28,6 +28,10 @@ BAD = {
         good(prefix="detect dog ; cat", suffix=f"{BOX} dog ; small ; {BOX} cat"),
         good(prefix="detect dog", suffix=f"{BOX} dog;small"),
     ],
+    "empty label": [
+        good(prefix="detect ", suffix=""), good(prefix="segment dog ;  ; cat", suffix=f"{BOX}{CODES} dog"),
+        good(prefix="detect dog ;  ; cat", suffix=f"{BOX} dog"), good(prefix="detect  ; dog", suffix=f"{BOX} dog"),
+    ],
     "loc tokens": [
         good(prefix="detect dog", suffix="<loc0030><loc0020><loc0010><loc0040> dog"),  # y1 < y0
         good(prefix="detect dog", suffix="<loc0010><loc0020><loc0030><loc0020> dog"),  # x1 = x0
@@ -90,6 +94,12 @@ def test_every_problem_is_found_in_its_row_alone(folder, problem):
     ]
     assert [found.row for found in report.first[problem]] == list(range(1, len(lines) - 1, 2))
     assert not report.ok and PROBLEMS[problem] in str(report)
+
+
+def test_a_semicolon_at_the_end_is_no_form_of_the_prompt_alone(folder):
+    """Training works around other forms. This one would end it, at its first drawing."""
+    report = check(open_rows(write_lines(folder, good(prefix="detect dog ; ", suffix=f"{BOX} dog"))))
+    assert report.counts == {"empty label": 1, "form of the prompt": 1}
 
 
 def test_every_problem_has_a_test():

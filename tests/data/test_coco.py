@@ -65,6 +65,10 @@ def test_a_coco_file_that_does_not_fit_together(folder, changes, words):
 
 @pytest.mark.parametrize("annotation, category, problem", [
     ({"bbox": [50, 0, 10, 10]}, "dog", "box or mask"),  # wholly outside
+    ({"bbox": [40, 0, 10, 10]}, "dog", "box or mask"),  # and touching the border, at each side
+    ({"bbox": [0, 20, 10, 10]}, "dog", "box or mask"),
+    ({"bbox": [-10, 0, 10, 10]}, "dog", "box or mask"),
+    ({"bbox": [0, -10, 10, 10]}, "dog", "box or mask"),
     ({"bbox": [10, 0, 30, 25]}, "dog", "box outside"),  # in part, at each side
     ({"bbox": [10, 0, 35, 20]}, "dog", "box outside"),
     ({"bbox": [-5, 0, 35, 20]}, "dog", "box outside"),

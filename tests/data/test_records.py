@@ -122,3 +122,43 @@ def test_a_name_that_does_not_fit_a_row_is_its_problem(folder, name):
 def test_a_name_that_would_fill_the_memory_is_refused(folder, name, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         open_rows(write_lines(folder, {"image_id": 1, "width": 10**9, "caption": "x"}), image_name=name)
+
+
+# -- objects --
+
+ONE = {"bbox": [0, 0, 20, 10], "category": "dog"}
+
+
+def test_pictures_without_objects_are_left_out(folder):
+    several = [{"bbox": [], "category": []}, [ONE], [], {"bbox": None, "category": None}, {}, {"bbox": [], "id": 7}]
+    rows = open_rows(write_lines(folder, *[{"image": "a.png", "objects": objects} for objects in several]))
+    assert [(row.prefix, row.number, row.source) for row in rows] == [("detect dog", 0, f"{folder / 'my.jsonl'}:2")]
+    assert rows.note.endswith("1 rows (5 pictures without objects left out)") and check(rows).ok
+
+
+def test_in_a_file_of_other_rows_a_picture_without_objects_is_named(folder):
+    rows = open_rows(write_lines(folder, good(), {"image": "a.png", "objects": {"bbox": [], "category": []}}))
+    report = check(rows)
+    assert report.counts == {"missing key": 1} and "no object, and so no label to ask for" in str(report)
+
+
+@pytest.mark.parametrize("objects", [["dog", "cat"], [], [None], {}, {"dog": 2}, {"bbox": None}, "dog", 3])
+def test_objects_that_are_no_boxes_are_another_column(folder, objects):
+    row = open_rows(write_lines(folder, {"image": "a.png", "caption": "a dog", "objects": objects}))[0]
+    assert (row.prefix, row.suffix) == ("caption en", "a dog")
+
+
+@pytest.mark.parametrize("objects, problem, words", [
+    (["dog"], "box or mask", "objects[0] is 'dog', expected an object with bbox and category"),
+    ([ONE, None], "box or mask", "objects[1] is None"),
+    ([{}, ONE], "box or mask", "objects[0]: its box is None"),
+    ([ONE, {"bbox": [0, 0, 9, 9]}], "missing key", "objects[1] has no category"),
+    ({"bbox": [[0, 0, 9, 9]], "category": [None]}, "missing key", "objects[0] has no category"),
+    ({"bbox": [[0, 0, 9, 9]], "category": [""]}, "missing key", "objects[0] has no category"),
+    ({"bboxs": [[0, 0, 9, 9]], "kinds": ["dog"]}, "box or mask", "expected bbox and category, it has bboxs, kinds"),
+    ({"bbox": [], "category": ["dog"]}, "box or mask", "as many boxes as labels"),
+])  # fmt: skip
+def test_objects_that_cannot_be_right(folder, objects, problem, words):
+    records = [{"image": "a.png", "objects": one} for one in ([ONE], objects)]
+    report = check(open_rows(write_lines(folder, *records)))
+    assert report.rows == 2 and report.counts == {problem: 1} and words in str(report)
