@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paligemma.data.folders import PICTURES
 from paligemma.data.objects import Object, ObjectRows, four_numbers
 from paligemma.data.rows import Row, RowError, Rows
 
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import Box
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # endings, in the order they are tried
 
 
 def objects(files: Sequence[Path], images: str | None, make: ObjectRows) -> Rows:
