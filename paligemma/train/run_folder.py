@@ -32,6 +32,7 @@ SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # each piece of a batch).
 FREE = {
     "data",
+    "images",
     "annotations",
     "validation",
     "validation_annotations",
