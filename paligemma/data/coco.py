@@ -81,7 +81,9 @@ def read_index(path: Path, with_categories: bool) -> Index:
         else:
             number, name = _id(element, "id", where), str(_id(element, "name", where))
             if (known := categories.setdefault(number, name)) != name:
-                raise ValueError(f"{where}: id {short(number)} is {name!r} here and {known!r} before: ids must be unique")
+                raise ValueError(
+                    f"{where}: id {short(number)} is {name!r} here and {known!r} before: ids must be unique"
+                )
             parents.add(str(element.get("supercategory")))
 
     file = JsonFile(path, look)

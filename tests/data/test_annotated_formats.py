@@ -188,6 +188,21 @@ def test_voc_objects_that_cannot_be_right(tmp_path, text, problem, words):
     assert report.counts == {problem: 1} and words in str(report)
 
 
+def test_only_voc_files_that_say_so_have_no_objects(tmp_path):
+    """Not those in another encoding, nor those that are broken."""
+    folder = write_voc(tmp_path, voc_object("dog", 0, 0, 20, 10), "", "", "", "")
+    annotations = folder / "Annotations"
+    in_utf_16 = f'<?xml version="1.0" encoding="UTF-16"?>{(annotations / "0.xml").read_text()}'
+    (annotations / "1.xml").write_text(in_utf_16, encoding="utf-16")
+    (annotations / "2.xml").write_text("")
+    (annotations / "3.xml").write_text(in_utf_16.replace("<annot", "<!DOCTYPE a><annot"), encoding="utf-16")
+    rows = open_rows(folder)
+    assert "4 rows (1 pictures without objects left out)" in rows.note and rows[1].suffix == rows[0].suffix
+    report = check(rows)
+    assert report.counts == {"not XML": 2} and "2.xml: not XML: no element found" in str(report)
+    assert "3.xml: it declares a DOCTYPE" in str(report)
+
+
 def test_the_size_in_voc_is_compared_with_the_picture(tmp_path):
     folder = write_voc(tmp_path, voc_object("dog", 0, 0, 20, 10))
     Image.new("RGB", (20, 40)).save(folder / "JPEGImages" / "0.jpg")
