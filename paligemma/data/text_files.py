@@ -135,9 +135,10 @@ class CsvFile:
         def counted(file: IO[bytes]) -> Iterator[str]:
             nonlocal position
             for line in file:
+                text = line if position else line.removeprefix(BOM)
                 position += len(line)
                 # Only where records end matters here, and no byte of a longer character looks like a quote.
-                yield line.removeprefix(BOM).decode("latin-1")
+                yield text.decode("latin-1")
 
         with open(path, "rb") as file:
             first = file.readline()
