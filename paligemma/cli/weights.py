@@ -7,8 +7,22 @@ from typing import Annotated
 
 import typer
 
-from paligemma.cli.options import Dtype, Revision
+from paligemma.cli.options import Revision, one_of
 from paligemma.cli.output import echo_json, note, say
+
+DTYPES = "bfloat16", "float16", "float32"
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16 or float32. Default: the checkpoint's own.", callback=one_of(*DTYPES)),
+]
+DtypeBeside = Annotated[
+    str | None,
+    typer.Option(
+        help="Of what is not rounded: bfloat16, float16 or float32. Default: bfloat16 for the published sizes, the "
+        "checkpoint's own for others.",
+        callback=one_of(*DTYPES),
+    ),
+]
 
 
 def info(
@@ -63,7 +77,7 @@ def quantize(
     int4: Annotated[
         bool, typer.Option("--int4", help="4 bits in the decoder, 8 elsewhere: a third of the size.")
     ] = False,
-    dtype: Dtype = None,
+    dtype: DtypeBeside = None,
     revision: Revision = None,
 ) -> None:
     """Write a checkpoint with rounded weights: smaller, and several times faster on a CPU."""

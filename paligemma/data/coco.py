@@ -79,7 +79,11 @@ def read_index(path: Path, with_categories: bool) -> Index:
         elif key == "images":
             images[_id(element, "id", where)] = len(images)
         else:
-            categories[_id(element, "id", where)] = str(_id(element, "name", where))
+            number, name = _id(element, "id", where), str(_id(element, "name", where))
+            if (known := categories.setdefault(number, name)) != name:
+                raise ValueError(
+                    f"{where}: id {short(number)} is {name!r} here and {known!r} before: ids must be unique"
+                )
             parents.add(str(element.get("supercategory")))
 
     file = JsonFile(path, look)

@@ -50,7 +50,7 @@ def open_data(options: DataOptions, codec: MaskCodec | str | os.PathLike[str] | 
     if kind == "vqa":
         return vqa.questions(paths[0], options.annotations, folder, options.image_name, options.language)
     if kind == "class-folders":
-        return class_folders.pictures(paths, options.language)
+        return class_folders.pictures(paths, options.language, Path(options.data).is_dir())
     return open_table(kind, paths, options, folder, loc_scale)
 
 

@@ -135,15 +135,17 @@ class CsvFile:
         def counted(file: IO[bytes]) -> Iterator[str]:
             nonlocal position
             for line in file:
+                text = line if position else line.removeprefix(BOM)
                 position += len(line)
                 # Only where records end matters here, and no byte of a longer character looks like a quote.
-                yield line.decode("latin-1")
+                yield text.decode("latin-1")
 
         with open(path, "rb") as file:
             first = file.readline()
             self.delimiter = max(",;\t", key=first.decode("latin-1").count)
             file.seek(0)
-            reader = csv.reader(counted(file), delimiter=self.delimiter)
+            # strict: a quote that is never closed would take all that follows into its cell without a word
+            reader = csv.reader(counted(file), delimiter=self.delimiter, strict=True)
             at = before = 0
             try:
                 for record in reader:  # takes the lines of one record and no more
@@ -152,7 +154,10 @@ class CsvFile:
                         lines.append(before + 1)
                     at, before = position, reader.line_num
             except csv.Error as error:
-                raise ValueError(f"{path}:{before + 1}: not CSV: {error}") from None
+                raise ValueError(
+                    f"{path}:{before + 1}: not CSV: {error} (a cell that begins with a quote ends with the next one; "
+                    'inside it a quote is written "")'
+                ) from None
         if not starts:
             raise ValueError(f"{path} is empty")
         starts.append(position)

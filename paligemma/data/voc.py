@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paligemma.data.folders import PICTURES
 from paligemma.data.objects import Object, ObjectRows, four_numbers
 from paligemma.data.rows import Row, RowError, Rows
 
@@ -23,8 +22,11 @@ if TYPE_CHECKING:
     from paligemma.answers.mask_codec import Box
 
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # endings, in the order they are tried
+
+
 def objects(files: Sequence[Path], images: str | None, make: ObjectRows) -> Rows:
-    annotated = [file for file in files if make.every_label or b"<object" in file.read_bytes()]
+    annotated = [file for file in files if make.every_label or has_objects(file)]
     if make.every_label:
         found = {name for file in files for name in names_in(file)}
         make = replace(make, names=sorted(found))
@@ -33,6 +35,16 @@ def objects(files: Sequence[Path], images: str | None, make: ObjectRows) -> Rows
     note = f"{place}: Pascal VOC, {len(annotated):,} rows"
     note += f" ({left_out:,} pictures without objects left out)" if left_out else ""
     return Rows("voc", note, len(annotated), XmlReader(annotated, images, make), annotated)
+
+
+def has_objects(file: Path) -> bool:
+    """True for a broken file too: its row says what is wrong with it. Most files need not be parsed for this."""
+    if b"<object" in file.read_bytes():
+        return True
+    try:
+        return parsed(file).find("object") is not None
+    except RowError:
+        return True
 
 
 def names_in(file: Path) -> list[str]:
@@ -46,7 +58,8 @@ def names_in(file: Path) -> list[str]:
 def parsed(file: Path) -> ElementTree.Element:
     where = str(file)
     content = file.read_bytes()
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+    ascii_part = content.replace(b"\0", b"")  # of UTF-16 too
+    if b"<!DOCTYPE" in ascii_part or b"<!ENTITY" in ascii_part:
         raise RowError(where, "not XML", "it declares a DOCTYPE or entities, which no annotation needs")
     try:
         return ElementTree.fromstring(content)

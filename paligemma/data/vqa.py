@@ -71,7 +71,13 @@ def questions(
             f"{path} has questions without answers: name the file with the answers too (annotations=...), such as "
             "v2_mscoco_train2014_annotations.json"
         )
-    place = {question: i for i, question in enumerate(ids["annotations"])}
+    place: dict[Any, int] = {}
+    for i, question in enumerate(ids["annotations"]):
+        if place.setdefault(question, i) != i:
+            raise ValueError(
+                f"{answers.pieces.path} has answers to question_id {short(question)} twice, annotations"
+                f"[{place[question]}] and [{i}]: which are right?"
+            )
     missing = [question for question in ids["questions"] if question not in place]
     if missing:
         raise ValueError(

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paligemma.data.folders import PICTURES, of_one_split
+from paligemma.data.folders import is_junk, of_one_split
 from paligemma.data.masks import around_polygons, fill
 from paligemma.data.objects import Object, ObjectRows
 from paligemma.data.rows import Row, RowError, Rows, short
+from paligemma.files import picture_names
 
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import Box
@@ -91,7 +92,7 @@ def pictures_of(path: Path, root: Any, chosen: Any, images: Path | None) -> list
         if place.is_dir():
             found += pictures_in(place)
         elif place.is_file() and place.suffix == ".txt":
-            lines = place.read_text(encoding="utf-8").splitlines()
+            lines = place.read_text(encoding="utf-8-sig").splitlines()
             found += [place.parent / line.strip() for line in lines if line.strip()]
         else:
             raise ValueError(f"{path} names {place}, where no pictures are: give their folder as --images")
@@ -108,13 +109,21 @@ def place_of(base: Path, entry: str) -> Path:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Those in the folder, and where the labels of others are, the names these must have had."""
-    pictures = [file for file in folder.rglob("*") if file.suffix.lower() in PICTURES]
+    wanted = picture_names()
+    pictures = [file for file in files_below(folder) if file.suffix.lower() in wanted]
     known = {labels_of(picture) for picture in pictures}
     labels = labels_of(folder / "x.jpg").parent
     if labels != folder and labels.is_dir():
-        orphans = sorted(file for file in set(labels.rglob("*.txt")) - known if file.name != "classes.txt")
+        texts = {file for file in files_below(labels) if file.suffix == ".txt" and file.name != "classes.txt"}
+        orphans = sorted(texts - known)
         pictures += [folder / orphan.relative_to(labels).with_suffix(".jpg") for orphan in orphans]
     return sorted(pictures)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """What programs leave behind unasked is not among them."""
+    files = folder.rglob("*")
+    return [file for file in files if not any(map(is_junk, file.relative_to(folder).parts))]
 
 
 def labels_of(picture: Path) -> Path:
@@ -144,7 +153,7 @@ class LabelReader:
         file = labels_of(picture)
         where = str(file)
         try:
-            text = file.read_text(encoding="utf-8") if file.is_file() else ""
+            text = file.read_text(encoding="utf-8-sig") if file.is_file() else ""
         except UnicodeDecodeError as error:
             raise RowError(where, "not UTF-8", f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from None
         lines = enumerate(text.splitlines(), 1)
@@ -156,7 +165,7 @@ class LabelReader:
             number, *values = [float(cell) for cell in cells]
         except ValueError:
             raise RowError(where, "box or mask", f"{name}: {short(' '.join(cells))}, expected numbers") from None
-        if number != int(number) or not 0 <= number < len(self.names):
+        if not number.is_integer() or not 0 <= number < len(self.names):  # nan and inf are no integers
             raise RowError(
                 where,
                 "box or mask",

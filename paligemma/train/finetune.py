@@ -64,7 +64,7 @@ from paligemma.train.setup import (
     steps_of,
 )
 from paligemma.train.tensorboard import TensorBoard
-from paligemma.train.validation import validation_of
+from paligemma.train.validation import check_metric, validation_of
 from paligemma.utils import stored_dtype
 
 Say = Callable[[str], None]
@@ -192,6 +192,8 @@ def begin(
             if each is not None:
                 most_tokens = max_length_of(options, pg.model.config)
                 check_rows(each, pg, most_tokens, options.most_pixels, options.strict, say)
+        if validation_rows is not None:
+            check_metric(options, pg, validation_rows)
         if not options.resume:
             clear(out)  # not before everything is checked: a command that is refused changes nothing
         write_settings(out, asdict(options), facts)

@@ -32,6 +32,7 @@ SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # each piece of a batch, and that another limit of pixels skips other rows: one that was too low need not end a run).
 FREE = {
     "data",
+    "images",
     "annotations",
     "validation",
     "validation_annotations",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from paligemma.data.rows import Row, Rows
 from paligemma.evaluate import Example, Prediction, evaluate
@@ -50,6 +51,19 @@ def validation_of(options: TrainOptions, pg: PaliGemma, rows: Rows, say: Callabl
     return Validation(
         pg, sample, options.metric, folder, batch_size, token_budget(sample, pg), options.most_pixels, say
     )
+
+
+def check_metric(options: TrainOptions, pg: PaliGemma, rows: Rows) -> None:
+    """ValueError, naming the row, for one that will be asked and that the metric cannot measure: better before the
+    first step than after the last."""
+    stand_in = Image.new("RGB", (224, 224))  # pictures need not be read for this
+    for row in random_sample(rows, options.validation_rows):
+        metric = metric_of_prompt(row.prefix, options.metric)
+        try:
+            example = to_example(row, metric, stand_in if row.pictures else None, pg)
+            METRICS[metric].score(example, Prediction(""))
+        except ValueError as error:
+            raise ValueError(f"validation: {row.source}: {error}") from None
 
 
 def random_sample(rows: Rows, count: int) -> list[Row]:
@@ -91,14 +105,18 @@ class Validation:
         return figures
 
     def measure(self, name: str) -> tuple[Report | None, list[tuple[Example, Prediction]]]:
-        """The report, and the rows that are drawn with the model's answers. If no picture can be read, it says so and
+        """The report, and the rows that are drawn with the model's answers. If no row can be used, it says so and
         returns no report: that does not end a run of hours."""
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed in this step
         drawn: dict[str, Example] = {}
         unreadable: list[str] = []
-        examples = self._examples(drawn, unreadable)
+        unfit: list[str] = []
+        examples = self._examples(drawn, unreadable, unfit)
         first = next(examples, None)
+        if first is None and unfit:
+            self.say(f"no validation: none of the rows can be measured, the first is {unfit[0]}")
+            return None, []
         if first is None:
             self.say(f"no validation: none of the pictures can be read, the first is that of {unreadable[0]}")
             return None, []
@@ -115,6 +133,9 @@ class Validation:
             named = f"{unreadable[0]}{', ...' if len(unreadable) > 1 else ''}"
             count = f"{len(unreadable)} of {len(self.rows)}"
             self.say(f"validation: the pictures of {count} rows cannot be read, they were left out: {named}")
+        if unfit:
+            count = f"{len(unfit)} of {len(self.rows)}"
+            self.say(f"validation: {count} rows cannot be measured, they were left out, the first is {unfit[0]}")
         answers = read_predictions(folder / "predictions.jsonl")
         answered = [(example, Prediction.from_dict(answers[name])) for name, example in drawn.items()]
         (folder / "examples").mkdir(exist_ok=True)
@@ -123,16 +144,21 @@ class Validation:
                 compare(example, prediction).save(beside)
         return report, answered
 
-    def _examples(self, drawn: dict[str, Example], unreadable: list[str]) -> Iterator[Example]:
+    def _examples(self, drawn: dict[str, Example], unreadable: list[str], unfit: list[str]) -> Iterator[Example]:
         """The rows with their pictures, one at a time, so that not all pictures lie in memory together. Those to be
-        drawn are collected in `drawn` by their id, rows without their pictures in `unreadable`."""
+        drawn are collected in `drawn` by their id, rows without their pictures in `unreadable`, and those that the
+        metric cannot measure, with the reason, in `unfit`."""
         to_draw = {row.number for row in self.rows[:: max(1, len(self.rows) // DRAWN)][:DRAWN]}
         for row in self.rows:
             try:
                 pictures = load_pictures(row, self.max_pixels)
-                example = to_example(row, metric_of_prompt(row.prefix, self.metric), pictures, self.pg)
             except (OSError, ValueError):
                 unreadable.append(row.source)
+                continue
+            try:
+                example = to_example(row, metric_of_prompt(row.prefix, self.metric), pictures, self.pg)
+            except (OSError, ValueError) as error:
+                unfit.append(f"{row.source}: {error}")
                 continue
             if row.number in to_draw:
                 drawn[example.id] = example

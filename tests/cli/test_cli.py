@@ -285,6 +285,8 @@ def test_the_names_that_options_know_are_those_of_the_modules():
     """They are written out, since `--help` must not import torch."""
     for command, option, names in (
         ("run", "dtype", DTYPES),
+        ("convert", "dtype", DTYPES),
+        ("quantize", "dtype", DTYPES),
         ("run", "quantize", MODES),
         ("scenes", "split", {**STYLES, **VARIED_STYLES}),
         ("run", "device", ("cuda", "mps", "cpu")),

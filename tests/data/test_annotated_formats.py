@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -68,10 +69,37 @@ def test_yolo_masks(tmp_path, codec):
     ("cat 0.5 0.5 0.2 0.2", "box or mask", "expected numbers"),
     ("0 0.9 0.5 0.4 0.2", "box outside", "YOLO gives a box by its centre"),
     ("0 nan 0.5 0.4 0.2", "box or mask", "nan is no share"),
+    ("nan 0.5 0.5 0.4 0.2", "box or mask", "class nan, but data.yaml has the classes 0 to 1"),
+    ("-inf 0.5 0.5 0.4 0.2", "box or mask", "class -inf, but data.yaml has the classes 0 to 1"),
 ])  # fmt: skip
 def test_yolo_labels_that_cannot_be_right(tmp_path, line, problem, words):
     report = check(open_rows(write_yolo(tmp_path, [line, "0 0.5 0.5 0.2 0.2"])))
     assert report.counts == {problem: 1} and words in str(report) and "labels/train/0.txt: line 1" in str(report)
+
+
+def test_yolo_files_may_begin_as_windows_programs_write_them(tmp_path):
+    """With a byte order mark: labels, and a list of pictures."""
+    folder = write_yolo(tmp_path, ["\ufeff1 0.25 0.25 0.5 0.5"], "train: list.txt\nnames: [cat, dog]\n")
+    (folder / "list.txt").write_text("\ufeffimages/train/0.png\n")
+    rows = open_rows(folder)
+    assert rows[0].suffix == "<loc0000><loc0000><loc0512><loc0512> dog" and check(rows, open_pictures=True).ok
+
+
+def test_yolo_pictures_are_all_that_can_be_opened_but_not_what_programs_leave_behind(tmp_path):
+    folder = write_yolo(tmp_path, ["0 0.5 0.5 0.2 0.2"] * 2)
+    pictures, labels = folder / "images" / "train", folder / "labels" / "train"
+    Image.open(pictures / "1.png").save(pictures / "1.jp2")
+    (pictures / "1.png").unlink()
+    for left in (
+        pictures / "._0.png",
+        labels / "._0.txt",
+        labels / "__MACOSX" / "0.txt",
+        pictures / ".trash" / "0.png",
+    ):
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(b"0 0.5 0.5 0.2 0.2")
+    rows = open_rows(folder)
+    assert [Path(row.image).name for row in rows] == ["0.png", "1.jp2"] and check(rows, open_pictures=True).ok
 
 
 def test_yolo_labels_without_a_picture_are_named(tmp_path):
@@ -158,6 +186,21 @@ def test_pascal_voc(tmp_path):
 def test_voc_objects_that_cannot_be_right(tmp_path, text, problem, words):
     report = check(open_rows(write_voc(tmp_path, text)))
     assert report.counts == {problem: 1} and words in str(report)
+
+
+def test_only_voc_files_that_say_so_have_no_objects(tmp_path):
+    """Not those in another encoding, nor those that are broken."""
+    folder = write_voc(tmp_path, voc_object("dog", 0, 0, 20, 10), "", "", "", "")
+    annotations = folder / "Annotations"
+    in_utf_16 = f'<?xml version="1.0" encoding="UTF-16"?>{(annotations / "0.xml").read_text()}'
+    (annotations / "1.xml").write_text(in_utf_16, encoding="utf-16")
+    (annotations / "2.xml").write_text("")
+    (annotations / "3.xml").write_text(in_utf_16.replace("<annot", "<!DOCTYPE a><annot"), encoding="utf-16")
+    rows = open_rows(folder)
+    assert "4 rows (1 pictures without objects left out)" in rows.note and rows[1].suffix == rows[0].suffix
+    report = check(rows)
+    assert report.counts == {"not XML": 2} and "2.xml: not XML: no element found" in str(report)
+    assert "3.xml: it declares a DOCTYPE" in str(report)
 
 
 def test_the_size_in_voc_is_compared_with_the_picture(tmp_path):
@@ -253,6 +296,18 @@ def test_folders_of_classes_and_of_splits(tmp_path):
     with pytest.raises(ValueError, match="has the splits train, test: choose one with split="):
         open_rows(tmp_path)
     assert open_rows(tmp_path, split="test", language="de")[1].prefix == "answer de what is this?"
+
+
+def test_classes_are_folders_that_people_made_and_what_is_left_out_is_told(tmp_path):
+    names = ["cat/1.jfif", "cat/._1.jpg", "dog/2.jp2", "dog/puppies/3.png", "4.png", "__MACOSX/5.png", ".thumbs/6.png"]
+    for name in (*names, "dog/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    rows = open_rows(tmp_path)
+    assert [(row.suffix, Path(row.image).name) for row in rows] == [("cat", "1.jfif"), ("dog", "2.jp2")]
+    assert rows.note.endswith("folders of 2 classes, 2 rows (3 files left out: not pictures right in a class's folder)")
+    alone = open_rows(tmp_path / "cat" / "1.jfif", "class-folders")
+    assert alone.note.endswith("1 rows")
 
 
 def test_a_split_in_a_folder_below(folder):

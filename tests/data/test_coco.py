@@ -56,6 +56,8 @@ def test_coco_at_the_other_scale(folder):
     ({"images": [{"id": {}}]}, "coco.json images\\[0\\] has no 'id'"),
     ({"categories": [{"id": 1, "name": "dog"}, {"id": [2], "name": "cat"}]}, "categories\\[1\\] has no 'id'"),
     ({"categories": [{"id": 1}]}, "categories\\[0\\] has no 'name'"),
+    ({"categories": [{"id": 1, "name": "dog"}, {"id": 1, "name": "cat"}]},
+     "categories\\[1\\]: id 1 is 'cat' here and 'dog' before"),
     ({"images": COCO["images"] * 2}, "several pictures with the same id"),
 ])  # fmt: skip
 def test_a_coco_file_that_does_not_fit_together(folder, changes, words):

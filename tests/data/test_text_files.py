@@ -174,6 +174,22 @@ def test_a_cell_of_a_csv_may_hold_what_unicode_calls_a_line_break(tmp_path):
     assert [row.suffix for row in open_rows(tmp_path / "x.csv")] == ["one\u2028two\x0bthree\x85four", "STOP"]
 
 
+@pytest.mark.parametrize("cell", ['"5 inch screen', '"Hello" he said', '"a ""dog""'])
+def test_a_quote_that_is_out_of_place_is_named_and_takes_no_rows_with_it(tmp_path, cell):
+    path = tmp_path / "x.csv"
+    path.write_text(f"image,prefix,suffix\na.png,ocr,one\nb.png,ocr,{cell}\n" + "a.png,ocr,one\n" * 50)
+    with pytest.raises(ValueError, match=r"x.csv:3: not CSV: .*inside it a quote is written \"\""):
+        open_rows(path)
+
+
+def test_ordinary_quotes_of_a_csv(tmp_path):
+    text = '\ufeff"image","prefix",suffix\na.png,"ocr","a ""dog"",\n\nasleep"\n\n"b.png",ocr,5" screen\nc.png,ocr,""\n'
+    (tmp_path / "x.csv").write_text(text)
+    assert [row.suffix for row in open_rows(tmp_path / "x.csv")] == ['a "dog",\n\nasleep', '5" screen', ""]
+    (tmp_path / "x.csv").write_text('\ufeff"im\nage",suffix\na.png,one\n')
+    assert list(CsvFile(tmp_path / "x.csv")[0].values()) == ["a.png", "one"]
+
+
 def test_a_folder_with_a_csv(folder):
     (folder / "list.csv").write_text('image,caption\na.png,"a dog,\nasleep"\nb.png\n')
     rows = open_rows(folder)

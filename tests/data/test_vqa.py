@@ -41,7 +41,11 @@ def test_vqa_questions_and_annotations(folder):
     with pytest.raises(ValueError, match=r"b\.json annotations\[0\] has no question_id"):
         open_rows(folder / "q.json", annotations=folder / "b.json")
     answers["annotations"][0]["question_id"] = 70
-    answers["annotations"].pop()
+    answers["annotations"].append(answers["annotations"][0])
+    (folder / "b.json").write_text(json.dumps(answers))
+    with pytest.raises(ValueError, match=r"b\.json has answers to question_id 70 twice, annotations\[0\] and \[2\]"):
+        open_rows(folder / "q.json", annotations=folder / "b.json")
+    del answers["annotations"][1:]
     (folder / "b.json").write_text(json.dumps(answers))
     with pytest.raises(ValueError, match=r"1 of 2 questions .* the first is question_id 420"):
         open_rows(folder / "q.json", annotations=folder / "b.json")

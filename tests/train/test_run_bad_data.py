@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,36 @@ def test_pictures_that_are_all_missing_are_an_error(base, data, tmp_path):
     with pytest.raises(ValueError, match=wrong):
         run(base, data, tmp_path / "run", validation=validation)
     assert not (tmp_path / "run").exists()
+
+
+BOX = "<loc0256><loc0256><loc0768><loc0768> square"
+
+
+@pytest.mark.parametrize(
+    "metric, prefix, suffix, words",
+    [
+        ("segment", "detect square", BOX, "segment measures masks, and the answer has boxes alone"),
+        ("yes-no", "what color ?", "blue", "the right answer is 'blue'"),
+    ],
+)
+def test_validation_rows_that_the_metric_cannot_measure(base, data, tmp_path, metric, prefix, suffix, words):
+    """They are an error before the first step, not after the last."""
+    base = shutil.copytree(base, tmp_path / "base")
+    shutil.copy(resources.files(paligemma) / "assets" / "tiny" / "mask_codec.npz", base)
+    row = {"image": str(Path(data).parent / "0.png"), "prefix": prefix, "suffix": suffix}
+    (tmp_path / "other.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"validation: .*other.jsonl:1: .*{words}"):
+        run(str(base), data, tmp_path / "run", validation=str(tmp_path / "other.jsonl"), metric=metric)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_cannot_be_measured_do_not_end_a_run_without_validation(base, data, tmp_path):
+    """They would only have been examples in its report."""
+    row = {"image": None, "prefix": "detect square", "suffix": BOX}
+    (tmp_path / "boxes.jsonl").write_text(json.dumps(row) + "\n")
+    said = run(base, str(tmp_path / "boxes.jsonl"), tmp_path / "run", batch=1, steps=1)
+    (line,) = [line for line in said if line.startswith("no validation")]
+    assert "none of the rows can be measured, the first is" in line and line.endswith("the row has none")
 
 
 def test_a_run_that_could_read_no_picture_is_no_success(base, data, tmp_path):

@@ -189,6 +189,15 @@ def test_moved_data_are_the_same_data(base, data, tmp_path):
     assert "finished already" in run(base, str(tmp_path / "elsewhere" / "rows.jsonl"), tmp_path / "run")[0]
 
 
+def test_moved_pictures_are_the_same_pictures(base, data, tmp_path):
+    """Their folder may be named by --images, and no other one is compared."""
+    pictures = Path(data).parent.rename(tmp_path / "pictures")
+    rows = str((pictures / "rows.jsonl").rename(tmp_path / "rows.jsonl"))
+    run(base, rows, tmp_path / "run", images=str(pictures))
+    moved = str(pictures.rename(tmp_path / "moved"))
+    assert "finished already" in run(base, rows, tmp_path / "run", images=moved)[0]
+
+
 def test_a_folder_of_something_else_is_not_touched(base, data, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds no run"):
