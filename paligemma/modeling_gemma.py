@@ -131,7 +131,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Attention written out: q [B, H, Q, E], k and v [B, K, T, E], mask bool [B, 1, Q, T] -> [B, H, Q, E]."""
+    """Attention written out: q [B, H, Q, E], k and v [B, K, T, E], mask bool [B, 1, Q, T] -> [B, H, Q, E].
+
+    Every query needs a key that it may look at; the functions of `attention_mask.py` see to it.
+    """
     B, K, T, E = k.shape
     grouped = q.reshape(B, K, -1, E)  # [B, K, G * Q, E]: the G heads that share a key head are more queries to it
     scores = (grouped @ k.transpose(-1, -2)) * scale  # [B, K, G * Q, T]
@@ -271,8 +274,8 @@ class GemmaModel(nn.Module):
         """Embeddings [B, S, D] -> hidden states after the final norm, [B, S, D], or [B, num_outputs, D].
 
         position_ids: int64 [B, S]. masks: for each window size in use (None: no window) bool [B, 1, S, T], True where
-        a query may look at a key. num_outputs: only the last positions, so many of them. hidden_states: a list to which
-        the input of every layer is appended, and then what is returned.
+        a query may look at a key, at least at one. num_outputs: only the last positions, so many of them.
+        hidden_states: a list to which the input of every layer is appended, and then what is returned.
         """
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):
@@ -508,7 +511,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         logits_to_keep: n for the logits of the last n positions, 0 for all.
         inputs_embeds: [B, S, D], in place of input_ids and images; they are not scaled.
         mask: bool [B, 1, S, T], True where a query may look at a key, in place of the prefix rule and of padding.
-            Sliding windows still apply, to the prefix too: such a mask does not say what is prefix.
+            Sliding windows still apply, to the prefix too: such a mask does not say what is prefix. A query that is
+            left without a key attends to itself.
 
         Raises ValueError on shapes that do not fit together, TypeError for ids or pixels that are no tensor.
         """

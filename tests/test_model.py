@@ -238,6 +238,41 @@ def test_a_window_cuts_a_mask_of_the_caller_s_own():
     ]
 
 
+def test_a_query_that_is_left_without_a_key_sees_itself():
+    """In row 1 the caller's mask allows nothing, in row 3 nothing that the window leaves. Two columns are cached."""
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [0] * 6, [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    place = torch.arange(6)[None]
+    assert windowed(mask[None, None], place[:, 2:], place, 3)[0, 0].int().tolist() == [
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_a_query_without_a_key_is_no_way_around_the_mask(kind):
+    """Everyone may look at token 0 alone, tokens 1 and 3 at nothing. So no token's change reaches the others, except
+    for token 0's: in Gemma 2 only where the window of 2 does not hide it. And all ways of computing it agree."""
+    model = build(kind, num_hidden_layers=1, **({"sliding_window": 2} if kind == "gemma2" else {}))
+    ids = torch.arange(10, 16)[None]
+    mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 0] = True
+    mask[:, :, [1, 3]] = False
+    logits = model(ids, mask=mask).logits
+    for column in range(6):
+        moved = (model(ids.index_fill(1, torch.tensor(column), 20), mask=mask).logits != logits).any(-1)[0]
+        reached = [0, 2, 4, 5] if column == 0 and kind == "gemma" else [column]
+        assert moved.nonzero()[:, 0].tolist() == reached
+
+    model.set_explicit_attention()
+    assert_close(model(ids, mask=mask).logits, logits, atol=2e-5, rtol=0)
+    cache = KVCache(model.config.text_config, batch=1, max_length=6)
+    pieces = [model(ids[:, part], mask=mask[:, :, part, : part.stop], cache=cache) for part in (slice(4), slice(4, 6))]
+    assert_close(torch.cat([piece.logits for piece in pieces], 1), logits, atol=2e-5, rtol=0)
+
+
 def test_loss_is_float32_in_a_bfloat16_model():
     model = build("gemma").bfloat16()
     out = model(**make_inputs(model.config, prefix=[5], suffix=[3], labels=True))
