@@ -88,6 +88,32 @@ def test_rows_of_a_cache_can_be_chosen(model):
     assert caches[1].lengths.tolist() == [S - 3, S - 3]
 
 
+def test_rows_of_a_cache_can_be_chosen_where_gradients_are_on():
+    """And the gradients go through: those of the row that is kept are those of the row alone."""
+    model, ids, token = build("gemma"), torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[11]])
+    gradients = []
+    for rows, kept in ((ids, [1]), (ids[1:], [0])):
+        x = model.embed(rows).detach().requires_grad_()
+        cache = KVCache(model.config.text_config, len(rows), 4)
+        model.read(inputs_embeds=x, cache=cache)
+        cache.select(torch.tensor(kept))
+        model.read(token, cache=cache).square().sum().backward()
+        gradients.append(x.grad[-1])
+    assert gradients[0].abs().max() > 1e-3
+    assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("S", [1, 5])
+def test_no_rows_give_no_logits(model, explicit, S):
+    model.set_explicit_attention(explicit)
+    try:
+        assert model(torch.zeros(0, S, dtype=torch.int64)).logits.shape == (0, S, 320)
+    finally:
+        model.set_explicit_attention(False)
+
+
 @torch.no_grad()
 def test_a_row_may_pause(model):
     """A row that has no token in a step (attention_mask 0) stays what it was; its next one follows on."""
