@@ -88,16 +88,20 @@ def cached_mask(query_positions: Tensor, key_positions: Tensor, key_valid: Tenso
 def windowed(mask: Tensor, query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     """For `forward(mask=...)`: the caller's mask, bool [B, 1, S, T], without keys `window` or more places back.
 
-    A window applies everywhere here: such a mask does not say what is prefix.
+    A window applies everywhere here: such a mask does not say what is prefix. A query to which that leaves no key
+    attends to itself, as padding does.
 
-    query_positions: int64 [B, S]; key_positions: int64 [B, T]. Raises ValueError on another shape or dtype.
+    query_positions: int64 [B, S]; key_positions: int64 [B, T]. The queries are the last S of the keys. Raises
+    ValueError on another shape or dtype.
     """
     B, S, T = *query_positions.shape, key_positions.shape[1]
     if mask.dtype != torch.bool or mask.shape != (B, 1, S, T):
         raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}, expected torch.bool {[B, 1, S, T]}: [B, 1, S, T]")
-    if window is None:
-        return mask
-    return mask & (key_positions[:, None, :] > query_positions[:, :, None] - window)[:, None]
+    if window is not None:
+        mask = mask & (key_positions[:, None, :] > query_positions[:, :, None] - window)[:, None]
+    # Over no key at all, one kernel returns zeros, another NaN, and written out, attention is the mean of all values.
+    itself = torch.ones_like(mask).tril(T - S).triu(T - S)
+    return mask | (itself & ~mask.any(-1, keepdim=True))
 
 
 def positions(valid: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ Letters: B rows, S prompt length, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -76,15 +77,21 @@ def generate_compiled(
             ids = [answer.token_ids for answer in answers]
             allowed, fitting = allowed_next(asked, ids, remaining, len(rules.never), rules.eos)
             scores = masked_logits(logits, rules.never, allowed)
-            tokens = choose(scores, options, generators)
-            logprobs = scores.gather(-1, tokens[:, None])[:, 0] - scores.logsumexp(-1)
+            totals = scores.logsumexp(-1)
+            # Sampling from NaN or from nothing is an error, on CUDA one that ends the process's use of the device.
+            # Such a row gets a token all the same; its log-probability is no finite number, which is seen below.
+            sound = scores.masked_fill(~totals.isfinite()[:, None], 0.0) if options.do_sample else scores
+            tokens = choose(sound, options, generators)
+            logprobs = scores.gather(-1, tokens[:, None])[:, 0] - totals
             bins = watched_bins(scores, options.watch)
-            read = torch.stack([tokens.double(), logprobs.double()]).tolist()  # the one time that the host waits
+            # The one time that the host waits. (float32 holds ids below 2**24; not every device has float64.)
+            read = torch.stack([tokens.float(), logprobs]).tolist()
             for n, (token, logprob) in enumerate(zip(map(int, read[0]), read[1])):
                 if n not in running:
                     continue
-                if logprob != logprob:  # NaN: the logits were NaN, or -inf everywhere
-                    raise nothing_allowed(ids[n], remaining) if allowed[n] is not None else not_finite(model.dtype)
+                if not math.isfinite(logprob):
+                    nothing = allowed[n] is not None and bool((scores[n] == -math.inf).all())
+                    raise nothing_allowed(ids[n], remaining) if nothing else not_finite(model.dtype)
                 if n in fitting and not contains(fitting[n], token):
                     running.discard(n)  # what it chose does not fit into the budget
                     continue

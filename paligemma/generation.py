@@ -496,10 +496,13 @@ def beam_search(
         constraints = [of_rows[beam.row] for beam in beams]
         may_follow, fitting = allowed_next(constraints, generated, remaining, vocab_size, rules.eos)
         scores = masked_logits(logits, rules.never, may_follow)
-        if -math.inf in (best := scores.amax(-1).tolist()):
-            raise nothing_allowed(generated[best.index(-math.inf)], remaining)
         values, ids = (t.tolist() for t in scores.topk(min(2 * width, scores.shape[-1])))  # each N lists of 2 * width
         whole, allowed = logits.float().logsumexp(-1).tolist(), scores.logsumexp(-1).tolist()
+        for n in range(len(beams)):
+            if allowed[n] == -math.inf and may_follow[n] is not None:
+                raise nothing_allowed(generated[n], remaining)
+            if not math.isfinite(whole[n]) or not math.isfinite(allowed[n]):
+                raise not_finite(model.dtype)
         bins = watched_bins(scores, options.watch)
 
         survivors: list[_Beam] = []

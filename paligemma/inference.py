@@ -26,6 +26,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
@@ -408,6 +409,8 @@ class PaliGemma:
         grammars = {one: self.grammar(one, forbid_repeats) for one in set(prompts)} if constrained else {}
         constraints = [constraint or grammars.get(one) for one in prompts]
         seeds = sampling.pop("seed", None)
+        if seeds is not None and not isinstance(seeds, (int, Integral)):
+            seeds = [*seeds]  # an array is no Sequence
         if isinstance(seeds, Sequence) and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} rows: give one for all, or one for each")
         answers: list[Answer] = []

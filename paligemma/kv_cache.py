@@ -122,7 +122,10 @@ class KVCache:
         for stored in (self.keys, self.values):
             for layer, old in enumerate(stored):  # one layer at a time, so that there is never a second cache
                 new = old.new_empty(len(rows), *old.shape[1:])
-                torch.index_select(old[:, :, : self.used], 0, rows, out=new[:, :, : self.used])
+                if torch.is_grad_enabled():  # `out` knows no gradients
+                    new[:, :, : self.used] = old[:, :, : self.used].index_select(0, rows)
+                else:
+                    torch.index_select(old[:, :, : self.used], 0, rows, out=new[:, :, : self.used])
                 stored[layer] = new
 
     def join(self, other: KVCache) -> None:

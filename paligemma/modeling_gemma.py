@@ -131,14 +131,18 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Attention written out: q [B, H, Q, E], k and v [B, K, T, E], mask bool [B, 1, Q, T] -> [B, H, Q, E]."""
+    """Attention written out: q [B, H, Q, E], k and v [B, K, T, E], mask bool [B, 1, Q, T] -> [B, H, Q, E].
+
+    Every query needs a key that it may look at; the functions of `attention_mask.py` see to it.
+    """
     B, K, T, E = k.shape
-    grouped = q.reshape(B, K, -1, E)  # [B, K, G * Q, E]: the G heads that share a key head are more queries to it
+    G = q.shape[1] // K
+    grouped = q.reshape(B, K, G * q.shape[2], E)  # the G heads that share a key head are more queries to it
     scores = (grouped @ k.transpose(-1, -2)) * scale  # [B, K, G * Q, T]
     if softcap is not None:
         # Before the mask: capped afterwards, masked scores would be raised to -cap and no longer be masked.
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(B, K, -1, mask.shape[2], T).masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    scores = scores.view(B, K, G, mask.shape[2], T).masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)  # [B, K, G, Q, T]
     return (weights.flatten(2, 3) @ v).reshape(q.shape)
 
@@ -271,8 +275,8 @@ class GemmaModel(nn.Module):
         """Embeddings [B, S, D] -> hidden states after the final norm, [B, S, D], or [B, num_outputs, D].
 
         position_ids: int64 [B, S]. masks: for each window size in use (None: no window) bool [B, 1, S, T], True where
-        a query may look at a key. num_outputs: only the last positions, so many of them. hidden_states: a list to which
-        the input of every layer is appended, and then what is returned.
+        a query may look at a key, at least at one. num_outputs: only the last positions, so many of them.
+        hidden_states: a list to which the input of every layer is appended, and then what is returned.
         """
         cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):
@@ -508,7 +512,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         logits_to_keep: n for the logits of the last n positions, 0 for all.
         inputs_embeds: [B, S, D], in place of input_ids and images; they are not scaled.
         mask: bool [B, 1, S, T], True where a query may look at a key, in place of the prefix rule and of padding.
-            Sliding windows still apply, to the prefix too: such a mask does not say what is prefix.
+            Sliding windows still apply, to the prefix too: such a mask does not say what is prefix. A query that is
+            left without a key attends to itself.
 
         Raises ValueError on shapes that do not fit together, TypeError for ids or pixels that are no tensor.
         """
@@ -602,7 +607,7 @@ def attention_in_chunks(
     At 896 pixels all of them would be 4096 x 4096 x 8 heads, half a gigabyte in float32, and several copies are made.
     """
     B, H, Q, _ = q.shape
-    rows = max(1, max_scores // (B * H * k.shape[2]))
+    rows = max(1, max_scores // max(1, B * H * k.shape[2]))
     if torch.compiler.is_compiling() or rows >= Q:  # a loop would fix the length in an exported graph
         return explicit_attention(q, k, v, mask, scale, softcap)
     chunks = zip(q.split(rows, dim=2), mask.split(rows, dim=2))
@@ -613,7 +618,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     """The same through PyTorch's fused kernel, which never holds the scores. Shapes as in `explicit_attention`."""
     if q.shape[2] == 1:
         # One new token: its G query heads become G queries to the one key head they share, so no key is repeated.
-        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, K, G, E]
+        grouped = q.view(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[3])  # [B, K, G, E]
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
     # Views where K = 1, as in all of PaliGemma 1. (`enable_gqa=True` says the same, but not every backend has a fused
     # kernel that takes it together with a mask; without one all scores would be held at once.)

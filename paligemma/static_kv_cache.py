@@ -40,7 +40,8 @@ class StaticKVCache(KVCache):
     """A cache for `batch` rows of at most `max_length` tokens (padding not counted), to be used as `KVCache`.
 
     Rows stay where they are, and there is one length: `put` is all that changes them. The prompt cannot be read under a
-    mask of the caller's own. A row that grows beyond `max_length` is an error of PyTorch's: index out of bounds.
+    mask of the caller's own, and a mask for what follows must leave every query a key. A row that grows beyond
+    `max_length` is an error of PyTorch's: index out of bounds.
 
     active: bool [B], to be changed in place. Where it is False, all new tokens of the row are padding.
     """

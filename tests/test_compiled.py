@@ -1,6 +1,7 @@
 """`generate(..., compile=True)`: the same answers, one graph, one host read a step."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -82,8 +83,21 @@ def test_sampling_and_constraints(model, graphs):
     def nothing(generated, remaining):
         return torch.tensor([300])  # <image>, which is never produced
 
-    with pytest.raises(ValueError, match="a constraint allows nothing that may be produced"):
-        generate(model, inputs, constraint=nothing, compile=True)
+    for sampling in ({}, {"do_sample": True, "top_k": 5, "top_p": 0.9}):
+        with pytest.raises(ValueError, match="a constraint allows nothing that may be produced"):
+            generate(model, inputs, constraint=nothing, compile=True, **sampling)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_are_an_error(model, monkeypatch, do_sample, value):
+    """The one that `generate` gives without `compile`, also under a constraint; and before anything is sampled."""
+    monkeypatch.setattr(compiled, "decode_compiled", lambda *_: torch.full((2, 320), value))
+    inputs = make_inputs(model.config, [5, 2])
+    options = {"do_sample": do_sample, "seed": 0, "eos_token_id": 301, "compile": True}  # 301 is never produced
+    for constraint in (None, [None, lambda generated, remaining: torch.arange(10, 100)]):
+        with pytest.raises(FloatingPointError, match=r"not finite numbers in torch\.float32"):
+            generate(model, inputs, constraint=constraint, **options)
 
 
 class HostReads(TorchDispatchMode):
@@ -99,14 +113,17 @@ class HostReads(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_the_host_reads_once_in_a_step(model, monkeypatch):
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_host_reads_once_in_a_step(model, monkeypatch, do_sample):
     """Everything that a step does beside its graph: each further token costs one more `tolist`, and no `item`."""
     lists = []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or tolist(self))
     monkeypatch.setattr(compiled, "compiled_step", lambda device_type: decode_one_token)
     inputs, counts = make_inputs(model.config, [5, 2]), []
-    options = functools.partial(compiled.Options, suppress_tokens=[model.config.eos_token_id], compile=True)
+    options = functools.partial(
+        compiled.Options, suppress_tokens=[model.config.eos_token_id], do_sample=do_sample, seed=0, compile=True
+    )
     for budget in (4, 9):
         lists.clear()
         with HostReads() as reads:

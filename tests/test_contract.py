@@ -288,8 +288,11 @@ def test_a_seed_for_each_row_reaches_its_row_beyond_the_first_batch(pg):
     together = pg.generate(pictures, "ocr", seed=[5, 6, 7], batch_size=2, **options)
     alone = [pg.generate(image, "ocr", seed=seed, **options) for image, seed in zip(pictures, [5, 6, 7])]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
-    with pytest.raises(ValueError, match="2 seeds for 3 rows"):
-        pg.generate(pictures, "ocr", seed=[1, 2], **options)
+    array = pg.generate(pictures, "ocr", seed=np.array([5, 6, 7]), batch_size=2, **options)
+    assert [a.token_ids for a in array] == [a.token_ids for a in alone]
+    for too_few in ([1, 2], np.array([1, 2])):
+        with pytest.raises(ValueError, match="2 seeds for 3 rows"):
+            pg.generate(pictures, "ocr", seed=too_few, **options)
     with pytest.raises(ValueError, match="batch_size is 0"):
         pg.generate(pictures, "ocr", batch_size=0)
 

@@ -967,6 +967,15 @@ def test_logits_that_are_no_numbers_are_an_error():
             generate(broken, ragged(broken), **options)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_cease_to_be_numbers_are_the_same_error_of_beams(value, monkeypatch):
+    """After the first step, where nothing has looked at them yet."""
+    model = make_ours()
+    monkeypatch.setattr("paligemma.generation.decode_one_token", lambda *_: torch.full((8, 320), value))
+    with pytest.raises(FloatingPointError, match=r"not finite numbers in torch\.float32"):
+        generate(model, ragged(model), num_beams=2, eos_token_id=NO_EOS)
+
+
 # -- small things --
 
 

@@ -88,6 +88,32 @@ def test_rows_of_a_cache_can_be_chosen(model):
     assert caches[1].lengths.tolist() == [S - 3, S - 3]
 
 
+def test_rows_of_a_cache_can_be_chosen_where_gradients_are_on():
+    """And the gradients go through: those of the row that is kept are those of the row alone."""
+    model, ids, token = build("gemma"), torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[11]])
+    gradients = []
+    for rows, kept in ((ids, [1]), (ids[1:], [0])):
+        x = model.embed(rows).detach().requires_grad_()
+        cache = KVCache(model.config.text_config, len(rows), 4)
+        model.read(inputs_embeds=x, cache=cache)
+        cache.select(torch.tensor(kept))
+        model.read(token, cache=cache).square().sum().backward()
+        gradients.append(x.grad[-1])
+    assert gradients[0].abs().max() > 1e-3
+    assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("S", [1, 5])
+def test_no_rows_give_no_logits(model, explicit, S):
+    model.set_explicit_attention(explicit)
+    try:
+        assert model(torch.zeros(0, S, dtype=torch.int64)).logits.shape == (0, S, 320)
+    finally:
+        model.set_explicit_attention(False)
+
+
 @torch.no_grad()
 def test_a_row_may_pause(model):
     """A row that has no token in a step (attention_mask 0) stays what it was; its next one follows on."""
@@ -236,6 +262,41 @@ def test_a_window_cuts_a_mask_of_the_caller_s_own():
         [0, 1, 1, 1],
         [0, 0, 1, 1],
     ]
+
+
+def test_a_query_that_is_left_without_a_key_sees_itself():
+    """In row 1 the caller's mask allows nothing, in row 3 nothing that the window leaves. Two columns are cached."""
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [0] * 6, [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    place = torch.arange(6)[None]
+    assert windowed(mask[None, None], place[:, 2:], place, 3)[0, 0].int().tolist() == [
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+def test_a_query_without_a_key_is_no_way_around_the_mask(kind):
+    """Everyone may look at token 0 alone, tokens 1 and 3 at nothing. So no token's change reaches the others, except
+    for token 0's: in Gemma 2 only where the window of 2 does not hide it. And all ways of computing it agree."""
+    model = build(kind, num_hidden_layers=1, **({"sliding_window": 2} if kind == "gemma2" else {}))
+    ids = torch.arange(10, 16)[None]
+    mask = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    mask[..., 0] = True
+    mask[:, :, [1, 3]] = False
+    logits = model(ids, mask=mask).logits
+    for column in range(6):
+        moved = (model(ids.index_fill(1, torch.tensor(column), 20), mask=mask).logits != logits).any(-1)[0]
+        reached = [0, 2, 4, 5] if column == 0 and kind == "gemma" else [column]
+        assert moved.nonzero()[:, 0].tolist() == reached
+
+    model.set_explicit_attention()
+    assert_close(model(ids, mask=mask).logits, logits, atol=2e-5, rtol=0)
+    cache = KVCache(model.config.text_config, batch=1, max_length=6)
+    pieces = [model(ids[:, part], mask=mask[:, :, part, : part.stop], cache=cache) for part in (slice(4), slice(4, 6))]
+    assert_close(torch.cat([piece.logits for piece in pieces], 1), logits, atol=2e-5, rtol=0)
 
 
 def test_loss_is_float32_in_a_bfloat16_model():

@@ -86,11 +86,13 @@ def draw(
     A box is left out where a mask with the same label shows the same thing (`SAME_THING`): people put the answers to
     `detect` and `segment` into one picture.
 
-    ValueError for a mask that has not the size of the picture, for a box that is not finite, and for a scale of 0 or
-    less.
+    ValueError for a mask that has not the size of the picture, for a box that is not finite, for a scale of 0 or less,
+    and for an opacity out of range.
     """
     check_number("scale", scale)
     check_number("mask_opacity", mask_opacity)
+    if not 0 <= mask_opacity <= 1:
+        raise ValueError(f"mask_opacity is {mask_opacity!r}, expected a number from 0 to 1 (solid)")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale!r}, expected a number above 0; 1 is the size of the picture")
     picture = load_image(image)

@@ -7,6 +7,7 @@ have no place for a label outside of them: where classes are given, items with a
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from paligemma.answers.results import Detection, Segment
 
     Item: TypeAlias = Detection | Segment
+
+NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")  # section 2.2 of XML 1.0
 
 
 def to_dicts(items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -88,15 +91,16 @@ def to_yolo(items: Sequence[Item], image_size: tuple[int, int], names: Sequence[
 
 def to_voc(items: Sequence[Item], image_size: tuple[int, int], file_name: str) -> str:
     """The XML file of Pascal VOC for one picture; image_size is (W, H). It has no place for masks and scores: a segment
-    is its box. Corners are whole pixels, counted from 0, as most tools write them."""
+    is its box. Corners are whole pixels, counted from 0, as most tools write them. Characters that XML has no place
+    for, such as control characters, become spaces."""
     root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = file_name
+    ElementTree.SubElement(root, "filename").text = NOT_IN_XML.sub(" ", file_name)
     size = ElementTree.SubElement(root, "size")
     for name, value in zip(("width", "height", "depth"), (*image_size, 3)):
         ElementTree.SubElement(size, name).text = str(value)
     for item in items:
         element = ElementTree.SubElement(root, "object")
-        ElementTree.SubElement(element, "name").text = item.label
+        ElementTree.SubElement(element, "name").text = NOT_IN_XML.sub(" ", item.label)
         box = ElementTree.SubElement(element, "bndbox")
         limits = (*image_size, *image_size)
         for name, edge, limit in zip(("xmin", "ymin", "xmax", "ymax"), item.box, limits):

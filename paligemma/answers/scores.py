@@ -82,7 +82,8 @@ class Calibration:
         offset, slope = self.masks if mask else self.boxes
         if (offset, slope) == (0.0, 1.0):
             return p
-        return 1 / (1 + math.exp(-(offset + slope * float(log_odds(np.asarray(p))))))
+        z = offset + slope * float(log_odds(np.asarray(p)))
+        return 1 / (1 + math.exp(-max(z, -500.0)))  # exp(710) is too large for a float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

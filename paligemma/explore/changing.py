@@ -179,12 +179,14 @@ def _filled_pixels(look: Look, gone: Tensor, fill: str) -> Tensor:
         row, column = patch % P // g * size, patch % g * size
         return patch // P, slice(None), slice(row, row + size), slice(column, column + size)
 
-    for patch, source in zip(gone.tolist(), nearest_background(look, gone, background_patches(look)).tolist()):
-        if fill == "background":
+    if fill == "background":
+        sources = nearest_background(look, gone, background_patches(look))
+        for patch, source in zip(gone.tolist(), sources.tolist()):
             pixels[square(patch)] = whole[square(source)]
-        else:
-            mean = whole[patch // P].mean((1, 2))[:, None, None]
-            pixels[square(patch)] = mean if fill == "mean" else 0.0
+        return pixels
+    for patch in gone.tolist():
+        mean = whole[patch // P].mean((1, 2))[:, None, None]
+        pixels[square(patch)] = mean if fill == "mean" else 0.0
     return pixels
 
 

@@ -116,6 +116,12 @@ def test_a_scale_without_a_picture_is_refused(scale):
         draw(grey(40, 30), [], scale=scale)
 
 
+@pytest.mark.parametrize("opacity", [-0.1, 1.5, math.nan, math.inf])
+def test_an_opacity_out_of_range_is_refused(opacity):
+    with pytest.raises(ValueError, match=r"mask_opacity is .*, expected a number from 0 to 1 \(solid\)"):
+        draw(grey(40, 30), [], mask_opacity=opacity)
+
+
 def test_what_does_not_belong_to_the_picture_is_refused():
     with pytest.raises(ValueError, match=r"mask of 'dog' is \(5, 5\), the picture \(40, 60\)"):
         draw(grey(60, 40), [Segment("dog", (0, 0, 5, 5), mask=np.ones((5, 5), bool))])

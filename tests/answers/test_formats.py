@@ -3,6 +3,8 @@
 import json
 import sys
 import types
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -213,6 +215,13 @@ def test_voc_is_read_back(tmp_path):
     (row,) = open_rows(tmp_path / "a.xml")
     assert (row.prefix, row.size, row.image) == ("detect cat ; dog", (200, 100), str(tmp_path / "a.png"))
     assert row.boxes == ((50, 20, 90, 40), (10, 20, 60, 80))
+
+
+def test_characters_that_xml_has_no_place_for_become_spaces():
+    text = to_voc([replace(DOG, label="a\0 big\x1b dog\uffff \U0001f415")], (200, 100), "a\x07.png")
+    annotation = ElementTree.fromstring(text)
+    assert annotation.findtext("object/name") == "a  big  dog  \U0001f415"
+    assert annotation.findtext("filename") == "a .png"
 
 
 def test_yolo_and_coco_are_read_back(tmp_path):

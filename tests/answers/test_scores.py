@@ -127,6 +127,13 @@ def test_the_order_of_scores_stays(offset, slope, values):
     assert mapped == sorted(mapped) and all(0 <= value <= 1 for value in mapped)
 
 
+def test_a_steep_map_has_scores_too():
+    """Right and wrong items whose scores differ in the fourth place: such a fit is steep."""
+    found = fit([0.5] * 50 + [0.5001] * 50, [False] * 50 + [True] * 50)
+    mapped = [Calibration(boxes=found)(p) for p in (0.0, 0.5, 0.5001, 1.0)]
+    assert mapped == sorted(mapped) and mapped[0] < 0.01 and mapped[-1] > 0.99
+
+
 def test_without_a_file_a_score_is_the_probability_itself():
     assert [IDENTITY(p) for p in (0.0, 0.3, 1.0)] == [0.0, 0.3, 1.0]
 
