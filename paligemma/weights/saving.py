@@ -175,8 +175,9 @@ def checkpoint_written_whole(folder: Path, replaces: bool = True) -> Iterator[Pa
         try:
             yield staging
         except OSError as error:
-            named = error.filename
-            if isinstance(named, str) and not Path(named).resolve().is_relative_to(staging.resolve()):
+            # An error while a file is copied names both files.
+            named = [Path(name).resolve() for name in (error.filename, error.filename2) if isinstance(name, str)]
+            if named and not any(name.is_relative_to(staging.resolve()) for name in named):
                 raise  # it is of a file that is read
             said = f"{folder} could not be written ({error.strerror or error}); what was there is untouched"
             raise (OSError(said) if error.errno is None else OSError(error.errno, said)) from error

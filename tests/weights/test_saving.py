@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,16 @@ def test_a_disk_that_fills_while_saving_leaves_the_old_files_whole(gemma, tmp_pa
 def test_a_disk_that_fills_while_converting_leaves_no_half_a_checkpoint(folder, tmp_path, target):
     with files_of_at_most(50_000), pytest.raises(OSError, match="could not be written"):
         convert(folder, tmp_path / target)
+    assert not (tmp_path / "new").exists()
+
+
+@linux
+def test_a_disk_that_fills_while_a_file_is_copied_is_an_error_of_the_target(folder, tmp_path):
+    """Such an error names the file that is read first."""
+    (folder / "tokenizer.json").write_text("x" * 1000)
+    with files_of_at_most(50), pytest.raises(OSError, match="new could not be written"):
+        with checkpoint_written_whole(tmp_path / "new") as staging:
+            shutil.copyfile(folder / "tokenizer.json", staging / "tokenizer.json")
     assert not (tmp_path / "new").exists()
 
 
