@@ -140,9 +140,9 @@ def test_a_disk_that_fills_while_converting_leaves_no_half_a_checkpoint(folder, 
 def test_a_disk_that_fills_while_a_file_is_copied_is_an_error_of_the_target(folder, tmp_path):
     """Such an error names the file that is read first."""
     (folder / "tokenizer.json").write_text("x" * 1000)
-    with files_of_at_most(50), pytest.raises(OSError, match="new could not be written"):
-        with checkpoint_written_whole(tmp_path / "new") as staging:
-            shutil.copyfile(folder / "tokenizer.json", staging / "tokenizer.json")
+    refused = pytest.raises(OSError, match="new could not be written")
+    with files_of_at_most(50), refused, checkpoint_written_whole(tmp_path / "new") as staging:
+        shutil.copyfile(folder / "tokenizer.json", staging / "tokenizer.json")
     assert not (tmp_path / "new").exists()
 
 
