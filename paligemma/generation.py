@@ -365,8 +365,9 @@ def warp(scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top
 
     What ties with the last token kept is kept too: in bfloat16 many do, and no sort order should decide.
     """
-    # Relative to the best: a tiny temperature must not push the best score itself to infinity.
-    scores = (scores - scores.amax(-1, keepdim=True)) / max(temperature, 1e-6)
+    # Relative to the best: a tiny temperature must not push the best score itself to infinity. A huge one is infinite
+    # in float32, and -inf / inf is no number.
+    scores = (scores - scores.amax(-1, keepdim=True)) / min(max(temperature, 1e-6), 1e30)
     if top_k is not None and top_k < scores.shape[-1]:
         last = scores.topk(top_k).values[:, -1:]
         scores = scores.masked_fill(scores < last, -math.inf)
@@ -377,7 +378,8 @@ def warp(scores: Tensor, temperature: float = 1.0, top_k: int | None = None, top
         count = int((probs > (1 - top_p) / probs.shape[-1]).sum(-1).amax())
         ordered = probs.topk(max(count, 1)).values  # descending
         likelier = ordered.cumsum(-1) - ordered  # what stands before a token: 0 for the first, which always stays
-        last = ordered.masked_fill(likelier >= top_p, math.inf).amin(-1, keepdim=True)
+        out = (likelier >= top_p) & (likelier > 0)  # the first one stays, though a tiny p is 0 in float32
+        last = ordered.masked_fill(out, math.inf).amin(-1, keepdim=True)
         scores = scores.masked_fill(probs < last, -math.inf)
     return scores
 

@@ -655,7 +655,14 @@ def test_top_k_1_and_a_tiny_top_p_are_greedy():
     inputs = ragged(model)
     greedy = generate(model, inputs, 6)
     assert generate(model, inputs, 6, do_sample=True, temperature=5.0, top_k=1) == greedy
-    assert generate(model, inputs, 6, do_sample=True, temperature=5.0, top_p=1e-6) == greedy
+    for top_p in (1e-6, 5e-324):  # the second is 0 in float32
+        assert generate(model, inputs, 6, do_sample=True, temperature=5.0, top_p=top_p) == greedy
+
+
+def test_a_huge_temperature_draws_all_allowed_tokens_alike():
+    for temperature in (1e30, 1e308):  # the second is infinite in float32
+        probs = warp(torch.tensor([[3.0, -math.inf, 1.0]]), temperature).softmax(-1)
+        assert_close(probs, torch.tensor([[0.5, 0.0, 0.5]]))
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():

@@ -267,7 +267,10 @@ def test_two_starters_on_one_folder_both_finish(starter, tmp_path):
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(starter, tmp_path):
     """20 times kill -9, of a worker, of the parent, or of all. In the end every id has one line, equal to that of the
-    undisturbed run, and every lost worker cost one batch at most."""
+    undisturbed run, and every lost worker cost one batch at most.
+
+    Two kills may hit one row alone by chance, which then counts as the row that kills: it has an error until it is tried
+    again."""
     dice = random.Random(7)
     count, batch = 300, 4
     whole = run_of(tmp_path / "whole", count)
@@ -298,7 +301,10 @@ def test_kills_at_random_moments_lose_nothing(starter, tmp_path):
         del os.environ["STANDIN_LOG"]
     lines = lines_of(RunFolder(folder))
     assert [line["id"] for line in lines] == ids(count)
-    assert without_times(lines) == without_times(lines_of(whole))
+    blamed = [line for line in lines if line["error"]]
+    assert len(blamed) <= 2 and all("workers were killed" in line["error"]["message"] for line in blamed)
+    run_batch(RunFolder(folder), 1, How(load=quick), retry_errors=True)
+    assert without_times(lines_of(RunFolder(folder))) == without_times(lines_of(whole))
     assert not list((folder / "work").iterdir())
     twice = len(computed.read_text().split("\n")) - 1 - count
     assert twice <= batch * lost
