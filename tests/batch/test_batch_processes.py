@@ -269,8 +269,8 @@ def test_kills_at_random_moments_lose_nothing(starter, tmp_path):
     """20 times kill -9, of a worker, of the parent, or of all. In the end every id has one line, equal to that of the
     undisturbed run, and every lost worker cost one batch at most.
 
-    Two kills may hit one row alone by chance, which then counts as the row that kills: it has an error until it is tried
-    again."""
+    Two kills may hit one row alone by chance, which then counts as the row that kills: it has an error until it is
+    tried again."""
     dice = random.Random(7)
     count, batch = 300, 4
     whole = run_of(tmp_path / "whole", count)
