@@ -91,11 +91,12 @@ Device = Annotated[
         callback=device_in("cuda", "mps", "cpu"),
     ),
 ]
+DTYPES = "bfloat16", "float16", "float32"
 Dtype = Annotated[
     str | None,
     typer.Option(
         help="bfloat16, float16 or float32. Default: chosen by the size of the model.",
-        callback=one_of("bfloat16", "float16", "float32"),
+        callback=one_of(*DTYPES),
     ),
 ]
 Quantize = Annotated[

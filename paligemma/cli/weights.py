@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from paligemma.cli.options import Revision, one_of
+from paligemma.cli.options import DTYPES, Revision, one_of
 from paligemma.cli.output import echo_json, note, say
 
-DTYPES = "bfloat16", "float16", "float32"
 Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32. Default: the checkpoint's own.", callback=one_of(*DTYPES)),

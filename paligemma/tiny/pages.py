@@ -13,7 +13,7 @@ Most of the texts are no words (`signs.mixed_text`), so that letters are read an
 import numpy as np
 
 from paligemma.tiny import signs
-from paligemma.tiny.artwork import Stamp, natural_color, rim_color, varied_pictogram
+from paligemma.tiny.artwork import Stamp, rim_color, varied_pictogram
 from paligemma.tiny.backgrounds import MANY_COLORS, VARIED_PATTERNS, varied_background
 from paligemma.tiny.degradations import sample_degradations
 from paligemma.tiny.varied import MIN_CONTRAST, Drawing, degraded, drawn, sample_drawings
@@ -92,5 +92,4 @@ def _object(
     letters = tuple((a + x, b + y, c + x, d + y) for a, b, c, d in stamp.char_boxes)
     if drawing is None:
         return SceneObject("sign", None, box, mask, 1.0, text, letters, board)
-    color = drawing.painted or natural_color(drawing.style, drawing.label)
-    return SceneObject(drawing.label, drawing.tint, box, mask, 1.0, color=None if drawing.tint else color)
+    return SceneObject(drawing.label, drawing.tint, box, mask, 1.0, color=None if drawing.tint else drawing.color)

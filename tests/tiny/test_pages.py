@@ -71,19 +71,15 @@ def test_nearly_all_letters_of_a_page_are_targets_of_a_patch():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(small_shards, tmp_path_factory):
     """Four shards of 16 scenes and two of 16 pages."""
-    patch = pytest.MonkeyPatch()
-    for module in ("shards", "batches", "vision_pretraining"):
-        patch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 16)
     folder = tmp_path_factory.mktemp("scenes")
     for number in range(4):
         write_shard(folder, number, recipe=SMALL)
     pages_of(folder).mkdir()
     for number in range(2):
         write_shard(pages_of(folder), number, recipe=SMALL)
-    yield folder
-    patch.undo()
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -46,16 +46,12 @@ SMALL = replace(SECOND, image_size=80, vision_width=64, vision_layers=1, text_wi
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(small_shards, tmp_path_factory):
     """Four shards of 16 scenes of world 2."""
-    patch = pytest.MonkeyPatch()
-    for module in ("shards", "batches", "vision_pretraining"):
-        patch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 16)
     folder = tmp_path_factory.mktemp("scenes")
     for number in range(4):
         write_shard(folder, number, recipe=SMALL)
-    yield folder
-    patch.undo()
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -41,16 +41,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def scenes_folder(tmp_path_factory):
+def scenes_folder(small_shards, tmp_path_factory):
     """Four shards of 16 scenes."""
-    patch = pytest.MonkeyPatch()
-    for module in ("shards", "batches", "vision_pretraining"):
-        patch.setattr(f"paligemma.tiny.recipe.{module}.SHARD", 16)
     folder = tmp_path_factory.mktemp("scenes")
     for number in range(4):
         write_shard(folder, number)
-    yield folder
-    patch.undo()
+    return folder
 
 
 @pytest.fixture(scope="module")
