@@ -89,7 +89,8 @@ def repainted(colors: Image.Image, rng: np.random.Generator, turn: float) -> Ima
 
 def shaded(colors: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Lit from one side, darker towards the other."""
-    light = Image.linear_gradient("L").rotate(float(rng.uniform(0, 360)), Image.Resampling.BILINEAR, fillcolor=128)
+    light = Image.linear_gradient("L").resize((364, 364)).rotate(float(rng.uniform(0, 360)), Image.Resampling.BILINEAR)
+    light = light.crop((54, 54, 310, 310))  # the middle, in which no corner is empty at any angle
     depth = float(rng.uniform(0.2, 0.6))
     light = light.resize(colors.size).point([round(255 - depth * (255 - shade)) for shade in range(256)])
     return ImageChops.multiply(colors, Image.merge("RGB", [light] * 3))

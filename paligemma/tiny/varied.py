@@ -286,7 +286,7 @@ def _draw(
         dx, dy = spot.stamp.corner
         x, y = spot.x - dx, spot.y - dy
         if shadow:
-            cast_shadow(canvas, spot.stamp.image.getchannel("A"), (x, y), reach)
+            _cast(canvas, spot.stamp.image.getchannel("A"), (x, y), reach)
         canvas.paste(spot.stamp.image, (x, y), spot.stamp.image)
         drawing = drawings[i] if i < len(drawings) else None
         text, board = sign if drawing is None else ("", "")
@@ -298,7 +298,7 @@ def _draw(
     return sorted(objects, key=lambda thing: thing.box[0])
 
 
-def cast_shadow(canvas: Image.Image, alpha: Image.Image, corner: tuple[int, int], reach: float) -> None:
+def _cast(canvas: Image.Image, alpha: Image.Image, corner: tuple[int, int], reach: float) -> None:
     """A soft shadow below and to the right of a drawing."""
     border = round(2 * reach)
     mask = ImageOps.expand(alpha.point([round(0.4 * shade) for shade in range(256)]), border)

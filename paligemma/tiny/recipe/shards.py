@@ -202,7 +202,7 @@ def some_shards(folder: Path, count: int, rng: np.random.Generator) -> list[Path
     """So many different shards, chosen by chance. Raises FileNotFoundError if there are too few."""
     paths = shard_paths(folder)
     if len(paths) < count:
-        raise FileNotFoundError(f"too few shards in {folder}: python -m paligemma.tiny.recipe.shards --folder {folder}")
+        raise FileNotFoundError(f"too few shards in {folder}: {len(paths)}, and {count} are needed")
     return [paths[i] for i in rng.choice(len(paths), count, replace=False)]
 
 

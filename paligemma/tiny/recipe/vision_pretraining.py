@@ -162,7 +162,7 @@ def stored_targets(
 def _facts_by_index(shard: Shard, rows: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of object k - 1 of scene n, at [n, k] (k = 0 is the background): its rank from the left, how many objects have
     its label, and its edges [n, k, 4] in sides of the picture. On pages, nobody asks for rank or number."""
-    most = 1 + max(len(shard.facts["objects"][row]) for row in rows)
+    most = 1 + max((len(shard.facts["objects"][row]) for row in rows), default=0)
     order, same = np.zeros((2, len(rows), most), np.int64)
     edges = np.zeros((len(rows), most, 4), np.float32)
     for n, row in enumerate(rows):
