@@ -120,3 +120,9 @@ def test_nobody_is_asked_about_a_page_in_joint_training(folder, codec):
 def test_too_few_shards_of_pages_are_an_error_that_names_their_folder(folder, codec):
     with pytest.raises(FileNotFoundError, match=r"too few shards in .*pages"):
         SceneBatches(folder, 12, mixed=6, codec=codec, pages=True)(0, 0, 1)
+
+
+@pytest.mark.parametrize("shards", [1, 3, -1])
+def test_a_recipe_with_pages_has_enough_for_a_step(shards):
+    with pytest.raises(ValueError, match=f"page_shards must be 0 or at least 4, got {shards}"):
+        replace(SMALL, page_shards=shards)

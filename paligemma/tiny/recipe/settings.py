@@ -38,6 +38,10 @@ class Recipe:
     vision_batch: int = 128  # pictures in a step of stage 1
     joint_batch: int = 16  # pictures in a step of stage 2, with about a dozen prompts each
 
+    def __post_init__(self) -> None:
+        if self.page_shards and self.page_shards < 4:  # the pages of a step come from several of them
+            raise ValueError(f"page_shards must be 0 or at least 4, got {self.page_shards}")
+
     @property
     def grid(self) -> int:
         """Patches in a row."""
