@@ -218,6 +218,16 @@ def test_drawings_replace_neither_each_other_nor_a_picture(run, folder, tmp_path
     assert output.drawing_paths(tmp_path / "out", ["-"]) == [tmp_path / "out" / "stdin.png"]
 
 
+def test_a_drawing_replaces_an_earlier_one_and_no_other_file(run, folder):
+    """A folder may hold pictures that this command does not read."""
+    (folder / "a/same.jpg").write_bytes((folder / "b/same.png").read_bytes())
+    others = {path: path.read_bytes() for path in (folder / "a").iterdir()}
+    for _ in range(2):  # the second call replaces the drawing of the first one
+        assert run("detect dog", "a/same.jpg", "--save", "a")[0] == 0
+        assert {path.name for path in (folder / "a").iterdir()} == {path.name for path in others} | {"same-2.png"}
+        assert all(path.read_bytes() == before for path, before in others.items())
+
+
 @pytest.mark.parametrize("name", ["out.xyz", "out.txt"])
 def test_a_kind_of_file_that_is_no_picture_is_refused_before_any_work(run, name):
     code, out, err = run("detect dog", "missing.png", "--save", name)
@@ -233,7 +243,7 @@ def test_a_file_where_a_folder_should_be_is_told_before_any_work(run, folder, sa
 
 def test_a_drawing_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
     class Full:
-        def save(self, path):
+        def save(self, path, **_):
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 

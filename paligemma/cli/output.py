@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from paligemma.files import is_data_url
+from paligemma.files import is_data_url, library_errors
 from paligemma.terminal import error_line, printable
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from paligemma.inference import PaliGemma
 
 notes = Console(stderr=True, highlight=False)
+MARK = "Software", "paligemma"  # a text in the PNGs that are drawn: what lacks it is somebody's picture
 
 
 def note(text: str) -> None:
@@ -62,14 +63,31 @@ def print_table(table: Table) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Written beside and renamed, so that a full disk leaves no half of a picture and keeps the old one."""
+    """Written beside and renamed, so that a full disk leaves no half of a picture and keeps the old one. A PNG is marked
+    as a drawing of ours."""
+    from PIL.PngImagePlugin import PngInfo
+
     from paligemma.files import written_whole
 
+    mark = PngInfo()
+    mark.add_text(*MARK)
     try:
         with written_whole(path) as beside:
-            picture.save(beside)
+            picture.save(beside, **({"pnginfo": mark} if path.suffix.lower() == ".png" else {}))
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def is_drawing(path: Path) -> bool:
+    """Whether a file is a PNG that `save_picture` has written."""
+    from PIL import Image
+
+    name, value = MARK
+    try:
+        with library_errors(str(path)), Image.open(path, formats=["PNG"]) as picture:
+            return bool(picture.info.get(name) == value)
+    except (ValueError, OSError):
+        return False
 
 
 def short_name(image: str) -> str:
@@ -92,7 +110,8 @@ def stem_of(image: str) -> str:
 def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list[Path]:
     """Where the drawing of each picture goes: the file `save`, or a PNG in the folder `save` named after the picture.
 
-    Names that would be used twice get a number, and no drawing replaces a picture that is read.
+    Names that would be used twice get a number. In a folder a drawing replaces neither a picture that is read nor any
+    other file, except an earlier drawing.
     """
     for folder in save.parents if save.suffix and not save.is_dir() else (save, *save.parents):
         if folder.exists() and not folder.is_dir():
@@ -115,7 +134,7 @@ def drawing_paths(save: Path, images: list[str], option: str = "--save") -> list
     for name in images:
         stem = stem_of(name)
         path, number = save / f"{stem}.png", 1
-        while str(path).lower() in taken or path.resolve() in read:
+        while str(path).lower() in taken or path.resolve() in read or (path.exists() and not is_drawing(path)):
             number += 1
             path = save / f"{stem}-{number}.png"
         taken.add(str(path).lower())
