@@ -63,8 +63,8 @@ def print_table(table: Table) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Written beside and renamed, so that a full disk leaves no half of a picture and keeps the old one. A PNG is marked
-    as a drawing of ours."""
+    """Written beside and renamed, so that a full disk leaves no half of a picture and keeps the old one. A PNG is
+    marked as a drawing of ours."""
     from PIL.PngImagePlugin import PngInfo
 
     from paligemma.files import written_whole

@@ -11,7 +11,7 @@ from PIL import Image
 
 from paligemma.answers.results import Detection, Segment
 from paligemma.cli import main as cli
-from paligemma.cli.labels import LabelFiles
+from paligemma.cli.labels import FORMATS, LabelFiles
 from paligemma.cli.output import stem_of
 from paligemma.data.options import open_rows
 
@@ -66,6 +66,68 @@ def test_voc_can_be_trained_on(folder):
     out = written(folder, "voc")
     row = open_rows(out, images=folder)[0]
     assert row.prefix == "detect cat ; dog" and "dog" in row.suffix
+
+
+def answered(out, format, image, items, classes):
+    """A run of its own about one picture."""
+    labels = LabelFiles(out, format, [image], classes)
+    labels.add(image, (100, 50), items)
+    labels.finish()
+
+
+def test_a_later_run_adds_to_the_classes_of_yolo(folder):
+    """Else the numbers in the files of the first run would stand for other things."""
+    answered(folder / "out", "yolo", "a.png", [CAT, DOG], ["cat", "dog"])
+    answered(folder / "out", "yolo", "b.png", [DOG, Detection("owl", (0.0, 0.0, 9.0, 9.0))], ["owl", "dog"])
+    assert (folder / "out/classes.txt").read_text() == "cat\ndog\nowl\n"
+    assert '  2: "owl"\n' in (folder / "out/data.yaml").read_text()
+    assert [[line[0] for line in (folder / f"out/{name}.txt").read_text().splitlines()] for name in "ab"] == [
+        ["0", "1"],
+        ["1", "2"],
+    ]
+
+
+def test_numbers_of_an_interrupted_run_keep_their_meaning(folder):
+    LabelFiles(folder / "out", "yolo", ["a.png"], ["cat", "dog"]).add("a.png", (100, 50), [DOG])
+    answered(folder / "out", "yolo", "b.png", [DOG], ["dog"])
+    assert (folder / "out/classes.txt").read_text() == "cat\ndog\n"
+
+
+def test_a_later_run_adds_to_the_data_set_of_coco(folder):
+    file = folder / "out/annotations.json"
+    answered(folder / "out", "coco", "a.png", [CAT, DOG], ["cat", "dog"])
+    file.write_text(json.dumps({**json.loads(file.read_text()), "info": {"year": 2026}}))
+    answered(folder / "out", "coco", "b.png", [DOG], ["owl", "dog"])
+    answered(folder / "out", "coco", "a.png", [DOG], ["dog"])  # the same picture: its labels are replaced
+    document = json.loads(file.read_text())
+    assert document["info"] == {"year": 2026}
+    assert {image["file_name"]: image["id"] for image in document["images"]} == {"a.png": 1, "b.png": 2}
+    assert [category["name"] for category in document["categories"]] == ["cat", "dog", "owl"]
+    boxes = [(row["id"], row["image_id"], row["category_id"]) for row in document["annotations"]]
+    assert boxes == [(3, 2, 2), (4, 1, 2)]
+
+
+def test_the_same_run_again_writes_the_same_files(folder):
+    for format in FORMATS:
+        first = {path.name: path.read_bytes() for path in written(folder, format).iterdir()}
+        assert {path.name: path.read_bytes() for path in written(folder, format).iterdir()} == first
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "content"),
+    [
+        ("yolo", "data.yaml", "train: ../images/train\nnames: [cat]\n"),
+        ("coco", "annotations.json", "[]"),
+        ("coco", "annotations.json", '{"images": [{"id": "a", "file_name": "a.png"}]}'),
+        ("coco", "annotations.json", '{"images": ["a.png"]}'),
+    ],
+)
+def test_files_that_cannot_be_added_to_are_kept(folder, format, name, content):
+    (folder / "out").mkdir()
+    (folder / "out" / name).write_text(content)
+    with pytest.raises(typer.BadParameter, match=f"{name} is n.*choose another folder"):
+        LabelFiles(folder / "out", format, ["a.png"], ["cat"])
+    assert (folder / "out" / name).read_text() == content
 
 
 def test_masks_have_their_pixels_as_area(folder):
