@@ -337,7 +337,11 @@ def check_length(config: PaliGemmaConfig, attention_mask: Tensor, max_new_tokens
         raise ValueError(
             f"the prompt has {longest} tokens (image included) and the answer may have {max_new_tokens}: "
             f"{longest + max_new_tokens} together, and the model has {limit} positions. "
-            + (f"Set max_new_tokens to at most {limit - longest}." if longest < limit else "Shorten the prompt.")
+            + (
+                f"Set max_new_tokens to at most {limit - longest} (on the command line: --max-new-tokens)."
+                if longest < limit
+                else "Shorten the prompt."
+            )
         )
 
 

@@ -87,6 +87,8 @@ LARGEST_STREAM = 600 * 2**20
 
 def _load_file(path: str, max_pixels: int | None) -> Image.Image:
     name = _shortened(path)
+    if not path:
+        raise FileNotFoundError("the name of a picture is empty, expected that of a file")
     if not os.path.exists(path):
         scheme = re.match(r"([A-Za-z][\w+.-]+):/", path)  # of two letters or more: C:/ is a disk
         if scheme:
@@ -135,8 +137,8 @@ def open_picture(
         raise ValueError(f"{name} is not a picture in {read}") from None
     except Image.DecompressionBombError as error:
         raise TooManyPixels(
-            f"{name} is too large: {str(error).rstrip('.')}. Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if "
-            "you trust it"
+            f"{name} is too large: {str(error).rstrip('.')}. Scale it down (or, in Python, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust it)"
         ) from None
     except (MemoryError, Warning, _NoHeic):
         raise

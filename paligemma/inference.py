@@ -644,6 +644,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--only_cpu", type=true_or_false, default=False)
     options = parser.parse_args(arguments)
+    if looks_swapped(options.image_file_path, options.prompt):
+        parser.error(f"--prompt is a file, {options.prompt!r}: it has changed places with --image_file_path")
     sampling: Sampling = {}
     if options.do_sample:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
@@ -655,6 +657,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not answer.finished:
             note = f"stopped after {options.max_tokens_to_generate} tokens; --max_tokens_to_generate allows more"
             print(f"note: {note}", file=sys.stderr)
+    except BrokenPipeError:  # `... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its exit
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError, ArithmeticError) as error:
         print(f"error: {error_line(error, doing='python -m paligemma.inference')}", file=sys.stderr)
         sys.exit(1)

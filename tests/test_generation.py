@@ -868,7 +868,7 @@ def test_a_prompt_too_long_is_an_error_before_any_work(monkeypatch, tokenizer):
     model = make_ours(max_position_embeddings=20)
     inputs = ragged(model)  # the longest row has 4 image tokens and 7 others
     encoded = count_calls(monkeypatch, model, "encode_image")
-    message = r"11 tokens .* 10: 21 together, .* 20 positions. Set max_new_tokens to at most 9"
+    message = r"11 tokens .* 10: 21 together, .* 20 positions. Set max_new_tokens to at most 9 \(.*--max-new-tokens"
     for side in ("left", "right"):
         with pytest.raises(ValueError, match=message):
             generate(model, ragged(model, side), max_new_tokens=10)

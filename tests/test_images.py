@@ -292,6 +292,7 @@ def refused(source, error: type[Exception], *words: str, **options) -> None:
 
 def test_no_such_file(tmp_path):
     refused(tmp_path / "cat.jpg", FileNotFoundError, "cat.jpg", "no such file")
+    refused("", FileNotFoundError, "the name of a picture is empty")
 
 
 def test_a_url():

@@ -1,6 +1,7 @@
 """The face of the project: what goes in, what comes out, how lists pair up."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -387,6 +388,24 @@ def test_the_script_of_the_founding_document(pg, tmp_path, capsys):
         main([*arguments.replace("photo.png", "none.png").split(), "--prompt", "caption en"])
     assert stop.value.code == 1
     assert "none.png: no such file" in capsys.readouterr().err
+
+    swapped = ["--prompt", f"{tmp_path}/photo.png", "--image_file_path", "caption en"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments.split(), *swapped])
+    assert stop.value.code == 2
+    assert "photo.png': it has changed places with --image_file_path" in capsys.readouterr().err
+
+
+def test_the_script_is_silent_where_nobody_reads_on(tmp_path):
+    """As in `... | head`."""
+    Image.fromarray(picture(0)).save(tmp_path / "photo.png")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "paligemma.inference", "--prompt", "caption en", "--only_cpu", "True"]
+    command += ["--image_file_path", str(tmp_path / "photo.png")]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_the_script_explains_itself():

@@ -232,8 +232,9 @@ def check_ids(path: Path) -> None:
             doubles.update({name: None} if name in seen else {})
             seen.add(name)
     if doubles:
+        counted = "one id is" if len(doubles) == 1 else f"{len(doubles):,} ids are"
         some = ", ".join(list(doubles)[:3]) + (", ..." if len(doubles) > 3 else "")
         raise ValueError(
-            f"{len(doubles):,} ids are there more than once ({some}): name each picture once, or give every row an id "
-            "of its own with --rows"
+            f"{counted} there more than once ({some}): name each picture once; of two folders with files of one name, "
+            "name the folder above both; or give every row an id of its own with --rows"
         )

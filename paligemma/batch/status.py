@@ -45,6 +45,10 @@ class Tally:
         missing = size * self.folder.num_shards - self.folder.num_rows  # the last shard may be shorter
         return size * len(self.shards) - (missing if last in self.shards else 0)
 
+    def beyond(self, begun: Counter[int]) -> int:
+        """How many of the rows that are begun, see `rows_begun`, are in shards that are not finished."""
+        return sum(rows for shard, rows in begun.items() if shard not in self.counted)
+
     @property
     def is_complete(self) -> bool:
         return len(self.counted) == len(self.shards)
@@ -61,13 +65,19 @@ def count_lines(lines: Iterable[dict[str, Any]]) -> tuple[int, Counter[str]]:
     return answered, errors
 
 
-def status_of(folder: RunFolder) -> dict[str, Any]:
-    """The state of a run, for `--json`."""
-    begun = Counter[int]()  # rows in work files, by shard
+def rows_begun(folder: RunFolder) -> Counter[int]:
+    """How many rows stand in the work files of each shard. They are kept, and not answered again."""
+    begun = Counter[int]()
     for path in folder.work.glob("*.jsonl"):
         with suppress(FileNotFoundError):  # its shard was finished a moment ago
             lines = path.read_bytes().splitlines()
             begun[int(path.name.split(".")[0])] += sum(line.startswith(b'{"id"') for line in lines)
+    return begun
+
+
+def status_of(folder: RunFolder) -> dict[str, Any]:
+    """The state of a run, for `--json`."""
+    begun = rows_begun(folder)
     tally = Tally(folder, range(folder.num_shards))
     tally.update()  # after the work files, so that the rows of a shard that is finished meanwhile are counted once
     held = {path.name.split(".")[0] for path in folder.work.glob("*.lease*") if not leases.is_abandoned(path)}
@@ -79,7 +89,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         "shards": folder.num_shards,
         "shards_done": len(tally.counted),
         "shards_worked_on": len(held),
-        "rows_in_open_shards": sum(rows for shard, rows in begun.items() if shard not in tally.counted),
+        "rows_in_open_shards": tally.beyond(begun),
         "complete": tally.is_complete,
         "options": folder.about["options"],
         "started": folder.about.get("started"),
@@ -89,6 +99,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
 def write_summary(folder: RunFolder, seconds: float, rows: int, lost: int) -> dict[str, Any]:
     """Writes `summary.json`, and returns what it says. seconds, rows, lost: of this call (workers that died, the last);
     seconds and workers are added to those of earlier calls."""
+    begun = rows_begun(folder)  # before the tally, see `status_of`
     tally = Tally(folder, range(folder.num_shards))
     tally.update()
     try:
@@ -101,6 +112,7 @@ def write_summary(folder: RunFolder, seconds: float, rows: int, lost: int) -> di
         "errors": dict(sorted(tally.errors.items())),
         "shards": folder.num_shards,
         "shards_done": len(tally.counted),
+        "rows_in_open_shards": tally.beyond(begun),
         "complete": tally.is_complete,
         "seconds": round(before.get("seconds", 0) + seconds, 3),
         "rows_per_second": round(rows / seconds, 3) if rows and seconds else before.get("rows_per_second", 0),

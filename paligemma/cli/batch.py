@@ -25,6 +25,7 @@ from paligemma.cli.options import (
     Model,
     Quantize,
     Revision,
+    check_labels,
     check_order,
     one_of,
     within_cores,
@@ -32,6 +33,7 @@ from paligemma.cli.options import (
 from paligemma.cli.output import echo_json, note, notes, print_error, say
 from paligemma.cli.run import note_embedded_model, note_unusual_prompt, sampling_options
 from paligemma.tasks import asks_for_items
+from paligemma.terminal import error_line
 
 if TYPE_CHECKING:
     from paligemma.batch.folder import RunFolder
@@ -122,13 +124,14 @@ def batch(
 
     sampling_options(temperature, top_k, top_p, beams, seed)
     check_usage(prompt, inputs, rows, out, dry_run, every)
+    prompt = with_labels(prompt, labels)
     check_prompt(prompt, inputs, free, forbid_repeats, model)
     if coco is not None and coco.is_dir():
         raise typer.BadParameter(f"--coco {coco} is a folder, expected the name of a file to write")
     allowed = parsed_max_errors(max_errors)
     which = parsed_part(part)
     settings = Settings(
-        prompt=with_labels(prompt, labels), inputs=tuple(absolute_inputs(inputs or [])),
+        prompt=prompt, inputs=tuple(absolute_inputs(inputs or [])),
         rows=None if rows is None else str(rows.absolute()), every=every, model=model, revision=revision, device=device,
         dtype=dtype, quantize=quantize, device_map=device_map, image_size=image_size, loc_scale=loc_scale,
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, beams=beams, seed=seed,
@@ -170,6 +173,8 @@ def check_prompt(prompt: str | None, inputs: list[str] | None, free: bool, forbi
     """Options that do not fit the prompt are an error, a prompt that is unusual for the model a note."""
     if prompt is not None and inputs:
         check_order(prompt, inputs, "batch", folders=True)
+    if prompt is not None:
+        check_labels(prompt, free)
     if forbid_repeats and free:
         raise typer.BadParameter("--forbid-repeats is a rule of the grammar, which --free leaves out: choose one")
     if prompt is None:
@@ -245,7 +250,7 @@ def opened(out: Path, settings: Settings, inputs: list[str]) -> RunFolder:
         except AnotherRun as error:
             raise typer.BadParameter(str(error)) from None
         except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-            raise typer.BadParameter(str(error)) from None
+            raise typer.BadParameter(error_line(error)) from None
 
 
 def worked(
@@ -289,6 +294,8 @@ def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: P
     errors = sum(ended.errors.values())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in ended.errors.items())
     note(f"{ended.answered:,} rows answered, {errors:,} failed{f' ({kinds})' if kinds else ''}: {folder.path}")
+    if waiting := ended.summary.get("rows_in_open_shards"):
+        note(f"{waiting:,} more rows stand in shards that are not finished; they are kept")
     if not ended.complete:  # a signal or a failure may also come in the last moment, when every row has its line
         if ended.signal is not None and ended.failure is None:
             note("interrupted; the same command goes on")
@@ -397,7 +404,7 @@ def status(
     say(f"{state['answered']:,} answered, {errors:,} failed{f' ({kinds})' if kinds else ''}")
     say(f"{state['shards_done']:,} of {state['shards']:,} shards finished, {state['shards_worked_on']} worked on")
     if state["rows_in_open_shards"]:
-        say(f"{state['rows_in_open_shards']:,} more rows in shards that are not finished")
+        say(f"{state['rows_in_open_shards']:,} more rows stand in shards that are not finished; they are kept")
 
 
 def export(

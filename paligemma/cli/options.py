@@ -12,6 +12,7 @@ import typer
 
 from paligemma.cli.output import note
 from paligemma.files import MAX_PIXELS, is_data_url
+from paligemma.tasks import asks_for_items, split_labels, task_of
 
 
 def world_of(world: int | None) -> int:
@@ -59,6 +60,15 @@ def check_order(prompt: str, images: Sequence[str], command: str, folders: bool 
     ):
         raise typer.BadParameter(
             f"the prompt comes first, then the picture: paligemma {command} {images[0]!r} {prompt}"
+        )
+
+
+def check_labels(prompt: str, free: bool) -> None:
+    """An error of usage for `detect` and `segment` without labels: their grammar cannot begin."""
+    if asks_for_items(prompt) and not free and not all(split_labels(prompt)):
+        task = task_of(prompt)
+        raise typer.BadParameter(
+            f"{task} has to name at least one thing to look for, and no empty ones: '{task} dog', '{task} dog ; cat'"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from paligemma.cli.options import (
     Model,
     Quantize,
     Revision,
+    check_labels,
     check_order,
     one_of,
     pixels,
@@ -85,8 +87,8 @@ def run(
         Path | None, typer.Option(help="Write boxes and masks as label files into this folder.")
     ] = None,
     label_format: Annotated[
-        str, typer.Option(help="Of the label files: yolo, coco or voc.", callback=one_of(*FORMATS))
-    ] = FORMATS[0],
+        str | None, typer.Option(help="Of the label files: yolo (the default), coco or voc.", callback=one_of(*FORMATS))
+    ] = None,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
@@ -160,13 +162,18 @@ def check_usage(prompt: str, images: list[str], boxes: bool, free: bool, forbid_
     if forbid_repeats and (free or not boxes):
         raise typer.BadParameter("--forbid-repeats is for detect and segment, without --free: a rule of their grammar")
     check_order(prompt, images, "run")
+    check_labels(prompt, free)
     if images.count("-") > 1:
         raise typer.BadParameter("'-' is there twice, and stdin holds one picture")
 
 
-def label_files(folder: Path | None, format: str, images: list[str], prompt: str, boxes: bool) -> LabelFiles | None:
+def label_files(
+    folder: Path | None, format: str | None, images: list[str], prompt: str, boxes: bool
+) -> LabelFiles | None:
     """Where the labels go; None without --save-labels. An error of usage where the answer has none."""
     if folder is None:
+        if format is not None:
+            raise typer.BadParameter("--label-format is for --save-labels FOLDER: add that, or leave it out")
         return None
     if not boxes:
         raise typer.BadParameter("--save-labels is for detect and segment: other answers have no boxes")
@@ -174,7 +181,7 @@ def label_files(folder: Path | None, format: str, images: list[str], prompt: str
         raise typer.BadParameter(f"--save-labels {folder} is a file, expected a folder")
     from paligemma.data.prompts import labels_of
 
-    return LabelFiles(folder, format, images, labels_of(prompt))
+    return LabelFiles(folder, format or FORMATS[0], images, labels_of(prompt))
 
 
 def sampling_options(
@@ -197,22 +204,35 @@ def sampling_options(
 def note_unusual_prompt(prompt: str, model: str) -> None:
     """A hint where the prompt differs from those that the model was trained on. It is answered all the same."""
     task, boxes = task_of(prompt), asks_for_items(prompt)
-    labels = split_labels(prompt)
-    spaced = f"{task} {' ; '.join(labels)}"
+    single = re.sub(" +", " ", prompt.strip(" "))
+    labels = split_labels(single)
     if boxes and any("," in label for label in labels):
         separated = f"{task} {' ; '.join(part.strip() for part in ','.join(labels).split(',') if part.strip())}"
         note(
-            f"note: a comma does not separate labels, this asks for one thing of that name: {separated!r} asks for each"
+            "note: a comma does not separate labels, this asks for one thing of that name: "
+            f"{quoted(separated)} asks for each"
         )
-    elif boxes and len(labels) > 1 and all(labels) and prompt.strip() != spaced:
-        note(f"note: the model learned labels with spaces around the semicolon: {spaced!r} may find more")
+    elif boxes and len(labels) > 1 and all(labels) and single != f"{task} {' ; '.join(labels)}":
+        spaced = f"{task} {' ; '.join(dict.fromkeys(labels))}"
+        note(f"note: the model learned labels with spaces around the semicolon: {quoted(spaced)} may find more")
+    elif prompt != single:
+        note(
+            f"note: the model learned prompts with single spaces, and none at the ends: {quoted(single)} may do better"
+        )
     if model == "tiny" and task not in [task_of(known) for known in TINY_PROMPTS]:
-        note(f"note: {prompt!r} is no prompt that the embedded model learned: {', '.join(map(repr, TINY_PROMPTS))}")
+        note(
+            f"note: {quoted(prompt)} is no prompt that the embedded model learned: {', '.join(map(repr, TINY_PROMPTS))}"
+        )
     elif task not in TASKS:
         note(
-            f"note: {prompt!r} begins with no known task ({', '.join(TASKS)}): right for mix checkpoints and those "
-            "tuned on such prompts"
+            f"note: {quoted(prompt)} begins with no known task ({', '.join(TASKS)}): right for mix checkpoints and "
+            "those tuned on such prompts"
         )
+
+
+def quoted(prompt: str) -> str:
+    """A prompt as notes quote it: its beginning, where it is a long one."""
+    return repr(prompt if len(prompt) <= 100 else f"{prompt[:100]}...")
 
 
 def note_embedded_model(model: str) -> None:

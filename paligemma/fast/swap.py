@@ -85,7 +85,10 @@ def check_compute_dtype(mode: str, dtype: torch.dtype | None) -> None:
 def check_package(mode: str) -> None:
     """ImportError for a mode of bitsandbytes where that is not installed."""
     if mode in WITH_BITSANDBYTES and find_spec("bitsandbytes") is None:
-        raise ImportError(f"quantize={mode!r} needs bitsandbytes: pip install bitsandbytes")
+        raise ImportError(
+            f"quantize={mode!r} is for CUDA (int8 and int4 are for the CPU), and needs bitsandbytes: "
+            "pip install 'paligemma[quantize]'"
+        )
 
 
 def quantize(model: PaliGemmaForConditionalGeneration, mode: str) -> PaliGemmaForConditionalGeneration:

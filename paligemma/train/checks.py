@@ -54,7 +54,9 @@ def check_model(options: TrainOptions) -> None:
 def check_packages(options: TrainOptions) -> None:
     """ImportError for a missing package."""
     if options.quantize and find_spec("bitsandbytes") is None:
-        raise ImportError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
+        raise ImportError(
+            f"--quantize {options.quantize} is for CUDA, and needs bitsandbytes: pip install 'paligemma[quantize]'"
+        )
     if options.lora and find_spec("peft") is None:
         raise ImportError("--lora needs peft: pip install peft")
 

@@ -82,9 +82,12 @@ def test_max_errors(paligemma, allowed, code):
 def test_how_a_run_ended_before_it_was_complete(tmp_path, capsys, how, code, said):
     folder = standins.run_of(tmp_path / "run", 9)
     with pytest.raises(typer.Exit) as stopped:
-        finish(folder, run.Ended({"complete": False}, 4, {}, False, **how), (0, False), tmp_path / "boxes.json")
+        summary = {"complete": False, "rows_in_open_shards": 28}
+        finish(folder, run.Ended(summary, 4, {}, False, **how), (0, False), tmp_path / "boxes.json")
     assert stopped.value.exit_code == code
-    assert capsys.readouterr().err.splitlines()[-1] == said
+    answered, kept, last = capsys.readouterr().err.splitlines()
+    assert answered.startswith("4 rows answered") and last == said
+    assert kept == "28 more rows stand in shards that are not finished; they are kept"
     assert not (tmp_path / "boxes.json").exists()
 
 
@@ -139,6 +142,8 @@ def test_threads_of_workers_on_ray(tmp_path, monkeypatch, address, given, thread
         (["caption en", "photos", "--rows", "rows.jsonl", "--out", "run"], "from INPUT or from --rows"),
         (["caption en", "photos", "--labels", "dog", "--out", "run"], "--labels is for the prompt"),
         (["detect", "photos", "--labels", ", ,", "--out", "run"], "--labels names nothing"),
+        (["detect", "photos", "--out", "run"], "name at least one thing to look for"),
+        (["segment dog ;", "photos", "--out", "run"], "name at least one thing to look for"),
         (["caption en", "photos", "--out", "run", "--max-errors", "many"], "--max-errors is 'many'"),
         (["caption en", "photos", "--out", "run", "--max-errors", "0.5"], "--max-errors is '0.5'"),
         (["caption en", "photos", "--out", "run", "--part", "3/2"], "--part is '3/2'"),
@@ -163,6 +168,12 @@ def test_wrong_usage_is_told_at_once(paligemma, photos, arguments, said):
     assert (code, out) == (2, "")
     assert said in " ".join(err.split())
     assert not (photos / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has a folder in which nothing can be made")
+def test_what_the_system_refuses_is_named_without_its_number(paligemma):
+    code, _, err = paligemma("batch", "caption en", "photos", "--out", "/proc/run")
+    assert code == 2 and "/proc/run: No such file" in " ".join(err.split()) and "Errno" not in err
 
 
 def test_a_folder_may_be_called_like_the_prompt(paligemma, monkeypatch):

@@ -21,7 +21,7 @@ from paligemma.batch.folder import RunFolder, open_run
 from paligemma.batch.rows import InputRow
 from paligemma.batch.run import run_batch
 from paligemma.batch.settings import Settings
-from paligemma.batch.status import status_of
+from paligemma.batch.status import status_of, write_summary
 from paligemma.batch.worker import How, finish_shards
 
 HERE = Path(__file__).parent
@@ -147,6 +147,7 @@ def test_status_counts_what_lies_in_the_folder(tmp_path):
     state = status_of(folder)
     assert (state["rows"], state["answered"], state["shards_done"], state["complete"]) == (30, 10, 1, False)
     assert (state["shards_worked_on"], state["rows_in_open_shards"]) == (1, 1) and lease
+    assert write_summary(folder, 1.0, 0, 0)["rows_in_open_shards"] == 1
 
 
 @pytest.mark.parametrize("before_it_is_read", [True, False])

@@ -256,7 +256,6 @@ def test_wrong_usage_exits_with_2_and_says_what_is_right(paligemma, options, mes
         (["ocr", "a.png", "--model", "./no/such/folder"], "no/such/folder"),
         (["ocr", "a.png", "--model", "model", "--device", "cuda:7"], "cuda:7"),
         (["ocr", "a.png", "--model", "model", "--max-new-tokens", "9000"], "positions"),
-        (["detect dog ;", "a.png", "--model", "model"], "name at least one thing"),
     ],
 )
 def test_what_fails_exits_with_1_in_one_line_without_a_traceback(paligemma, arguments, message):
@@ -348,6 +347,38 @@ def test_labels_without_spaces_around_the_semicolon_get_a_note(paligemma):
     asked = ("a.png", "--model", "model", "--max-new-tokens", "8")
     assert "detect dog ; cat" in paligemma("run", "detect dog;cat", *asked)[2]
     assert "detect dog ; cat" not in paligemma("run", "detect dog ; cat", *asked)[2]
+
+
+def test_labels_are_suggested_once(paligemma):
+    err = paligemma("run", "detect dog;dog ; cat", "a.png", "--model", "model", "--max-new-tokens", "8")[2]
+    assert "'detect dog ; cat' may find more" in err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "learned"),
+    [
+        ("  detect   dog  ", "'detect dog'"),
+        ("caption  en", "'caption en'"),
+        ("detect dog  ;  cat", "'detect dog ; cat'"),
+    ],
+)
+def test_other_spaces_than_the_model_learned_get_a_note(paligemma, prompt, learned):
+    err = paligemma("run", prompt, "a.png", "--model", "model", "--max-new-tokens", "8")[2]
+    assert f"note: the model learned prompts with single spaces, and none at the ends: {learned}" in err
+
+
+def test_a_long_prompt_is_not_quoted_whole(paligemma):
+    for prompt in ("what is this " * 300, "detect " + "dog;" * 300 + "cat"):
+        err = paligemma("run", prompt, "a.png", "--model", "model", "--max-new-tokens", "2")[2]
+        assert "note: " in err and all(len(line) < 400 for line in err.splitlines())
+
+
+@pytest.mark.parametrize("prompt", ["detect", "segment ", "detect dog ;"])
+def test_a_prompt_without_labels_is_wrong_usage(paligemma, prompt):
+    code, out, err = paligemma("run", prompt, "a.png", "--model", "model")
+    assert (code, out) == (2, "") and "name at least one thing to look for" in " ".join(err.split())
+    asked = ("--model", "model", "--max-new-tokens", "8")
+    assert paligemma("run", prompt, "a.png", "--free", *asked)[0] == 0  # without the grammar, which needs them
 
 
 def test_labels_parted_by_commas_get_a_note(paligemma):

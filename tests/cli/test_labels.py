@@ -192,6 +192,7 @@ def test_a_picture_called_classes_does_not_lose_its_labels_to_the_list_of_names(
     ("arguments", "message"),
     [
         (["caption en", "a.png", "--save-labels", "out"], "other answers have no boxes"),
+        (["detect dog", "a.png", "--label-format", "coco"], "--label-format is for --save-labels FOLDER"),
         (["detect dog", "a.png", "--save-labels", "b.png"], "b.png is a file, expected a folder"),
         (["detect dog", "a.png", "--save-labels", "out", "--label-format", "csv"], "'csv', expected yolo, coco, voc"),
         (["detect dog", "a.png", "sub/a.png", "--save-labels", "out"], "would have one label file"),

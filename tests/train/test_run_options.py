@@ -130,7 +130,8 @@ def test_without_the_package_that_rounds_it_is_said_before_anything_is_loaded(ba
     arguments = ["train", "--model", base, "--data", data, "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(app, [*arguments, "--lora", "decoder", "--quantize", "nf4"])
     assert isinstance(done.exception, ImportError)
-    assert str(done.exception) == "--quantize nf4 needs bitsandbytes: pip install bitsandbytes"
+    said = "--quantize nf4 is for CUDA, and needs bitsandbytes: pip install 'paligemma[quantize]'"
+    assert str(done.exception) == said
     assert not (tmp_path / "run").exists()
 
 
