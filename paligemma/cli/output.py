@@ -73,7 +73,10 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     mark.add_text(*MARK)
     try:
         with written_whole(path) as beside:
-            picture.save(beside, **({"pnginfo": mark} if path.suffix.lower() == ".png" else {}))
+            if path.suffix.lower() == ".png":
+                picture.save(beside, pnginfo=mark)
+            else:
+                picture.save(beside)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
 
