@@ -5,8 +5,6 @@
     --label-format voc      FOLDER/photo.xml for photo.jpg; a mask is written as its box
 
 A picture in which nothing was found gets a file too: in all three formats that means "looked at, and empty".
-A later run into the same folder adds to it: classes keep their numbers, and only the labels of a picture of the same
-name are replaced.
 A later run into the same folder adds to it: classes keep their numbers, and only labels of the same picture are
 replaced.
 """
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from paligemma.answers.results import Detection, Segment
 
 FORMATS = ("yolo", "coco", "voc")
-
-CLASSES, DATA, COCO = "classes.txt", "data.yaml", "annotations.json"
 
 CLASSES, DATA, COCO = "classes.txt", "data.yaml", "annotations.json"
 
