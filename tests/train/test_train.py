@@ -538,7 +538,21 @@ def test_four_rows_are_learned_by_heart(processor, tmp_path):
     assert last["exact"] == 1.0, seen
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"accumulate": 0}, {"minutes": 0.0}, {"schedule": "stairs"}])
-def test_settings_that_cannot_work_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        TrainConfig(**{"steps": 10, **wrong})
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "steps": [0],
+        "accumulate": [0],
+        "minutes": [0.0, math.nan],
+        "schedule": ["stairs"],
+        "lr": [0.0, -1.0, math.inf, math.nan],
+        "vision_lr": [0.0, 1.5, math.nan],
+        "ema": [-0.1, 1.0, 1.5, math.nan],
+        "clip": [0.0, -1.0, math.nan],
+        "log_every": [0],
+    }.items(),
+)
+def test_settings_that_cannot_work_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            TrainConfig(**{"steps": 10, name: value})
