@@ -136,9 +136,12 @@ def masked_logits(logits: Tensor, never: Tensor, allowed: Sequence[Tensor | None
     return scores
 
 
-def nothing_allowed(generated: Sequence[int], remaining: int) -> ValueError:
+class NothingAllowed(ValueError):
     """What a row ends with whose constraint leaves nothing that may be produced."""
-    return ValueError(
+
+
+def nothing_allowed(generated: Sequence[int], remaining: int) -> NothingAllowed:
+    return NothingAllowed(
         f"a constraint allows nothing that may be produced after {list(generated)}, with {remaining} left in the "
         "budget: it must always leave a token, at the end eos"
     )
