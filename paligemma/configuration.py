@@ -183,7 +183,9 @@ def alternating_layers(num_layers: int) -> tuple[str, ...]:
 
 
 def check_text_config(config: GemmaConfig) -> None:
-    """Raises ValueError for values that do not fit together."""
+    """Raises ValueError for another model than Gemma 1 or 2 and for values that do not fit together."""
+    if config.model_type not in ("gemma", "gemma2"):
+        raise ValueError(f"model_type is {config.model_type!r}, expected 'gemma' or 'gemma2'")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"num_attention_heads {config.num_attention_heads} does not divide by num_key_value_heads "

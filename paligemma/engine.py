@@ -50,6 +50,7 @@ from paligemma.generation import (
     Generated,
     Options,
     Rules,
+    TooLong,
     beam_search,
     check_prompts,
     decode,
@@ -138,7 +139,7 @@ class Engine:
         listener: called without arguments after each token and at the end, in the thread that drives the engine (or
         cancels); it must return at once. For asyncio: `lambda: loop.call_soon_threadsafe(event.set)`.
         Raises ValueError for a request that can never be answered: one too long for the model's positions or the
-        cache, one whose pictures do not fit its prompt; RuntimeError if the engine has failed.
+        cache (TooLong), one whose pictures do not fit its prompt; RuntimeError if the engine has failed.
         """
         options, prompt = request.options, request.prompt
         if prompt.ndim != 1 or not len(prompt):
@@ -165,15 +166,15 @@ class Engine:
         return row.ticket
 
     def _check_room(self, tokens: int) -> None:
-        """ValueError for a row that has so many tokens, prompt and answer together, and can never run."""
+        """TooLong for a row that has so many tokens, prompt and answer together, and can never run."""
         needed = tokens * self._token_bytes
         if self._slots is not None and tokens > self._slots.length:
-            raise ValueError(
+            raise TooLong(
                 f"the row may have {tokens:,} tokens, and a slot of this engine holds {self._slots.length:,}: "
                 "lower max_new_tokens, or raise the engine's slot_length"
             )
         if self._slots is None and needed > self.cache_bytes:
-            raise ValueError(
+            raise TooLong(
                 f"the row's keys and values take up to {needed / 1e6:,.1f} MB, and the cache may take "
                 f"{self.cache_bytes / 1e6:,.1f}: lower max_new_tokens or raise cache_bytes"
             )

@@ -327,14 +327,18 @@ def prepare(model: PaliGemmaForConditionalGeneration, inputs: Mapping[str, Any])
     return {name: tensor.to(model.device) for name, tensor in {**prompt, **images}.items()}
 
 
+class TooLong(ValueError):
+    """Prompt and answer together have more tokens than there is room for."""
+
+
 def check_length(config: PaliGemmaConfig, attention_mask: Tensor, max_new_tokens: int) -> None:
-    """ValueError if the longest prompt and the answer together have more tokens than the model has positions.
+    """TooLong if the longest prompt and the answer together have more tokens than the model has positions.
 
     attention_mask: [B, S]. `generate` calls it before any work; call it before encoding images by hand.
     """
     longest, limit = int(attention_mask.sum(-1).max()), config.text_config.max_position_embeddings
     if longest + max_new_tokens > limit:
-        raise ValueError(
+        raise TooLong(
             f"the prompt has {longest} tokens (image included) and the answer may have {max_new_tokens}: "
             f"{longest + max_new_tokens} together, and the model has {limit} positions. "
             + (

@@ -48,8 +48,8 @@ from paligemma.images import ImageInput, ImageT, Picture, load_image, looks_swap
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tasks import BOX_BUDGET, TEXT_BUDGET, asks_for_items, split_labels, task_of
 from paligemma.terminal import error_line, printable
-from paligemma.utils import load_hf_model
-from paligemma.weights.finding import first_with, open_model, resolve
+from paligemma.utils import load_with_folders
+from paligemma.weights.finding import first_with
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -104,12 +104,12 @@ def load(
     `docs/changing.md`.
     Raises ValueError or OSError in a line that says what to do.
     """
-    path = resolve(model, revision=revision, dtype=dtype)
-    network, tokenizer = load_hf_model(
-        str(path),
+    network, tokenizer, folders = load_with_folders(
+        model,
         device,
         dtype,
         quantize,
+        revision,
         image_size=image_size,
         device_map=device_map,
         max_memory=max_memory,
@@ -117,7 +117,6 @@ def load(
     )
     vision = network.config.vision_config
     processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
-    folders = open_model(path, dtype, extra or {})[1]
     own_codec = first_with(folders, CODEC_FILE)
     codec = MaskCodec.load(own_codec / CODEC_FILE) if own_codec is not None else None
     calibrated = folders[0] / CALIBRATION_FILE  # of these weights: an adapter's base has another

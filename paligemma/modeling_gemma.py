@@ -446,7 +446,11 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         else:
             x = self.embed(input_ids, image_features if pixel_values is None else self.encode_image(pixel_values))
 
-        valid, token_type_ids = _valid_and_types(x.shape[:2], x.device, attention_mask, token_type_ids, cache)
+        B, S = x.shape[:2]
+        if position_ids is not None and [*position_ids.shape] not in ([B, S], [1, S]):
+            raise ValueError(f"position_ids has shape {[*position_ids.shape]}, expected {[B, S]}, or one row for all")
+        rows = "inputs_embeds" if input_ids is None else "input_ids"
+        valid, token_type_ids = _valid_and_types(rows, x, attention_mask, token_type_ids, cache)
         place = positions(valid) if cache is None else cache.extend(valid)  # int64 [B, S], counts real tokens from 0
         key_place, key_valid = place, valid  # [B, T]
         if cache is not None:
@@ -461,8 +465,6 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             masks = {window: prefix_lm_mask(token_type_ids, valid, window) for window in windows}
         if position_ids is None:
             position_ids = place + text.position_offset
-        elif position_ids.ndim != 2 or position_ids.shape[1] != x.shape[1]:
-            raise ValueError(f"position_ids has shape {list(position_ids.shape)}, expected {list(x.shape[:2])}")
         return self.language_model.model(x, position_ids, masks, cache, num_outputs, hidden_states)
 
     def logits(self, hidden: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -507,7 +509,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         token_type_ids: int64 [B, S], 0 prefix and padding, 1 suffix. Left out: with labels, the suffix starts at a
             row's first label; with a cache that holds the prefix, everything new is suffix; else all is prefix.
         labels: int64 [B, S], -100 where nothing is learned. The shift by one happens here.
-        position_ids: int64 [B, S]; default: places among the real tokens of the row, counted from `position_offset`.
+        position_ids: int64 [B, S], or [1, S] for all rows; default: places among the real tokens of the row, counted
+            from `position_offset`.
         cache: extended in place. The prefix must come in one piece, since it sees itself in both directions.
         logits_to_keep: n for the logits of the last n positions, 0 for all.
         inputs_embeds: [B, S, D], in place of input_ids and images; they are not scaled.
@@ -517,9 +520,9 @@ class PaliGemmaForConditionalGeneration(nn.Module):
 
         Raises ValueError on shapes that do not fit together, TypeError for ids or pixels that are no tensor.
         """
-        given = inputs_embeds if input_ids is None else input_ids
+        rows, given = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
         if labels is not None and given is not None:
-            _check_shape("labels", labels, given.shape[:2])
+            _check_shape("labels", labels, rows, given)
             if token_type_ids is None and (cache is None or cache.used == 0):
                 token_type_ids = token_types_from_labels(labels)
         if logits_to_keep < 0:
@@ -528,14 +531,14 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         only_the_last = logits_to_keep > 0 and labels is None and not output_hidden_states
         hidden = self.read(
             input_ids,
-            pixel_values,
-            attention_mask,
-            token_type_ids,
-            image_features,
-            position_ids,
-            cache,
-            inputs_embeds,
-            mask,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            image_features=image_features,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            mask=mask,
             num_outputs=logits_to_keep if only_the_last else None,
             hidden_states=states,
         )
@@ -564,23 +567,27 @@ def check_image_tokens(is_image: Tensor, image_features: Tensor | None) -> None:
 
 
 def _valid_and_types(
-    shape: torch.Size,
-    device: torch.device,
+    rows: str,
+    given: Tensor,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
     cache: KVCache | None,
 ) -> tuple[Tensor, Tensor]:
-    """Which positions are real (bool [B, S]) and which are suffix (int64 [B, S]), with the defaults of `forward`."""
+    """Which positions are real (bool [B, S]) and which are suffix (int64 [B, S]), with the defaults of `forward`.
+
+    rows: the name of the argument that the rows are `given` in, [B, S, ...].
+    """
+    shape, device = given.shape[:2], given.device
     continues = cache is not None and cache.used > 0
     if attention_mask is None:
         attention_mask = torch.ones(shape, dtype=torch.bool, device=device)
     elif cache is not None and continues and attention_mask.shape[1] == cache.used + shape[1]:
         attention_mask = attention_mask[:, cache.used :]
-    _check_shape("attention_mask", attention_mask, shape)
+    _check_shape("attention_mask", attention_mask, rows, given)
     valid = attention_mask.bool()
     if token_type_ids is None:
         return valid, torch.full(shape, SUFFIX if continues else PREFIX, device=device)
-    _check_shape("token_type_ids", token_type_ids, shape)
+    _check_shape("token_type_ids", token_type_ids, rows, given)
     if continues and bool(((token_type_ids != SUFFIX) & valid).any()):
         raise ValueError("the cache already holds a prefix: what follows must be suffix (token type 1)")
     return valid, token_type_ids
@@ -591,9 +598,9 @@ def _check_tensor(name: str, value: Any, expected: str) -> None:
         raise TypeError(f"{name} is {type(value).__name__}, expected {expected}")
 
 
-def _check_shape(name: str, tensor: Tensor, expected: torch.Size) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, input_ids {list(expected)}")
+def _check_shape(name: str, tensor: Tensor, rows: str, given: Tensor) -> None:
+    if tensor.shape != given.shape[:2]:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, {rows} {list(given.shape[:2])}")
 
 
 # ---------------------------------------------------------------------------------------------- the same, faster

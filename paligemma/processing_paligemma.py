@@ -308,7 +308,14 @@ def _image_settings(folder: Path) -> tuple[int, int]:
     patch = vision.get("patch_size", 14)
     if not _is_count(patch):
         raise ValueError(f"{folder / 'config.json'}: patch_size is {reprlib.repr(patch)}, expected a whole number")
-    return settings.get("image_seq_length", (size // patch) ** 2), size
+    patches, tokens = (size // patch) ** 2, settings.get("image_seq_length")
+    if tokens is None:
+        tokens = patches
+    # Only config.json says how large a patch is. Without it, the number of tokens is taken as it is.
+    if not _is_count(tokens) or ("patch_size" in vision and tokens != patches):
+        expected = f"the number of patches: {patches} at {size} pixels, in patches of {patch}"
+        raise ValueError(f"{path}: image_seq_length is {reprlib.repr(tokens)}, expected {expected}")
+    return tokens, size
 
 
 def _object_in(path: Path, key: str | None = None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -17,9 +18,9 @@ from paligemma.fast.offload import check_device_map, offload
 from paligemma.fast.swap import STORED, check_mode, check_package
 from paligemma.fast.swap import quantize as quantize_model
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
-from paligemma.tokenizer import TOKENIZERS, Tokenizer, check_tokenizer, load_tokenizer
+from paligemma.tokenizer import Tokenizer, check_tokenizer
 from paligemma.weights.extra import NO_EXTRA, Extra
-from paligemma.weights.finding import first_with, open_model, resolve
+from paligemma.weights.finding import open_model, resolve, tokenizer_in
 from paligemma.weights.loading import default_dtype, load_model, parse_dtype
 from paligemma.weights.opening import Checkpoint
 from paligemma.weights.published import published_name
@@ -53,6 +54,23 @@ def load_hf_model(
     Raises ValueError or OSError (FileNotFoundError, PermissionError for a gated repository, ...) in a line or two that
     say what to do.
     """
+    return load_with_folders(model_path, device, dtype, quantize, revision, image_size, device_map, max_memory, extra)[
+        :2
+    ]
+
+
+def load_with_folders(
+    model_path: str | os.PathLike[str],
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+    quantize: str | None,
+    revision: str | None,
+    image_size: int | None,
+    device_map: str | None,
+    max_memory: Mapping[str, int | str] | None,
+    extra: Extra,
+) -> tuple[PaliGemmaForConditionalGeneration, Tokenizer, list[Path]]:
+    """As `load_hf_model`, and the folders in which more may lie beside the weights (see `open_model`)."""
     device, wanted = pick_device(device), parse_dtype(dtype)
     if quantize is not None:
         check_mode(quantize, device, wanted)
@@ -62,11 +80,11 @@ def load_hf_model(
     path = resolve(model_path, revision, wanted)
     # Headers only: what does not fit shows before gigabytes are read.
     checkpoint, folders = open_model(path, wanted, extra)
-    tokenizer = load_tokenizer(first_with(folders, *TOKENIZERS) or folders[-1])
+    tokenizer = tokenizer_in(folders)
     check_tokenizer(tokenizer, checkpoint.config)
     if isinstance(checkpoint, QuantizedCheckpoint):
         check_device_map(device_map, checkpoint.mode)
-        return checkpoint.load(quantize, wanted, image_size, device), tokenizer
+        return checkpoint.load(quantize, wanted, image_size, device), tokenizer, folders
     if extra and quantize is not None:
         raise ValueError(
             "quantize reads PaliGemma's own layers and cannot be combined with extra: load without it, then call "
@@ -75,7 +93,7 @@ def load_hf_model(
     if quantize is not None:
         check_package(quantize)
     if quantize is not None and quantize in STORED:
-        return load_quantizing(checkpoint, quantize, wanted, image_size), tokenizer
+        return load_quantizing(checkpoint, quantize, wanted, image_size), tokenizer, folders
     if wanted is None and runs_in_float32(checkpoint, device):
         wanted = torch.float32
     model = load_model(checkpoint, "cpu" if device_map else device, wanted, image_size, extra)
@@ -83,7 +101,7 @@ def load_hf_model(
     if quantize is None and not extra and device.type == "cpu" and is_published:
         quantize = "bf16"  # the same weights, read faster
     model = model if quantize is None else quantize_model(model, quantize)
-    return (model if device_map is None else offload(model, device, max_memory)), tokenizer
+    return (model if device_map is None else offload(model, device, max_memory)), tokenizer, folders
 
 
 def runs_in_float32(checkpoint: Checkpoint, device: torch.device) -> bool:

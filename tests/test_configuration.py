@@ -330,6 +330,12 @@ def test_another_model(theirs):
         PaliGemmaConfig.from_dict(theirs.to_dict())
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "gemma3", "llama"])
+def test_a_configuration_made_by_hand_is_of_gemma_1_or_2_too(name):
+    with pytest.raises(ValueError, match=f"model_type is '{name}', expected 'gemma' or 'gemma2'"):
+        GemmaConfig(model_type=name)
+
+
 REFUSED = {
     # what is wrong: (part of the configuration, changes, keys to drop, what the message says)
     "another text model": ("text_config", {"model_type": "llama"}, (), "text_config.model_type is 'llama'"),

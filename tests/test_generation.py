@@ -19,7 +19,7 @@ from make_tokenizer import build_tokenizer
 from reference import make_inputs, make_theirs, randomize, tiny_config
 from torch.testing import assert_close
 
-from paligemma.answers.constraints import NO_END, masked_logits, never_produced
+from paligemma.answers.constraints import NO_END, allowed_next, masked_logits, never_produced
 from paligemma.engine import generate, stream
 from paligemma.generation import (
     Generated,
@@ -562,6 +562,31 @@ def test_a_constraint_that_allows_nothing_is_an_error(num_beams):
     for ids in ([-1, 5], [5, 320]):
         with pytest.raises(ValueError, match="the model has 320"):
             generate(model, inputs, 5, constraint=lambda g, r, ids=ids: torch.tensor(ids), num_beams=num_beams)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_constraint_may_give_its_ids_in_any_order(num_beams):
+    """They are sorted: whether eos is among them is found by halving, and whether all exist by the first and last."""
+    model = make_ours()
+    inputs = ragged(model)
+    plain = generate(model, inputs, 5, constraint=lambda g, r: torch.arange(3, 60), num_beams=num_beams)
+    mixed = torch.arange(3, 60)[torch.randperm(57, generator=torch.Generator().manual_seed(0))].repeat(2)
+    assert generate(model, inputs, 5, constraint=lambda g, r: mixed, num_beams=num_beams) == plain
+    with pytest.raises(ValueError, match="a constraint allows ids 5 to 1000000, the model has 320"):
+        generate(model, inputs, 5, constraint=lambda g, r: torch.tensor([10**6, 5]), num_beams=num_beams)
+
+
+@pytest.mark.parametrize("ids", [[1, 9, 5], [9, 5, 1], [5, 1, 9, 1]])
+def test_the_end_is_found_among_ids_in_any_order(ids):
+    """Where an answer may end, a constraint is asked a second time, without a budget."""
+    asked = []
+
+    def constraint(generated, remaining):
+        asked.append(remaining)
+        return torch.tensor(ids)
+
+    (allowed,), fitting = allowed_next([constraint], [[]], 3, vocab_size=10, eos=1)
+    assert asked == [3, NO_END] and allowed.tolist() == [1, 5, 9] and not fitting
 
 
 def test_ids_may_come_in_a_list_or_an_array():

@@ -427,6 +427,28 @@ def test_shapes_that_do_not_fit_together():
 
 
 @torch.no_grad()
+def test_positions_are_of_every_row_or_of_one_for_all():
+    model = build("gemma")
+    inputs = make_inputs(model.config, prefix=[5, 5, 5])
+    S = inputs["input_ids"].shape[1]
+    for_all = torch.arange(1, S + 1)[None]
+    assert torch.equal(model(**inputs, position_ids=for_all).logits, model(**inputs).logits)
+    cache = KVCache(model.config.text_config, 3, S)
+    message = rf"position_ids has shape \[2, {S}\], expected \[3, {S}\], or one row for all"
+    refused(message, model, inputs, position_ids=for_all.expand(2, S), cache=cache)
+    assert cache.used == 0
+
+
+@torch.no_grad()
+def test_a_shape_that_does_not_fit_is_compared_with_what_was_given():
+    model = build("gemma")
+    embeds = torch.zeros(1, 5, model.config.text_config.hidden_size)
+    for field in ("attention_mask", "token_type_ids", "labels"):
+        message = rf"{field} has shape \[1, 4\], inputs_embeds \[1, 5\]"
+        refused(message, model, {"inputs_embeds": embeds}, **{field: torch.ones(1, 4, dtype=torch.int64)})
+
+
+@torch.no_grad()
 def test_a_cache_of_another_dtype_is_refused():
     model = build("gemma").bfloat16()
     inputs = make_inputs(model.config, prefix=[3])

@@ -768,7 +768,7 @@ def test_an_official_preprocessor_config(tmp_path):
         ('{"size": 224, "image_mean": [0.48, 0.45, 0.40]}', "image_mean"),
         ('{"size": 224, "do_resize": false}', "do_resize is False"),
         ('{"size": 224, "rescale_factor": 1}', "rescale_factor is 1"),
-        ('{"size": 224, "image_seq_length": "many"}', "num_image_tokens is 'many'"),
+        ('{"size": 224, "image_seq_length": "many"}', "preprocessor_config.json: image_seq_length is 'many'"),
     ],
 )
 def test_preprocessor_configs_that_mean_something_else(tmp_path, content, words):
@@ -788,7 +788,11 @@ def test_preprocessor_configs_that_mean_something_else(tmp_path, content, words)
         ("preprocessor_config.json", {"size": 0}, "size of the images is 0"),
         ("preprocessor_config.json", {"size": True}, "size of the images is True"),
         ("preprocessor_config.json", {"size": 2**40}, "size of the images is 1099511627776"),
-        ("preprocessor_config.json", {"size": 28, "image_seq_length": [4]}, r"num_image_tokens is \[4\]"),
+        (
+            "preprocessor_config.json",
+            {"size": 28, "image_seq_length": [4]},
+            r"preprocessor_config\.json: image_seq_length is \[4\]",
+        ),
         ("processor_config.json", {"image_processor": "x"}, r"processor_config\.json: image_processor is 'x'"),
         ("processor_config.json", {"image_processor": [1, 2]}, "expected an object"),
         ("config.json", {"vision_config": "x"}, r"config\.json: vision_config is 'x', expected an object"),
@@ -803,6 +807,15 @@ def test_hostile_settings_are_refused_by_their_key(tmp_path, name, content, word
     with pytest.raises(ValueError, match=words) as caught:
         PaliGemmaProcessor.from_pretrained(tmp_path)
     assert len(str(caught.value)) < 400
+
+
+def test_the_number_of_image_tokens_follows_from_the_sizes_of_image_and_patch(tmp_path):
+    build_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"image_size": 160, "patch_size": 16}}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 160, "image_seq_length": 7}))
+    message = r"preprocessor_config\.json: image_seq_length is 7, expected the number of patches: 100 at 160 pixels"
+    with pytest.raises(ValueError, match=message):
+        PaliGemmaProcessor.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_any_settings(tmp_path):

@@ -27,6 +27,19 @@ def test_what_comes_after_a_prefix_can_be_forgotten():
         cache.rewind(used + 2)
 
 
+@torch.inference_mode()
+def test_a_row_that_paused_gives_back_only_what_it_was_fed():
+    model = PaliGemmaForConditionalGeneration(tiny_config("gemma2", sliding_window=4)).eval()
+    randomize(model)
+    _, cache = prefill(model, make_inputs(model.config, [5, 2]), 4)
+    lengths, tokens = cache.lengths.tolist(), torch.tensor([7, 8])
+    first = decode_one_token(model, tokens, cache)
+    model(torch.tensor([[9], [0]]), cache=cache, attention_mask=torch.tensor([[1], [0]]))  # padding in row 1
+    cache.rewind(2)
+    assert cache.lengths.tolist() == lengths
+    assert_close(decode_one_token(model, tokens, cache), first, rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_a_model_without_an_embedding_reads_vectors():
     config = tiny_config("gemma").text_config

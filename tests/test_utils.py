@@ -17,6 +17,7 @@ from paligemma.tokenizer import load_tokenizer
 from paligemma.utils import load_hf_model, stored_dtype
 from paligemma.weights.converting import convert
 from paligemma.weights.finding import resolve
+from paligemma.weights.opening import open_checkpoint
 from paligemma.weights.saving import save_pretrained
 
 
@@ -51,6 +52,19 @@ def test_a_folder_a_file_and_an_npz_are_the_same_model(folder, tmp_path):
         assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
         expected = logits_of(model) if expected is None else expected
         assert torch.equal(logits_of(model), expected)
+
+
+def test_a_checkpoint_is_opened_once(folder, monkeypatch):
+    """Opening checks every tensor, and compares whole matrices where the head is stored beside the embedding."""
+    opened = []
+
+    def watched(*given):
+        opened.append(given)
+        return open_checkpoint(*given)
+
+    monkeypatch.setattr(paligemma.weights.finding, "open_checkpoint", watched)
+    paligemma.load(folder, device="cpu")
+    assert len(opened) == 1
 
 
 def test_tiny_is_the_model_in_the_package(folder, monkeypatch, tmp_path):

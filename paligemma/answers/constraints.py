@@ -22,16 +22,22 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from paligemma.modeling_gemma import PaliGemmaConfig
 
-# Constraint(generated, remaining) -> int64 [n], the sorted ids that may come next (never empty), or None for any.
+# Constraint(generated, remaining) -> int64 [n], the ids that may come next (never empty), or None for any. They are
+# best given in ascending order, each once: others are sorted at every step.
 # generated: what the row has produced so far. remaining: tokens left in the budget; eos counts as one. A pure function
 # of the two, since beams fork and rows leave.
 Constraint = Callable[[Sequence[int], int], "Tensor | None"]
 
 NO_END = 2**31  # `remaining` of a budget that never ends
+
+# Tensors of ids that were found to be in order. Our grammars give the same few again and again, and to look through a
+# quarter of a million ids (a label of any text) at every step would take as long as the rest of the constraint.
+_SORTED = WeakTensorKeyDictionary()
 
 
 def never_produced(config: PaliGemmaConfig, num_tokens: int | None, suppress_tokens: Sequence[int] | None) -> Tensor:
@@ -65,10 +71,15 @@ def one_per_row(given: Constraint | Sequence[Constraint | None] | None, rows: in
 def allowed_ids(
     constraints: Sequence[Constraint | None], generated: Sequence[Sequence[int]], remaining: int, vocab_size: int
 ) -> list[Tensor | None]:
-    """What each row's constraint allows next, None for anything. Raises ValueError for ids that do not exist."""
+    """What each row's constraint allows next, sorted; None for anything. ValueError for ids that do not exist."""
     allowed: list[Tensor | None] = []
     for row, constraint in enumerate(constraints):
         ids = constraint(generated[row], remaining) if constraint else None
+        if ids is not None and ids not in _SORTED:
+            if bool((ids[1:] > ids[:-1]).all()):
+                _SORTED[ids] = True
+            else:
+                ids = torch.unique(ids)
         if ids is not None and ids.numel() and (int(ids[0]) < 0 or int(ids[-1]) >= vocab_size):
             raise ValueError(f"a constraint allows ids {int(ids[0])} to {int(ids[-1])}, the model has {vocab_size}")
         allowed.append(ids)
@@ -125,9 +136,12 @@ def masked_logits(logits: Tensor, never: Tensor, allowed: Sequence[Tensor | None
     return scores
 
 
-def nothing_allowed(generated: Sequence[int], remaining: int) -> ValueError:
+class NothingAllowed(ValueError):
     """What a row ends with whose constraint leaves nothing that may be produced."""
-    return ValueError(
+
+
+def nothing_allowed(generated: Sequence[int], remaining: int) -> NothingAllowed:
+    return NothingAllowed(
         f"a constraint allows nothing that may be produced after {list(generated)}, with {remaining} left in the "
         "budget: it must always leave a token, at the end eos"
     )

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paligemma.answers.constraints import Constraint
+from paligemma.answers.constraints import Constraint, NothingAllowed
 from paligemma.answers.parsing import NUM_LOC
 from paligemma.batch.drawings import copy_drawing, draw_answer
 from paligemma.batch.pictures import bytes_of, open_picture, places_of
 from paligemma.batch.rows import InputRow, Line, RowFailure, answered, failed, name_of
 from paligemma.batch.settings import Settings
 from paligemma.engine import Engine, Request, Ticket
-from paligemma.generation import Options, check_length
+from paligemma.generation import Options, TooLong, check_length
 from paligemma.images import preprocess
 from paligemma.tasks import asks_for_items, budget_of, task_of
 
@@ -228,7 +228,7 @@ class AnswerRows:
             try:
                 yield one, engine.admit(replace(request, image_features=features))
             except ValueError as error:
-                yield one, failed(one.row, "prompt_too_long", message_of(error))
+                yield one, failed(one.row, kind_of(error), message_of(error))
 
     def encoded(self, rows: Sequence[Opened]) -> list[torch.Tensor | Exception | None]:
         """The features of each row's pictures [n, P, D], None for a row without, or why they cannot be had. All are
@@ -250,17 +250,14 @@ class AnswerRows:
         return [part if len(part) else None for part in parts]
 
     def request(self, one: Opened) -> Request:
-        """The row as the engine takes it, without its pictures. RowFailure where prompt or budget do not do."""
+        """The row as the engine takes it, without its pictures. RowFailure or TooLong where it cannot be answered."""
         prompt = one.row.prompt
         options = self.options(one.row)
         try:
             inputs = self.pg.processor.lay_out([prompt], [len(one.pixels)])
         except ValueError as error:
             raise RowFailure("internal", message_of(error)) from None
-        try:
-            check_length(self.pg.model.config, inputs["attention_mask"], options.max_new_tokens)
-        except ValueError as error:
-            raise RowFailure("prompt_too_long", message_of(error)) from None
+        check_length(self.pg.model.config, inputs["attention_mask"], options.max_new_tokens)
         return Request(inputs["input_ids"][0], None, options, self.constraint(one.row))
 
     def options(self, row: InputRow) -> Options:
@@ -358,7 +355,9 @@ def kind_of(error: BaseException) -> str:
         return error.kind
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out_of_memory"
-    return "constraint" if isinstance(error, ValueError) else "internal"
+    if isinstance(error, TooLong):
+        return "prompt_too_long"
+    return "constraint" if isinstance(error, NothingAllowed) else "internal"
 
 
 def message_of(error: BaseException) -> str:

@@ -24,8 +24,7 @@ from paligemma.export.graphs import GRAPHS, quietly
 from paligemma.export.storing import SUFFIXES, store
 from paligemma.files import new_folder_written_whole, write_json
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tokenizer import load_tokenizer
-from paligemma.weights.finding import open_model, resolve
+from paligemma.weights.finding import open_model, resolve, tokenizer_in
 from paligemma.weights.opening import Checkpoint
 from paligemma.weights.saving import copy_companions
 
@@ -85,7 +84,7 @@ def _write_processor(checkpoint: Checkpoint, folders: Sequence[Path], staging: P
     copy_companions(folders, staging)
     if not all((staging / name).exists() for name in ("tokenizer.json", "preprocessor_config.json")):
         vision = checkpoint.config.vision_config
-        tokenizer = load_tokenizer(next(folder for folder in folders if any(folder.glob("*tokenizer*"))))
+        tokenizer = tokenizer_in(folders)
         PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(staging)
 
 

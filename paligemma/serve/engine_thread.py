@@ -25,7 +25,7 @@ import torch
 
 from paligemma.answers.parsing import NUM_LOC
 from paligemma.engine import Engine, Request, Ticket
-from paligemma.generation import Generated, Options
+from paligemma.generation import Generated, Options, TooLong
 from paligemma.inference import PaliGemma
 from paligemma.serve.errors import ApiError, invalid, unavailable
 from paligemma.serve.metrics import Metrics
@@ -316,7 +316,7 @@ class EngineThread:
         )
         try:
             return self.engine.admit(Request(row.ids, torch.stack(features), options, row.constraint))
-        except ValueError as error:  # its keys and values would not fit into the whole cache
+        except TooLong as error:  # its keys and values would not fit into the whole cache
             raise invalid("max_tokens", str(error)) from None
 
     def _step(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from paligemma.answers.constraints import Constraint
 from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
-from paligemma.generation import check_length
+from paligemma.generation import TooLong, check_length
 from paligemma.inference import PaliGemma
 from paligemma.serve.errors import ApiError, invalid, shown
 from paligemma.serve.pictures import Picture, Source
@@ -112,7 +112,7 @@ def lay_out(pg: PaliGemma, ask: Ask, room: int | None = None) -> Row:
     inputs = pg.processor.lay_out([ask.prompt], [len(ask.sources)])
     try:
         check_length(pg.model.config, inputs["attention_mask"], ask.max_new_tokens)
-    except ValueError as error:
+    except TooLong as error:
         raise invalid(ask.param("prompt"), str(error), "prompt_too_long") from None
     length = int(inputs["attention_mask"].sum())
     if room is not None and length + ask.max_new_tokens > room:

@@ -125,7 +125,18 @@ class TrainConfig:
             raise ValueError(f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.steps < 1 or self.accumulate < 1:
             raise ValueError(f"steps and accumulate must be at least 1, got {self.steps} and {self.accumulate}")
-        if self.minutes is not None and self.minutes <= 0:  # the share of it that is spent would never reach 1
+        # Comparisons are written so that NaN is refused: with it every comparison is false.
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr:g}, expected a number above 0")
+        if not 0 < self.vision_lr <= 1:
+            raise ValueError(f"vision_lr is {self.vision_lr:g}, expected a share in (0, 1]")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema:g}, expected a share in [0, 1)")
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip:g}, expected a number above 0 (infinity: gradients are not clipped)")
+        if self.log_every < 1:
+            raise ValueError(f"log_every is {self.log_every}, expected at least 1")
+        if self.minutes is not None and not self.minutes > 0:  # the share of it that is spent would never reach 1
             raise ValueError(f"minutes must be more than 0, got {self.minutes:g}")
 
 

@@ -16,13 +16,12 @@ from paligemma.data.rows import Rows
 from paligemma.devices import pick_device
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tokenizer import TOKENIZERS, load_tokenizer
 from paligemma.train.checks import check_model
 from paligemma.train.options import TrainOptions
 from paligemma.train.plan import Plan, estimate
 from paligemma.train.setup import compute_dtype_of, max_length_of, rows_of
 from paligemma.weights.adapters import is_adapter, open_settings
-from paligemma.weights.finding import find_base, first_with, resolve
+from paligemma.weights.finding import find_base, resolve, tokenizer_in
 from paligemma.weights.loading import config_at_image_size, default_dtype, parse_dtype
 from paligemma.weights.opening import open_checkpoint
 
@@ -47,7 +46,7 @@ def plan_of(options: TrainOptions) -> Plan:
     compute_dtype = compute_dtype_of(options, dtype, device)
     rows = rows_of(options, options.training_data)
     vision = config.vision_config
-    tokenizer = load_tokenizer(first_with(folders, *TOKENIZERS) or folders[-1])
+    tokenizer = tokenizer_in(folders)
     processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
     return estimate(
         config,

@@ -129,7 +129,8 @@ def nothing() -> Batch:
 
 def _with_the_vision_tower(read: Callable[..., Tensor], model: Any, *inputs: Any, **named: Any) -> Tensor:
     """`model.read`, which also runs the vision tower where the batch has no pictures: on a black one, times 0."""
-    if not model.training or len(inputs) > 1 or named.get("pixel_values") is not None:
+    pixel_values = inputs[1] if len(inputs) > 1 else named.get("pixel_values")
+    if not model.training or pixel_values is not None:
         return read(*inputs, **named)
     side = model.config.vision_config.image_size
     nothing = 0 * model.encode_image(torch.zeros(1, 3, side, side, device=model.device)).sum()  # first, as elsewhere

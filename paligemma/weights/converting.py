@@ -15,10 +15,10 @@ from torch import Tensor
 
 from paligemma.arguments import check_path
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tokenizer import TOKENIZERS, load_tokenizer
+from paligemma.tokenizer import TOKENIZERS
 from paligemma.weights.adapters import CONFIG, is_adapter
 from paligemma.weights.expected import expected_shapes
-from paligemma.weights.finding import open_model, resolve
+from paligemma.weights.finding import open_model, resolve, tokenizer_in
 from paligemma.weights.loading import cast, parse_dtype
 from paligemma.weights.opening import Checkpoint, open_checkpoint
 from paligemma.weights.saving import (
@@ -81,7 +81,7 @@ def convert(
         if format == "safetensors" and bare:
             # big_vision's checkpoints come without the files that transformers reads a processor from.
             vision = checkpoint.config.vision_config
-            tokenizer = load_tokenizer(checkpoint.folder)
+            tokenizer = tokenizer_in(folders)
             PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(staging)
         check_nothing_lost(staging, folder)  # before gigabytes are written
         if format == "npz":

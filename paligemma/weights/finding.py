@@ -8,10 +8,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from paligemma.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from paligemma.weights.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
 from paligemma.weights.extra import NO_EXTRA, Extra
 from paligemma.weights.loading import parse_dtype
@@ -183,6 +185,11 @@ def find_base(adapter: Adapter, dtype: torch.dtype | str | None = None, weights:
     return base
 
 
-def first_with(folders: list[Path], *names: str) -> Path | None:
+def first_with(folders: Sequence[Path], *names: str) -> Path | None:
     """The first folder that has a file of one of these names."""
     return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
+
+
+def tokenizer_in(folders: Sequence[Path]) -> Tokenizer:
+    """The tokenizer of the first folder that has one. Raises as `load_tokenizer` does."""
+    return load_tokenizer(first_with(folders, *TOKENIZERS) or folders[-1])

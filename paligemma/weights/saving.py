@@ -24,6 +24,7 @@ from paligemma.answers.scores import CALIBRATION_FILE
 from paligemma.arguments import check_model, check_path
 from paligemma.files import staging_folder, write_json
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.tokenizer import TOKENIZERS
 from paligemma.weights.expected import check_tensors, expected_shapes
 from paligemma.weights.extra import shapes_to_save
 from paligemma.weights.opening import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS
@@ -158,9 +159,12 @@ def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
 
 def copy_companions(folders: Sequence[Path], staging: Path) -> None:
     """Takes tokenizer and the like along, of the first folder that has a file."""
+    # An adapter's tokenizer.model beside its base's tokenizer.json would not be read any more.
+    of_tokenizer = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZERS)][:1]
     for name in COMPANIONS:
-        # A calibration is of the weights it lies beside: that of an adapter's base is of others.
-        where = folders[:1] if name == CALIBRATION_FILE else folders
+        where = of_tokenizer if name in TOKENIZERS else folders
+        if name == CALIBRATION_FILE:
+            where = folders[:1]  # it is of the weights it lies beside: that of an adapter's base is of others
         if found := next((folder / name for folder in where if (folder / name).is_file()), None):
             shutil.copyfile(found, staging / name)
 

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from make_tokenizer import build_tokenizer
 
 from paligemma.answers.parsing import parse_tokens
-from paligemma.answers.scores import CALIBRATION_FILE, IDENTITY, Calibration, Distribution, chance_of_overlap, fit
+from paligemma.answers.scores import (
+    CALIBRATION_FILE,
+    IDENTITY,
+    LEAST,
+    Calibration,
+    Distribution,
+    chance_of_overlap,
+    fit,
+)
 from paligemma.evaluate.regions import box_iou
 from paligemma.generation import NOT_WATCHED
 from paligemma.tokenizer import load_tokenizer
@@ -106,6 +114,17 @@ def test_the_fit_finds_the_map_that_made_the_data():
     true = Calibration(boxes=(-0.7, 0.6))
     right = rng.random(len(p)) < [true(value) for value in p]
     assert fit(p, right) == pytest.approx((-0.7, 0.6), abs=0.06)
+
+
+def test_certainties_far_apart_are_fitted_where_whole_steps_would_overshoot():
+    """The map of two certainties goes through both: there, its log-odds are those of the mean target."""
+    right = [False, False, True] + [True] * 3
+    wrong_target, right_target = 1 / 4, 5 / 6  # Platt's, of 2 wrong and 4 right items
+    unsure, sure = (math.log(q / (1 - q)) for q in ((2 * wrong_target + right_target) / 3, right_target))
+    apart = math.log((1 - LEAST) / LEAST)  # the log-odds of 0 and 1 are minus and plus this
+    expected = (unsure + sure) / 2, (sure - unsure) / (2 * apart)
+    assert expected == pytest.approx((0.6931, 0.1327), abs=1e-4)
+    assert fit([1e-9] * 3 + [1.0] * 3, right) == pytest.approx(expected, rel=1e-4)
 
 
 def test_scores_without_any_meaning_are_refused():

@@ -13,6 +13,7 @@ from PIL import Image
 from standins import line_of
 
 import paligemma
+from paligemma.answers.constraints import nothing_allowed
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.batch.answering import AnswerRows, ahead, kind_of, seed_of
 from paligemma.batch.drawings import drawing_path
@@ -21,6 +22,7 @@ from paligemma.batch.row_files import list_rows
 from paligemma.batch.rows import KINDS, InputRow, RowFailure, mask_of
 from paligemma.batch.settings import Settings
 from paligemma.engine import Engine
+from paligemma.generation import TooLong
 
 SCENE = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "scene.png")
 
@@ -263,9 +265,27 @@ def test_pictures_that_cannot_be_encoded_together_are_encoded_in_halves(pg, monk
     assert [line["error"] for line in lines.values()] == [None] * 3
 
 
+def test_what_the_engine_refuses_is_no_matter_of_length_unless_it_says_so(pg, monkeypatch):
+    refusals = iter([ValueError("row 0 already ends in eos"), TooLong("the prompt has 9 tokens")])
+    admit = Engine.admit
+
+    def refuse_two(engine, request, listener=None):
+        if error := next(refusals, None):
+            raise error
+        return admit(engine, request, listener)
+
+    monkeypatch.setattr(Engine, "admit", refuse_two)
+    lines = answers(pg, [InputRow(name, SCENE, "caption en") for name in "abc"])
+    assert lines["a"]["error"] == {"kind": "internal", "message": "row 0 already ends in eos"}
+    assert lines["b"]["error"] == {"kind": "prompt_too_long", "message": "the prompt has 9 tokens"}
+    assert lines["c"]["error"] is None and lines["c"]["text"]
+
+
 def test_kinds_of_errors():
     assert kind_of(RuntimeError("DefaultCPUAllocator: can't allocate memory")) == "out_of_memory"
-    assert kind_of(ValueError("no token is allowed")) == "constraint"
+    assert kind_of(nothing_allowed([], 3)) == "constraint"
+    assert kind_of(TooLong("the prompt has 9 tokens")) == "prompt_too_long"
+    assert kind_of(ValueError("some shape does not fit")) == "internal"
     assert kind_of(FloatingPointError("not finite")) == "internal"
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,18 @@ def test_codes_of_masks_are_decoded_by_the_codec_of_the_checkpoint(tmp_path, mon
     monkeypatch.setattr(runtime, "ExportedModel", lambda *_: pg.model)
     codec, codes = load_exported(tmp_path).loaded_codec, torch.arange(16)[None]
     assert torch.equal(codec.decode(codes), pg.codec.decode(codes))
+
+
+def test_the_tokenizer_is_that_of_the_first_folder_that_has_one(tmp_path):
+    """An adapter may lie beside the settings of a tokenizer alone."""
+    adapter, base, out = (tmp_path / name for name in ("adapter", "base", "out"))
+    for folder in (adapter, base, out):
+        folder.mkdir()
+    shutil.copyfile(TINY / "tokenizer_config.json", adapter / "tokenizer_config.json")
+    shutil.copyfile(TINY / "tokenizer.json", base / "tokenizer.json")
+    exporting._write_processor(open_model(TINY)[0], [adapter, base], out)
+    processor = PaliGemmaProcessor.from_pretrained(out)
+    assert processor.tokenizer.encode("a red circle") == load_tokenizer(TINY).encode("a red circle")
 
 
 def test_a_check_finds_logits_that_are_no_numbers(monkeypatch):

@@ -69,3 +69,11 @@ def test_outliers_are_carried_apart():
     assert ((whole - x).abs() <= 0.5001 * scale).all()
     assert scale.max() < 5 / 127  # that of the ordinary numbers
     torch.testing.assert_close(whole[1, [7, 300]], x[1, [7, 300]])  # and not rounded at all
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_token_that_holds_no_number_gets_no_scale_and_harms_no_other(value):
+    x = torch.randn(2, 64)
+    x[1, 5] = value
+    _, scale, _ = round_activations(x)
+    assert scale[0].isfinite() and scale[1].isnan()

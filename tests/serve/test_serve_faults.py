@@ -61,6 +61,18 @@ def test_a_dead_end_of_a_constraint_ends_its_row_alone(pg, monkeypatch):
         assert ask(client, "detect book").status_code == 200
 
 
+def test_what_the_engine_refuses_for_another_reason_than_length_is_no_fault_of_max_tokens(pg, monkeypatch):
+    def refuse(engine, request, listener=None):
+        raise ValueError("input_ids has 4 <image> tokens for 8 image features")
+
+    with running(pg) as server, server.client() as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine_module.Engine, "admit", refuse)
+            reply = ask(client, "caption en")
+            assert error_of(reply)[:2] == (500, "row_failed") and "for 8 image features" in reply.text
+        assert ask(client, "caption en").status_code == 200
+
+
 def test_an_exception_in_a_step_fails_the_rows_of_that_step(pg, monkeypatch):
     """The next ones start afresh."""
     decode, failing = engine_module.Engine._decode, threading.Event()

@@ -172,6 +172,24 @@ def test_losses_gradients_and_averages_are_those_of_the_whole_model(processor, t
     assert_same_weights(sharded, whole)
 
 
+@pytest.mark.parametrize("by_place", [False, True])
+def test_a_batch_without_a_picture_takes_part_in_the_vision_tower_whoever_reads_it(processor, by_place):
+    """A loss of one's own may call `model(...)`. Without the black picture, other processes would wait for ever."""
+
+    def run(rank: int) -> None:
+        model = sharding.shard(make_model(processor)).train()
+        seen: list[Any] = []
+        model.vision_tower.register_forward_hook(lambda module, args, output: seen.append(args))
+        batch = processor(["caption en"], None, suffix=["a"])
+        if by_place:
+            model.read(batch["input_ids"], None, batch["attention_mask"], batch["token_type_ids"])
+        else:
+            model(**batch)
+        assert len(seen) == 1
+
+    in_processes(2, run)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_process_without_rows_waits_for_the_others(processor, tmp_path, size):
     """Not sharded: of 1 row one process gets none, so it has no figures of its own; and no pictures come for a while,

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from make_tokenizer import build_tokenizer
+from make_tokenizer import build_sentencepiece, build_tokenizer
 from reference import make_inputs, make_theirs, randomize, tiny_config
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -315,6 +315,27 @@ def test_a_merged_adapter_is_a_checkpoint_like_any_other(base, processor, tmp_pa
     published = set(open_checkpoint(base).tensors)
     assert set(load_file(tmp_path / "whole" / "model.safetensors")) == published
     assert (tmp_path / "whole" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("base_has_one", [False, True])
+def test_the_tokenizer_of_a_merged_adapter_is_the_one_beside_it(gemma, base_has_one, tmp_path):
+    """Here a sentencepiece model, as of big_vision. A file of the base in another format does not take its place."""
+    pytest.importorskip("sentencepiece")
+    tokenizer = load_tokenizer(build_sentencepiece(tmp_path / "adapter"))
+    vocabulary = 64 * math.ceil(len(tokenizer) / 64)
+    model = PaliGemmaForConditionalGeneration(
+        tiny_config("gemma", vocab_size=vocabulary, image_token_index=tokenizer.image_token_id)
+    )
+    save_pretrained(model, tmp_path / "base")
+    save_adapter(with_lora(tmp_path / "base"), tmp_path / "adapter", tmp_path / "base")
+    if base_has_one:
+        for name in ("tokenizer.json", "preprocessor_config.json"):
+            shutil.copyfile(gemma / name, tmp_path / "base" / name)
+    assert load_hf_model(tmp_path / "adapter")[1].encode(" dog") == tokenizer.encode(" dog")
+    merge(tmp_path / "adapter", tmp_path / "whole")
+    merged = load_tokenizer(tmp_path / "whole")
+    assert merged.encode(" dog ; cat") == tokenizer.encode(" dog ; cat") and len(merged) == len(tokenizer)
+    assert {"tokenizer.json", "preprocessor_config.json"} <= {path.name for path in (tmp_path / "whole").iterdir()}
 
 
 def test_merging_into_another_dtype(gemma, tmp_path):
