@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from paligemma.attention_mask import prefix_lm_mask
-from paligemma.explore.watching import Look
+from paligemma.explore.watching import Look, evaluating, numbers_of
 from paligemma.images import preprocess
 from paligemma.modeling_gemma import GemmaAttention, apply_rotary, rotary_tables
 
@@ -65,7 +65,7 @@ class Attention:
         groups = [
             look.image_columns,
             torch.tensor([look.first_text]),
-            torch.arange(look.first_text + 1, look.first_answer - 1),
+            look.prompt_columns,
             torch.tensor([look.first_answer - 1]),
             torch.arange(look.first_answer, S),
         ]
@@ -80,10 +80,7 @@ def columns_of(look: Look, queries: str | Sequence[int]) -> Tensor:
             raise ValueError(f"queries is {queries!r}, expected 'text', 'answer', 'all' or a list of columns")
         first, end = {"text": (look.first_text, S), "answer": (look.first_answer - 1, S - 1), "all": (0, S)}[queries]
         return torch.arange(first, end)
-    columns = torch.tensor(list(queries), dtype=torch.int64)
-    if strange := [column for column in columns.tolist() if not 0 <= column < S]:
-        raise ValueError(f"queries has column {strange[0]}, expected columns from 0 to {S - 1}")
-    return columns
+    return torch.tensor(numbers_of(queries, S, "queries has column", "columns"), dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -105,10 +102,11 @@ def attention(look: Look, queries: str | Sequence[int] = "answer") -> Attention:
     places = torch.arange(S, device=model.device)[None] + text.position_offset
     cos, sin = rotary_tables(places, text.head_dim, text.rope_theta, model.dtype)
     weights = torch.empty(text.num_hidden_layers, text.num_attention_heads, len(columns), S)
-    for index, layer in enumerate(layers):
-        x = layer.input_layernorm(look.hidden_states[index][None].to(model.device, model.dtype))  # [1, S, D]
-        mask = prefix_lm_mask(types, valid, text.window(index))[0, 0, columns]  # [Q, S]
-        weights[index] = _weights(layer.self_attn, x, columns.to(model.device), mask, cos, sin)
+    with evaluating(model):
+        for index, layer in enumerate(layers):
+            x = layer.input_layernorm(look.hidden_states[index][None].to(model.device, model.dtype))  # [1, S, D]
+            mask = prefix_lm_mask(types, valid, text.window(index))[0, 0, columns]  # [Q, S]
+            weights[index] = _weights(layer.self_attn, x, columns.to(model.device), mask, cos, sin)
     return Attention(look, weights, columns)
 
 
@@ -152,9 +150,10 @@ def vision_attention(look: Look, patches: Sequence[int]) -> VisionAttention:
     patches: numbers over all images, all of one image. Raises ValueError for others, and where the weights would take
     more than half a gigabyte, naming how much.
     """
-    numbers, P = torch.tensor(list(patches), dtype=torch.int64), look.grid**2
-    if not len(numbers) or not (int(numbers.min()) >= 0 and int(numbers.max()) < look.images * P):
-        raise ValueError(f"patches is {list(patches)}, expected numbers from 0 to {look.images * P - 1}")
+    P = look.grid**2
+    numbers = torch.tensor(numbers_of(patches, look.images * P, "patches has"), dtype=torch.int64)
+    if not len(numbers):
+        raise ValueError(f"patches is empty, expected numbers from 0 to {look.images * P - 1}")
     image = int(numbers[0]) // P
     if (numbers // P != image).any():
         raise ValueError(f"patches is {list(patches)}: they are of several images, which do not see each other")

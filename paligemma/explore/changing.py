@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from paligemma.answers.parsing import NUM_LOC
 from paligemma.answers.results import Answer
 from paligemma.engine import generate
-from paligemma.explore.watching import ROWS_AT_ONCE, Look, logprobs_of_answer, run
+from paligemma.explore.watching import ROWS_AT_ONCE, Look, evaluating, logprobs_of_answer, numbers_of, run
 from paligemma.images import preprocess
 from paligemma.tasks import budget_of
 
@@ -90,26 +90,26 @@ def without(look: Look, patches: Sequence[int], fill: str = "background", where:
     """
     if where not in ("features", "pixels"):
         raise ValueError(f"where is {where!r}, expected 'features' or 'pixels'")
-    gone = torch.tensor(list(patches), dtype=torch.int64)
     P = look.grid**2
-    if len(gone) and not (int(gone.min()) >= 0 and int(gone.max()) < look.images * P):
-        raise ValueError(f"patches is {list(patches)}, expected numbers from 0 to {look.images * P - 1}")
+    gone = torch.tensor(numbers_of(patches, look.images * P, "patches has"), dtype=torch.int64)
     model, tokenizer = look.pg.model, look.pg.processor.tokenizer
     if where == "features":
         changed = _filled(look, gone, fill, background_patches(look)).unflatten(0, (look.images, P))
     else:
-        changed = model.encode_image(_filled_pixels(look, gone, fill).to(model.device))
+        with evaluating(model):
+            changed = model.encode_image(_filled_pixels(look, gone, fill).to(model.device))
     # Not by `pg.generate`: a picture that the row shows twice is encoded once there, and here the two may differ.
     inputs = look.pg.processor.lay_out([look.prompt], [look.images])
     inputs["image_features"] = changed.to(model.device, model.dtype)  # [n, P, D]
-    (written,) = generate(
-        model,
-        inputs,
-        budget_of(look.prompt),
-        constraint=look.pg.grammar(look.prompt),
-        watch=(tokenizer.first_loc_id, NUM_LOC),
-        num_tokens=len(tokenizer),
-    )
+    with evaluating(model):
+        (written,) = generate(
+            model,
+            inputs,
+            budget_of(look.prompt),
+            constraint=look.pg.grammar(look.prompt),
+            watch=(tokenizer.first_loc_id, NUM_LOC),
+            num_tokens=len(tokenizer),
+        )
     return look.pg.to_answer(written, look.pictures[0].size, look.picture, look.pg.loaded_codec)
 
 
@@ -212,12 +212,9 @@ def cut(look: Look, queries: Sequence[int], keys: Sequence[int], layers: Sequenc
     be left without any key.
     """
     S, L = len(look.input_ids), look.num_layers
-    for name, given, end in (("queries", queries, S), ("keys", keys, S), ("layers", layers, L)):
-        if strange := [number for number in given if not 0 <= number < end]:
-            raise ValueError(f"{name} has {strange[0]}, expected numbers from 0 to {end - 1}")
-    edges = edges_between(look, queries, keys)
-    change = cutting(edges)
-    hidden = run(look, layers=dict.fromkeys(layers, change))
+    queries, keys = numbers_of(queries, S, "queries has"), numbers_of(keys, S, "keys has")
+    change = cutting(edges_between(look, queries, keys))
+    hidden = run(look, layers=dict.fromkeys(numbers_of(layers, L, "layers has"), change))
     logprobs = logprobs_of_answer(look, hidden)[0]
     return Cut(logprobs, look.logprobs - logprobs)
 

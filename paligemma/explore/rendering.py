@@ -16,6 +16,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from paligemma.explore.attending import attention
 from paligemma.explore.changing import knock_out as knock_out_patches
 from paligemma.explore.reading import lens, locations
 from paligemma.explore.stages import Stage, duration, flow
-from paligemma.explore.tracing import patch
+from paligemma.explore.tracing import check_same_prompt, patch
 from paligemma.explore.tracing import routes as routes_of
-from paligemma.explore.watching import Look, look
+from paligemma.explore.watching import Look
 from paligemma.files import write_text
 
 HERE = Path(__file__).parent
@@ -164,24 +165,43 @@ def _add_routes(look: Look, meta: dict[str, Any], arrays: Arrays, window: int, m
 
 def _add_comparison(a: Look, b: Look, meta: dict[str, Any], arrays: Arrays) -> None:
     """Hidden states of a put into b, at the first answer token in which they differ."""
+    check_same_prompt(a, b)
     ids_a, ids_b = a.answer_ids.tolist(), b.answer_ids.tolist()
     differs = [token for token, (one, other) in enumerate(zip(ids_a, ids_b)) if one != other]
     if not differs:
         same = a.answer == b.answer
         said = f"both {a.answer!r}" if same else f"{a.answer!r} and {b.answer!r}, one the beginning of the other"
         raise ValueError(f"the pictures are answered {said}: there is no word in which they differ")
-    token, decode = differs[0], a.pg.processor.tokenizer.decode
-    picture_a: Any = a.picture
-    picture_b: Any = b.picture
-    cut_a = look(a.pg, picture_a, a.prompt, decode(ids_a[: token + 1]))
-    cut_b = look(b.pg, picture_b, b.prompt, decode(ids_b[: token + 1]))
-    found = patch(cut_a, cut_b, token, patches=True)
+    token = differs[0]
+    found = patch(_up_to(a, token), _up_to(b, token), token, patches=True)
     assert found.per_patch is not None
-    one, other = cut_a.tokens[-1], cut_b.tokens[-1]
+    one, other = _piece(a, token), _piece(b, token)
     said = f"This picture says {one!r}, the other {other!r}: how much of {one!r} comes back in the other one"
     meta["compare"] = {"names": found.names, "said": said + "."}
     arrays["restored"] = found.restored.numpy()
     arrays["per_patch"] = found.per_patch.numpy()
+
+
+def _up_to(look: Look, token: int) -> Look:
+    """The look, of an answer that ends with this token. What stands before a token does not depend on what follows."""
+    end = look.first_answer + token + 1
+    return replace(
+        look,
+        answer=look.pg.processor.tokenizer.decode(look.answer_ids[: token + 1].tolist()),
+        input_ids=look.input_ids[:end],
+        token_type_ids=look.token_type_ids[:end],
+        tokens=look.tokens[:end],
+        hidden_states=[state[:end] for state in look.hidden_states],
+        logprobs=look.logprobs[: token + 1],
+    )
+
+
+def _piece(look: Look, token: int) -> str:
+    """The text of an answer token. Of a byte, which is no text by itself, its name in the vocabulary: "<0xE6>"."""
+    text = look.tokens[look.first_answer + token]
+    if text != "\N{REPLACEMENT CHARACTER}":
+        return text
+    return look.pg.processor.tokenizer.backend.id_to_token(int(look.answer_ids[token])) or text
 
 
 def _keys(weights: Tensor, look: Look, pool: int) -> Tensor:
@@ -196,10 +216,11 @@ def _keys(weights: Tensor, look: Look, pool: int) -> Tensor:
 
 def _best_heads(weights: Tensor, look: Look) -> list[int]:
     """Those whose share on the picture varies most over layers and tokens."""
-    share = weights[..., look.image_columns].sum(-1)  # [L, H, A]
-    return (
-        share.transpose(0, 1).flatten(1).std(-1).topk(min(BEST_HEADS, weights.shape[1])).indices.sort().values.tolist()
-    )
+    share = weights[..., look.image_columns].sum(-1).transpose(0, 1).flatten(1)  # [H, L * A]
+    most = min(BEST_HEADS, len(share))
+    if not share.numel():  # an empty answer
+        return list(range(most))
+    return share.std(-1, correction=0).topk(most).indices.sort().values.tolist()
 
 
 # ---------------------------------------------------------------------------------------------- the file

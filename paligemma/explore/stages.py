@@ -18,8 +18,6 @@ from paligemma import attention_mask, generation, images
 from paligemma.images import ImageInput
 from paligemma.inference import PaliGemma
 from paligemma.modeling_gemma import GemmaForCausalLM, GemmaModel, PaliGemmaForConditionalGeneration
-from paligemma.modeling_gemma import PaliGemmaMultiModalProjector as Projector
-from paligemma.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.weights.published import published_name
 
@@ -62,9 +60,7 @@ def flow(pg: PaliGemma, image: ImageInput, prompt: str) -> list[Stage]:
         wait()
         ms = 1000 * (time.perf_counter() - start)
         found = {key: tuple(shape(result)) for key, shape in shapes.items()}
-        lines = inspect.getsourcelines(made)[1]
-        file = f"{Path(inspect.getfile(made)).relative_to(ROOT).as_posix()}:{lines}"
-        stages.append(Stage(name, file, [made.__qualname__], found, ms))
+        stages.append(Stage(name, _place_of(made), [made.__qualname__], found, ms))
         return result
 
     given = image if isinstance(image, tuple) else (image,)
@@ -82,10 +78,11 @@ def flow(pg: PaliGemma, image: ImageInput, prompt: str) -> list[Stage]:
         "text to ids, <image> in front", PaliGemmaProcessor.lay_out, lambda: processor.lay_out([prompt], [len(given)]),
         input_ids=lambda inputs: inputs["input_ids"].shape,
     )["input_ids"].to(model.device)  # fmt: skip
-    x = step("cut into patches", SiglipVisionEmbeddings.forward, lambda: tower.embeddings(pixels), patches=_shape)
-    x = step("vision layers", SiglipEncoder.forward, lambda: tower.encoder(x), patches=_shape)
+    x = step("cut into patches", type(tower.embeddings).forward, lambda: tower.embeddings(pixels), patches=_shape)
+    x = step("vision layers", type(tower.encoder).forward, lambda: tower.encoder(x), patches=_shape)
+    projector = model.multi_modal_projector  # any module may stand here: `load(extra=)`
     features = step(
-        "norm and projector", Projector.forward, lambda: model.multi_modal_projector(tower.post_layernorm(x)),
+        "norm and projector", type(projector).forward, lambda: projector(tower.post_layernorm(x)),
         image_features=_shape,
     )  # fmt: skip
     x = step(
@@ -110,6 +107,14 @@ def flow(pg: PaliGemma, image: ImageInput, prompt: str) -> list[Stage]:
         logits=_shape, keys=lambda _: cache.keys[len(decoder.layers) - 1][:, :, : cache.used].shape,
     )  # fmt: skip
     return stages
+
+
+def _place_of(made: Callable[..., Any]) -> str:
+    """ "path:line", from the package's folder. Of code from elsewhere (a part that was replaced) its module's path."""
+    code = inspect.unwrap(made).__code__
+    path = Path(code.co_filename)
+    name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else made.__module__.replace(".", "/") + ".py"
+    return f"{name}:{code.co_firstlineno}"
 
 
 def duration(stages: list[Stage], passes: int) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from paligemma.explore.changing import cutting, edges_between
-from paligemma.explore.watching import ROWS_AT_ONCE, Look, run
+from paligemma.explore.watching import ROWS_AT_ONCE, Look, numbers_of, run
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -100,9 +100,11 @@ def patch(
     """Runs b with hidden states of a. The measure is m = log p(a's token) - log p(b's token), where answer token
     `token` is predicted; restored = (m - m_b) / (m_a - m_b).
 
-    groups: {name: columns}; default those of `Look.groups`. patches: also each patch by itself. Raises ValueError
-    where a and b do not have the same number of columns, or do not differ in what they predict there.
+    groups: {name: columns}; default those of `Look.groups`; empty ones are left out. patches: also each patch by
+    itself. Raises ValueError where a and b are not of the same model and prompt, do not have the same number of
+    columns, or do not differ in what they predict there, for columns that do not exist, and if all groups are empty.
     """
+    check_same_prompt(look_a, look_b)
     column = look_b.query_of(token)
     if look_a.query_of(token) != column or len(look_a.input_ids) != len(look_b.input_ids):
         raise ValueError(
@@ -112,6 +114,12 @@ def patch(
     of_a, of_b = int(look_a.answer_ids[token]), int(look_b.answer_ids[token])
     if of_a == of_b:
         raise ValueError(f"answer token {token} is {look_a.tokens[column + 1]!r} in both: there is nothing to restore")
+
+    S, named = len(look_b.input_ids), look_b.groups(token) if groups is None else groups
+    checked = {name: numbers_of(columns, S, f"group {name!r} has", "columns") for name, columns in named.items()}
+    kept = {name: columns for name, columns in checked.items() if columns}
+    if not kept:
+        raise ValueError("no group has any column: there is nothing to put in")
 
     def measure(hidden: Tensor) -> Tensor:
         logprobs = _logprobs(look_b, hidden, column)
@@ -134,10 +142,18 @@ def patch(
             found.append(measure(run(look_b, len(some), layers=changes)))
         return ((torch.cat(found) - m_b) / (m_a - m_b)).view(len(columns), L)
 
-    named = look_b.groups(token) if groups is None else groups
-    kept = {name: list(columns) for name, columns in named.items() if columns}
     per_patch = restored([[int(c)] for c in look_b.image_columns]).T if patches else None
     return Patching(restored(list(kept.values())), list(kept), per_patch)
+
+
+def check_same_prompt(look_a: Look, look_b: Look) -> None:
+    """Raises ValueError unless the two looks are of one model and one prompt, so that only what is in the pictures
+    differs."""
+    if look_a.pg.model is not look_b.pg.model:
+        raise ValueError("the two looks are of different models: patching needs the same one")
+    if not torch.equal(look_a.input_ids[: look_a.first_answer], look_b.input_ids[: look_b.first_answer]):
+        a, b = (f"{look.prompt!r} ({look.images} pictures)" for look in (look_a, look_b))
+        raise ValueError(f"the two looks are of {a} and {b}: patching needs the same prompt, and as many pictures")
 
 
 def _replacing(look_a: Look, layer: int, tries: list[tuple[Sequence[int], int]]) -> Change:

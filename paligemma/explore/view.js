@@ -89,6 +89,12 @@ function patchAt(canvas, event) {
   const image = Math.min(n - 1, Math.floor(x / (SIDE + GAP)));
   return image * g * g + within(y / cell) * g + within((x - image * (SIDE + GAP)) / cell);
 }
+// The patch that an arrow leads to; pictures stand side by side.
+function beside(p, arrow) {
+  const right = { ArrowLeft: -1, ArrowRight: 1 }[arrow] || 0, down = { ArrowUp: -1, ArrowDown: 1 }[arrow] || 0;
+  const x = Math.floor(p / (g * g)) * g + (p % g) + right, y = Math.floor((p % (g * g)) / g) + down;
+  return x < 0 || x >= n * g || y < 0 || y >= g ? p : Math.floor(x / g) * g * g + y * g + (x % g);
+}
 const place = (p) => (n > 1 ? `picture ${Math.floor(p / (g * g)) + 1}, ` : "") + `row ${Math.floor((p % (g * g)) / g) + 1}, column ${(p % g) + 1}`;
 function largest(values, count, name) {
   const order = [...values.keys()].sort((a, b) => values[b] - values[a]).slice(0, count);
@@ -108,6 +114,8 @@ function tokenStrip(id) {
     return button;
   }));
 }
+
+const EMPTY = "The answer is empty: there is no word to ask about.";
 
 function flow() {
   fillTable("flow-table", ["step", "tensors", "ms", "code"], meta.flow.map((s) => {
@@ -149,7 +157,10 @@ function onPatches(found) { // pooled patches share their weight evenly
 }
 function attention() {
   tokenStrip("attention-tokens");
-  if (!A) return;
+  if (!A) {
+    $("attention-said").textContent = EMPTY;
+    return;
+  }
   const grid = [], onPicture = sharesOf(state.token);
   for (let layer = 0; layer < L; layer++) {
     const row = [element("th", "layer " + layer, { scope: "row" })];
@@ -175,10 +186,14 @@ function attention() {
   fillTable("attention-table", ["patch", "weight"], largest(values, 10, percent));
 }
 
+const wordOf = (layer, p) => readable(meta.words[arrays.words[layer * P + p]]);
+const wordProbability = (layer, p) => percent(weight(arrays.word_probability[layer * P + p]));
+let wordsShown = -1; // the layer of the table of all words, which is filled anew for another layer only
 function words() {
   const range = $("words-layer");
   range.value = state.layer;
-  $("words-said").textContent = state.layer === 0 ? "Before the first layer." : `After ${state.layer} of ${L} layers.`;
+  $("words-said").textContent = (state.layer === 0 ? "Before the first layer." : `After ${state.layer} of ${L} layers.`) +
+    (state.patch < 0 ? "" : ` The patch at ${place(state.patch)}: ${wordOf(state.layer, state.patch)}, ${wordProbability(state.layer, state.patch)}.`);
   const canvas = $("words-map"), w = canvas.getContext("2d");
   drawMap(canvas, new Float32Array(P).fill(0.12), state.patch >= 0 ? [state.patch] : [], "transparent");
   w.textAlign = "center";
@@ -192,15 +207,21 @@ function words() {
   const chosen = Math.max(0, state.patch);
   fillTable("words-table", ["state", `patch at ${place(chosen)}`, "probability"], [...Array(L + 1).keys()].map((layer) => [
     layer === 0 ? "embedded" : `after ${layer} of ${L} layers`,
-    readable(meta.words[arrays.words[layer * P + chosen]]),
-    percent(weight(arrays.word_probability[layer * P + chosen])),
+    wordOf(layer, chosen),
+    wordProbability(layer, chosen),
+  ]));
+  if (wordsShown === state.layer) return;
+  wordsShown = state.layer;
+  fillTable("words-all", ["", ...[...Array(g).keys()].map((column) => "column " + (column + 1))], [...Array(n * g).keys()].map((row) => [
+    element("th", place(row * g).split(", column")[0], { scope: "row" }),
+    ...[...Array(g).keys()].map((column) => wordOf(state.layer, row * g + column)),
   ]));
 }
 
 function knockOut() {
   tokenStrip("knock-out-tokens");
   if (!meta.arrays.drop || !A) {
-    $("knock-out-said").textContent = meta.left_out["knock-out"] || "";
+    $("knock-out-said").textContent = meta.left_out["knock-out"] || EMPTY;
     document.querySelector("#knock-out .side").hidden = true;
     return;
   }
@@ -271,7 +292,11 @@ function routes() {
     button.onclick = () => go({ column: i });
     return button;
   }));
-  if (!meta.routes.length) return;
+  if (!meta.routes.length) {
+    $("routes-said").textContent = meta.left_out.routes || EMPTY;
+    $("routes-said").hidden = false;
+    return;
+  }
   const chosen = state.column % meta.routes.length, route = meta.routes[chosen];
   let start = 0;
   for (let i = 0; i < chosen; i++) start += meta.routes[i].names.length * L;
@@ -297,15 +322,33 @@ function draw() {
     if (link.dataset.screen === state.screen) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  const start = performance.now();
+  const start = performance.now(), focused = document.activeElement, buttons = focused.parentElement;
   screens[state.screen]();
+  if (!focused.isConnected && buttons.isConnected) buttons.querySelector('[aria-pressed="true"]')?.focus({ preventScroll: true });
   document.documentElement.dataset.ms = (performance.now() - start).toFixed(2);
 }
 function go(change) {
   Object.assign(state, change);
-  const { screen, token, layer, head, patch, column } = state;
-  history.replaceState(null, "", `#${screen}?token=${token}&layer=${layer}&head=${head}&patch=${patch}&column=${column}`);
   draw();
+  writeLinkIn(0);
+}
+// Once for all changes of a moment. Browsers take a limited number of addresses in some seconds, and pass over or refuse
+// more; then it is written again a second later, until the address is that of the view.
+let willWrite = false;
+function writeLinkIn(ms) {
+  if (willWrite) return;
+  willWrite = true;
+  setTimeout(() => {
+    const { screen, token, layer, head, patch, column } = state;
+    const link = `#${screen}?token=${token}&layer=${layer}&head=${head}&patch=${patch}&column=${column}`;
+    willWrite = false;
+    try {
+      if (location.hash !== link) history.replaceState(null, "", link);
+    } catch (error) {
+      if (error.name !== "SecurityError") throw error;
+    }
+    if (location.hash !== link) writeLinkIn(1000);
+  }, ms);
 }
 function fromLink() {
   const [screen, query] = location.hash.slice(1).split("?");
@@ -318,18 +361,24 @@ function fromLink() {
   state.patch = within(state.patch, -1, P - 1);
   state.column = Math.max(0, state.column);
 }
+const maps = ["words-map", "knock-out-map"]; // whose patches can be chosen
+const uses = { attention: ["token", "layer"], words: ["layer"], "knock-out": ["token"], compare: ["layer"] }; // on others arrows scroll
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, textarea, summary")) return;
   const last = state.screen === "words" ? L : L - 1, step = { ArrowLeft: ["token", -1], ArrowRight: ["token", 1], ArrowUp: ["layer", -1], ArrowDown: ["layer", 1] }[event.key];
-  if (step) {
+  if (step && maps.includes(event.target.id)) {
+    go({ patch: state.patch < 0 ? 0 : beside(state.patch, event.key) });
+    event.preventDefault();
+  } else if (step) {
+    if (!uses[state.screen]?.includes(step[0])) return;
     const [name, by] = step, most = name === "token" ? Math.max(0, A - 1) : last;
     go({ [name]: Math.max(0, Math.min(most, state[name] + by)) });
     event.preventDefault();
   } else if (/^[0-9]$/.test(event.key) && meta.heads.includes(+event.key)) go({ head: meta.heads.indexOf(+event.key) });
   else if (event.key === "m") go({ head: -1 });
 });
-window.addEventListener("hashchange", () => { fromLink(); draw(); });
-for (const id of ["words-map", "knock-out-map"]) $(id).onclick = (event) => go({ patch: patchAt($(id), event) });
+window.addEventListener("hashchange", () => { fromLink(); go({}); }); // the links of the screens name the screen alone
+for (const id of maps) $(id).onclick = (event) => go({ patch: patchAt($(id), event) });
 $("words-map").onmousemove = (event) => { const patch = patchAt($("words-map"), event); if (patch !== state.patch) go({ patch }); };
 $("words-layer").oninput = (event) => go({ layer: +event.target.value });
 
@@ -339,6 +388,6 @@ $("words-layer").oninput = (event) => go({ layer: +event.target.value });
   $("words-layer").max = L;
   state.layer = L - 1;
   fromLink();
-  draw();
+  go({}); // so that the way back leads to this view
   document.documentElement.dataset.ready = "1";
 })();

@@ -8,14 +8,17 @@ computation as prefill and cached steps, in one piece, so every layer of every t
     predicts                                       answer token 0   answer token 1 ...
 
 The commonest slip in looking at such a pass is to take the column of a token for the column that *predicts* it. The
-query of answer token t stands one column to the left, at first_answer - 1 + t.
+query of answer token t stands one column to the left, at first_answer - 1 + t. (A prompt may place its <image>s itself.
+Then some of it stands before and between them, and <bos> behind the last.)
 
 Letters: S tokens, A answer tokens, n images, P patches of an image, D hidden, V vocabulary, L layers, R rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +85,13 @@ class Look:
         """int64 [n * P]: the column of each patch."""
         return (self.input_ids == self.pg.model.config.image_token_index).nonzero()[:, 0]
 
+    @property
+    def prompt_columns(self) -> Tensor:
+        """int64: the columns of the prompt, on both sides of the images if it places them itself."""
+        columns = torch.arange(self.first_answer - 1)  # the last one of the prefix is the newline
+        of_image = self.input_ids[columns] == self.pg.model.config.image_token_index
+        return columns[~of_image & (columns != self.first_text)]
+
     def query_of(self, token: int) -> int:
         """The column that predicts an answer token. Raises ValueError if there is no such token."""
         if not 0 <= token < len(self.answer_ids):
@@ -100,7 +110,7 @@ class Look:
         return {
             "image": self.image_columns.tolist(),
             "bos": [self.first_text],
-            "prompt": list(range(self.first_text + 1, self.first_answer - 1)),
+            "prompt": self.prompt_columns.tolist(),
             "newline": [self.first_answer - 1],
             "answer so far": list(range(self.first_answer, last + 1)),
             "last": [last],
@@ -113,23 +123,27 @@ def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = Non
 
     image: one picture, or a tuple that the row sees together. answer: None for what the model itself writes: greedy,
     with the default budget, under the grammar for detect and segment, as `paligemma run` does.
-    Raises what `pg.generate` raises.
+    Raises what `pg.generate` raises, and ValueError for an empty tuple.
     """
     if not hasattr(pg, "processor"):
         raise TypeError(f"pg is {type(pg).__name__}, expected what paligemma.load returns")
     given: tuple[Picture, ...] = image if isinstance(image, tuple) else (image,)
+    if not given:
+        raise ValueError("image is an empty tuple: give one picture or more")
     pictures = tuple(load_image(one) for one in given)
     model, processor = pg.model, pg.processor
     prefix = processor.lay_out([prompt], [len(pictures)])["input_ids"][0]  # [first_answer]
     if answer is None:
-        written = own_answer(pg, pictures if len(pictures) > 1 else pictures[0], prompt)
+        with evaluating(model):
+            written = own_answer(pg, pictures if len(pictures) > 1 else pictures[0], prompt)
         answer, answer_ids = written.text, written.token_ids
     else:
         answer_ids = processor.tokenizer.encode(answer)
     ids = torch.cat([prefix, torch.tensor(answer_ids, dtype=torch.int64)])  # [S]
     types = (torch.arange(len(ids)) >= len(prefix)).long()
     pixels = torch.stack([preprocess(one, processor.image_size) for one in pictures])
-    features = model.encode_image(pixels.to(model.device))  # [n, P, D]
+    with evaluating(model):
+        features = model.encode_image(pixels.to(model.device))  # [n, P, D]
     seen = Look(
         pg=pg,
         picture=pictures if isinstance(image, tuple) else pictures[0],
@@ -140,7 +154,7 @@ def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = Non
         tokens=[_text_of(pg, token) for token in ids.tolist()],
         images=len(pictures),
         grid=round(features.shape[1] ** 0.5),
-        first_text=int((ids == processor.tokenizer.bos_token_id).nonzero()[0]),
+        first_text=int((prefix == model.config.image_token_index).nonzero()[-1]) + 1,
         first_answer=len(prefix),
         features=features.float().cpu(),
     )
@@ -164,7 +178,34 @@ def _text_of(pg: PaliGemma, token: int) -> str:
     return "<bos>" if token == tokenizer.bos_token_id else tokenizer.decode([token])
 
 
+def numbers_of(given: Iterable[Any], end: int, name: str, what: str = "numbers") -> list[int]:
+    """Columns, layers or patches as they were given. ValueError for what is not a whole number from 0 to end - 1, which
+    begins with `name`, such as "layers has". (Tensors would cut 3.9 down to 3, and take -1 for the last.)"""
+    numbers = []
+    for number in given:
+        try:
+            numbers.append(operator.index(number))
+        except TypeError:
+            raise ValueError(f"{name} {number}, expected whole {what} from 0 to {end - 1}") from None
+        if not 0 <= numbers[-1] < end:
+            raise ValueError(f"{name} {number}, expected {what} from 0 to {end - 1}")
+    return numbers
+
+
 # ---------------------------------------------------------------------------------------------- running it again
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout, or two passes would differ by chance. Afterwards the model trains again, if it did."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -190,6 +231,7 @@ def run(
     x = model.embed(ids, features.to(model.device, model.dtype))
     decoder = model.language_model.model
     with ExitStack() as hooks:
+        hooks.enter_context(evaluating(model))
         for layer, change in (layers or {}).items():
             hooks.enter_context(_hooked(decoder.layers[layer], _changing(change)))
         if before_final_norm is not None:
@@ -200,7 +242,11 @@ def run(
 
 @contextmanager
 def _hooked(module: torch.nn.Module, hook: Callable[[Any, tuple[Any, ...]], Any]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
+    """A hook that acts in this thread alone: others may run the same model meanwhile."""
+    own = threading.get_ident()
+    handle = module.register_forward_pre_hook(
+        lambda module, inputs: hook(module, inputs) if threading.get_ident() == own else None
+    )
     try:
         yield
     finally:

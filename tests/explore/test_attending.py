@@ -68,6 +68,9 @@ def test_queries_are_named_or_numbered(look):
     for columns, strange in (([S], S), ([-1, 5], -1)):
         with pytest.raises(ValueError, match=f"queries has column {strange}, expected columns from 0 to {S - 1}"):
             explore.attention(look, columns)
+    with pytest.raises(ValueError, match=f"queries has column 2.7, expected whole columns from 0 to {S - 1}"):
+        explore.attention(look, [2.7])
+    assert explore.attention(look, torch.tensor([2, 0])).queries.tolist() == [2, 0]
 
 
 def test_more_than_half_a_gigabyte_is_refused_with_the_figure(look, monkeypatch):
@@ -86,3 +89,5 @@ def test_patches_of_two_pictures_do_not_see_each_other(random_pg, picture):
         explore.vision_attention(look, [1, 5])
     with pytest.raises(ValueError, match="expected numbers from 0 to 7"):
         explore.vision_attention(look, [8])
+    with pytest.raises(ValueError, match="patches is empty, expected numbers from 0 to 7"):
+        explore.vision_attention(look, [])

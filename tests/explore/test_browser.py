@@ -158,6 +158,114 @@ def test_a_screen_is_drawn_anew_quickly(browser, pages):
         assert shown(browser) == [screen]
 
 
+def address(browser):
+    """The view in the address: {"screen": "words", "token": "0", ...}."""
+    screen, query = browser.execute_script("return location.hash").removeprefix("#").split("?")
+    return {"screen": screen, **dict(pair.split("=") for pair in query.split("&"))}
+
+
+def test_the_address_holds_the_view_whichever_way_it_was_reached(browser, pages):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    folder, _ = pages
+    opened(browser, folder / "caption.html", "#attention?token=2&layer=3&head=1")
+    wait = WebDriverWait(browser, 40)
+
+    def holds(**view):
+        wait.until(
+            lambda _: "?" in browser.execute_script("return location.hash") and view.items() <= address(browser).items()
+        )
+
+    browser.find_element("css selector", 'nav a[data-screen="words"]').click()
+    holds(screen="words", token="2", layer="3", head="1")
+    browser.find_element("css selector", 'nav a[data-screen="flow"]').click()
+    browser.find_element("css selector", '#flow-table a[href="#knock-out"]').click()
+    holds(screen="knock-out", token="2", layer="3", head="1")
+    browser.refresh()
+    wait.until(lambda _: browser.execute_script("return document.documentElement.dataset.ready") == "1")
+    assert shown(browser) == ["knock-out"] and browser.execute_script("return state.token") == 2
+    browser.back()
+    holds(screen="flow", token="2")
+    # As quickly as a mouse moves and for longer than a browser takes new addresses: the last view gets there.
+    browser.execute_async_script(
+        "let i = 0; const move = () => { go({ screen: 'words', patch: i % P });"
+        "if (i++ < 400) setTimeout(move); else arguments[0](); }; move();"
+    )
+    assert browser.find_element("id", "words-said").text.count("row") == 1
+    holds(screen="words", patch=str(400 % (browser.execute_script("return P"))))
+
+
+def test_the_chosen_button_keeps_the_focus(browser, pages):
+    from selenium.webdriver.common.keys import Keys
+
+    folder, _ = pages
+    focused = "const at = document.activeElement; return [at.parentElement.id, at.getAttribute('aria-pressed')]"
+    chosen = "document.querySelectorAll(`#${arguments[0]} button`)[1].focus()"
+    for page, screen, strip in (
+        ("caption", "attention", "attention-tokens"), ("caption", "knock-out", "knock-out-tokens"),
+        ("caption", "routes", "routes-tokens"), ("detect", "locations", "locations-boxes"),
+    ):  # fmt: skip
+        opened(browser, folder / f"{page}.html", "#" + screen)
+        browser.execute_script(chosen, strip)
+        press(browser, Keys.ENTER)
+        assert browser.execute_script(focused) == [strip, "true"], screen
+        assert browser.execute_script("return state.token + state.column") == 1
+    opened(browser, folder / "caption.html", "#attention")
+    browser.execute_script(chosen, "attention-tokens")
+    press(browser, Keys.ENTER, Keys.ARROW_RIGHT)  # the focus goes with the choice
+    assert browser.execute_script("return document.activeElement.dataset.token") == "2"
+
+
+def test_arrows_that_a_screen_does_not_use_scroll_it(browser, pages):
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.set_window_size(800, 400)
+    opened(browser, pages[0] / "caption.html", "#flow")
+    press(browser, Keys.ARROW_DOWN, Keys.ARROW_DOWN)
+    WebDriverWait(browser, 10).until(lambda b: b.execute_script("return scrollY") > 0)
+    opened(browser, pages[0] / "caption.html", "#words?layer=2")
+    press(browser, Keys.ARROW_DOWN)
+    assert browser.execute_script("return [state.layer, scrollY]") == [3, 0]
+
+
+def test_patches_are_chosen_by_keyboard_and_their_words_are_a_table(browser, pages):
+    from selenium.webdriver.common.keys import Keys
+
+    folder, looks = pages
+    look, g = looks["caption"], looks["caption"].grid
+    for screen, said in (("words", "The patch at row 2, column 2: "), ("knock-out", "Without the marked window")):
+        opened(browser, folder / "caption.html", f"#{screen}?layer=5")
+        canvas = browser.find_element("id", screen + "-map")
+        assert "Arrow keys choose a patch" in canvas.get_attribute("aria-label")
+        browser.execute_script("arguments[0].focus()", canvas)
+        press(browser, Keys.ARROW_UP, Keys.ARROW_LEFT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)  # from patch 0
+        assert browser.execute_script("return [state.patch, state.layer, state.token]") == [g + 1, 5, 0]
+        assert said in browser.find_element("id", screen + "-said").text
+        assert browser.execute_script("return document.activeElement.id") == screen + "-map"
+    opened(browser, folder / "caption.html", "#words?layer=5")
+    browser.find_element("css selector", "#words summary").click()
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('#words-all tr')].map(r => [...r.children].map(c => c.textContent))"
+    )
+    assert rows[0] == ["", *(f"column {column + 1}" for column in range(g))]
+    said, decode = explore.lens(look, k=1, columns=look.image_columns.tolist()), look.pg.processor.tokenizer.decode
+    words = [decode([int(id)]).replace("\n", "\u21b5") or "\u2205" for id in said.ids[5, :, 0]]
+    for row in range(g):
+        assert rows[row + 1] == [f"row {row + 1}", *words[row * g : row * g + g]]
+
+
+def test_a_screen_without_numbers_says_why(browser, tiny, tmp_path):
+    look = explore.look(tiny, "examples/scene.png", "caption en", "a book")
+    explore.page(look, tmp_path / "left_out.html", knock_out=False, routes=False)
+    opened(browser, tmp_path / "left_out.html", "#routes")
+    assert browser.find_element("id", "routes-said").text.startswith("not computed: each takes a pass")
+    explore.page(explore.look(tiny, "examples/scene.png", "caption en", ""), tmp_path / "empty.html")
+    for screen in ("attention", "knock-out", "routes"):
+        opened(browser, tmp_path / "empty.html", "#" + screen)
+        assert browser.find_element("id", screen + "-said").text.startswith("The answer is empty"), screen
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1100])
 def test_axe_finds_nothing_wrong(browser, pages, request, scheme, width):

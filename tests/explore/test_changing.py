@@ -119,3 +119,15 @@ def test_of_a_picture_that_is_seen_twice_one_place_is_changed(random_pg, picture
         found, expected = (explore.without(look, gone, fill="zero", where=where) for look in looks)
         assert found.token_ids == expected.token_ids
         assert found.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-4)
+
+
+def test_columns_layers_and_patches_are_whole_numbers(look):
+    """3.9 is not patch 3."""
+    for patches in ([3.9], torch.tensor([2.0])):
+        with pytest.raises(ValueError, match=r"patches has .*, expected whole numbers from 0 to 3"):
+            explore.without(look, patches)
+    for name, given in (("queries", ([4.0], [0], [0])), ("keys", ([4], [0.5], [0])), ("layers", ([4], [0], [0.0]))):
+        with pytest.raises(ValueError, match=f"{name} has .*, expected whole numbers from 0 to"):
+            explore.cut(look, *given)
+    as_tensors = explore.cut(look, torch.tensor([4]), torch.tensor([0]), torch.arange(1))
+    assert torch.equal(as_tensors.drop, explore.cut(look, [4], [0], [0]).drop)

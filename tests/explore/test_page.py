@@ -13,6 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
+import paligemma
 from paligemma import explore
 from paligemma.cli.main import app
 from paligemma.explore.stages import Stage, duration
@@ -252,3 +253,39 @@ def test_an_answer_that_begins_another_is_named(tiny, tmp_path):
     b = explore.look(tiny, SCENE, "caption en", "a green book")
     with pytest.raises(ValueError, match="'a green' and 'a green book', one the beginning of the other"):
         explore.page(a, tmp_path / "look.html", compare=b, knock_out=False)
+
+
+def test_answers_that_differ_in_a_byte_are_compared(make_pg, picture, tmp_path):
+    """A character outside the vocabulary is several byte tokens, and one of them is no text by itself."""
+    pg, path = make_pg("gemma"), tmp_path / "look.html"
+    a, b = explore.look(pg, picture, "caption en", "a 日"), explore.look(pg, picture[::-1], "caption en", "a 明る")
+    explore.page(a, path, compare=b, knock_out=False, routes=False)
+    _, meta, arrays = opened(path)
+    assert meta["compare"]["said"].startswith("This picture says '<0x97>', the other '<0x98>': ")
+    ids_a, ids_b = a.answer_ids.tolist(), b.answer_ids.tolist()
+    token = next(t for t in range(len(ids_a)) if ids_a[t] != ids_b[t])
+    short = explore.look(pg, picture[::-1], "caption en", "a 明")  # as many tokens as the first
+    expected = explore.patch(a, short, token, patches=True)
+    assert_close(torch.tensor(arrays["restored"]), expected.restored, atol=1e-4, rtol=1e-4)
+    assert_close(torch.tensor(arrays["per_patch"]), expected.per_patch, atol=1e-4, rtol=1e-4)
+
+
+def test_another_prompt_is_not_compared(tiny, look, tmp_path):
+    with pytest.raises(ValueError, match="patching needs the same prompt"):
+        explore.page(look, tmp_path / "a", compare=explore.look(tiny, SCENE, "caption de", "a dog"), knock_out=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_page_of_an_empty_answer(make_pg, picture, tmp_path):
+    look = explore.look(make_pg("gemma", num_attention_heads=16), picture, "caption en", "")
+    assert explore.page(look, tmp_path / "look.html") == {}
+
+
+def test_the_flow_names_the_part_that_runs(picture):
+    """A part may be replaced at load, also by one from elsewhere."""
+    config = paligemma.load("tiny", device="cpu").model.config
+    linear = torch.nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+    pg = paligemma.load("tiny", device="cpu", extra={"multi_modal_projector": torch.nn.Sequential(linear)})
+    stage = next(stage for stage in explore.flow(pg, picture, "caption en") if stage.name == "norm and projector")
+    assert stage.calls == ["Sequential.forward"]
+    assert re.fullmatch(r"torch/nn/modules/container.py:\d+", stage.file)

@@ -79,3 +79,26 @@ def test_one_patch_at_a_time_is_what_a_group_of_one_gives(looks):
     token = next(t for t in range(len(a.answer_ids)) if a.answer_ids[t] != b.answer_ids[t])
     found = explore.patch(a, b, token, groups={"patch 2": [2]}, patches=True)
     assert_close(found.per_patch[:, 2], found.restored[0], atol=1e-4, rtol=1e-4)
+
+
+def test_groups_are_of_columns_that_exist(looks):
+    a, b = looks
+    S = len(a.input_ids)
+    for columns, strange in (([-1], "-1"), ([S], str(S)), ([1.5], "1.5")):
+        with pytest.raises(ValueError, match=f"group 'a' has {strange}, expected .*columns from 0 to {S - 1}"):
+            explore.patch(a, b, 1, groups={"a": columns})
+    for nothing in ({}, {"a": []}):
+        with pytest.raises(ValueError, match="no group has any column"):
+            explore.patch(a, b, 1, groups=nothing)
+    given, expected = (explore.patch(a, b, 1, groups={"a": columns}) for columns in (torch.arange(4), range(4)))
+    assert torch.equal(given.restored, expected.restored)
+
+
+def test_only_looks_of_one_model_and_prompt_are_compared(looks, make_pg, picture):
+    a = looks[0]
+    other = explore.look(a.pg, picture, "caption de", "a cat")
+    assert len(other.input_ids) == len(a.input_ids)
+    with pytest.raises(ValueError, match=r"'caption en' \(1 pictures\) and 'caption de' .* the same prompt"):
+        explore.patch(a, other, 1)
+    with pytest.raises(ValueError, match="of different models"):
+        explore.patch(a, explore.look(make_pg("gemma"), picture, "caption en", "a cat"), 1)

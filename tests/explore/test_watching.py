@@ -1,5 +1,8 @@
 """One teacher-forced pass: equal to prefill and cached steps, and it leaves the model as it was."""
 
+import threading
+from itertools import chain
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,6 +10,7 @@ from torch.testing import assert_close
 from paligemma import explore
 from paligemma.generation import decode_one_token, prefill
 from paligemma.images import preprocess
+from paligemma.train.parts import add_lora, set_dropout
 
 ANSWER = "a dog <loc0017><loc0500>"
 
@@ -113,3 +117,68 @@ def test_the_query_of_a_token_stands_one_column_to_its_left(random_pg, picture):
         look.query_of(99)
     with pytest.raises(ValueError, match="there is no token -1"):
         look.query_of(-1)
+
+
+def test_a_prompt_may_place_its_picture_itself(random_pg, picture):
+    """Then some of it stands before the picture, and that is prompt as well."""
+    look = explore.look(random_pg, picture, "caption <image> en", ANSWER)
+    before = look.tokens.index("<image>")
+    groups = look.groups(2)
+    assert before > 0 and look.tokens[look.first_text] == "<bos>"
+    assert "".join(look.tokens[column] for column in groups["prompt"]) == "caption  en"
+    assert sorted(chain(*list(groups.values())[:5])) == list(range(look.query_of(2) + 1))  # each column in one group
+    share = explore.attention(look, "all").share()
+    assert_close(share.sum(-1), torch.ones(share.shape[:-1]), atol=1e-5, rtol=0)
+    assert "prompt->image" in explore.routes(look, 0).names
+
+
+def test_threads_that_use_one_model_do_not_see_the_changes_of_each_other(random_pg, picture):
+    """What is cut in one thread is not cut in another, which runs the model at the same time."""
+    look = explore.look(random_pg, picture, "caption en", ANSWER)
+    written = random_pg.generate(picture, "caption en", 5).token_ids
+    found, started = [], []
+
+    def beside():
+        again = explore.look(random_pg, picture, "caption en", ANSWER)
+        found.append((again, random_pg.generate(picture, "caption en", 5).token_ids, explore.cut(look, [], [], [])))
+
+    def change(x, mask):
+        if not started:
+            started.append(threading.Thread(target=beside))
+            started[0].start()
+            started[0].join()
+        return torch.zeros_like(x), mask
+
+    outside = explore.watching.run(look)
+    changed = explore.watching.run(look, layers={1: change})
+    assert not torch.equal(changed, outside)
+    ((again, ids, cut),) = found
+    assert again.num_layers == look.num_layers and torch.equal(again.logprobs, look.logprobs)
+    assert ids == written and cut.drop.abs().max() == 0
+
+
+def test_a_model_that_trains_is_looked_at_without_dropout(make_pg, picture):
+    pg = make_pg("gemma")
+    set_dropout(pg.model, 0.5)
+    add_lora(pg.model, "decoder", rank=4, dropout=0.5)
+    for name, parameter in pg.model.named_parameters():
+        if "lora_B" in name:  # zero at first: then what A reads would not matter
+            torch.nn.init.normal_(parameter)
+    expected = explore.look(pg, picture, "caption en")
+    weights = explore.attention(expected).weights
+    pg.model.train()
+    pg.model.vision_tower.eval()  # as if it did not learn
+    modes = [module.training for module in pg.model.modules()]
+    look = explore.look(pg, picture, "caption en")
+    assert look.answer == expected.answer and torch.equal(look.logprobs, expected.logprobs)
+    assert torch.equal(explore.attention(look).weights, weights)
+    assert explore.cut(look, [], [], range(2)).drop.abs().max() == 0
+    assert explore.without(look, []).text == look.answer
+    with pytest.raises(ValueError, match="left without any key"):
+        explore.cut(look, [3], range(len(look.input_ids)), [0])
+    assert [module.training for module in pg.model.modules()] == modes
+
+
+def test_no_picture_is_an_error_that_says_so(random_pg):
+    with pytest.raises(ValueError, match="image is an empty tuple: give one picture or more"):
+        explore.look(random_pg, (), "caption en", ANSWER)
