@@ -66,7 +66,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
     begun = Counter[int]()  # rows in work files, by shard
     for path in folder.work.glob("*.jsonl"):
         with suppress(FileNotFoundError):  # its shard was finished a moment ago
-            lines = path.read_bytes().splitlines()
+            lines = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a torn last line does not count
             begun[int(path.name.split(".")[0])] += sum(line.startswith(b'{"id"') for line in lines)
     tally = Tally(folder, range(folder.num_shards))
     tally.update()  # after the work files, so that the rows of a shard that is finished meanwhile are counted once

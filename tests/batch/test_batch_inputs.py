@@ -469,12 +469,13 @@ def test_what_a_request_asks_in_vain_is_named(wrong, said):
 def test_answers_in_openais_format():
     row = InputRow("r1", None, "caption en")
     answer = SimpleNamespace(text="a dog", score=0.5, finished=False, detections=[], segments=[], invalid=[])
-    line = response_line(answered(row, answer, (4, 3), "rle"), "tiny")
+    line = response_line(answered(row, answer, (4, 3), "rle"), "tiny", 7)
     choice = line["response"]["body"]["choices"][0]
     assert (line["custom_id"], line["response"]["status_code"], line["error"]) == ("r1", 200, None)
     assert (choice["message"]["content"], choice["finish_reason"]) == ("a dog", "length")
     assert choice["message"]["paligemma"]["image_size"] == [4, 3]
+    assert line["response"]["body"]["created"] == 7
     for kind, status in (("missing", 400), ("too_many_pixels", 413), ("internal", 500)):
-        line = response_line(failed(row, kind, "because"), "tiny")
+        line = response_line(failed(row, kind, "because"), "tiny", 7)
         assert line["response"]["status_code"] == status
         assert line["response"]["body"]["error"]["code"] == kind
