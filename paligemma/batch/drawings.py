@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from paligemma.batch.folder import ROWS, RunFolder
 from paligemma.batch.pictures import open_picture, places_of
 from paligemma.batch.rows import InputRow, RowFailure, path_of
 
@@ -42,6 +47,27 @@ def copy_drawing(folder: Path, name: str, other: str) -> None:
     if drawn.exists():
         with written_whole(drawing_path(folder, other)) as beside:
             shutil.copyfile(drawn, beside)
+
+
+def check_drawings(folder: RunFolder) -> None:
+    """ValueError, naming two rows, if their drawings would be one file. Of a million rows 64 bits each are kept."""
+
+    def names() -> Iterator[tuple[str, Path]]:
+        with open(folder.path / ROWS, "rb") as file:
+            for line in file:
+                name = json.loads(line)["id"]
+                yield name, drawing_path(Path(), name)
+
+    hashes = np.fromiter((hash(path) for _, path in names()), np.int64)
+    hashes.sort()
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    seen: dict[Path, str] = {}
+    for name, path in names() if twice else ():
+        if hash(path) in twice and (other := seen.setdefault(path, name)) != name:
+            raise ValueError(
+                f"{other!r} and {name!r} would have one drawing, {path.as_posix()}: give them other ids, or leave "
+                "--draw out"
+            )
 
 
 def drawing_path(folder: Path, name: str) -> Path:

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from paligemma.answers.formats import outline, rle_encode, to_yolo
 from paligemma.answers.results import Detection, Segment
-from paligemma.batch.folder import RunFolder
+from paligemma.batch.folder import STARTED, RunFolder
 from paligemma.batch.openai_format import response_line
 from paligemma.batch.rows import Line, mask_of, path_of
 from paligemma.data.prompts import labels_of
@@ -84,9 +85,11 @@ def write_jsonl(folder: RunFolder, file: IO[str]) -> int:
 
 
 def write_openai(folder: RunFolder, file: IO[str]) -> int:
-    count = 0
+    """`created` is when the run was begun: lines hold no time of their own. Nor do they say how many tokens prompt and
+    answer had, so there is no `usage`, which OpenAI's format lets be absent."""
+    count, created = 0, int(time.mktime(time.strptime(folder.about["started"], STARTED)))
     for line in lines_of(folder):
-        file.write(json.dumps(response_line(line, folder.settings.model), ensure_ascii=False) + "\n")
+        file.write(json.dumps(response_line(line, folder.settings.model, created), ensure_ascii=False) + "\n")
         count += 1
     return count
 

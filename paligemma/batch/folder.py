@@ -31,6 +31,8 @@ from paligemma.files import read_json, write_json
 
 RUN, ROWS, SUMMARY, SETUP = "run.json", "rows.jsonl", "summary.json", "setup.lease"
 
+STARTED = "%Y-%m-%d %H:%M:%S"  # how run.json says when the run was begun, in local time
+
 # How the two files are called while they are written, the second by `files.written_whole`.
 BEGUN = f".{ROWS}.", f".{Path(RUN).stem}."
 
@@ -179,7 +181,7 @@ def _begin(path: Path, about: Mapping[str, Any], shard_size: int, listed: Callab
         beside.unlink(missing_ok=True)
     versions = {"paligemma": __version__, "torch": torch.__version__}
     numbers = {"rows": count, "shards": -(-count // shard_size)}
-    write_json(path / RUN, {**about, **numbers, "versions": versions, "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+    write_json(path / RUN, {**about, **numbers, "versions": versions, "started": time.strftime(STARTED)})
 
 
 def write_list(path: Path, rows: Iterable[InputRow]) -> int:

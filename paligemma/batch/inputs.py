@@ -13,12 +13,14 @@ paths, so that a run can go on from anywhere.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from paligemma.batch.rows import InputRow, Where, plain
 from paligemma.files import picture_names
@@ -151,11 +153,13 @@ def pictures_of_tar(name: str, note: Callable[[str], object] = lambda text: None
     path, wanted, others = os.path.abspath(name), picture_names(), 0
     try:
         with tarfile.open(path, "r:") as archive:
+            assert archive.fileobj is not None
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps what it knows of every member
                 if member.isfile() and os.path.splitext(member.name.lower())[1] in wanted:
                     inside = plain(member.name).removeprefix("./")
-                    place = {"file": path, "start": member.offset_data, "size": member.size}
+                    header = header_digest(archive.fileobj, member.offset_data)
+                    place = {"file": path, "start": member.offset_data, "size": member.size, "header": header}
                     yield f"{name}/{inside}", {**place, "name": f"{path}/{inside}"}
                 else:
                     others += not member.isdir()
@@ -164,6 +168,13 @@ def pictures_of_tar(name: str, note: Callable[[str], object] = lambda text: None
         raise ValueError(f"{name} is no tar archive that can be read ({error})") from None
     if others:
         note(f"note: {name}: {others:,} files in it are no pictures by their names and are left out")
+
+
+def header_digest(file: Any, start: int) -> str:
+    """By what a member of a tar archive, whose bytes begin at `start`, is known again: a hash of the block before them,
+    which holds its name, size and time."""
+    file.seek(start - tarfile.BLOCKSIZE)
+    return hashlib.blake2b(file.read(tarfile.BLOCKSIZE), digest_size=8).hexdigest()
 
 
 def _check_end(archive: tarfile.TarFile, name: str, note: Callable[[str], object]) -> None:
@@ -192,14 +203,20 @@ def absolute(name: str) -> str:
 
 
 def digest_of_lists(inputs: Sequence[str], rows: str | None) -> str | None:
-    """A hash of the files that list rows: they must not change while a run goes on. Folders may, and stdin is read
-    once. None where there is no such file."""
-    import hashlib
-
+    """A hash of the files that list rows, and of what tar archives say is in them: they must not change while a run
+    goes on. Folders may, and stdin is read once. (So of the archives in a folder or list each picture alone is checked,
+    when it is opened.) None where there is no such file. ValueError for an archive that cannot be read."""
     from paligemma.batch.settings import digest_of_file
 
-    lists = [
-        Path(name) for name in (*inputs, *([rows] if rows else [])) if name.lower().endswith(LISTS) or name == rows
-    ]
-    found = [digest_of_file(path) for path in lists if path.is_file()]
+    found = []
+    for name in (*inputs, *([rows] if rows else [])):
+        if not os.path.isfile(name):
+            continue
+        if name.lower().endswith(LISTS) or name == rows:
+            found.append(digest_of_file(Path(name)))
+        elif name.lower().endswith(TARS):
+            digest = hashlib.sha256()
+            for _, where in pictures_of_tar(name):
+                digest.update(repr(where).encode())
+            found.append(digest.hexdigest())
     return hashlib.sha256("".join(found).encode()).hexdigest()[:16] if found else None

@@ -4,8 +4,8 @@
      "messages": [{"role": "user", "content": [{"type": "text", "text": "caption en"},
                                                {"type": "image_url", "image_url": {"url": "data:image/png;..."}}]}]}}
     -> {"id": "batch_req_...", "custom_id": "7", "response": {"status_code": 200, "request_id": "...",
-        "body": {"object": "chat.completion", "choices": [{"message": {"content": "a dog", "paligemma": {...}}}]}},
-        "error": null}
+        "body": {"object": "chat.completion", "created": 1,
+        "choices": [{"message": {"content": "a dog", "paligemma": {...}}}]}}, "error": null}
 
 The model sees one user message: its text parts are the prompt, its pictures the row. A field that would change the
 answer and is not supported is an error that names it, never dropped. Without a temperature, or with 0, the likeliest
@@ -90,8 +90,8 @@ def _message(messages: Any, place: str) -> tuple[str, list[str]]:
     return " ".join(text for text, _ in texts), [url for url, _ in pictures]
 
 
-def response_line(line: Line, model: str) -> dict[str, Any]:
-    """The line of a part as OpenAI's format has it."""
+def response_line(line: Line, model: str, created: int) -> dict[str, Any]:
+    """The line of a part as OpenAI's format has it. created: in seconds since 1970."""
     name = hashlib.sha256(line["id"].encode()).hexdigest()[:24]
     answer: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": line["id"], "response": None, "error": None}
     error = line["error"]
@@ -105,5 +105,6 @@ def response_line(line: Line, model: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": line["text"], "paligemma": {key: line[key] for key in more}}
         reason = "stop" if line["finished"] else "length"
         choice = {"index": 0, "finish_reason": reason, "logprobs": None, "message": message}
-        body = {"id": f"chatcmpl-{name}", "object": "chat.completion", "model": model, "choices": [choice]}
+        about = {"id": f"chatcmpl-{name}", "object": "chat.completion", "created": created, "model": model}
+        body = {**about, "choices": [choice]}
     return {**answer, "response": {"status_code": status, "request_id": name, "body": body}}

@@ -4,7 +4,8 @@ A picture is where its row says:
 
     "/photos/a.jpg"                                             a file
     "data:image/png;base64,..."                                 in the row itself
-    {"file": "x.tar", "start": 512, "size": 9000, "name": ...}  the bytes of another file: a member of a tar archive
+    {"file": "x.tar", "start": 512, "size": 9000, "header": ..., "name": ...}
+                                                                the bytes of another file: a member of a tar archive
     {"file": "x.jsonl", ..., "picture": 0}                      the same, where these bytes are a line of JSON
     {"table": "x.parquet", "row": 7, "column": "image", ...}    a cell of a parquet file
     {"video": "x.mp4", "time": 2.5, "name": ...}                a frame of a video, in seconds from its beginning
@@ -82,8 +83,13 @@ def read(where: Where) -> Any:
     with open(where["file"], "rb") as file:
         file.seek(where["start"])
         content = file.read(where["size"])
-    if len(content) < where["size"]:
-        raise OSError(f"{where['file']} has become shorter than it was when its pictures were listed")
+        if len(content) < where["size"]:
+            raise OSError(f"{where['file']} has become shorter than it was when its pictures were listed")
+        if "header" in where:
+            from paligemma.batch.inputs import header_digest
+
+            if header_digest(file, where["start"]) != where["header"]:
+                raise OSError(f"{where['file']} has changed since its pictures were listed: list them anew")
     if "picture" in where:
         from paligemma.batch.row_files import pictures_in_line
 

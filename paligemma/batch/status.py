@@ -70,7 +70,7 @@ def rows_begun(folder: RunFolder) -> Counter[int]:
     begun = Counter[int]()
     for path in folder.work.glob("*.jsonl"):
         with suppress(FileNotFoundError):  # its shard was finished a moment ago
-            lines = path.read_bytes().splitlines()
+            lines = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a torn last line does not count
             begun[int(path.name.split(".")[0])] += sum(line.startswith(b'{"id"') for line in lines)
     return begun
 

@@ -145,6 +145,8 @@ def batch(
         return
     assert out is not None
     folder = opened(out, settings, inputs or [])
+    if draw is not None:
+        check_draw(folder)
     ended = worked(folder, workers, threads, which, draw, ray, stop_after_errors, retry_errors)
     finish(folder, ended, allowed, coco)
 
@@ -251,6 +253,16 @@ def opened(out: Path, settings: Settings, inputs: list[str]) -> RunFolder:
             raise typer.BadParameter(str(error)) from None
         except (ValueError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
             raise typer.BadParameter(error_line(error)) from None
+
+
+def check_draw(folder: RunFolder) -> None:
+    """Rows whose drawings would overwrite each other are an error of usage, before any of them is answered."""
+    from paligemma.batch.drawings import check_drawings
+
+    try:
+        check_drawings(folder)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def worked(

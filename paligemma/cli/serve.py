@@ -127,15 +127,16 @@ def serve(
 
 
 def run(load: object, settings: Settings, host: str, port: int, uds: Path | None) -> int:
-    from paligemma.serve.server import listen, listen_at, serve
+    from paligemma.serve.server import listen, listen_at, mark_of, serve
 
     listening, url = listen(host, port) if uds is None else listen_at(uds)
+    ours = None if uds is None else mark_of(uds)
     try:
         with listening:
             note(f"loading {settings.name}")
             return serve(load, settings, listening, url, say)  # type: ignore[arg-type]
     finally:
-        if uds is not None:
+        if uds is not None and mark_of(uds) == ours:  # not that of a server which has taken our place meanwhile
             uds.unlink(missing_ok=True)
 
 

@@ -65,7 +65,7 @@ async def converse(service: Service, scope: Scope, receive: Receive, send: Send,
         headers = Headers(scope=scope)
         kind = content_type(headers, forms)
         with service.memory.account() as account:
-            content = await read_body(headers, receive, service.settings, account)
+            content = await service.while_open(read_body(headers, receive, service.settings, account))
             with service.place():
                 body = Body(content, [], account)
                 del content

@@ -33,6 +33,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
+        if self.status == 408:  # what is still on its way would only be read to be thrown away
+            return {"connection": "close"}
         return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
 
 

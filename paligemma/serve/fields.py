@@ -74,7 +74,7 @@ class Fields:
         return str(value)
 
     def texts(self, field: str, most: int) -> list[str] | None:
-        """A list of 1 to `most` strings, which together are not longer than any prompt may be."""
+        """A list of 1 to `most` strings that say something, which together are not longer than any prompt may be."""
         value = self.take(field)
         if value is None:
             return None
@@ -82,6 +82,9 @@ class Fields:
             got = f"a list of {len(value):,}" if isinstance(value, list) else kind_of(value)
             raise invalid(self.path(field), f"{self.path(field)} is {got}, expected a list of 1 to {most:,} strings")
         texts = [checked_text(text, f"{self.path(field)}[{i}]") for i, text in enumerate(value)]
+        for i, text in enumerate(texts):
+            if not text.strip():
+                raise invalid(f"{self.path(field)}[{i}]", f"{self.path(field)}[{i}] is empty: it must say something")
         if sum(map(len, texts)) > LONGEST_TEXTS:
             raise invalid(self.path(field), f"{self.path(field)} has more than {LONGEST_TEXTS:,} characters together")
         return texts

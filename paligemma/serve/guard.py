@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 import sys
 import time
 from datetime import datetime, timezone
@@ -74,7 +75,7 @@ class Guard:
         try:
             if cors is not None and scope["method"] == "OPTIONS":
                 check_host(headers, self.service.settings.hosts)
-                await preflight(send_with_headers)
+                await preflight(headers, send_with_headers)
                 return
             self.check(scope, headers)
             await self.app(scope, receive, send_with_headers)
@@ -126,11 +127,14 @@ class NoKey(ApiError):
         super().__init__(401, "invalid_api_key", "the key is missing or wrong: send Authorization: Bearer KEY")
 
 
-async def preflight(send: Send) -> None:
-    """What a browser asks before it lets an allowed page of another origin ask with a key and JSON."""
+async def preflight(asked: Headers, send: Send) -> None:
+    """What a browser asks before it lets an allowed page of another origin ask with a key and JSON. Whatever headers it
+    names are allowed: OpenAI's client sends several of its own, and none changes an answer."""
+    names = asked.get("access-control-request-headers", "").split(",")
+    more = [name.strip() for name in names if re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name.strip(), re.ASCII)]
     headers = [
         (b"access-control-allow-methods", b"GET, POST"),
-        (b"access-control-allow-headers", b"Authorization, Content-Type"),
+        (b"access-control-allow-headers", ", ".join(["Authorization", "Content-Type", *more]).encode()),
         (b"access-control-max-age", b"600"),
         (b"content-length", b"0"),
     ]

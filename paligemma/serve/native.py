@@ -37,7 +37,7 @@ def parse_native(task: str, body: Any, files: list[Source], settings: Settings) 
     check_model(fields, settings)
     sources = _pictures(fields.take("image"), files, settings)
     boxes = task in ("detect", "segment")
-    prompt, any_label = _prompt_with_labels(task, fields) if boxes else (_prompt(fields), False)
+    prompt, field, any_label = _prompt_with_labels(task, fields) if boxes else (_prompt(fields), "prompt", False)
     explore = task == "explore"
     wanted = None if explore else fields.whole("max_tokens", 1, settings.max_new_tokens)
     choices = fields.texts("choices", MOST_CHOICES) if task == "answer" else None
@@ -49,7 +49,7 @@ def parse_native(task: str, body: Any, files: list[Source], settings: Settings) 
     budget = budget_for("segment" if any_label else prompt, wanted, settings.max_new_tokens)
     ask = Ask(
         prompt, sources, budget, sampling, constrained, None if choices is None else tuple(choices), any_label,
-        params={"labels": "labels" if boxes else "prompt"},
+        params={"prompt": field, "labels": field},
     )  # fmt: skip
     return Native(ask, sources[0].name, min_score, masks)
 
@@ -76,22 +76,23 @@ def _prompt(fields: Fields) -> str:
     return prompt
 
 
-def _prompt_with_labels(task: str, fields: Fields) -> tuple[str, bool]:
-    """(prompt, whether any label may follow): of labels, of a whole prompt, or the bare expression for segment."""
+def _prompt_with_labels(task: str, fields: Fields) -> tuple[str, str, bool]:
+    """(prompt, the field it is from, whether any label may follow): of labels, of a whole prompt, or the bare
+    expression for segment."""
     prompt, labels = fields.text("prompt"), fields.take("labels")
     if (prompt is None) == (labels is None):
         raise invalid("labels", 'give labels, such as ["dog", "cat"], or a prompt, and not both')
     if prompt is not None:
         if task_of(prompt) == task:
-            return prompt, False
+            return prompt, "prompt", False
         if task == "segment":
-            return prompt, True
+            return prompt, "prompt", True
         raise invalid("prompt", f"the prompt begins with {shown(task_of(prompt))}, expected '{task} THIS ; THAT'")
     given = [labels] if isinstance(labels, str) else labels
     if not isinstance(given, list) or not 1 <= len(given) <= MOST_LABELS:
         raise invalid("labels", f"labels is {shown(labels)}, expected 1 to {MOST_LABELS:,} strings")
     texts = [_label(label, f"labels[{i}]" if given is labels else "labels") for i, label in enumerate(given)]
-    return f"{task} " + " ; ".join(dict.fromkeys(texts)), False
+    return f"{task} " + " ; ".join(dict.fromkeys(texts)), "labels", False
 
 
 def _label(value: Any, place: str) -> str:

@@ -1,6 +1,7 @@
 """Running the server: its socket, uvicorn, signals, and how the process ends.
 
-    SIGTERM, Ctrl-C    new requests get 503, those that have a place are finished within the grace
+    SIGTERM, Ctrl-C    new requests get 503, and those whose body is still on its way; those that have a place are
+                       finished within the grace
     the engine died    `/health` says so for two seconds, then the process ends with 1
 
 uvicorn has no limit for slow headers, so its protocol gets a timer here. Its h11 protocol is taken, which refuses
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -94,6 +96,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         now, service = time.monotonic(), self.service
+        if service.stopping:
+            service.stop_reading()
         if not self.announced and service.state == "ok":
             self.announced = True
             self.announce()
@@ -109,8 +113,14 @@ class Server(uvicorn.Server):
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's protocol with a limit to the time that headers may take: from the first connection, and from the first
-    byte of a later request, to the end of its headers."""
+    """uvicorn's protocol with a limit to the time that a client may take to send
+
+    - headers: from the first connection, and from the first byte of a later request, to their end
+    - the rest of a body whose request was answered already, which is read so that the client gets to see its answer
+
+    uvicorn's own timer of idle connections ends with the next byte. (How long a body may take that is still wanted is
+    limited in `bodies.py`.)
+    """
 
     seconds = 30.0
     _timer: asyncio.TimerHandle | None = None
@@ -121,11 +131,26 @@ class TimedProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        in_headers = self.cycle is None or (self.cycle.response_complete and self.conn.trailing_data[0] != b"")
-        if not in_headers:
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Lets the timer run while headers or the rest of a body are on their way."""
+        if self.transport.is_closing():
+            return
+        answered = self.cycle is None or self.cycle.response_complete
+        idle = self.cycle is not None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0] == b""
+        if not answered or idle:
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(self.seconds, self._too_slow)
+        if answered and idle and self.timeout_keep_alive_task is None:  # it ended with the bytes of the body
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -140,7 +165,8 @@ class TimedProtocol(H11Protocol):
         self._timer = None
         if self.transport.is_closing():
             return
-        self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        if self.conn.their_state is h11.IDLE:  # else it has its answer
+            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
         self.transport.close()
 
 
@@ -174,3 +200,13 @@ def listen_at(path: Path) -> tuple[socket.socket, str]:
         listening.close()
         raise OSError(f"{path} cannot be listened on: {error.strerror or error}") from None
     return listening, f"unix:{path}"
+
+
+def mark_of(path: Path) -> tuple[int, int, int] | None:
+    """By what the file of a socket is known again; None where there is none. File systems give the number of a removed
+    file to the next one, so the time counts too."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns

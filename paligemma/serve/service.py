@@ -6,10 +6,10 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from paligemma.inference import PaliGemma
 from paligemma.serve.bodies import BodyMemory
@@ -35,6 +35,7 @@ class Service:
         self.engine = EngineThread(load, settings, self.metrics, self.cache)
         self.memory = BodyMemory(settings)
         self.taken = 0  # places
+        self.reading: set[asyncio.Task[bytes]] = set()  # bodies that are on their way
         self.stopping = False
         self.seconds = 1.0  # that a request takes, of late
         self.explored: OrderedDict[str, tuple[float, bytes]] = OrderedDict()  # {path: (until, page)}
@@ -85,6 +86,25 @@ class Service:
                 429, "queue_full", f"{self.taken} requests run or wait already, which is all that may: try again",
                 retry_after=min(60, max(1, round(wait))),
             )  # fmt: skip
+
+    async def while_open(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
+        """A body, unless the server stops before it is complete: it has no place yet, so nobody waits for it. ApiError
+        503 then."""
+        task = asyncio.ensure_future(reading)
+        self.reading.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            raise unavailable("stopping") from None
+        finally:
+            self.reading.discard(task)
+            task.cancel()
+
+    def stop_reading(self) -> None:
+        for task in self.reading:
+            task.cancel()
 
     @contextmanager
     def place(self) -> Iterator[None]:

@@ -7,11 +7,13 @@ import re
 import shlex
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import standins
 import typer
+from openai.types.chat import ChatCompletion
 from PIL import Image
 
 from paligemma.batch import on_ray, run
@@ -212,6 +214,16 @@ def test_status_and_export(paligemma, photos):
     assert paligemma("batch", "export", "run", "--to", "word", "x")[0] == 2
 
 
+def test_rows_whose_drawings_would_be_one_file_are_refused_before_the_start(paligemma, photos):
+    names = ["a/b", "c", "a//b", "a\\b", "../b"]
+    rows = [{"id": name, "image": "photos/0.png", "prompt": "detect dog"} for name in names]
+    (photos / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = paligemma("batch", "--rows", "rows.jsonl", "--out", "run", "--draw", "drawn")
+    assert code == 2 and "'a/b' and 'a//b' would have one drawing, a/b.png" in " ".join(err.split())
+    assert not RunFolder("run").done()
+    assert paligemma("batch", "--rows", "rows.jsonl", "--out", "run")[0] == 0  # without --draw they do not meet
+
+
 def test_a_batch_file_of_openai_is_answered_in_its_format(paligemma, photos):
     content = [{"type": "text", "text": "caption en"}, {"type": "image_url", "image_url": {"url": "photos/0.png"}}]
     body = {"model": "x", "messages": [{"role": "user", "content": content}]}
@@ -222,6 +234,8 @@ def test_a_batch_file_of_openai_is_answered_in_its_format(paligemma, photos):
     answer = json.loads((photos / "run" / "output.jsonl").read_text())
     assert answer["custom_id"] == "r1"
     assert answer["response"]["body"]["choices"][0]["message"]["content"] == "caption en r1"
+    completion = ChatCompletion.model_validate(answer["response"]["body"])  # OpenAI's own class has all that it needs
+    assert 0 <= time.time() - completion.created < 600
 
 
 @pytest.fixture

@@ -148,6 +148,39 @@ def test_pictures_of_a_tar_are_read_where_they_lie(photos):
         open_picture(rows[1].image)
 
 
+def packed(name, members):
+    """A tar archive of these files, all of one size: a jpg each."""
+    with tarfile.open(name, "w") as archive:
+        for inside, path in members:
+            archive.add(path, inside)
+
+
+def test_a_tar_that_changed_is_not_read_under_the_old_names(photos):
+    """Its members may have the old sizes and lie at the old places: only their headers tell them apart."""
+    (photos / "b.jpg").write_bytes((photos / "x/a.jpg").read_bytes().ljust((photos / "a.jpg").stat().st_size, b"\0"))
+    both = [(name, photos / name) for name in ("a.jpg", "b.jpg")]
+    packed("set.tar", both)
+    before, rows = digest_of_lists(["set.tar"], None), listed("set.tar")
+    assert [color_of(row) for row in rows] == ["red", "lime"]
+    packed("set.tar", both[::-1])
+    assert [row.image["start"] for row in rows] == [row.image["start"] for row in listed("set.tar")]
+    assert digest_of_lists(["set.tar"], None) != before is not None  # a run that goes on: exit code 2
+    for row in rows:  # one that goes on meanwhile, and one with archives in a folder or list
+        with pytest.raises(RowFailure, match="has changed since its pictures were listed"):
+            open_picture(row.image)
+    packed("set.tar", both)
+    assert digest_of_lists(["set.tar"], None) == before and color_of(rows[0]) == "red"
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_with_long_names_are_known_again(photos, format):
+    """Their name stands before the header, in blocks of its own or in two parts."""
+    with tarfile.open("set.tar", "w", format=format) as archive:
+        for name in ("a.jpg", "x/a.jpg"):
+            archive.add(photos / name, f"{'folder/' * 15}{name}")
+    assert [color_of(row) for row in listed("set.tar")] == ["red", "lime"]
+
+
 def test_what_is_no_archive_is_said(photos):
     (photos / "x.tar").write_bytes(b"no archive" * 100)
     with pytest.raises(ValueError, match="is no tar archive that can be read"):
@@ -436,12 +469,13 @@ def test_what_a_request_asks_in_vain_is_named(wrong, said):
 def test_answers_in_openais_format():
     row = InputRow("r1", None, "caption en")
     answer = SimpleNamespace(text="a dog", score=0.5, finished=False, detections=[], segments=[], invalid=[])
-    line = response_line(answered(row, answer, (4, 3), "rle"), "tiny")
+    line = response_line(answered(row, answer, (4, 3), "rle"), "tiny", 7)
     choice = line["response"]["body"]["choices"][0]
     assert (line["custom_id"], line["response"]["status_code"], line["error"]) == ("r1", 200, None)
     assert (choice["message"]["content"], choice["finish_reason"]) == ("a dog", "length")
     assert choice["message"]["paligemma"]["image_size"] == [4, 3]
+    assert line["response"]["body"]["created"] == 7
     for kind, status in (("missing", 400), ("too_many_pixels", 413), ("internal", 500)):
-        line = response_line(failed(row, kind, "because"), "tiny")
+        line = response_line(failed(row, kind, "because"), "tiny", 7)
         assert line["response"]["status_code"] == status
         assert line["response"]["body"]["error"]["code"] == kind

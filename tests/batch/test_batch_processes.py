@@ -143,7 +143,7 @@ def test_status_counts_what_lies_in_the_folder(tmp_path):
     folder = run_of(tmp_path / "run", 30)
     run_batch(folder, 1, How(load=quick, part=(1, 3)))
     lease = leases.take(folder.lease(1))
-    (folder.work / "00001.x.jsonl").write_text('{"id": "row 10"}\n{"trying": "row 11"}\n')
+    (folder.work / "00001.x.jsonl").write_text('{"id": "row 10"}\n{"trying": "row 11"}\n{"id": "torn')
     state = status_of(folder)
     assert (state["rows"], state["answered"], state["shards_done"], state["complete"]) == (30, 10, 1, False)
     assert (state["shards_worked_on"], state["rows_in_open_shards"]) == (1, 1) and lease

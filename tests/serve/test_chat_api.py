@@ -85,6 +85,8 @@ def test_a_choice_is_one_of_the_choices(client, pg):
     content = client.post(URL, json=body).json()["choices"][0]["message"]["content"]
     assert content == pg.ask(SCENE, "how many dogs are there?", choices=choices).text
     assert error_of(client.post(URL, json=chat(structured_outputs={"choice": []})))[2] == "structured_outputs.choice"
+    empty = client.post(URL, json=chat(structured_outputs={"choice": ["yes", ""]}))
+    assert error_of(empty)[2] == "structured_outputs.choice[1]" and "choices" not in empty.text
     assert error_of(client.post(URL, json=chat(structured_outputs={"json": {}})))[1] == "unknown_field"
 
 

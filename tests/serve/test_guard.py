@@ -94,6 +94,16 @@ def test_the_own_page_and_allowed_origins_may_ask(locked):
         assert reply.status_code == 204 and "Authorization" in reply.headers["access-control-allow-headers"]
 
 
+def test_an_allowed_page_may_send_headers_of_its_own(locked):
+    """OpenAI's client for JavaScript does. What is no name of a header is not sent back."""
+    asked = "authorization, x-stainless-lang,X-Stainless-OS, no name, a:b,,"
+    headers = {"origin": "https://friend.example", "access-control-request-headers": asked}
+    with locked.client() as client:
+        reply = client.options("/v1/chat/completions", headers=headers)
+    allowed = reply.headers["access-control-allow-headers"]
+    assert allowed == "Authorization, Content-Type, authorization, x-stainless-lang, X-Stainless-OS"
+
+
 def test_headers_of_every_reply(client):
     for path in ("/health", "/v1/models", "/v1/nothing", "/v1/detect", "/static/nothing"):
         headers = client.get(path).headers

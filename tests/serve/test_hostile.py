@@ -2,6 +2,8 @@
 memory stays within 400 MB of what the server takes anyway."""
 
 import base64
+import contextlib
+import http.client
 import io
 import json
 import os
@@ -285,6 +287,46 @@ def test_a_slow_body(pg):
     with running(pg, body_timeout=0.3) as server:
         answer = raw(server, HEAD + b'Content-Length: 100\r\n\r\n{"mess')
         assert b" 408 " in answer and b"body_timeout" in answer and b"0.3 seconds" in answer
+
+
+def status_from(connection):
+    """Of the next reply, which is read to its end."""
+    reply = http.client.HTTPResponse(connection)
+    reply.begin()
+    reply.read()
+    return reply.status
+
+
+def test_a_body_that_trickles_after_its_answer(pg):
+    """No byte of it makes the connection live longer: anybody without a key could hold all of them."""
+    unwanted = HEAD + b"Content-Length: 1000000\r\n\r\n"
+    with running(pg, api_key="key", header_timeout=0.5) as server:
+        with socket.create_connection(server.address, timeout=20) as connection:
+            connection.sendall(unwanted)
+            assert status_from(connection) == 401
+            with contextlib.suppress(ConnectionError):
+                connection.settimeout(0.05)
+                start = time.monotonic()
+                while time.monotonic() < start + 20:
+                    connection.sendall(b" ")
+                    with contextlib.suppress(TimeoutError):
+                        assert connection.recv(1000) == b""  # closed, and no second answer
+                        break
+            assert time.monotonic() - start < 10
+        wait_until(lambda: not server.server.server_state.connections)
+
+
+def test_the_connection_of_a_body_that_came_to_its_end_lives_on(pg):
+    """Most clients send all of it before they look for an answer. Then it is idle, which has its own limit."""
+    with running(pg, api_key="key", header_timeout=0.5) as server:
+        server.server.config.timeout_keep_alive = 2
+        with socket.create_connection(server.address, timeout=20) as connection:
+            for _ in range(2):
+                connection.sendall(HEAD + b"Content-Length: 10\r\n\r\n12345")
+                assert status_from(connection) == 401
+                connection.sendall(b"67890")
+                time.sleep(0.6)
+            assert connection.recv(1000) == b""
 
 
 def test_slow_headers(pg):

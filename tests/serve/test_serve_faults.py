@@ -1,10 +1,12 @@
 """Faults that are put in, and how a server ends: the rows concerned fail, the others do not; a dead engine is said."""
 
 import ctypes
+import http.client
 import json
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,6 +15,8 @@ import torch
 from serving import SCENE, Command, Running, chat, data_url, error_of, running, wait_until
 
 import paligemma.engine as engine_module
+from paligemma.cli.serve import run
+from paligemma.serve.server import listen_at
 from paligemma.serve.settings import Settings
 
 URL = "/v1/chat/completions"
@@ -253,6 +257,40 @@ def test_a_unix_socket(tmp_path):
                 client.post("/v1/detect", json={"image": data_url(), "labels": ["book"]}, timeout=60).status_code == 200
             )
         assert command.end()[0] == 0 and not path.exists()
+
+
+def test_the_socket_of_a_successor_is_left_alone(tmp_path, monkeypatch):
+    """It may be started while the last requests of an old server are answered, which no longer listens."""
+    path, successors = tmp_path / "socket", []
+
+    def serve(load, settings, listening, url, say):
+        listening.close()
+        time.sleep(0.02)  # the file of the second may have the number of the first, but not its time
+        successors.append(listen_at(path)[0])
+        return 0
+
+    monkeypatch.setattr("paligemma.serve.server.serve", serve)
+    assert run(None, Settings(), "", 0, path) == 0
+    with successors[0], socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    monkeypatch.setattr("paligemma.serve.server.serve", lambda *_: 0)
+    assert run(None, Settings(), "", 0, path) == 0 and not path.exists()
+
+
+def test_a_body_that_is_still_on_its_way_when_the_server_stops(pg):
+    """It has no place, so nobody waits for it: 503 at once, in OpenAI's form."""
+    with running(pg) as server, socket.create_connection(server.address, timeout=20) as connection:
+        head = "POST /v1/detect HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head.encode() + b'Content-Length: 100\r\n\r\n{"image"')
+        wait_until(lambda: server.service.memory.held == 8)
+        start = time.monotonic()
+        server.server.handle_exit(signal.SIGTERM, None)
+        reply = http.client.HTTPResponse(connection)
+        reply.begin()
+        error = json.loads(reply.read())["error"]
+        assert (reply.status, error["code"]) == (503, "stopping") and time.monotonic() - start < 3
+        server.thread.join(10)
+        assert not server.thread.is_alive() and server.server.exit_code == 0
 
 
 @pytest.mark.slow
