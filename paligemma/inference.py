@@ -115,8 +115,7 @@ def load(
         max_memory=max_memory,
         extra=extra or {},
     )
-    vision = network.config.vision_config
-    processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
+    processor = PaliGemmaProcessor.for_config(tokenizer, network.config)
     folders = open_model(path, dtype, extra or {})[1]
     own_codec = first_with(folders, CODEC_FILE)
     codec = MaskCodec.load(own_codec / CODEC_FILE) if own_codec is not None else None

@@ -84,9 +84,8 @@ def _save(model: ir.Model, path: Path) -> bool:
 def _write_processor(checkpoint: Checkpoint, folders: Sequence[Path], staging: Path) -> None:
     copy_companions(folders, staging)
     if not all((staging / name).exists() for name in ("tokenizer.json", "preprocessor_config.json")):
-        vision = checkpoint.config.vision_config
         tokenizer = load_tokenizer(next(folder for folder in folders if any(folder.glob("*tokenizer*"))))
-        PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(staging)
+        PaliGemmaProcessor.for_config(tokenizer, checkpoint.config).save_pretrained(staging)
 
 
 def _write_configs(checkpoint: Checkpoint, staging: Path, weights: list[str], external: dict[str, int]) -> None:

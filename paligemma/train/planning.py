@@ -46,9 +46,8 @@ def plan_of(options: TrainOptions) -> Plan:
     device = pick_device(options.device)
     compute_dtype = compute_dtype_of(options, dtype, device)
     rows = rows_of(options, options.training_data)
-    vision = config.vision_config
     tokenizer = load_tokenizer(first_with(folders, *TOKENIZERS) or folders[-1])
-    processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
+    processor = PaliGemmaProcessor.for_config(tokenizer, config)
     return estimate(
         config,
         batch=options.batch,
