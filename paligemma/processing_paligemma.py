@@ -48,7 +48,7 @@ from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from paligemma.answers.scores import Calibration
-    from paligemma.configuration import PaliGemmaConfig
+    from paligemma.modeling_gemma import PaliGemmaConfig
 
 IGNORED = -100  # a label that the loss skips
 
