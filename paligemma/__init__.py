@@ -129,7 +129,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "explore":  # a room, whose functions are public
+    if name == "explore":  # a package, whose functions are public
         return import_module("paligemma.explore")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'paligemma' has no attribute {name!r}")

@@ -74,8 +74,9 @@ def prefix_lm_mask(token_type_ids: Tensor, valid: Tensor, window: int | None = N
 def cached_mask(query_positions: Tensor, key_positions: Tensor, key_valid: Tensor, window: int | None = None) -> Tensor:
     """The mask of tokens that continue a cached row: they are suffix, so causal over everything stored.
 
-    query_positions: int64 [B, S]; key_positions: int64 [B, T]; key_valid: bool [B, T], both as the
-    cache keeps them. The queries are the last S of the keys. Returns bool [B, 1, S, T].
+    query_positions: int64 [B, S]; key_positions: int64 [B, T]; key_valid: bool [B, T], both as the cache keeps them.
+    The queries are the last S of the keys. (In a `StaticKVCache` they may stand in any column. There every key is
+    valid, so it makes no difference which ones are looked at.) Returns bool [B, 1, S, T].
     """
     S = query_positions.shape[1]
     valid = key_valid[:, -S:]

@@ -39,7 +39,7 @@ from paligemma.generation import (
     not_finite,
     prepare,
     seeds_of,
-    watched_bins,
+    watched_distributions,
 )
 from paligemma.static_kv_cache import StaticKVCache
 
@@ -83,7 +83,7 @@ def generate_compiled(
             sound = scores.masked_fill(~totals.isfinite()[:, None], 0.0) if options.do_sample else scores
             tokens = choose(sound, options, generators)
             logprobs = scores.gather(-1, tokens[:, None])[:, 0] - totals
-            bins = watched_bins(scores, options.watch)
+            watched = watched_distributions(scores, options.watch)
             # The one time that the host waits. (float32 holds ids below 2**24; not every device has float64.)
             read = torch.stack([tokens.float(), logprobs]).tolist()
             for n, (token, logprob) in enumerate(zip(map(int, read[0]), read[1])):
@@ -95,7 +95,7 @@ def generate_compiled(
                 if n in fitting and not contains(fitting[n], token):
                     running.discard(n)  # what it chose does not fit into the budget
                     continue
-                rules.record(answers[n], token, logprob, bins[n])
+                rules.record(answers[n], token, logprob, watched[n])
                 if answers[n].finished:
                     running.discard(n)
             if not running or remaining == 1:

@@ -15,11 +15,12 @@ with its last token, and another one takes its place while the others run (Orca,
 prompt is read in a pass of its own, since the prefix looks in both directions, and the two caches are joined
 (`kv_cache.py`). So an answer does not depend on what runs beside it.
 
-`generate` and `stream` are clients: they admit their rows and step until all have ended. This is the only loop in use.
+`generate` and `stream` are clients: they admit their rows and step until all have ended. Only beams
+(`generation.beam_search`) and answers compiled as a whole (`compiled.generate_compiled`) have loops of their own.
 
 A row's own fault (a constraint that raises or allows nothing, logits that are NaN or infinite) ends that row alone. Any
-other exception ends all running rows; the next ones start afresh. After three such exceptions in a row the engine has
-failed.
+other exception ends the rows that were in that pass: those that were about to join, or all that run. The others go on.
+After three such exceptions in succession the engine has failed.
 
 What happens to a single row stands in `running_rows.py`. With `compile=True` a decode step is one compiled graph, and
 the rows have slots of fixed size in place of a cache that grows (`slots.py`).

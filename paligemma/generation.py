@@ -90,10 +90,9 @@ class Options:
     constraint: which ids may come next; one function for all rows, or a list with one (or None) per row. It is called
         with what a row has generated and the tokens left in its budget, and returns the sorted ids, int64 [n], or None
         for any. See `answers/constraints.py`.
-    watch: (first id, count). For each token in this range `Generated.bins` gets the mean and the spread (standard
-        deviation) of the distribution among the allowed tokens of the range, counted from its first id, and
-        `Generated.distributions` more of it. Over the 1,024 location tokens: where a box's edge is, and how sure the
-        model was.
+    watch: (first id, count). For each token in this range `Generated.distributions` gets the distribution among the
+        allowed tokens of the range, counted from its first id. Over the 1,024 location tokens: where a box's edge is,
+        and how sure the model was.
     eos_token_id: default: the configuration's.
     num_tokens: `len(tokenizer)`. Pass it where <image> may not be the last token, see `never_produced`.
     compile: of `generate`; decode with one compiled graph, see `compiled.py`. For GPUs.
@@ -183,8 +182,7 @@ class Generated:
     token_ids: without eos. token_logprobs: of each token, among the tokens that were allowed in its place (before
     temperature, top-k and top-p). finished: ended with eos; False when the budget ended it, also where a constraint
     closed the answer and the model would have gone on (`answers/constraints.py`). eos_logprob: of the eos, where there
-    is one. bins: with `watch` one (mean, spread) per token, (nan, nan) for a token outside the range; else empty.
-    distributions: the same with all that is recorded.
+    is one. distributions: with `watch` one per token, `NOT_WATCHED` for a token outside the range; else empty.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -192,10 +190,6 @@ class Generated:
     finished: bool = False
     eos_logprob: float | None = None
     distributions: list[Distribution] = field(default_factory=list, repr=False)
-
-    @property
-    def bins(self) -> list[tuple[float, float]]:
-        return [(seen.mean, seen.spread) for seen in self.distributions]
 
     def copy(self) -> Generated:
         seen = [*self.distributions]
@@ -403,16 +397,16 @@ def seeds_of(options: Options, rows: int) -> list[int]:
     return [int(seed) for seed in options.seed]
 
 
-def watched_bins(scores: Tensor, watch: tuple[int, int] | None) -> list[Distribution]:
+def watched_distributions(scores: Tensor, watch: tuple[int, int] | None) -> list[Distribution]:
     """Each row's distribution over the watched ids alone."""
     if watch is None:
         return [NOT_WATCHED] * len(scores)
     first, count = watch
     watched = scores[:, first : first + count]
     probs = watched.softmax(-1)  # [N, count]; nan where none of them is allowed
-    bins = torch.arange(count, dtype=probs.dtype, device=probs.device)
-    mean = (probs * bins).sum(-1, keepdim=True)
-    spread = (probs * (bins - mean).square()).sum(-1).sqrt()
+    numbers = torch.arange(count, dtype=probs.dtype, device=probs.device)
+    mean = (probs * numbers).sum(-1, keepdim=True)
+    spread = (probs * (numbers - mean).square()).sum(-1).sqrt()
     share = (watched.logsumexp(-1) - scores.logsumexp(-1)).exp()
     middles = (torch.arange(QUANTILES, dtype=probs.dtype, device=probs.device) + 0.5) / QUANTILES
     places = torch.searchsorted(probs.cumsum(-1), middles.expand(len(probs), -1).contiguous()).clamp(max=count - 1)
@@ -439,15 +433,15 @@ class Rules:
             if not 0 <= first < first + count <= len(self.never):
                 raise ValueError(f"watch is {self.watch}, expected (first id, count) within {len(self.never)} ids")
 
-    def record(self, answer: Generated, token: int, logprob: float, bin: Distribution) -> None:
-        """Adds a chosen token to an answer; `bin` is what the row's watched range looked like."""
+    def record(self, answer: Generated, token: int, logprob: float, watched: Distribution) -> None:
+        """Adds a chosen token to an answer; `watched` is the row's distribution over the watched range."""
         if token == self.eos:
             answer.finished, answer.eos_logprob = True, logprob
             return
         answer.token_logprobs.append(logprob)
         if self.watch is not None:
             first, count = self.watch
-            answer.distributions.append(bin if 0 <= token - first < count else NOT_WATCHED)
+            answer.distributions.append(watched if 0 <= token - first < count else NOT_WATCHED)
         answer.token_ids.append(token)  # last: who follows an answer from another thread counts these
 
 
@@ -499,7 +493,7 @@ def beam_search(
     check_prompts(model.config, prompt, options.max_new_tokens, rules.eos)
     answers: list[list[tuple[float, Generated]]] = [[] for _ in range(rows)]  # per row (score, answer), best first
     beams = [_Beam(row, Generated()) for row in range(rows)]  # one per row at first, grouped by row
-    logits, cache = prefill(model, prompt, options.max_new_tokens)
+    logits, cache = read_prompt(model, prompt, options.max_new_tokens)
     for length in range(1, options.max_new_tokens + 1):
         remaining = options.max_new_tokens + 1 - length
         generated = [beam.answer.token_ids for beam in beams]
@@ -513,10 +507,9 @@ def beam_search(
                 raise nothing_allowed(generated[n], remaining)
             if not math.isfinite(whole[n]) or not math.isfinite(allowed[n]):
                 raise not_finite(model.dtype)
-        bins = watched_bins(scores, options.watch)
+        watched = watched_distributions(scores, options.watch)
 
         survivors: list[_Beam] = []
-        tokens: list[int] = []
         for row, group in groupby(range(len(beams)), key=lambda n: beams[n].row):
             candidates = [
                 (beams[n].total + value - whole[n], n, token, value - allowed[n])
@@ -524,24 +517,11 @@ def beam_search(
                 for value, token in zip(values[n], ids[n])
                 if value > -math.inf
             ]
-            candidates.sort(key=lambda candidate: -candidate[0])
-            going: list[tuple[_Beam, int]] = []
-            for rank, (total, n, token, logprob) in enumerate(candidates[: 2 * width]):
-                fits = n not in fitting or contains(fitting[n], token)
-                ends = token == rules.eos or remaining == 1 or not fits
-                if (ends and rank >= width) or (not ends and len(going) == width):
-                    continue
-                answer = beams[n].answer.copy()
-                if fits:
-                    rules.record(answer, token, logprob, bins[n])
-                if ends:
-                    answers[row].append((total / length**options.length_penalty, answer))
-                else:
-                    going.append((_Beam(row, answer, total, parent=n), token))
-            answers[row] = sorted(answers[row], key=lambda scored: -scored[0])[:width]
-            if going and (len(answers[row]) < width or _can_improve(going[0][0], length, answers[row], options)):
-                survivors += [beam for beam, _ in going]
-                tokens += [token for _, token in going]
+            ended, going = _extend(beams, candidates, fitting, watched, rules, width, last=remaining == 1)
+            scored = [(total / length**options.length_penalty, answer) for total, answer in ended]
+            answers[row] = sorted(answers[row] + scored, key=lambda each: -each[0])[:width]
+            if going and (len(answers[row]) < width or _can_improve(going[0], length, answers[row], options)):
+                survivors += going
 
         if not survivors:
             break
@@ -549,8 +529,42 @@ def beam_search(
         if parents != list(range(len(beams))):
             cache.select(torch.tensor(parents, device=logits.device))
         beams = survivors
+        tokens = [beam.answer.token_ids[-1] for beam in beams]
         logits = decode_one_token(model, torch.tensor(tokens, device=logits.device), cache)
     return [best[0][1] for best in answers]
+
+
+def _extend(
+    beams: list[_Beam],
+    candidates: list[tuple[float, int, int, float]],
+    fitting: Mapping[int, Tensor],
+    watched: list[Distribution],
+    rules: Rules,
+    width: int,
+    last: bool,
+) -> tuple[list[tuple[float, Generated]], list[_Beam]]:
+    """Chooses among the extensions of one row: the answers that end now, as (log-probability, answer), and the beams
+    that go on, likeliest first.
+
+    candidates: (log-probability of the answer, beam, token, log-probability to report). fitting: see `allowed_next`.
+    last: no token is left in the budget after this one.
+    """
+    ended: list[tuple[float, Generated]] = []
+    going: list[_Beam] = []
+    best_first = sorted(candidates, key=lambda candidate: -candidate[0])
+    for rank, (total, n, token, logprob) in enumerate(best_first[: 2 * width]):
+        fits = n not in fitting or contains(fitting[n], token)
+        ends = token == rules.eos or last or not fits
+        if (ends and rank >= width) or (not ends and len(going) == width):
+            continue
+        answer = beams[n].answer.copy()
+        if fits:
+            rules.record(answer, token, logprob, watched[n])
+        if ends:
+            ended.append((total, answer))
+        else:
+            going.append(_Beam(beams[n].row, answer, total, parent=n))
+    return ended, going
 
 
 def _can_improve(beam: _Beam, length: int, answers: list[tuple[float, Generated]], options: Options) -> bool:

@@ -61,8 +61,8 @@ __all__ = ["Answer", "PaliGemma", "Sampling", "load"]
 
 CODEC_FILE = "mask_codec.npz"  # a checkpoint may bring its own; the official one is shared by all official checkpoints
 
-Row: TypeAlias = ImageInput | None  # what a row of the batch sees; None: no picture
-RowT = TypeVar("RowT", bound=Row)  # of a list, as `ImageT`
+ImageOrNone: TypeAlias = ImageInput | None  # what a row of the batch sees; None: no picture
+ImageOrNoneT = TypeVar("ImageOrNoneT", bound=ImageOrNone)  # of a list, as `ImageT`
 Size: TypeAlias = tuple[int, int]  # (W, H) of a picture
 
 
@@ -115,8 +115,7 @@ def load(
         max_memory=max_memory,
         extra=extra or {},
     )
-    vision = network.config.vision_config
-    processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
+    processor = PaliGemmaProcessor.for_config(tokenizer, network.config)
     own_codec = first_with(folders, CODEC_FILE)
     codec = MaskCodec.load(own_codec / CODEC_FILE) if own_codec is not None else None
     calibrated = folders[0] / CALIBRATION_FILE  # of these weights: an adapter's base has another
@@ -172,27 +171,33 @@ class PaliGemma:
     # ------------------------------------------------------------------------------------------ tasks
 
     @overload
-    def caption(self, image: Row, language: str = ...) -> Answer: ...
+    def caption(self, image: ImageOrNone, language: str = ...) -> Answer: ...
     @overload
-    def caption(self, image: list[RowT], language: str = ...) -> list[Answer]: ...
-    def caption(self, image: Row | list[RowT], language: str = "en") -> Answer | list[Answer]:
+    def caption(self, image: list[ImageOrNoneT], language: str = ...) -> list[Answer]: ...
+    def caption(self, image: ImageOrNone | list[ImageOrNoneT], language: str = "en") -> Answer | list[Answer]:
         """A sentence about the image: Answer, or a list of them for a list of images."""
         _check_text(language, "the language")
         return self.generate(image, f"caption {language}")
 
     @overload
-    def ask(self, image: Row, question: str, choices: Iterable[str] | None = ..., language: str = ...) -> Answer: ...
+    def ask(
+        self, image: ImageOrNone, question: str, choices: Iterable[str] | None = ..., language: str = ...
+    ) -> Answer: ...
     @overload
     def ask(
-        self, image: Row, question: list[str], choices: Iterable[str] | None = ..., language: str = ...
+        self, image: ImageOrNone, question: list[str], choices: Iterable[str] | None = ..., language: str = ...
     ) -> list[Answer]: ...
     @overload
     def ask(
-        self, image: list[RowT], question: str | list[str], choices: Iterable[str] | None = ..., language: str = ...
+        self,
+        image: list[ImageOrNoneT],
+        question: str | list[str],
+        choices: Iterable[str] | None = ...,
+        language: str = ...,
     ) -> list[Answer]: ...
     def ask(
         self,
-        image: Row | list[RowT],
+        image: ImageOrNone | list[ImageOrNoneT],
         question: str | list[str],
         choices: Iterable[str] | None = None,
         language: str = "en",
@@ -212,10 +217,10 @@ class PaliGemma:
         return self.generate(image, prompts[0], constraint=constraint)
 
     @overload
-    def ocr(self, image: Row) -> Answer: ...
+    def ocr(self, image: ImageOrNone) -> Answer: ...
     @overload
-    def ocr(self, image: list[RowT]) -> list[Answer]: ...
-    def ocr(self, image: Row | list[RowT]) -> Answer | list[Answer]:
+    def ocr(self, image: list[ImageOrNoneT]) -> list[Answer]: ...
+    def ocr(self, image: ImageOrNone | list[ImageOrNoneT]) -> Answer | list[Answer]:
         """The text in the image."""
         return self.generate(image, "ocr")
 
@@ -339,7 +344,7 @@ class PaliGemma:
     @overload
     def generate(
         self,
-        image: Row,
+        image: ImageOrNone,
         prompt: str,
         max_new_tokens: int = ...,
         *,
@@ -353,7 +358,7 @@ class PaliGemma:
     @overload
     def generate(
         self,
-        image: Row,
+        image: ImageOrNone,
         prompt: list[str],
         max_new_tokens: int = ...,
         *,
@@ -367,7 +372,7 @@ class PaliGemma:
     @overload
     def generate(
         self,
-        image: list[RowT],
+        image: list[ImageOrNoneT],
         prompt: str | list[str],
         max_new_tokens: int = ...,
         *,
@@ -380,7 +385,7 @@ class PaliGemma:
     ) -> list[Answer]: ...
     def generate(
         self,
-        image: Row | list[RowT],
+        image: ImageOrNone | list[ImageOrNoneT],
         prompt: str | list[str],
         max_new_tokens: int = TEXT_BUDGET,
         *,
@@ -418,7 +423,7 @@ class PaliGemma:
         return answers if is_list else answers[0]
 
     def stream(
-        self, image: Row, prompt: str, max_new_tokens: int = TEXT_BUDGET, **sampling: Unpack[Sampling]
+        self, image: ImageOrNone, prompt: str, max_new_tokens: int = TEXT_BUDGET, **sampling: Unpack[Sampling]
     ) -> Generator[str, None, Answer]:
         """The answer to one prompt in pieces of text, as they come. The pieces joined are the answer's text.
 
@@ -455,7 +460,7 @@ class PaliGemma:
         )  # fmt: skip
 
     def to_answer(
-        self, generated: Generated, size: Size | None, image: Row = None, codec: MaskCodec | None = None
+        self, generated: Generated, size: Size | None, image: ImageOrNone = None, codec: MaskCodec | None = None
     ) -> Answer:
         """What an `Engine` (or `generate` below it) wrote, as an Answer: its text, boxes, masks and scores.
 
@@ -490,7 +495,7 @@ class PaliGemma:
 
     def _generated(
         self,
-        images: list[Row],
+        images: list[ImageOrNone],
         prompts: list[str],
         max_new_tokens: int,
         constraints: list[Constraint | None],
@@ -526,7 +531,7 @@ class PaliGemma:
         return zip([*rows, *(ticket.result() for ticket in tickets)], sizes)
 
     def _inputs(
-        self, images: list[Row], prompts: list[str], max_new_tokens: int, batch_size: int
+        self, images: list[ImageOrNone], prompts: list[str], max_new_tokens: int, batch_size: int
     ) -> Iterator[tuple[slice, dict[str, Tensor], list[Size | None]]]:
         """Model inputs for `batch_size` rows at a time: which rows these are, the inputs, and the (W, H) of each row's
         first image (None for a row without). The pictures of the next rows are opened meanwhile.
@@ -578,7 +583,7 @@ def _labels(labels: str | Iterable[str]) -> list[str]:
     return list(dict.fromkeys(labels))
 
 
-def _pictures(image: Row) -> tuple[Picture, ...]:
+def _pictures(image: ImageOrNone) -> tuple[Picture, ...]:
     """The images that a row sees: those of a tuple, the one, or none."""
     if image is None:
         return ()
@@ -595,9 +600,11 @@ def _check_pictures(image: object) -> None:
         raise ValueError("there is no picture to look in: the image is None")
 
 
-def _broadcast(image: Row | list[RowT], prompt: str | list[str]) -> tuple[list[Row], list[str], bool]:
+def _broadcast(
+    image: ImageOrNone | list[ImageOrNoneT], prompt: str | list[str]
+) -> tuple[list[ImageOrNone], list[str], bool]:
     """Pairs images and prompts as the head of this file says."""
-    images: list[Row] = [*image] if isinstance(image, list) else [image]
+    images: list[ImageOrNone] = [*image] if isinstance(image, list) else [image]
     prompts = prompt if isinstance(prompt, list) else [prompt]
     is_list = isinstance(image, list) or isinstance(prompt, list)
     for text in prompts:

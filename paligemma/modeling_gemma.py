@@ -172,10 +172,12 @@ class GemmaAttention(nn.Module):
         q = self.q_proj(x[:, -Q:]).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, Q, E]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, S, E]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k = apply_rotary(q, cos[:, :, -Q:], sin[:, :, -Q:]), apply_rotary(k, cos, sin)
+        q, k = self.rotate(q, cos[:, :, -Q:], sin[:, :, -Q:]), self.rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, K, T, E]: those of all tokens so far
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(-2))  # [B, Q, D]
+
+    rotate = staticmethod(apply_rotary)  # `fast/fast_layers.py` has a kernel for it
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Shapes as in `explicit_attention`."""

@@ -1,8 +1,8 @@
 """Images and text -> tensors; text <- tokens.
 
-One row, as the model sees it (N tokens per image; the linear layer puts one projected patch in place of each):
+One row, as the model sees it (P tokens per image; the linear layer puts one projected patch in place of each):
 
-                   <image> x N  <bos>  caption  en  "\\n"     a   cat  <eos>
+                   <image> x P  <bos>  caption  en  "\\n"     a   cat  <eos>
                    `------------- prefix -------------´     `-- suffix --´
     token_type_ids    0 0 0 0     0       0      0    0       1    1     1
     labels             -100      -100   -100   -100  -100     a   cat  <eos>
@@ -25,7 +25,7 @@ What is unusual:
 Every id, type and label equals that of transformers' `PaliGemmaProcessor`, every pixel that of its PIL path.
 Source: big_vision `models/proj/paligemma`, transformers `models/paligemma/processing_paligemma.py`.
 
-Letters: B rows, S length of a row, N tokens per image.
+Letters: B rows, S length of a row, P tokens per image.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from paligemma.answers.scores import Calibration
+    from paligemma.modeling_gemma import PaliGemmaConfig
 
 IGNORED = -100  # a label that the loss skips
 
@@ -63,7 +64,7 @@ class PaliGemmaProcessor:
     """Prompts, pictures and (for training) answers -> what the model takes.
 
     `tokenizer`: a `Tokenizer`, or a fast transformers tokenizer of a PaliGemma checkpoint.
-    `num_image_tokens`: N, patches per image: 256, 1024, 4096 at 224, 448, 896 pixels.
+    `num_image_tokens`: P, patches per image: 256, 1024, 4096 at 224, 448, 896 pixels.
     `image_size`: side of the square the pictures are brought to, in pixels.
     """
 
@@ -83,6 +84,11 @@ class PaliGemmaProcessor:
         self.num_image_tokens = num_image_tokens
         self.image_size = image_size
         self.calibration: Calibration | None = None  # of scores; it is here because it is saved with the rest
+
+    @classmethod
+    def for_config(cls, tokenizer: Tokenizer | FastTokenizer, config: PaliGemmaConfig) -> PaliGemmaProcessor:
+        """The processor of a model with this configuration."""
+        return cls(tokenizer, config.vision_config.num_patches, config.vision_config.image_size)
 
     def __call__(
         self,

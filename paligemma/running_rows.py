@@ -23,7 +23,7 @@ from torch import Tensor
 
 from paligemma.answers.constraints import Constraint, allowed_next, contains, masked_logits, nothing_allowed
 from paligemma.attention_mask import PREFIX
-from paligemma.generation import NOT_WATCHED, Generated, Options, Rules, choose, not_finite, watched_bins
+from paligemma.generation import NOT_WATCHED, Generated, Options, Rules, choose, not_finite, watched_distributions
 from paligemma.tickets import Request, Ticket
 
 
@@ -126,11 +126,11 @@ def choose_tokens(
             generators = [generator for n in places if (generator := rows[n].generator) is not None]
             tokens[places] = choose(_taken(scores, places), options, generators)
     logprobs = (scores.gather(-1, tokens[:, None])[:, 0] - totals).tolist()
-    bins = [NOT_WATCHED] * len(rows)
+    watched = [NOT_WATCHED] * len(rows)
     for watch, places in _grouped(rows, lambda row: row.request.options.watch):
         if watch is not None:
-            for n, found in zip(places, watched_bins(_taken(scores, places), watch)):
-                bins[n] = found
+            for n, found in zip(places, watched_distributions(_taken(scores, places), watch)):
+                watched[n] = found
 
     kept: list[int] = []
     for n, (row, token) in enumerate(zip(rows, tokens.tolist())):
@@ -143,7 +143,7 @@ def choose_tokens(
         elif fits is not None and not contains(fits, token):
             row.ticket.end()  # what it chose does not fit into the budget, so the answer ends without it
         else:
-            row.rules.record(row.answer, token, logprobs[n], bins[n])
+            row.rules.record(row.answer, token, logprobs[n], watched[n])
             if row.answer.finished or not row.remaining:
                 row.ticket.end()
             else:

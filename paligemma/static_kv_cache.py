@@ -23,7 +23,7 @@ Letters: B batch, S new tokens, T columns, K key/value heads, E head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -106,18 +106,8 @@ class StaticKVCache(KVCache):
         self.active.fill_(True)
         self.used = 0
 
-    def select(self, rows: Tensor) -> None:
-        """Not offered, and neither are `rewind`, `join`, `trim` and `grow`: a graph was compiled for these shapes."""
+    def _not_offered(self, *_: Any, **__: Any) -> NoReturn:
+        """A graph was compiled for these shapes."""
         raise ValueError("a StaticKVCache keeps its rows and its length: use KVCache to drop, add or reorder rows")
 
-    def rewind(self, columns: int) -> None:
-        self.select(self.lengths)
-
-    def join(self, other: KVCache) -> None:
-        self.select(self.lengths)
-
-    def trim(self) -> None:
-        self.select(self.lengths)
-
-    def grow(self, max_length: int) -> None:
-        self.select(self.lengths)
+    select = rewind = join = trim = grow = _not_offered

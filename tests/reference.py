@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paligemma.configuration import alternating_layers
+from paligemma.generation import Generated
 from paligemma.modeling_gemma import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 
@@ -163,3 +164,8 @@ def make_inputs(
     size = config.vision_config.image_size
     inputs["pixel_values"] = torch.rand(len(prefix) * images, 3, size, size, generator=generator) * 2 - 1
     return inputs
+
+
+def means_and_spreads(answer: Generated) -> Tensor:
+    """Of the watched ids of an answer, [tokens, 2]: the numbers of `distributions` that vary little with rounding."""
+    return torch.tensor([(each.mean, each.spread) for each in answer.distributions])

@@ -193,6 +193,33 @@ def test_wings_import_only_the_wings_they_are_built_on():
     assert {f"{here} -> {there}" for here, there in between - WINGS_THAT_USE_WINGS} == set()
 
 
+# ---------------------------------------------------------------------------------------------- names in prose
+
+
+@cache
+def definitions():
+    """{module or room: what it defines}; modules of one name in several rooms share an entry. Imports do not count."""
+    defined = {ROOT.name: set(paligemma.__all__)}
+    for path, tree in sources().items():
+        module = path.parent.name if path.stem == "__init__" else path.stem
+        every = list(ast.walk(tree))
+        names = {node.name for node in every if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        names |= {node.id for node in every if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        defined.setdefault(module, set()).update(names)
+        defined.setdefault(path.parent.name, set()).add(path.stem)
+    return defined
+
+
+def test_docstrings_and_comments_name_what_is_there():
+    """`module.name` in backquotes is defined in that module of ours, where a reader will look for it."""
+    endings = {"py", "h", "json", "jsonl", "parquet", "yaml", "md", "model"}  # `run.json` is a file
+    for path in sources():
+        named = re.findall(r"`(?:\w+/)*(\w+)\.(\w+)(?:\([^`]*\))?`", path.read_text(encoding="utf-8"))
+        for module, name in named:
+            if module in definitions() and name not in endings:
+                assert name in definitions()[module], f"{path}: `{module}.{name}`"
+
+
 # ---------------------------------------------------------------------------------------------- what is never used
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from make_tokenizer import build_tokenizer
-from reference import make_inputs, make_theirs, randomize, tiny_config
+from reference import make_inputs, make_theirs, means_and_spreads, randomize, tiny_config
 from torch.testing import assert_close
 
 from paligemma.answers.constraints import NO_END, allowed_next, masked_logits, never_produced
@@ -254,7 +254,7 @@ def test_batched_equals_single(shape, side, options):
     assert [a.finished for a in together] == [a.finished for a in alone]
     for a, b in zip(together, alone):
         assert_close(a.token_logprobs, b.token_logprobs, atol=1e-5, rtol=0)
-        assert_close(a.bins, b.bins, atol=1e-2, rtol=0, equal_nan=True)
+        assert_close(means_and_spreads(a), means_and_spreads(b), atol=1e-2, rtol=0, equal_nan=True)
 
 
 def test_padding_in_the_middle_and_in_every_row_changes_nothing():
@@ -357,7 +357,7 @@ def same_answers(answers, expected):
     for answer, other in zip(answers, expected):
         found = torch.tensor([*answer.token_logprobs, answer.eos_logprob or 0.0])
         torch.testing.assert_close(found, torch.tensor([*other.token_logprobs, other.eos_logprob or 0.0]))
-        torch.testing.assert_close(torch.tensor(answer.bins), torch.tensor(other.bins), equal_nan=True)
+        assert_close(means_and_spreads(answer), means_and_spreads(other), equal_nan=True)
 
 
 def few_and_forced(generated, remaining):
@@ -602,11 +602,11 @@ def test_ids_may_come_in_a_list_or_an_array():
     assert Options().suppress_tokens is None and Options().watch is None
 
 
-# -- watched bins --
+# -- watched ids --
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_watched_bins(num_beams):
+def test_watched_ids(num_beams):
     """Mean and spread of the distribution among the allowed tokens of the range, where the chosen token lies in it."""
     model = make_ours()
     row = next(rows_of(ragged(model)))
@@ -622,25 +622,26 @@ def test_watched_bins(num_beams):
         pixel_values=row["pixel_values"],
         token_type_ids=torch.cat([row["token_type_ids"], torch.ones_like(tokens)], 1),
     ).logits[0, P - 1 : -1]
-    assert len(answer.bins) == 6
+    assert len(answer.distributions) == 6
     seen = set()
-    for place, (token, step, (mean, spread)) in enumerate(zip(answer.token_ids, logits, answer.bins)):
+    for place, (token, step, (mean, spread, share, quantiles)) in enumerate(
+        zip(answer.token_ids, logits, answer.distributions)
+    ):
         seen.add(token >= 100)
         if token < 100:
             assert math.isnan(mean) and math.isnan(spread)
             continue
-        *_, share, quantiles = answer.distributions[place]
         allowed = step[50:120] if place % 2 else step[100:120]
         assert share == pytest.approx(float((step[100:120].logsumexp(-1) - allowed.logsumexp(-1)).exp()), abs=1e-4)
         below = step[100:120].double().softmax(-1).cumsum(-1)
-        for n, bin in enumerate(quantiles):
-            assert below[bin] >= (n + 0.5) / 12 - 1e-4 and (bin == 0 or below[bin - 1] <= (n + 0.5) / 12 + 1e-4)
+        for n, at in enumerate(quantiles):
+            assert below[at] >= (n + 0.5) / 12 - 1e-4 and (at == 0 or below[at - 1] <= (n + 0.5) / 12 + 1e-4)
         probs = step[100:120].double().softmax(-1).tolist()
         expected = sum(p * i for i, p in enumerate(probs))
         assert mean == pytest.approx(expected, abs=1e-3)
         assert spread == pytest.approx(math.sqrt(sum(p * (i - expected) ** 2 for i, p in enumerate(probs))), abs=1e-3)
     assert seen == {True, False}
-    assert generate(model, row, 6)[0].bins == []
+    assert generate(model, row, 6)[0].distributions == []
 
 
 # -- sampling --
@@ -1014,7 +1015,7 @@ def test_logits_that_cease_to_be_numbers_are_the_same_error_of_beams(value, monk
 def test_bfloat16_generates():
     model = make_ours(seed=9).bfloat16()
     answers = generate(model, ragged(model), 6, watch=(0, 100))
-    assert all(len(a.token_ids) == len(a.token_logprobs) == len(a.bins) <= 6 for a in answers)
+    assert all(len(a.token_ids) == len(a.token_logprobs) == len(a.distributions) <= 6 for a in answers)
     assert all(logprob <= 0 for a in answers for logprob in a.token_logprobs)
 
 

@@ -93,7 +93,8 @@ def test_gradients_in_bfloat16_are_no_further_from_float32_than_theirs(kind, way
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_step_of_training(kind, tmp_path):
-    """Clipping, Adam, and weight decay on the matrices of eye and projector, as a user of transformers would write it.
+    """Clipping, Adam, and weight decay on the matrices of vision tower and projector, as a user of transformers would
+    write it.
 
     Adam's first step moves a number by lr * g / |g|, g its gradient: an error of 1e-5 of the whole gradient of a
     parameter moves it by up to lr * 1e-5 * |gradient| / |g| to the side, and where g is as good as zero, up to 2 lr.

@@ -91,11 +91,11 @@ def answered(row: InputRow, answer: Answer, size: tuple[int, int] | None, masks:
     }
 
 
-def failed(row: InputRow, kind: str, message: str, attempts: int = 1, ms: float = 0) -> Line:
+def failed(row: InputRow, kind: str, message: str, attempts: int = 1) -> Line:
     """The line of a row that could not be answered."""
     error = {"kind": kind, "message": plain(message)}
     nothing = dict.fromkeys(ANSWERS)
-    return {**_head(row), **nothing, "image_size": None, "error": error, "attempts": attempts, "ms": round(ms)}
+    return {**_head(row), **nothing, "image_size": None, "error": error, "attempts": attempts, "ms": 0}
 
 
 def _head(row: InputRow) -> Line:

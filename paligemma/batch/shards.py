@@ -1,4 +1,4 @@
-"""One shard of a run, from its rows to its part. The rest of the room is built around this file.
+"""One shard of a run, from its rows to its part. The other files of this folder are built around this one.
 
 1. Take the lease. If another process holds it, the shard is not ours.
 2. Read what workers before us left in `work`: every whole line of a row is kept, a torn last line is not.

@@ -60,11 +60,11 @@ def measure_limits(quick: bool = False) -> dict[str, float]:
     }
 
 
-def _best(run: Callable[[], Any], times: int = 5) -> float:
-    """Seconds of the fastest run: other programs only make a run slower."""
+def _best(run: Callable[[], Any]) -> float:
+    """Seconds of the fastest of five runs: other programs only make a run slower."""
     run()
     seconds = []
-    for _ in range(times):
+    for _ in range(5):
         begun = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - begun)

@@ -280,8 +280,7 @@ def _ready_for_both(source: Path, work: Path | None) -> Iterator[Path]:
             (folder / file.name).symlink_to(file)
         if not (folder / "tokenizer.json").exists():
             config = PaliGemmaConfig.from_pretrained(folder)
-            vision, tokenizer = config.vision_config, stand_in_tokenizer(config)
-            PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(folder)
+            PaliGemmaProcessor.for_config(stand_in_tokenizer(config), config).save_pretrained(folder)
         if not (folder / "chat_template.jinja").exists():
             (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
         yield folder

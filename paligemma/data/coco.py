@@ -236,15 +236,6 @@ def _size(image: dict[str, Any], where: str, needed: bool = False) -> Any:
     raise RowError(where, "missing key", f"boxes need the picture's width and height, got {given}")
 
 
-def _box(annotation: dict[str, Any]) -> Box | None:
-    """COCO's [x, y, width, height] -> x0, y0, x1, y1."""
-    bbox = annotation.get("bbox")
-    if not bbox:
-        return None
-    x, y, width, height = map(float, bbox)
-    return x, y, x + width, y + height
-
-
 # -- captions --
 
 

@@ -68,7 +68,7 @@ class DataOptions:
         return {name: value for name, value in named.items() if value or name == "kind"}
 
     def open(self, codec: MaskCodec | str | os.PathLike[str] | None = None, loc_scale: int = 1024) -> Rows:
-        """The rows. codec, loc_scale: for masks and boxes, see `grammar.format_segments`; a codec may be given as its
+        """The rows. codec, loc_scale: for masks and boxes, see `writing.format_segments`; a codec may be given as its
         path.
 
         FileNotFoundError; ValueError, naming the file and the way out, for what is of no known kind or is broken as a

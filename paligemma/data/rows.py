@@ -46,7 +46,7 @@ class Row:
 class Rows(Sequence[Row]):
     """Rows of one source. `rows[i]` raises `RowError` for a row that cannot be used, and reads nothing else.
 
-    kind: one of `options.KINDS`. note: what was opened, for people. files: all files that rows are read from, without
+    kind: one of `kinds.KINDS`. note: what was opened, for people. files: all files that rows are read from, without
     the pictures.
     """
 

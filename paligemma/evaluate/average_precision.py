@@ -20,7 +20,7 @@ import numpy as np
 
 from paligemma.evaluate.regions import Region, match_boxes
 
-Picture = tuple[Sequence[Region], Sequence[Region]]  # true and predicted regions of one picture
+TrueAndPredicted = tuple[Sequence[Region], Sequence[Region]]  # true and predicted regions of one picture
 
 RECALL_POINTS = np.linspace(0, 1, 101)
 COCO_FIGURES = (
@@ -51,7 +51,9 @@ class Ranking:
         return float(falling[np.searchsorted(found / objects, RECALL_POINTS, side="left")].mean())
 
 
-def rank(rows: Sequence[Picture], threshold: float = 0.5, shuffle: np.random.Generator | None = None) -> list[Ranking]:
+def rank(
+    rows: Sequence[TrueAndPredicted], threshold: float = 0.5, shuffle: np.random.Generator | None = None
+) -> list[Ranking]:
     """A ranking for each class that has a true object. shuffle: rank by random numbers instead of the scores."""
     ranked: dict[str, list[tuple[float, bool, int]]] = {}
     objects: dict[str, list[int]] = {}
@@ -74,7 +76,7 @@ def rank(rows: Sequence[Picture], threshold: float = 0.5, shuffle: np.random.Gen
 
 
 def average_precision(
-    rows: Sequence[Picture], threshold: float = 0.5, shuffle: np.random.Generator | None = None
+    rows: Sequence[TrueAndPredicted], threshold: float = 0.5, shuffle: np.random.Generator | None = None
 ) -> float:
     """Mean over the classes of the area under precision over recall, in [0, 1]; NaN without any true object.
 
@@ -90,7 +92,7 @@ def mean_area(rankings: Sequence[Ranking], weights: np.ndarray) -> float:
     return float(np.mean(areas)) if areas else float("nan")
 
 
-def coco_metrics(rows: Sequence[Picture], masks: bool = False) -> dict[str, float]:
+def coco_metrics(rows: Sequence[TrueAndPredicted], masks: bool = False) -> dict[str, float]:
     """COCO's figures: AP (mean over IoU .50 to .95), AP50, AP75, AP by size, and average recall. Each is in [0, 1], or
     -1 where there is no object of that size.
 

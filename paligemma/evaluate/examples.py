@@ -38,7 +38,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The part of an `inference.Answer` that metrics need."""
+    """The part of a `results.Answer` that metrics need."""
 
     text: str
     score: float = 0.0
@@ -48,7 +48,7 @@ class Prediction:
 
     @classmethod
     def of(cls, answer: Any) -> "Prediction":
-        """From an `inference.Answer`."""
+        """From a `results.Answer`."""
         items = [*answer.detections, *answer.segments]
         regions = [Region(item.label, tuple(item.box), getattr(item, "mask", None), item.score) for item in items]
         return cls(

@@ -58,7 +58,7 @@ def anls(text: str, answers: Sequence[str], threshold: float = 0.5, case_sensiti
     return max(map(similarity, answers), default=0.0)
 
 
-def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> float:
+def relaxed_match(text: str, answer: str) -> float:
     """1.0 if a number is within 5% of the right one, or if a text is the right one; else 0.0.
 
     ChartQA, arXiv 2203.10244, section 5.1, as big_vision implements it (`transfers/chartqa.py`): "12%" is 0.12. A right
@@ -66,7 +66,7 @@ def relaxed_match(text: str, answer: str, tolerance: float = 0.05) -> float:
     """
     number, right = _number(text), _number(answer)
     if number is not None and right:
-        return float(abs(number - right) / abs(right) <= tolerance)
+        return float(abs(number - right) / abs(right) <= 0.05)
     return float(text == answer)
 
 

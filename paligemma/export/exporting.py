@@ -83,9 +83,7 @@ def _save(model: ir.Model, path: Path) -> bool:
 def _write_processor(checkpoint: Checkpoint, folders: Sequence[Path], staging: Path) -> None:
     copy_companions(folders, staging)
     if not all((staging / name).exists() for name in ("tokenizer.json", "preprocessor_config.json")):
-        vision = checkpoint.config.vision_config
-        tokenizer = tokenizer_in(folders)
-        PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(staging)
+        PaliGemmaProcessor.for_config(tokenizer_in(folders), checkpoint.config).save_pretrained(staging)
 
 
 def _write_configs(checkpoint: Checkpoint, staging: Path, weights: list[str], external: dict[str, int]) -> None:

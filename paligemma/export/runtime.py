@@ -37,8 +37,7 @@ def load_exported(
     codec: for masks, in place of the folder's own. An official checkpoint has none: without `codec` it is downloaded.
     """
     model = ExportedModel(Path(folder), weights, threads)
-    vision = model.config.vision_config
-    processor = PaliGemmaProcessor(load_tokenizer(folder), vision.num_patches, vision.image_size)
+    processor = PaliGemmaProcessor.for_config(load_tokenizer(folder), model.config)
     if (calibrated := Path(folder) / CALIBRATION_FILE).exists():
         processor.calibration = Calibration.load(calibrated)
     own_codec = Path(folder) / CODEC_FILE

@@ -19,7 +19,6 @@ from paligemma.fast import kernels
 from paligemma.fast.kernels import kernel_available
 from paligemma.fast.library import instructions
 from paligemma.fast.products import FEW_ROWS, add_bias, has_few_rows, multiply_in_float32, slow_in_bfloat16
-from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, apply_rotary
 from paligemma.modeling_siglip import SiglipAttention, SiglipMLP
 
@@ -108,19 +107,14 @@ class FastSiglipMLP(SiglipMLP):
 
 class FastGemmaAttention(GemmaAttention):
     """Attention by its kernel, which differs from PyTorch's in the order of sums (and, with AVX2, does not round the
-    attention weights to bfloat16). Rotary positions by theirs, equal to the bit; `forward` is the model's but for that.
+    attention weights to bfloat16). Rotary positions by theirs, equal to the bit.
     """
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None) -> Tensor:
-        Q = mask.shape[2]
-        q = self.q_proj(x[:, -Q:]).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, Q, E]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, K, S, E]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k = rotate(q, cos[:, :, -Q:], sin[:, :, -Q:]), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # [B, K, T, E]
-        attended: Tensor = self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(-2))
-        return attended  # [B, Q, D]
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if len(cos) != len(x) or not kernel_applies(x):
+            return apply_rotary(x, cos, sin)
+        return kernels.rotary_bf16(x, cos, sin)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         if self.explicit or not (attention_kernel_applies(*q.shape[2:]) and kernel_applies(q)):
@@ -135,13 +129,6 @@ class FastSiglipAttention(SiglipAttention):
         if self.explicit or not (attention_kernel_applies(*q.shape[2:]) and kernel_applies(q)):
             return _attend_by_pytorch(super().attend, q, k, v)
         return kernels.attention_bf16(q, k, v, None, q.shape[-1] ** -0.5)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`apply_rotary`, by the kernel where it can."""
-    if len(cos) != len(x) or not kernel_applies(x):
-        return apply_rotary(x, cos, sin)
-    return kernels.rotary_bf16(x, cos, sin)
 
 
 def attention_kernel_applies(queries: int, head_dim: int) -> bool:

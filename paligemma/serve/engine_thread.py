@@ -121,7 +121,8 @@ class EngineThread:
         self, load: Callable[[], PaliGemma], settings: Settings, metrics: Metrics, cache: FeatureCache
     ) -> None:
         self.settings, self.metrics, self.cache = settings, metrics, cache
-        self.state, self.failure = "loading", None
+        self.state = "loading"
+        self.failure: BaseException | None = None
         self.pg: PaliGemma | None = None
         self.engine: Engine | None = None
         self.running: list[Job] = []
@@ -133,8 +134,6 @@ class EngineThread:
         self._calls: deque[tuple[Callable[[PaliGemma], Any], Future[Any]]] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    failure: BaseException | None
 
     # ------------------------------------------------------------------------------------------ from the event loop
 

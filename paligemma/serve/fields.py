@@ -89,13 +89,13 @@ class Fields:
             raise invalid(self.path(field), f"{self.path(field)} has more than {LONGEST_TEXTS:,} characters together")
         return texts
 
-    def neutral(self, field: str, values: Sequence[object], hint: str = "") -> None:
+    def neutral(self, field: str, values: Sequence[object]) -> None:
         """A field that is taken only where it changes nothing."""
         value = self.take(field)
         if value is not None and not is_one_of(value, values):
             raise invalid(
                 self.path(field),
-                f"{self.path(field)} is {shown(value)}, which is not offered here{hint}: leave it out",
+                f"{self.path(field)} is {shown(value)}, which is not offered here: leave it out",
             )
 
     def end(self) -> None:

@@ -47,11 +47,11 @@ def noise(image: Image.Image, strength: float, rng: np.random.Generator) -> Imag
 
 
 @cache
-def _grain(side: int = 601) -> np.ndarray:
-    """Standard normal noise, float32 [side, side, 3], made once, because sampling is slow."""
+def _grain() -> np.ndarray:
+    """Standard normal noise, float32 [601, 601, 3], made once, because sampling is slow."""
     rng = np.random.Generator(np.random.PCG64(20))
-    common = rng.standard_normal((side, side, 1), dtype=np.float32)
-    return np.float32(0.8) * common + np.float32(0.6) * rng.standard_normal((side, side, 3), dtype=np.float32)
+    common = rng.standard_normal((601, 601, 1), dtype=np.float32)
+    return np.float32(0.8) * common + np.float32(0.6) * rng.standard_normal((601, 601, 3), dtype=np.float32)
 
 
 def brightness(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:

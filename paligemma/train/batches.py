@@ -14,7 +14,7 @@ sees, so that the vision tower need not look twice (`loss.py`). Shuffled row by 
 into the same batch; `keep_together` shuffles pictures instead, with all of their rows that follow one another.
 
 A picture that cannot be read (a disk that went away, a file that was moved) need not end a run of hours: with `on_skip`
-its row is left out and told of. Only when many rows in a row are lost there is something wrong with more than a row.
+its row is skipped and reported. After 100 skipped rows in succession the run stops: the disk is at fault then.
 
 `Prefetched` decodes the pictures of the next step while this one is computed.
 """

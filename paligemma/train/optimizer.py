@@ -58,7 +58,6 @@ def muon_and_adamw(
     lr: float,
     adamw_lr: float,
     weight_decay: float = 0.02,
-    betas: tuple[float, float] = (0.9, 0.98),
     slower: tuple[str, float] | None = None,
     decay_as_reference: bool = False,
 ) -> list[torch.optim.Optimizer]:
@@ -93,7 +92,9 @@ def muon_and_adamw(
 
     optimizers: list[torch.optim.Optimizer] = [SharedMuon(of_kind(True, lr), lr, weight_decay)]
     if others := of_kind(False, adamw_lr):  # none with LoRA in hidden layers alone
-        optimizers.append(torch.optim.AdamW(others, lr=adamw_lr, betas=betas, weight_decay=weight_decay, fused=True))
+        optimizers.append(
+            torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+        )
     return optimizers
 
 

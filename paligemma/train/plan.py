@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
-from paligemma.attention_mask import prefix_lm_mask
 from paligemma.devices import on_meta_device
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.train import parts
@@ -199,9 +198,7 @@ def rehearse(
             parameter.register_post_accumulate_grad_hook(gradient_is_there)
         for _ in range(step.pieces):
             with memory.at("the forward pass"):
-                loss = forward(
-                    model, memory, step.rows, step.length, step.answer, step.images, step.num_outputs, step.compute
-                )
+                loss = forward(model, memory, step)
             with memory.at("the backward pass"):
                 loss.backward()
             del loss
@@ -260,34 +257,21 @@ class WholeForAMoment(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None
 
 
-def forward(
-    model: PaliGemmaForConditionalGeneration,
-    memory: Memory,
-    rows: int,
-    length: int,
-    answer: int,
-    images: int,
-    last: int,
-    compute: torch.dtype,
-) -> Tensor:
-    """What `loss.suffix_loss` does, without looking at the content of a tensor: there is none. last: positions that the
-    last layer computes."""
-    config = model.config
-    side, text = config.vision_config.image_size, config.text_config
-    ids = torch.zeros(rows, length, dtype=torch.int64)
-    real = torch.ones(rows, length, dtype=torch.bool)
-    with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+def forward(model: PaliGemmaForConditionalGeneration, memory: Memory, step: Step) -> Tensor:
+    """What `loss.suffix_loss` does, without looking at the content of a tensor: there is none."""
+    side = model.config.vision_config.image_size
+    ids = torch.zeros(step.rows, step.length, dtype=torch.int64)
+    real = torch.ones(step.rows, step.length, dtype=torch.bool)
+    with torch.autocast("cpu", step.compute, enabled=step.compute != torch.float32):
         with memory.of(VISION):
-            features = model.encode_image(torch.zeros(rows * images, 3, side, side)) if images else None
+            features = model.encode_image(torch.zeros(step.rows * step.images, 3, side, side)) if step.images else None
         with memory.of(DECODER):
             x = model.language_model.model.embed(ids)  # [B, S, D]
             if features is not None:
                 x = x.masked_scatter(real[..., None], features.to(x.dtype))
-            windows = {text.window(layer) for layer in range(text.num_hidden_layers)}
-            masks = {window: prefix_lm_mask(ids, real, window) for window in windows}
-            x = model.language_model.model(x, ids, masks, None, last)
+            x = model.read(inputs_embeds=x, token_type_ids=ids, num_outputs=step.num_outputs)
         with memory.of(LOGITS):
-            logits = model.language_model.logits(x[:, -answer:].flatten(0, 1)).float()  # [B * A, V]
+            logits = model.language_model.logits(x[:, -step.answer :].flatten(0, 1)).float()  # [B * A, V]
             return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64), reduction="sum")
 
 

@@ -45,9 +45,7 @@ def plan_of(options: TrainOptions) -> Plan:
     device = pick_device(options.device)
     compute_dtype = compute_dtype_of(options, dtype, device)
     rows = rows_of(options, options.training_data)
-    vision = config.vision_config
-    tokenizer = tokenizer_in(folders)
-    processor = PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size)
+    processor = PaliGemmaProcessor.for_config(tokenizer_in(folders), config)
     return estimate(
         config,
         batch=options.batch,

@@ -133,9 +133,9 @@ def charts(log: Sequence[Mapping[str, Any]]) -> list[str]:
     return drawn
 
 
-def smooth(points: Points, share: float = 0.02) -> list[tuple[float, float]]:
-    """A running mean over the last `share` of all points."""
-    keep = 1 - 1 / max(1.0, share * len(points))
+def smooth(points: Points) -> list[tuple[float, float]]:
+    """A running mean over the last 2% of all points."""
+    keep = 1 - 1 / max(1.0, 0.02 * len(points))
     value, weight, line = 0.0, 0.0, []
     for x, y in points:
         value, weight = keep * value + (1 - keep) * y, keep * weight + (1 - keep)
@@ -198,11 +198,11 @@ def chart(
     )
 
 
-def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`."""
+def nice_ticks(low: float, high: float) -> list[float]:
+    """About five round numbers, from at or below `low` to at or above `high`."""
     span = max(high - low, 1e-9)
-    step = 10.0 ** math.floor(math.log10(span / about))
-    step *= next((factor for factor in (1, 2, 5) if span / (step * factor) <= about + 1e-6), 10)
+    step = 10.0 ** math.floor(math.log10(span / 5))
+    step *= next((factor for factor in (1, 2, 5) if span / (step * factor) <= 5 + 1e-6), 10)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(k * step, 12) for k in range(first, last + 1)]
 

@@ -80,9 +80,7 @@ def convert(
         bare = has_sentencepiece and not all(path.exists() for path in of_processor)
         if format == "safetensors" and bare:
             # big_vision's checkpoints come without the files that transformers reads a processor from.
-            vision = checkpoint.config.vision_config
-            tokenizer = tokenizer_in(folders)
-            PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size).save_pretrained(staging)
+            PaliGemmaProcessor.for_config(tokenizer_in(folders), checkpoint.config).save_pretrained(staging)
         check_nothing_lost(staging, folder)  # before gigabytes are written
         if format == "npz":
             write_npz(staging / (target.name if target.suffix == ".npz" else "model.npz"), checkpoint, tensors, read)

@@ -122,15 +122,10 @@ def _describe(
         "stored_bytes": stored,
         "dtype": _name(runs_in),
         "parameters": {**parts, "total": total},
-        "kv_bytes_per_token": kv_bytes_per_token(config, runs_in),
+        "kv_bytes_per_token": bytes_per_token(text, runs_in),
         "memory": memory(config, total, runs_in, weights),
         "adapter": None,
     }
-
-
-def kv_bytes_per_token(config: PaliGemmaConfig, dtype: torch.dtype) -> int:
-    """What one token costs in the cache: a key and a value in every layer."""
-    return bytes_per_token(config.text_config, dtype)
 
 
 def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype, weights: int | None = None) -> dict[str, int]:
@@ -154,7 +149,7 @@ def memory(config: PaliGemmaConfig, parameters: int, dtype: torch.dtype, weights
     result = {
         "tokens": tokens,
         "weights": parameters * dtype.itemsize if weights is None else weights,
-        "cache": tokens * kv_bytes_per_token(config, dtype),
+        "cache": tokens * bytes_per_token(text, dtype),
         "activations": max(vision_tower, language_model),
     }
     return {**result, "total": result["weights"] + result["cache"] + result["activations"]}

@@ -7,7 +7,7 @@
     .npz       img/Transformer/...           llm/layers/...                  big_vision, all layers in one array
 
 Our parameter names are those of layout H, so three of the four need only their names changed (`our_name`). An `.npz`
-stacks the layers and transposes the matrices: `bigvision_arrays` says how, for both directions.
+stacks the layers and transposes the matrices: `bigvision_layout` says how, for both directions.
 """
 
 from __future__ import annotations

@@ -40,8 +40,7 @@ def tokenizer(tmp_path_factory):
 
 
 def with_processor(model, tokenizer) -> PaliGemma:
-    vision = model.config.vision_config
-    return PaliGemma(model, PaliGemmaProcessor(tokenizer, vision.num_patches, vision.image_size))
+    return PaliGemma(model, PaliGemmaProcessor.for_config(tokenizer, model.config))
 
 
 def narrow(tokenizer, image_size: int) -> PaliGemma:

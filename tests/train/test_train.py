@@ -151,7 +151,7 @@ def test_a_run_ends_with_its_minutes_and_the_schedule_with_it(processor, tmp_pat
     assert checkpointing.load_last(tmp_path / "checkpoints")["step"] == len(rates)
 
 
-def test_weight_decay_falls_on_the_kernels_of_eye_and_projector_alone(processor):
+def test_weight_decay_falls_on_the_kernels_of_tower_and_projector_alone(processor):
     model = make_model(processor)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, rest = decayed_apart(model, 0.1)
@@ -183,8 +183,8 @@ def test_the_vision_tower_may_learn_more_slowly(processor, tmp_path, monkeypatch
 @pytest.mark.parametrize("vision_lr", [1.0, 0.1])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_weight_decay_is_the_references_whatever_the_share_of_the_vision_tower(processor, tmp_path, kind, vision_lr):
-    """Where a step has no gradient, all that moves is what decays: the kernels of eye and projector, by the learning
-    rate times the decay, of which the tower's share of the learning rate takes nothing."""
+    """Where a step has no gradient, all that moves is what decays: the kernels of vision tower and projector, by the
+    learning rate times the decay, of which the tower's share of the learning rate takes nothing."""
     model = make_model(processor)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     lr, decay = SMALL["lr"], 0.5

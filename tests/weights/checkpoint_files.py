@@ -86,14 +86,14 @@ def bigvision_arrays(model: PaliGemmaForConditionalGeneration) -> dict[str, np.n
     def stack(template, layers, change=lambda w: w):
         return np.stack([change(state[template.format(i)]) for i in range(layers)])
 
-    eye, L = "vision_tower.vision_model.", vision.num_hidden_layers
-    layer = eye + "encoder.layers.{}."
+    tower, L = "vision_tower.vision_model.", vision.num_hidden_layers
+    layer = tower + "encoder.layers.{}."
     arrays = {
-        "img/embedding/kernel": state[eye + "embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0),
-        "img/embedding/bias": state[eye + "embeddings.patch_embedding.bias"],
-        "img/pos_embedding": state[eye + "embeddings.position_embedding.weight"][None],
-        "img/Transformer/encoder_norm/scale": state[eye + "post_layernorm.weight"],
-        "img/Transformer/encoder_norm/bias": state[eye + "post_layernorm.bias"],
+        "img/embedding/kernel": state[tower + "embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0),
+        "img/embedding/bias": state[tower + "embeddings.patch_embedding.bias"],
+        "img/pos_embedding": state[tower + "embeddings.position_embedding.weight"][None],
+        "img/Transformer/encoder_norm/scale": state[tower + "post_layernorm.weight"],
+        "img/Transformer/encoder_norm/bias": state[tower + "post_layernorm.bias"],
         "img/head/kernel": state["multi_modal_projector.linear.weight"].T,
         "img/head/bias": state["multi_modal_projector.linear.bias"],
     }

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from paligemma.kv_cache import KVCache
+from paligemma.kv_cache import KVCache, bytes_per_token
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.weights.converting import convert
-from paligemma.weights.info import describe, kv_bytes_per_token, memory, render
+from paligemma.weights.info import describe, memory, render
 from paligemma.weights.quantized import quantize_checkpoint
 from paligemma.weights.saving import save_pretrained
 
@@ -131,7 +131,7 @@ def test_a_hub_id_of_which_only_the_settings_were_fetched_is_described_by_them(t
 def test_the_bytes_per_token_are_those_of_the_cache(model, dtype):
     cache = KVCache(model.config.text_config, batch=3, max_length=7, dtype=dtype)
     held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
-    assert held == 3 * 7 * kv_bytes_per_token(model.config, dtype)
+    assert held == 3 * 7 * bytes_per_token(model.config.text_config, dtype)
 
 
 class Peak(TorchDispatchMode):

@@ -20,6 +20,7 @@ from paligemma.devices import multiplies_bfloat16
 from paligemma.files import written_whole
 from paligemma.tiny.recipe.shards import Shard, shard_paths
 
+BATCH, LR = 64, 2e-3
 WIDTHS: dict[str, Any] = {"embedding_dim": 64, "encoder_widths": (8, 24, 48, 96), "decoder_widths": (96, 64, 32, 16, 8)}
 
 
@@ -81,8 +82,6 @@ def train_codec(
     scenes: Path,
     out: Path,
     steps: int = 4000,
-    batch: int = 64,
-    lr: float = 2e-3,
     log: Callable[[str], None] = print,
     weights: Path | None = None,
     device: torch.device | str = "cpu",
@@ -95,21 +94,21 @@ def train_codec(
     masks = torch.cat([in_bytes(outlines(Shard.load(path))) for path in paths[:-1][:12]])
     codec = MaskCodec(**WIDTHS) if weights is None else MaskCodec.load(weights).train()
     codec.to(device).requires_grad_(True)
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=1e-4)
     begun = time.monotonic()
     for step in range(steps):
-        x = masks[torch.randint(len(masks), (batch,))].to(device).float() / 255
+        x = masks[torch.randint(len(masks), (BATCH,))].to(device).float() / 255
         if torch.rand(()) < 0.5:
             x = x.flip(-1)
         if step >= steps // 3:  # a quarter of the batch is what the codec itself decodes: this must be a fixed point
             with torch.no_grad():
-                own = (codec.decode(codec.encode(x[: batch // 4])) > 0).float()
-            x = torch.cat([own, x[batch // 4 :]])
+                own = (codec.decode(codec.encode(x[: BATCH // 4])) > 0).float()
+            x = torch.cat([own, x[BATCH // 4 :]])
         if step % 100 == 0 and step < 0.8 * steps:
             codec.revive_dead_codes(x)
         progress = step / steps
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * min(1.0, 2 * (1 - progress))
+            group["lr"] = LR * min(1, (step + 1) / 100) * min(1.0, 2 * (1 - progress))
         with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
             loss = codec.training_loss(x)["loss"]
         optimizer.zero_grad(set_to_none=True)

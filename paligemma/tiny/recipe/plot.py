@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+WIDTH, HEIGHT = 360, 240  # of a panel
 COLORS = ((36, 104, 228), (222, 60, 40), (46, 140, 62), (150, 70, 180), (230, 140, 20), (90, 90, 90))
 Series = dict[str, list[tuple[float, float]]]  # name -> (minutes, value)
 
@@ -29,12 +30,12 @@ def read_curves(logs: Sequence[Path], names: Sequence[str]) -> Series:
     return curves
 
 
-def draw_curves(panels: Sequence[Series], width: int = 360, height: int = 240) -> Image.Image:
+def draw_curves(panels: Sequence[Series]) -> Image.Image:
     """Panels side by side, each with axes from 0, one line per series and the names in the lines' colours above."""
-    picture = Image.new("RGB", (width * len(panels), height), "white")
+    picture = Image.new("RGB", (WIDTH * len(panels), HEIGHT), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
     for i, series in enumerate(panels):
-        left, top, right, bottom = i * width + 44, 30, (i + 1) * width - 14, height - 34
+        left, top, right, bottom = i * WIDTH + 44, 30, (i + 1) * WIDTH - 14, HEIGHT - 34
         points = [point for line in series.values() for point in line]
         if not points:
             continue
@@ -46,7 +47,7 @@ def draw_curves(panels: Sequence[Series], width: int = 360, height: int = 240) -
             x = left + share * (right - left)
             draw.text((x, bottom + 4), f"{share * x_most:.0f}", (90, 90, 90), font, anchor="ma")
             draw.line((left, y, right, y), (230, 230, 230))
-        draw.text(((left + right) / 2, height - 14), "minutes", (90, 90, 90), font, anchor="ma")
+        draw.text(((left + right) / 2, HEIGHT - 14), "minutes", (90, 90, 90), font, anchor="ma")
         place_of_name = float(left)
         for k, (name, line) in enumerate(series.items()):
             color = COLORS[k % len(COLORS)]

@@ -62,10 +62,10 @@ def training_scene(seed: int, split: str = "train", recipe: Recipe = FIRST, redr
     return render(seed, split, size)
 
 
-def training_page(seed: int, split: str = "train", recipe: Recipe = FIRST) -> world.Scene:
+def training_page(seed: int, recipe: Recipe = FIRST) -> world.Scene:
     """The page of a seed, in the same mixture of sizes."""
     size = recipe.image_size if seed % 4 else 2 * recipe.image_size
-    return render_page(seed, split, size, redraw=REDRAWN)
+    return render_page(seed, "train", size, redraw=REDRAWN)
 
 
 def pages_of(scenes: Path) -> Path:
@@ -210,13 +210,13 @@ def shard_number(path: Path) -> int:
     return int(path.stem)
 
 
-def write_shard(folder: Path, number: int, split: str = "train", recipe: Recipe = FIRST) -> None:
+def write_shard(folder: Path, number: int, recipe: Recipe = FIRST) -> None:
     """Render shard `number`, unless the file exists."""
     path = shard_path(folder, number)
     if path.exists():
         return
     draw = training_page if folder.name == "pages" else training_scene
-    arrays = pack([draw(number * SHARD + i, split, recipe) for i in range(SHARD)], recipe)
+    arrays = pack([draw(number * SHARD + i, recipe=recipe) for i in range(SHARD)], recipe)
     with written_whole(path) as beside:
         np.savez(beside, **arrays)  # type: ignore[arg-type]
 
