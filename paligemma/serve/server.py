@@ -123,6 +123,7 @@ class TimedProtocol(H11Protocol):
     """
 
     seconds = 30.0
+    timeout_keep_alive_task: asyncio.TimerHandle | None  # uvicorn's own
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
