@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from paligemma.batch.folder import ROWS, RunFolder
+from paligemma.batch.folder import ROWS, RunFolder, rows_that_meet
 from paligemma.batch.pictures import open_picture, places_of
 from paligemma.batch.rows import InputRow, RowFailure, path_of
 
@@ -50,24 +46,13 @@ def copy_drawing(folder: Path, name: str, other: str) -> None:
 
 
 def check_drawings(folder: RunFolder) -> None:
-    """ValueError, naming two rows, if their drawings would be one file. Of a million rows 64 bits each are kept."""
-
-    def names() -> Iterator[tuple[str, Path]]:
-        with open(folder.path / ROWS, "rb") as file:
-            for line in file:
-                name = json.loads(line)["id"]
-                yield name, drawing_path(Path(), name)
-
-    hashes = np.fromiter((hash(path) for _, path in names()), np.int64)
-    hashes.sort()
-    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    seen: dict[Path, str] = {}
-    for name, path in names() if twice else ():
-        if hash(path) in twice and (other := seen.setdefault(path, name)) != name:
-            raise ValueError(
-                f"{other!r} and {name!r} would have one drawing, {path.as_posix()}: give them other ids, or leave "
-                "--draw out"
-            )
+    """ValueError, naming two rows, if their drawings would be one file."""
+    meeting = rows_that_meet(folder.path / ROWS, lambda name: drawing_path(Path(), name).as_posix())
+    if meeting:
+        path, (one, other) = next(iter(meeting.items()))
+        raise ValueError(
+            f"{one!r} and {other!r} would have one drawing, {path}: give them other ids, or leave --draw out"
+        )
 
 
 def drawing_path(folder: Path, name: str) -> Path:

@@ -207,32 +207,8 @@ def write_rows(file: IO[bytes], rows: Iterable[InputRow]) -> int:
 
 
 def check_ids(path: Path) -> None:
-    """ValueError, naming some, if two rows have one id.
-
-    Of a million ids 64 bits each are kept. Where two of them agree the ids themselves are compared.
-    """
-    import hashlib
-
-    import numpy as np
-
-    def ids() -> Iterator[tuple[int, str]]:
-        with open(path, "rb") as file:
-            for line in file:
-                name = json.loads(line)["id"]
-                hashed = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8)
-                yield int.from_bytes(hashed.digest(), "little"), name
-
-    hashes = np.array(array("Q", (key for key, _ in ids())), np.uint64)
-    hashes.sort()
-    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    if not twice:
-        return
-    seen: set[str] = set()
-    doubles: dict[str, None] = {}
-    for key, name in ids():
-        if key in twice:
-            doubles.update({name: None} if name in seen else {})
-            seen.add(name)
+    """ValueError, naming some, if two rows have one id."""
+    doubles = rows_that_meet(path, lambda name: name)
     if doubles:
         counted = "one id is" if len(doubles) == 1 else f"{len(doubles):,} ids are"
         some = ", ".join(list(doubles)[:3]) + (", ..." if len(doubles) > 3 else "")
@@ -240,3 +216,30 @@ def check_ids(path: Path) -> None:
             f"{counted} there more than once ({some}): name each picture once; of two folders with files of one name, "
             "name the folder above both; or give every row an id of its own with --rows"
         )
+
+
+def rows_that_meet(path: Path, named: Callable[[str], str]) -> dict[str, list[str]]:
+    """{name: the ids of the first two rows that have it}, of each name that `named` makes of the ids of several rows.
+
+    Of a million names 64 bits each are kept. Where two of them agree the names themselves are compared.
+    """
+    import hashlib
+
+    import numpy as np
+
+    def rows() -> Iterator[tuple[int, str, str]]:
+        with open(path, "rb") as file:
+            for line in file:
+                row = json.loads(line)["id"]
+                name = named(row)
+                hashed = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8)
+                yield int.from_bytes(hashed.digest(), "little"), name, row
+
+    hashes = np.array(array("Q", (key for key, _, _ in rows())), np.uint64)
+    hashes.sort()
+    twice = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    found: dict[str, list[str]] = {}
+    for key, name, row in rows() if twice else ():
+        if key in twice and len(ids := found.setdefault(name, [])) < 2:
+            ids.append(row)
+    return {name: ids for name, ids in found.items() if len(ids) == 2}

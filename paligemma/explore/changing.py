@@ -93,15 +93,14 @@ def without(look: Look, patches: Sequence[int], fill: str = "background", where:
     P = look.grid**2
     gone = torch.tensor(numbers_of(patches, look.images * P, "patches has"), dtype=torch.int64)
     model, tokenizer = look.pg.model, look.pg.processor.tokenizer
-    if where == "features":
-        changed = _filled(look, gone, fill, background_patches(look)).unflatten(0, (look.images, P))
-    else:
-        with evaluating(model):
-            changed = model.encode_image(_filled_pixels(look, gone, fill).to(model.device))
-    # Not by `pg.generate`: a picture that the row shows twice is encoded once there, and here the two may differ.
-    inputs = look.pg.processor.lay_out([look.prompt], [look.images])
-    inputs["image_features"] = changed.to(model.device, model.dtype)  # [n, P, D]
     with evaluating(model):
+        if where == "features":
+            changed = _filled(look, gone, fill, background_patches(look)).unflatten(0, (look.images, P))
+        else:
+            changed = model.encode_image(_filled_pixels(look, gone, fill).to(model.device))
+        # Not by `pg.generate`: a picture that the row shows twice is encoded once there, and here the two may differ.
+        inputs = look.pg.processor.lay_out([look.prompt], [look.images])
+        inputs["image_features"] = changed.to(model.device, model.dtype)  # [n, P, D]
         (written,) = generate(
             model,
             inputs,
