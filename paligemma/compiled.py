@@ -22,7 +22,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,10 +41,8 @@ from paligemma.generation import (
     seeds_of,
     watched_distributions,
 )
+from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.static_kv_cache import StaticKVCache
-
-if TYPE_CHECKING:
-    from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 
 COLUMNS = 256  # caches are a multiple of this long, so that few lengths are compiled
 MOST_GRAPHS = 64  # of different numbers of rows, lengths and models, in one process
@@ -125,7 +123,11 @@ def compiled_step(device_type: str) -> Callable[[Any, Tensor, StaticKVCache], Te
 
 
 def check_can_be_compiled(model: torch.nn.Module) -> None:
-    """ValueError for a model with kernels of our own, which a compiler can't look into."""
+    """ValueError for what a compiler can't look into: kernels of our own, and a model that another program runs."""
+    if not isinstance(model, PaliGemmaForConditionalGeneration):
+        raise ValueError(
+            f"compile=True is for a model of PyTorch, this one is of the class {type(model).__name__}: leave it out"
+        )
     for module in model.modules():
         if type(module).__module__.startswith("paligemma.fast."):
             raise ValueError(

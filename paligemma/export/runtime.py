@@ -34,7 +34,11 @@ def load_exported(
 ) -> PaliGemma:
     """The exported model, with the methods of `paligemma.load`'s.
 
-    codec: for masks, in place of the folder's own. An official checkpoint has none: without `codec` it is downloaded.
+    weights: "fp32", "fp16", "q8" or "q4", as they were exported.
+    threads: of onnxruntime; as many as PyTorch has by default.
+    codec:   for masks, in place of the folder's own. An official checkpoint has none: without `codec` it is downloaded.
+
+    Raises ValueError for weights of another name, FileNotFoundError where the folder lacks a file.
     """
     model = ExportedModel(Path(folder), weights, threads)
     processor = PaliGemmaProcessor.for_config(load_tokenizer(folder), model.config)
@@ -47,15 +51,14 @@ def load_exported(
 
 
 class ExportedModel(nn.Module):
-    """Takes and returns what `PaliGemmaForConditionalGeneration` does, as far as generation asks for it.
-
-    Raises FileNotFoundError where the folder lacks a file.
-    """
+    """Takes and returns what `PaliGemmaForConditionalGeneration` does, as far as generation asks for it."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, folder: Path, weights: str = "fp32", threads: int | None = None):
         super().__init__()
+        if weights not in SUFFIXES:
+            raise ValueError(f"weights is {weights!r}, expected one of {', '.join(SUFFIXES)}")
         import onnxruntime  # here, since importing it writes files into the user's cache
 
         onnxruntime.disable_telemetry_events()  # it reports its use to its maker otherwise

@@ -21,6 +21,7 @@ import paligemma
 from paligemma.answers.scores import IDENTITY
 from paligemma.bench.shapes import write_random_checkpoint
 from paligemma.cli.main import app
+from paligemma.compiled import check_can_be_compiled
 from paligemma.generation import decode_one_token, prefill
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
@@ -119,6 +120,13 @@ def test_wrong_usage_is_told_at_once(tmp_path):
     with pytest.raises(ValueError, match="weights are int8, expected fp32, fp16, q8, q4"):
         exporting.export("tiny", tmp_path / "out", ["int8"])
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="weights is 'int8', expected one of fp32, fp16, q8, q4"):
+        load_exported(tmp_path / "out", "int8")
+
+
+def test_a_model_that_onnxruntime_runs_is_not_compiled():
+    with pytest.raises(ValueError, match="this one is of the class ExportedModel: leave it out"):
+        check_can_be_compiled(runtime.ExportedModel.__new__(runtime.ExportedModel))
 
 
 def test_codes_of_masks_are_decoded_by_the_codec_of_the_checkpoint(tmp_path, monkeypatch):
