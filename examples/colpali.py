@@ -1,8 +1,8 @@
 """Pages found by what they show, as ColPali (arXiv 2407.01449): a vector for each patch, one for each word of a query.
 
-The last hidden states go through a layer of their own and are scaled to length 1. A page is as good as the sum, over
-the words of the query, of each word's most similar patch. The masks are stated, since implementations differ in them:
-a page sees all of itself, a query is causal, as in transformers.
+The last hidden states go through a layer of their own and are scaled to length 1. The score of a
+page is a sum over the words of the query: of each, the similarity to the patch that is most similar to it. The masks
+are stated, since implementations differ in them: a page sees all of itself, a query is causal, as in transformers.
 
 python examples/colpali.py vidore/colpali-v1.2 QUERY PAGE PAGE ...
 """

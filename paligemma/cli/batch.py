@@ -64,7 +64,9 @@ def batch(
     labels: Annotated[
         str | None, typer.Option(help="With the prompt 'detect' or 'segment': what to look for, 'dog,cat'.")
     ] = None,
-    every: Annotated[float | None, typer.Option(help="Of videos: seconds from one frame to the next.")] = None,
+    every: Annotated[
+        float | None, typer.Option(help="For videos, which need it: seconds from one frame to the next.")
+    ] = None,
     model: Model = "tiny",
     revision: Revision = None,
     device: Device = None,
@@ -74,10 +76,14 @@ def batch(
     image_size: ImageSize = None,
     loc_scale: LocScale = 1024,
     max_new_tokens: MaxNewTokens = None,
-    temperature: Annotated[float | None, typer.Option(help="Sample, with this temperature. Default: greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Draw tokens at random, with this temperature above 0. Default: the likeliest ones."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens. Default: all.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens whose probabilities sum up to p.")
+        float | None,
+        typer.Option(help="Draw from the likeliest tokens that have the probability p together, 0 < p <= 1."),
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beam search of this width.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, max=2**53, help="Makes sampling repeatable.")] = None,
@@ -87,20 +93,24 @@ def batch(
     ] = False,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     format: Annotated[
-        str, typer.Option(help="Of the parts: jsonl or parquet.", callback=one_of("jsonl", "parquet"))
+        str, typer.Option(help="Of the files in parts/: jsonl or parquet.", callback=one_of("jsonl", "parquet"))
     ] = "jsonl",
     masks: Annotated[
         str, typer.Option(help="rle (run lengths), png (in base64) or none.", callback=one_of("rle", "png", "none"))
     ] = "rle",
     draw: Annotated[Path | None, typer.Option(help="Draw boxes and masks over the pictures, into this folder.")] = None,
     coco: Annotated[Path | None, typer.Option(help="In the end, write boxes and masks as a COCO data set.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Rows of a part.")] = 256,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Rows of a shard, the unit of work: one file in parts/.")
+    ] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows answered together.")] = 16,
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with a model of its own.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of each worker. Default: the cores, shared among the workers.")
+        int | None, typer.Option(min=1, help="Threads of each worker. Default: the cores, shared among the workers.")
     ] = None,
-    part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards, for job arrays.")] = "1/1",
+    part: Annotated[
+        str, typer.Option(help="i/n, i from 1 to n: only the i-th of n shares of the shards, for job arrays.")
+    ] = "1/1",
     ray: Annotated[
         str | None, typer.Option(help="Work on a Ray cluster: its address, or 'local'.", metavar="ADDRESS")
     ] = None,

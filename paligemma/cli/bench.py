@@ -26,7 +26,8 @@ def bench(
         bool, typer.Option("--train", help="Measure training steps instead, LoRA and all weights: paligemma train.")
     ] = False,
     precisions: Annotated[
-        str, typer.Option(help="plain, bf16, int8, int4; with -torch without the kernel. Separated by commas.")
+        str,
+        typer.Option(help="plain, bf16, int8, int4, separated by commas; bf16-torch and so on: without our kernels."),
     ] = PRECISIONS,
     transformers: Annotated[
         bool | None, typer.Option("--transformers/--no-transformers", help="Default: if it is installed.")
@@ -37,7 +38,7 @@ def bench(
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One round of less, for a try.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 3,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each timed answer.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each timed answer.")] = 16,
     threads: Threads = None,
     work: Annotated[Path | None, typer.Option(help="Where random weights lie for the time of the run.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for the record and the picture.")] = Path("benchmarks"),

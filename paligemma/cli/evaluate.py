@@ -48,7 +48,7 @@ def evaluate(
     task: Annotated[
         str | None, typer.Option(help="A benchmark (textvqa, nlvr2, ...), or a metric for your rows (vqa, exact, ...).")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of a benchmark, or of a folder with several.")] = None,
+    split: Annotated[str | None, typer.Option(help="The split of a benchmark, or of a folder with several.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="The first rows alone; scenes: 1000 by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Predictions, results and the worst rows; go on there.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at a time.")] = 16,
@@ -76,7 +76,7 @@ def evaluate(
     """Measure a model: a table of metrics with 95% intervals, beside baselines, targets and published figures.
 
     On scenes of the small world; on your own rows (as for `train`), by the metric that --task names; or on a published
-    benchmark in the folder --data, with the prompt, decoding and metric of PaliGemma's transfers.
+    benchmark in the folder --data, with the prompt, decoding and metric of PaliGemma's own fine-tunings.
     """
     from paligemma.evaluate.benchmarks import BENCHMARKS
 

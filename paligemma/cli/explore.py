@@ -48,14 +48,20 @@ def explore(
         bool | None,
         typer.Option(
             "--knock-out/--no-knock-out",
-            help="Find out what each patch is needed for, a pass of the model each, and which way the answer comes. "
-            "Default: for small models.",
+            help="Measure what each patch is needed for (a pass of the model each) and the routes (hundreds). "
+            "Default: for small models, and on CUDA.",
         ),
     ] = None,
     coarse: Annotated[
-        bool, typer.Option("--coarse", help="Knock out 4 x 4 blocks of the picture, a pass each, for large models.")
+        bool,
+        typer.Option("--coarse", help="Knock out 16 blocks of the picture (4 x 4), a pass each, for large models."),
     ] = False,
-    window: Annotated[int, typer.Option(min=1, help="Patches and layers that are changed together; odd.")] = 3,
+    window: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Side of the square of patches, and number of layers, that are changed together; odd."
+        ),
+    ] = 3,
     max_mb: Annotated[float, typer.Option(min=0.1, help="Size of the page at most; a larger one is made coarser.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers instead of writing a page.")] = False,
     check: Annotated[
@@ -76,8 +82,8 @@ def explore(
 ) -> None:
     """Write a page that shows how the model came to its answer to PROMPT about IMAGE.
 
-    Attention, what each patch would say, what each word needs, where box edges are, which way the answer comes. The
-    page is one file that needs no network.
+    Attention, what each patch would say, what each word needs, where box edges are, by which way the picture
+    reaches the answer. The page is one file that needs no network.
     """
     if check is not None:
         others = (prompt, out, compare, answer, quantize, revision, image_size, knock_out)

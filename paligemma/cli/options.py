@@ -105,7 +105,8 @@ DTYPES = "bfloat16", "float16", "float32"
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="bfloat16, float16 or float32. Default: chosen by the size of the model.",
+        help="bfloat16, float16 or float32. Default: bfloat16 for the published sizes, else the checkpoint's own "
+        "(float32 where the CPU multiplies bfloat16 slowly).",
         callback=one_of(*DTYPES),
     ),
 ]
@@ -124,7 +125,7 @@ DeviceMap = Annotated[
         callback=one_of("auto"),
     ),
 ]
-ImageSize = Annotated[int | None, typer.Option(min=1, help="Run at another resolution than the checkpoint's.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels, if not the checkpoint's.")]
 LocScale = Annotated[
     int,
     typer.Option(

@@ -59,10 +59,14 @@ def run(
     ],
     model: Model = "tiny",
     max_new_tokens: MaxNewTokens = None,
-    temperature: Annotated[float | None, typer.Option(help="Sample, with this temperature. Default: greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from the k likeliest tokens.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Draw tokens at random, with this temperature above 0. Default: the likeliest ones."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens. Default: all.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens whose probabilities sum up to p.")
+        float | None,
+        typer.Option(help="Draw from the likeliest tokens that have the probability p together, 0 < p <= 1."),
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beam search of this width.")] = 1,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")] = None,
@@ -87,14 +91,15 @@ def run(
         Path | None, typer.Option(help="Write boxes and masks as label files into this folder.")
     ] = None,
     label_format: Annotated[
-        str | None, typer.Option(help="Of the label files: yolo (the default), coco or voc.", callback=one_of(*FORMATS))
+        str | None,
+        typer.Option(help="Format of the label files: yolo (the default), coco or voc.", callback=one_of(*FORMATS)),
     ] = None,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture.")] = False,
 ) -> None:
     """Answer PROMPT about one or more pictures.
 
-    A line on stdout for a sentence, one for each box or mask; of several pictures, each line begins with its picture.
+    Prints a line for a sentence, or one for each box or mask; of several pictures, each line begins with its picture.
     A folder stands for the pictures in it.
     A picture that cannot be read is named on stderr; the others are answered all the same, and the exit code is 1.
     """

@@ -79,7 +79,7 @@ def finetune(
         str | None, typer.Option(help="Rows to measure answers on; the same kind of data.")
     ] = TrainOptions.validation,
     validation_split: Annotated[
-        str | None, typer.Option(help="Which one, as --split.")
+        str | None, typer.Option(help="The split of --validation to read.")
     ] = TrainOptions.validation_split,
     validation_annotations: Annotated[
         str | None, typer.Option(help="VQA: the file with its answers.")
@@ -91,7 +91,7 @@ def finetune(
         int, typer.Option(min=0, help="Steps between validations. Default: only at the end.")
     ] = TrainOptions.validate_every,
     validation_rows: Annotated[
-        int, typer.Option(min=1, help="How many of them, chosen at random.")
+        int, typer.Option(min=1, help="Rows to measure, chosen at random.")
     ] = TrainOptions.validation_rows,
     # How long
     steps: Annotated[int | None, typer.Option(min=1, help="How long, in batches.")] = TrainOptions.steps,
@@ -116,24 +116,28 @@ def finetune(
         float | None, typer.Option(help="Peak learning rate. Default 1e-5; with LoRA 1e-4.")
     ] = TrainOptions.lr,
     vision_lr: Annotated[
-        float, typer.Option(help="The vision tower's share of the learning rate, e.g. 0.1.")
+        float, typer.Option(help="Learning rate of the vision tower as a share of --lr, e.g. 0.1.")
     ] = TrainOptions.vision_lr,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = TrainOptions.warmup,
-    schedule: Annotated[str, typer.Option(help="How it falls: cosine, linear or constant.")] = TrainOptions.schedule,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = TrainOptions.warmup,
+    schedule: Annotated[
+        str, typer.Option(help="How the rate falls: cosine, linear or constant.")
+    ] = TrainOptions.schedule,
     optimizer: Annotated[
-        str, typer.Option(help="adamw or muon (a third of the rate for all but matrices).")
+        str, typer.Option(help="adamw or muon (for the layers' matrices; AdamW at a third of --lr for all else).")
     ] = TrainOptions.optimizer,
     weight_decay: Annotated[
         float,
-        typer.Option(help="Times the learning rate, as in torch; of vision tower and projector only."),
+        typer.Option(help="Weight decay of vision tower and projector, times the learning rate as in PyTorch."),
     ] = TrainOptions.weight_decay,
     label_smoothing: Annotated[
         float, typer.Option(help="Share of the target given to all other tokens.")
     ] = TrainOptions.label_smoothing,
-    dropout: Annotated[float, typer.Option(help="In the decoder.")] = TrainOptions.dropout,
-    clip: Annotated[float, typer.Option(help="The largest norm of the gradient.")] = TrainOptions.clip,
+    dropout: Annotated[
+        float, typer.Option(help="Share of numbers set to 0 at random in the decoder.")
+    ] = TrainOptions.dropout,
+    clip: Annotated[float, typer.Option(help="A gradient of a larger norm is scaled down to it.")] = TrainOptions.clip,
     ema: Annotated[
-        float, typer.Option(help="Measure and save a running average with this decay, e.g. 0.999.")
+        float, typer.Option(help="Measure and save a running average of the weights with this decay, e.g. 0.999.")
     ] = TrainOptions.ema,
     # What is trained
     freeze: Annotated[
@@ -142,11 +146,13 @@ def finetune(
     lora: Annotated[
         str, typer.Option(help="Train LoRA in these parts alone: decoder, vision, projector (a,b).")
     ] = ",".join(TrainOptions.lora),
-    rank: Annotated[int, typer.Option(min=1, help="Of LoRA.")] = TrainOptions.rank,
-    alpha: Annotated[float | None, typer.Option(help="Of LoRA. Default: its rank.")] = TrainOptions.alpha,
-    lora_dropout: Annotated[float, typer.Option(help="Of LoRA.")] = TrainOptions.lora_dropout,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's matrices.")] = TrainOptions.rank,
+    alpha: Annotated[
+        float | None, typer.Option(help="LoRA is multiplied by alpha / rank. Default: the rank.")
+    ] = TrainOptions.alpha,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before LoRA's matrices.")] = TrainOptions.lora_dropout,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Another resolution than the checkpoint's.")
+        int | None, typer.Option(min=1, help="Side of the pictures in pixels, if not the checkpoint's.")
     ] = TrainOptions.image_size,
     # Memory and hardware
     quantize: Annotated[
