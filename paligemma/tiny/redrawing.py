@@ -25,13 +25,16 @@ def redrawn(image: Image.Image, rng: np.random.Generator, named_color: bool) -> 
     if rng.random() < 0.2:
         colors = simplified(colors, rng)
     elif rng.random() < 0.25:
-        colors = repainted(colors, rng, 0.02 if named_color else 0.12)
+        colors = repainted(colors, rng, 0.01 if named_color else 0.12)
     if rng.random() < 0.2:
         colors = shaded(colors, rng)
     if rng.random() < 0.2:
-        colors = traced(colors, alpha, rng)
+        colors = traced(colors, alpha, rng, 0.1 if named_color else 0.6)
     if rng.random() < 0.6:
-        colors = recolored(colors, rng, 0.03 if named_color else 0.1 if rng.random() < 0.7 else 0.5)
+        if named_color:
+            colors = recolored(colors, rng, turn=0.01, paler=0.9, bend=0.06)
+        else:
+            colors = recolored(colors, rng, turn=0.1 if rng.random() < 0.7 else 0.5)
     colors.putalpha(alpha)
     return colors
 
@@ -56,10 +59,16 @@ def bent(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return result.crop(box) if box else image
 
 
-def recolored(colors: Image.Image, rng: np.random.Generator, turn: float) -> Image.Image:
-    """Paler or more colourful, lighter or darker, and all hues turned by up to `turn` of the colour circle."""
-    colors = ImageEnhance.Color(colors).enhance(float(rng.uniform(0.6, 1.3)))
-    gain, exponent = float(rng.uniform(0.85, 1.1)), math.exp(float(rng.uniform(-0.25, 0.25)))
+def recolored(
+    colors: Image.Image, rng: np.random.Generator, turn: float, paler: float = 0.6, bend: float = 0.25
+) -> Image.Image:
+    """Paler or more colourful, lighter or darker, and all hues turned by up to `turn` of the colour circle.
+
+    paler: the least share of its saturation that a colour keeps. bend: of the curve that makes middle shades lighter or
+    darker; it turns hues as well, orange towards yellow.
+    """
+    colors = ImageEnhance.Color(colors).enhance(float(rng.uniform(paler, 1.3)))
+    gain, exponent = float(rng.uniform(0.85, 1.1)), math.exp(float(rng.uniform(-bend, bend)))
     colors = colors.point([min(255, round(255 * gain * (shade / 255) ** exponent)) for shade in range(256)] * 3)
     return colors.convert("RGB", _hue_turned(float(rng.uniform(-turn, turn))))
 
@@ -96,12 +105,15 @@ def shaded(colors: Image.Image, rng: np.random.Generator) -> Image.Image:
     return ImageChops.multiply(colors, Image.merge("RGB", [light] * 3))
 
 
-def traced(colors: Image.Image, alpha: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """With dark lines where colours meet and along the outline, half of the time on paler colours."""
+def traced(colors: Image.Image, alpha: Image.Image, rng: np.random.Generator, paler: float) -> Image.Image:
+    """With dark lines where colours meet and along the outline, half of the time on colours mixed with up to `paler`
+    of white. A red with a third of white would be called pink."""
     inner = colors.convert("L").filter(ImageFilter.FIND_EDGES)
     outer = alpha.filter(ImageFilter.FIND_EDGES)
     lines = ImageChops.lighter(inner, outer).filter(ImageFilter.BoxBlur(float(rng.uniform(0.5, 1.5))))
     lines = lines.point([max(0, 255 - 3 * shade) for shade in range(256)])
     if rng.random() < 0.5:
-        colors = Image.blend(colors, Image.new("RGB", colors.size, (255, 255, 255)), float(rng.uniform(0.2, 0.6)))
+        colors = Image.blend(
+            colors, Image.new("RGB", colors.size, (255, 255, 255)), float(rng.uniform(paler / 3, paler))
+        )
     return ImageChops.multiply(colors, Image.merge("RGB", [lines] * 3))
