@@ -8,6 +8,9 @@ an item is a product:
   x P(IoU >= .5 | the four distributions)     the box as chosen, against boxes drawn from the distributions
   x certainty of the codes                    masks only: geometric mean of the probabilities of the sixteen codes
 
+Where a label can be longer ("ice cream" after "ice"), the doubt whether it ends is not in the score of its own item. If
+another item follows, it is in that one's: in its ";".
+
 Models are surer than they are right, or less sure. So a monotone map follows, with two numbers for boxes and two for
 masks, which are fitted on data (Platt 1999, "Probabilistic outputs for support vector machines"): `calibration.json`
 in the folder of a checkpoint. Without the file the product itself is the score.
@@ -104,7 +107,7 @@ IDENTITY = Calibration()
 
 
 def log_odds(p: np.ndarray) -> np.ndarray:
-    """log(p / (1 - p)), with p in [0, 1] drawn into [LEAST, 1 - LEAST] first, which keeps the order.
+    """log(p / (1 - p)), where p is first mapped linearly from [0, 1] to [LEAST, 1 - LEAST], which keeps the order.
 
     A probability of exactly 0 or 1 has no log-odds. And close to 1, an item's probability differs in its last bits from
     one batch to another: without the margin, the map would turn a difference of 1e-6 into one of 1e-4.

@@ -47,7 +47,7 @@ class Metric:
     """score: one row -> what it adds to each figure. corpus: all rows -> further figures.
 
     regions: answers are boxes or masks; a text that is not empty and has none of them is invalid.
-    lower_is_better: names of figures.
+    lower_is_better: names of figures; neutral: of those that are neither better nor worse when they are higher.
     masks: the regions need masks.
     keep: what is kept of a region until `corpus` sees all rows. (A whole mask has a byte for every pixel.)
     scores: whether the scores of its boxes or masks are compared with how often they are right: `calibration.py`.
@@ -57,6 +57,7 @@ class Metric:
     corpus: Callable[[Answered], Values] | None = None
     regions: bool = False
     lower_is_better: tuple[str, ...] = ()
+    neutral: tuple[str, ...] = ()
     masks: bool = False
     keep: Callable[[Region], Region] = without_mask
     scores: bool = False
@@ -167,7 +168,7 @@ VQA = Metric(_vqa)
 ANLS = Metric(_anls)
 RELAXED = Metric(_relaxed)
 READING = Metric(_reading, lower_is_better=("character error rate", "word error rate"))
-YES_NO = Metric(_pope)
+YES_NO = Metric(_pope, neutral=("yes ratio",))
 CAPTION = Metric(lambda example, prediction: {}, _captions)
 EMPTY = Metric(_empty)
 DETECT = Metric(_detect, _ranking, regions=True, scores=True, lower_is_better=(CALIBRATION_ERROR,))

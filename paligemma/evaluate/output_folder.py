@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,9 +142,11 @@ def _reason(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
-def saved_prediction(entry: dict[str, Any], example: Example, folder: Path | None) -> Prediction:
-    """The answer to an example that was saved before. ValueError if prompt or picture were others then, and for an
-    incomplete entry.
+def saved_prediction(
+    entry: dict[str, Any], example: Example, folder: Path | None, codec: Callable[[], str | None]
+) -> Prediction:
+    """The answer to an example that was saved before. ValueError if prompt or picture were others then, for masks that
+    another codec drew, and for an incomplete entry.
 
     The right answers may have changed: no prediction depends on them, and the figures are computed again.
     """
@@ -163,10 +165,14 @@ def saved_prediction(entry: dict[str, Any], example: Example, folder: Path | Non
         raise ValueError(
             f"{folder}: row {example.id}, {prompt!r}, saw another picture there than here; choose another folder"
         )
+    if "codec" in entry and entry["codec"] != codec():
+        raise ValueError(f"{folder}: the masks of row {example.id} were drawn by another codec; choose another folder")
     return prediction
 
 
-def append(path: Path, batch: Sequence[Example], predictions: Sequence[Prediction]) -> None:
+def append(
+    path: Path, batch: Sequence[Example], predictions: Sequence[Prediction], codec: Callable[[], str | None]
+) -> None:
     lines = [
         {
             "id": e.id,
@@ -174,6 +180,7 @@ def append(path: Path, batch: Sequence[Example], predictions: Sequence[Predictio
             "prompt": e.prompt,
             "seen": fingerprint_of_picture(e.image),
             "answers": list(e.answers),
+            **({"codec": codec()} if any(region.mask is not None for region in p.regions) else {}),
             **p.to_dict(),
         }
         for e, p in zip(batch, predictions)
@@ -208,6 +215,18 @@ def fingerprint(pg: PaliGemma) -> str | None:
     for name, weight in sorted(pg.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def fingerprint_of_codec(pg: PaliGemma) -> str | None:
+    """A hash of the mask codec, which draws the masks that are saved. It is small, so all of its numbers count. None
+    without a model."""
+    if getattr(pg, "model", None) is None:
+        return None
+    digest = hashlib.sha256()
+    for name, weight in sorted(pg.codec.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -182,7 +182,8 @@ def load_pictures(row: Row, max_pixels: int | None = None) -> Any:
 def to_example(row: Row, metric: str, picture: Any, pg: PaliGemma) -> Example:
     """A row and its picture as an example. Boxes and masks in its suffix become regions; where boxes are measured, the
     box of a mask counts too. Rows about one picture are one group, since their answers are not independent: a
-    confidence interval must know. ValueError for boxes without a picture, and for boxes where masks are measured."""
+    confidence interval must know. ValueError for boxes without a picture, for boxes where masks are measured, and for
+    a box or mask that cannot be read."""
     regions: list[Region] = []
     if METRICS[metric].regions:
         if picture is None:
@@ -190,6 +191,9 @@ def to_example(row: Row, metric: str, picture: Any, pg: PaliGemma) -> Example:
         masks = METRICS[metric].masks
         size = (picture[0] if isinstance(picture, tuple) else picture).size
         parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
+        if parsed.invalid:
+            (start, end), reason = parsed.invalid[0]
+            raise ValueError(f"the right answer {row.suffix!r} cannot be read: {row.suffix[start:end]!r}: {reason}")
         if masks and parsed.detections:
             raise ValueError(f"{metric} measures masks, and the answer has boxes alone: choose another metric (detect)")
         found: list[Any] = [*parsed.segments] if masks else [*parsed.detections, *parsed.segments]

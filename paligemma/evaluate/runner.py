@@ -9,6 +9,7 @@ examples alone, see `summary.py`, so they can be computed again without the mode
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from paligemma.evaluate.metrics import METRICS, Metric
 from paligemma.evaluate.output_folder import (
     append,
     fingerprint,
+    fingerprint_of_codec,
     held,
     open_folder,
     saved_prediction,
@@ -80,6 +82,7 @@ def evaluate(
     if (calibration := getattr(pg, "calibration", IDENTITY)) != IDENTITY:  # scores are saved as it maps them
         about["calibration"] = calibration.to_dict()
     folder = Path(out_folder) if out_folder is not None else None
+    codec = functools.cache(lambda: fingerprint_of_codec(pg))  # asked for where there are masks
     with held(folder) if folder else nullcontext():
         started = time.perf_counter()
         results = _Results(metrics, WorstRows(worst if folder else 0, metrics))
@@ -90,7 +93,7 @@ def evaluate(
                 for example in examples:
                     results.register(example)
                     if example.id in saved:
-                        results.add(example, saved_prediction(saved.pop(example.id), example, folder))
+                        results.add(example, saved_prediction(saved.pop(example.id), example, folder, codec))
                         advance()
                     else:
                         yield example
@@ -100,7 +103,7 @@ def evaluate(
                 if folder:
                     if number == 0:  # not earlier: a run without an answer is nothing to continue
                         write_run_file(folder, about)
-                    append(folder / "predictions.jsonl", batch, predictions)
+                    append(folder / "predictions.jsonl", batch, predictions, codec)
                 for example, prediction in zip(batch, predictions):
                     results.add(example, prediction)
                     advance()

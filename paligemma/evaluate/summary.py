@@ -127,6 +127,6 @@ def badness(ratios: Ratios, metric: Metric) -> float:
     parts = [
         min(top / bottom, 1.0) if name in metric.lower_is_better else 1 - min(top / bottom, 1.0)
         for name, (top, bottom) in ratios.items()
-        if bottom
+        if bottom and name not in metric.neutral
     ]
     return sum(parts) / len(parts) if parts else 0.0

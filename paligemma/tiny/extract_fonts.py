@@ -66,6 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder with the unpacked Debian packages")
     folder = parser.parse_args().folder
+    if missing := [f"{file} ({package})" for file, (package, _) in FONTS.items() if not any(folder.rglob(file))]:
+        parser.error(f"{folder} lacks {', '.join(missing)}: unpack these Debian packages there")
     TARGET.mkdir(parents=True, exist_ok=True)
     index = {}
     for number, (file, (package, license)) in enumerate(FONTS.items(), 1):

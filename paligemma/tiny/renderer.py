@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from paligemma.tiny import signs
-from paligemma.tiny.artwork import pictogram, rim_color
+from paligemma.tiny.artwork import classes_of, pictogram, rim_color
 from paligemma.tiny.backgrounds import background
 from paligemma.tiny.layout import Placed, left_edges_differ, place
 from paligemma.tiny.world import BACKGROUNDS, PATTERNS, STYLES, Scene, SceneObject, generator, sample_things
@@ -62,6 +62,7 @@ def render(
     _check(objects, text_length, object_size, visible, size)
     rng = generator(seed, split)
     style = style or STYLES[split][rng.integers(len(STYLES[split]))]
+    classes_of(style)  # an unknown one is an error even where the scene is a sign alone
 
     chance = rng.random()
     alone = chance < sign_only and split != "heldout"

@@ -86,7 +86,7 @@ def render_varied(
     size:          side of the picture in pixels.
     style:         this artist alone, instead of those of the split.
     degradations:  [(name, strength)] instead of those that the seed chooses; () for none. See degradations.py.
-    sign:          probability of a sign beside one to five pictograms of the usual sizes.
+    sign:          probability of a sign beside pictograms of the usual sizes, of which there are one to four then.
     sign_only:     probability of a sign and nothing else.
     redraw:        probability that a drawing is changed as by another artist; only training does so. See redrawing.py.
 
@@ -94,6 +94,8 @@ def render_varied(
     """
     if size < 64:
         raise ValueError(f"size must be at least 64 pixels, got {size}")
+    if style is not None:
+        classes_of(style)  # an unknown one is an error even where the scene is a sign alone
     rng = generator(seed, split, world=2)
     # Random numbers for changed drawings and for degradations are apart: the scene does not depend on them.
     artist, _, after = generator(seed, split, world=2).spawn(3)

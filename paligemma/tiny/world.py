@@ -10,7 +10,8 @@ scene has at least one of them. "twemoji" is like "test" in another artist's dra
 
 Two worlds. All of this is world 1. World 2 has the same names, prompts and rules, but six artists, more variety in
 everything that is drawn, and degraded pictures (`varied.render_varied`). Its splits are "train", "val", "test",
-"heldout", and "emojione" for the artist that is kept for tests.
+"heldout", and "emojione" for the artist that is kept for tests. (There, three in a hundred scenes of "heldout" are like
+others: what was held out is a tint, and the picture is gray.)
 
 Random numbers come from NumPy's PCG64, so a seed gives the same scene on every machine.
 """

@@ -134,6 +134,12 @@ def test_only_a_folder_of_your_own_is_calibrated():
     assert result.exit_code == 2 and "paligemma convert tiny FOLDER" in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("data", ["tiny", "tiny:test", "tiny:emojione"])
+def test_scores_are_not_fitted_to_the_scenes_that_figures_are_reported_on(tmp_path, data):
+    result = runner.invoke(app, ["evaluate", "--model", str(tmp_path), "--data", data, "--calibrate"])
+    assert result.exit_code == 2 and "--data tiny:val" in " ".join(result.stderr.split())
+
+
 def test_a_folder_named_tiny_is_not_the_embedded_model(tmp_path, monkeypatch):
     """`--model tiny` is the model that ships: what is measured on it does not belong beside another one."""
     (tmp_path / "tiny").mkdir()

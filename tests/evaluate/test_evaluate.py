@@ -21,6 +21,7 @@ from paligemma.evaluate.intervals import wilson
 from paligemma.evaluate.output_folder import check_folder
 from paligemma.evaluate.report import Figure, Report
 from paligemma.evaluate.runner import batches
+from paligemma.evaluate.summary import badness
 from paligemma.inference import Answer
 from paligemma.tiny import evaluation as tiny
 from paligemma.tiny.renderer import render
@@ -335,6 +336,28 @@ def test_a_folder_is_not_continued_with_other_weights(tmp_path):
         pg.model.bias += 0.01  # the same folder, one training step later
     with pytest.raises(ValueError, match="weights"):
         run(pg, questions(4), out_folder=tmp_path)
+
+
+def test_masks_of_another_codec_are_not_kept(tmp_path):
+    """The masks in the folder were drawn by the codec of then."""
+    mask = np.ones((40, 40), bool)
+    pg = StubModel(lambda image, prompt: says("...", segments=[Segment("dog", (0, 0, 40, 40), mask, [0] * 16, 0.9)]))
+    pg.model, pg.codec = torch.nn.Linear(3, 3), torch.nn.Linear(30, 30)
+    examples = [Example("a", IMAGE, "segment dog", "segment", regions=[Region("dog", (0, 0, 40, 40), mask)])]
+    assert run(pg, examples, out_folder=tmp_path)["segment", "mIoU"].value == 1
+    run(pg, examples, out_folder=tmp_path)
+    assert len(pg.prompts) == 1
+    with torch.no_grad():
+        pg.codec.weight[-1, -1] += 0.01
+    with pytest.raises(ValueError, match="the masks of row a were drawn by another codec"):
+        run(pg, examples, out_folder=tmp_path)
+
+
+def test_a_figure_that_is_neither_good_nor_bad_makes_no_row_bad():
+    """The right answer to a question is "no": the share of "yes" is 0, and nothing is wrong."""
+    no = Example("a", IMAGE, "answer en is there a dog ?", "yes-no", ("no",))
+    assert badness(METRICS["yes-no"].score(no, says("no")), METRICS["yes-no"]) == 0
+    assert badness(METRICS["yes-no"].score(no, says("yes")), METRICS["yes-no"]) > 0.5
 
 
 @pytest.mark.parametrize("kind", ["a file", "pixels", "one of two"])

@@ -1,6 +1,8 @@
 """The codec learns to draw from the codes that the model writes (`tiny/recipe/mask_decoder.py`)."""
 
 import itertools
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -8,11 +10,14 @@ import torch
 
 import paligemma
 from paligemma.answers.mask_codec import crop
+from paligemma.answers.scores import CALIBRATION_FILE
+from paligemma.tiny.recipe import mask_decoder
 from paligemma.tiny.recipe.codec import in_bytes
-from paligemma.tiny.recipe.mask_decoder import questions, train_decoder, written
+from paligemma.tiny.recipe.mask_decoder import FIRST_SEED, questions, train_decoder, written
 from paligemma.tiny.recipe.settings import RECIPES
-from paligemma.tiny.recipe.shards import training_scene
+from paligemma.tiny.recipe.shards import SHARD, SIGNS, training_scene
 from paligemma.tiny.world import SHIPPED
+from paligemma.weights.finding import TINY
 
 RECIPE = RECIPES[SHIPPED]
 
@@ -62,3 +67,17 @@ def test_too_few_masks_are_refused(pg):
     pairs = torch.zeros(100, 16, dtype=torch.int64), torch.zeros(100, 64, 64, dtype=torch.uint8)
     with pytest.raises(ValueError, match="100 masks are too few: 60 are for validation, and a step takes 64"):
         train_decoder(pg.codec, pairs, pairs, unseen=60)
+
+
+def test_a_calibration_that_was_fitted_to_the_masks_of_before_is_deleted(tmp_path, monkeypatch):
+    shutil.copytree(TINY, tmp_path / "model")
+    monkeypatch.setattr(mask_decoder, "written", lambda *_: ((), ()))
+    monkeypatch.setattr(mask_decoder, "train_decoder", lambda codec, *_: codec.requires_grad_(False))
+    monkeypatch.setattr(sys, "argv", ["mask_decoder", "--model", str(tmp_path / "model")])
+    mask_decoder.main()
+    assert not (tmp_path / "model" / CALIBRATION_FILE).exists()
+    assert paligemma.load(tmp_path / "model").loaded_codec is not None
+
+
+def test_its_scenes_are_in_no_shard_and_not_mostly_signs():
+    assert RECIPE.shards * SHARD < FIRST_SEED < SIGNS * SHARD

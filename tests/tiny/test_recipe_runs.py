@@ -66,6 +66,14 @@ def codec(folder):
 # --- settings ---------------------------------------------------------------------------------------
 
 
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    """Five processes ended with a division by zero, after the whole of stage 1."""
+    monkeypatch.setattr(distributed, "start", lambda: (0, 5))
+    with pytest.raises(ValueError, match="vision_batch is 128, expected a multiple of 4 for each of 5 processes"):
+        train(1, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_model_that_ships_is_of_the_recipe_of_its_world():
     shipped = paligemma.load("tiny", device="cpu").model.config
     config = RECIPES[SHIPPED].model_config(build_tokenizer(SHIPPED))

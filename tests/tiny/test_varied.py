@@ -127,6 +127,7 @@ def test_worlds_and_splits_are_different_streams():
     [
         ({"split": "twemoji"}, "unknown split 'twemoji'; there is: train, val, test, heldout, emojione"),
         ({"style": "apple"}, "no artwork of style 'apple'; there is: noto, openmoji"),
+        ({"style": "apple", "sign_only": 1.0}, "no artwork of style 'apple'"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"size": 63}, "size must be at least 64"),
         ({"degradations": [("rain", 0.5)]}, "unknown degradation 'rain'; there is: jpeg"),

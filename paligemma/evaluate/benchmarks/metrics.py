@@ -108,5 +108,5 @@ REMOTE_SENSING = in_parts(
     "accuracy", exact_match, ("comp", "presence", "rural_urban"), lower=True, mean="accuracy, mean of types"
 )
 SCIENCE = Metric(_science)
-POPE = Metric(_pope)
+POPE = Metric(_pope, neutral=("yes ratio",))
 NOTHING = Metric(lambda example, prediction: {})  # for splits whose answers are kept on a server

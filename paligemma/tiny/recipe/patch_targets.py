@@ -18,7 +18,6 @@ def patch_targets(scene: Scene, grid: int = 8, cells: int = 8, least: float = 0.
     index       int64   [G, G]        -1 background, else index in scene.objects
     box         float32 [G, G, 4]     x0 y0 x1 y1 of its object relative to the patch's middle, in sides of the picture
     mask        bool    [G, G, c, c]  its object's mask inside the patch: cells that are at least half covered
-    coverage    float32 [G, G]        share of the patch that its object covers
     characters  int64   [G, G, 2]     1 + index in CHARACTERS of those with their middle in the patch, from the left
 
     Raises ValueError when the picture's side is not a multiple of grid x cells.
@@ -30,8 +29,7 @@ def patch_targets(scene: Scene, grid: int = 8, cells: int = 8, least: float = 0.
     filled = _pixels_of_cells(scene, grid, cells, pixels)
     share = filled.sum((3, 4)).astype(np.float32) / (cells * pixels) ** 2  # [objects, G, G]
     index = share.argmax(0)
-    coverage = share.max(0)
-    empty = coverage < least
+    empty = share.max(0) < least
 
     label = np.array([1 + LABELS.index(thing.label) for thing in scene.objects])
     tint = np.array([1 + tuple(TINTS).index(thing.tint) if thing.tint else 0 for thing in scene.objects])
@@ -49,7 +47,6 @@ def patch_targets(scene: Scene, grid: int = 8, cells: int = 8, least: float = 0.
         "index": np.where(empty, -1, index),
         "box": box,
         "mask": mask,
-        "coverage": np.where(empty, 0, coverage),
         "characters": _characters(scene, grid),
     }
 
