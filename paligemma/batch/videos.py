@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ class Video:
         self.frames: Iterator[Any] = iter(())
         self.last: Any = None  # the frame that was shown last
         self.ahead: Any = None  # the one after it, where it was decoded already
-        base, start = self.stream.time_base, self.stream.start_time or 0
+        base, start = Fraction(self.stream.time_base or 1), self.stream.start_time or 0
         self.start = float(start * base)
         if self.stream.duration:
             self.seconds: float | None = float(self.stream.duration * base)
