@@ -105,6 +105,30 @@ def test_few_rows_and_many_are_equal_to_the_bit_whatever_is_clipped():
 
 
 @pytest.mark.usefixtures("kernels")
+def test_two_threads_compute_what_one_does():
+    """Panels, sums and scores belong to one thread each. All other tests run with one thread."""
+    x, weight = torch.randn(61, 1024), torch.randn(640, 1024)
+    x[torch.arange(61), torch.arange(61) * 10] = 200  # outliers
+    in_8_bits, in_4_bits = round_rows(weight), round_groups(weight)
+    q, k, v = (torch.randn(2, heads, 60, 32).bfloat16() for heads in (8, 2, 2))
+
+    def results() -> list[torch.Tensor]:
+        products = [linear_kernels.linear_bf16(rows.bfloat16(), weight.bfloat16()) for rows in (x, x[:3])]
+        products += [linear_kernels.linear_int8(rows, *in_8_bits) for rows in (x, x[:3])]
+        products += [linear_kernels.linear_int4(rows, *in_4_bits) for rows in (x, x[:3])]
+        return [*products, linear_kernels.attention_bf16(q, k, v, None, 0.2, 20.0)]
+
+    alone, threads = results(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = [results() for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    for found in together:
+        assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_steps_that_no_file_should_hold_read_no_memory_that_is_not_theirs():
     weight, steps = torch.full((4, 64), 0x0F, dtype=torch.uint8), torch.tensor([[-128, 127]] * 4, dtype=torch.int8)
     for M in (1, 60):
