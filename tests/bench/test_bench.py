@@ -23,6 +23,9 @@ from paligemma.bench.worker import Job
 from paligemma.weights.loading import load_model
 from paligemma.weights.published import published_config
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import speed_table
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -270,6 +273,13 @@ def test_growth_compares_the_ends_of_a_long_answer():
     figures = summarise({"rounds": [], "grow": grow, "work": {}})["grow"]
     assert figures["length"] == {"tokens": 501, "first_ms": 100.0, "last_ms": 120.0, "growth": 0.2}
     assert figures["batch"]["4"] == {"first_tokens_s": 1.0, "decode_tokens_s": 20.0, "times_one": 2.0}
+
+
+def test_the_table_of_the_docs_is_made_of_a_plain_record(tmp_path):
+    for kind in ("2026-11-24", "2026-12-01", "compiled-2026-12-02", "cuda-2026-12-03"):
+        (tmp_path / f"speed-paligemma-3b-pt-224-{kind}.json").write_text("{}")
+    names = [path.name for path in speed_table.plain_records(tmp_path)]
+    assert names == ["speed-paligemma-3b-pt-224-2026-11-24.json", "speed-paligemma-3b-pt-224-2026-12-01.json"]
 
 
 def test_spread_takes_what_there_is():
