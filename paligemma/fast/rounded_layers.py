@@ -12,6 +12,8 @@ Letters: M tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -100,7 +102,7 @@ class Int4Linear(nn.Module):
         )
 
 
-def _forget_packed(layer: nn.Module, _: object) -> None:
+def _forget_packed(layer: Any, _: object) -> None:
     """After other weights were loaded."""
     layer.packed = None
 
