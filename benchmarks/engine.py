@@ -21,6 +21,7 @@ import datetime
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from constraint import random_model
 from torch import Tensor
 
 import paligemma
@@ -38,7 +40,6 @@ from paligemma.fast.swap import quantize
 from paligemma.generation import Options
 from paligemma.tickets import Request
 from paligemma.tiny.evaluation import tiny_examples
-from paligemma.weights.expected import empty_model
 from paligemma.weights.published import published_config
 
 REQUESTS, CLIENTS = 64, (1, 8, 32)
@@ -151,21 +152,6 @@ def embedded() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- the official size
 
 
-def official_model(layers: int | None, mode: str) -> Any:
-    config = published_config("paligemma-3b", 224)
-    vision = replace(config.vision_config, num_hidden_layers=1)  # no picture is encoded
-    text = replace(config.text_config, num_hidden_layers=layers or config.text_config.num_hidden_layers)
-    model = empty_model(replace(config, text_config=text, vision_config=vision)).bfloat16().to_empty(device="cpu")
-    pattern = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.02
-    with torch.no_grad():
-        for parameter in model.parameters():
-            flat = parameter.view(-1)
-            for start in range(0, len(flat), len(pattern)):
-                part = flat[start : start + len(pattern)]
-                part.copy_(pattern[: len(part)])
-    return quantize(model.eval(), mode)
-
-
 def decoding(model: Any, refilled: bool) -> dict[str, float]:
     """How many decode steps there were, and how long they took."""
     draw = random.Random(1)
@@ -190,7 +176,10 @@ def decoding(model: Any, refilled: bool) -> dict[str, float]:
 
 
 def official(layers: int | None, mode: str) -> dict[str, Any]:
-    model = official_model(layers, mode)
+    config = published_config("paligemma-3b", 224)
+    vision = replace(config.vision_config, num_hidden_layers=1)  # no picture is encoded
+    text = replace(config.text_config, num_hidden_layers=layers or config.text_config.num_hidden_layers)
+    model = quantize(random_model(replace(config, text_config=text, vision_config=vision)), mode)
     found: dict[str, Any] = {"layers": model.config.text_config.num_hidden_layers, "precision": mode}
     found |= {"static": decoding(model, refilled=False), "refilled": decoding(model, refilled=True)}
     found["refilled over static"] = {name: found["static"][name] / found["refilled"][name] for name in found["static"]}
@@ -206,7 +195,8 @@ def main() -> None:
     date = datetime.date.today().isoformat()
     path = Path(__file__).with_name(f"engine-{date}.json")
     record = json.loads(path.read_text()) if options.part and path.exists() else {}
-    record |= {"date": date, "command": "python benchmarks/engine.py", **describe_machine()}
+    command = " ".join(["python", "benchmarks/engine.py", *sys.argv[1:]])
+    record |= {"date": date, "command": command, **describe_machine()}
     if options.part != "embedded":
         record["official size"] = official(options.layers, options.quantize)
     if options.part != "official":

@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 import paligemma
+from paligemma.bench.machine import describe_machine
 from paligemma.evaluate import evaluate
 from paligemma.export.exporting import export
 from paligemma.export.runtime import load_exported
@@ -35,8 +35,9 @@ def main() -> None:
     record = {
         "what": "figures of `evaluate` on the small world, by how the weights are stored; pytorch: float32",
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "command": " ".join(["python", "benchmarks/exported_accuracy.py", *sys.argv[1:]]),
+        **describe_machine(),
         "scenes": given.scenes,
-        "torch": torch.__version__,
         "figures": {},
     }
     with tempfile.TemporaryDirectory() as folder:

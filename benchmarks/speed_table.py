@@ -34,8 +34,13 @@ def section(record: dict, path: Path) -> str:
     return "\n".join(lines)
 
 
+def plain_records(folder: Path) -> list[Path]:
+    """Records of paligemma-3b-pt-224, the newest last. The date follows the name: others have "cuda" or "compiled"."""
+    return sorted(folder.glob("speed-paligemma-3b-pt-224-[0-9]*.json"))
+
+
 def main() -> None:
-    records = [Path(name) for name in sys.argv[1:]] or sorted(HERE.glob("speed-paligemma-3b-pt-224-*.json"))
+    records = [Path(name) for name in sys.argv[1:]] or plain_records(HERE)
     if not records:
         sys.exit("no record of paligemma-3b-pt-224 in benchmarks/: run `paligemma bench` first")
     text = PAGE.read_text(encoding="utf-8")

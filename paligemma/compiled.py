@@ -142,8 +142,8 @@ def _cache_for(model: PaliGemmaForConditionalGeneration, rows: int, length: int)
     While it is in use no other call can have it.
     """
     cache = _caches.pop(model, None)
-    shape = rows, columns_for(length)
-    if cache is not None and cache.keys[0].shape[::2] == shape and cache.keys[0].dtype == model.dtype:
+    wanted = (rows, columns_for(length)), model.dtype, model.device
+    if cache is not None and (cache.keys[0].shape[::2], cache.keys[0].dtype, cache.keys[0].device) == wanted:
         cache.reset()
         return cache
     return empty_cache(model, rows, length)

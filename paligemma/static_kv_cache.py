@@ -102,6 +102,8 @@ class StaticKVCache(KVCache):
 
     def reset(self) -> None:
         """Empties it, for other rows."""
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()  # as in `put`: NaN would reach other rows from behind a mask
         self.lengths.zero_()
         self.active.fill_(True)
         self.used = 0

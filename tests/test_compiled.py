@@ -133,6 +133,18 @@ def test_the_host_reads_once_in_a_step(model, monkeypatch, do_sample):
     assert (reads_9 - reads_4, lists_9 - lists_4) == (0, 5)
 
 
+@torch.no_grad()
+def test_a_cache_is_used_again_where_it_fits(model):
+    cache = compiled._cache_for(model, 1, 20)
+    compiled._caches[model] = cache
+    assert compiled._cache_for(model, 1, 25) is cache
+    for change in (lambda: model.double(), lambda: model.to("meta")):
+        compiled._caches[model] = cache
+        change()
+        cache = compiled._cache_for(model, 1, 20)
+        assert (cache.keys[0].dtype, cache.keys[0].device) == (model.dtype, model.device)
+
+
 def test_what_cannot_be_compiled_is_told(model):
     inputs = make_inputs(model.config, [5])
     with pytest.raises(ValueError, match="beams are not compiled"):

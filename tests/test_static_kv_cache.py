@@ -114,6 +114,20 @@ def test_several_tokens_in_one_step(model):
 
 
 @torch.inference_mode()
+def test_nothing_of_the_last_rows_is_left_after_a_reset(model):
+    """Not even what is no number: behind a mask, 0 times NaN would be NaN."""
+    inputs = make_inputs(model.config, [5, 2])
+    cache, fresh = static_cache(model, inputs), static_cache(model, inputs)
+    last_logits(model, inputs, cache)
+    for stored in (*cache.keys, *cache.values):
+        stored.fill_(torch.nan)
+    cache.reset()
+    tokens = last_logits(model, inputs, cache).argmax(-1)
+    last_logits(model, inputs, fresh)
+    assert_close(decode_one_token(model, tokens, cache), decode_one_token(model, tokens, fresh), rtol=0, atol=0)
+
+
+@torch.inference_mode()
 def test_what_does_not_fit_is_an_error(model):
     inputs = make_inputs(model.config, [5])
     cache = StaticKVCache(model.config.text_config, 1, 4 + 5 + 1)

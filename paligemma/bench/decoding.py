@@ -28,6 +28,8 @@ from paligemma.weights.loading import load_model
 if TYPE_CHECKING:
     from rich.table import Table
 
+GIGABYTE = 2**30  # what `read_rate` reads
+
 Answer = Callable[[dict[str, Any], int], object]
 
 
@@ -120,7 +122,7 @@ def ratio_line(record: dict[str, Any]) -> str:
 
 def read_rate(device: str) -> float:
     """GB/s: summing up a gigabyte, in the fastest of a few runs."""
-    numbers = torch.ones(2**28 if device.startswith("cuda") else 2**24, device=device)
+    numbers = torch.ones(GIGABYTE // 4, device=device)  # float32; less would fit into the caches of large CPUs
     numbers.sum()
     return numbers.nbytes / min(seconds_of(numbers.sum, device) for _ in range(5)) / 1e9
 

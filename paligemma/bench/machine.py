@@ -19,8 +19,9 @@ from torch import Tensor
 from paligemma.devices import cpu_count, cpu_name, has_dot_products
 
 
-def describe_machine() -> dict[str, Any]:
-    """Device, threads, versions: without them a figure means nothing."""
+def describe_machine(threads: int | None = None) -> dict[str, Any]:
+    """Device, threads, versions: without them a figure means nothing. threads: of the processes that are measured; None
+    for as many as this one has."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "paligemma"):
         try:
@@ -31,7 +32,7 @@ def describe_machine() -> dict[str, Any]:
         "device": f"{cpu_name()}, {cpu_count()} logical cores",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "versions": versions,
     }
 

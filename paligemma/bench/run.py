@@ -60,13 +60,15 @@ def benchmark(
     model: a published name (its shapes with random weights, which are written to `work` and removed at the end), or
     whatever `load` takes. precisions: see `worker.Job`. transformers: None for "if it is installed". grow: also measure
     how the cost grows with length, batch, resolution, and in the other family. quick: less of everything, for a try.
-    ValueError and OSError before anything is measured, for unknown names and missing files.
+    ValueError and OSError before anything is measured: for unknown names, missing files, and a quantised checkpoint
+    that is asked for in another precision than its own.
     """
     jobs = _jobs(precisions, transformers, Job("plain", "", tokens=tokens, passes=passes, threads=threads))
     if threads is not None:
         torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(checkpoint_of(model, work, say))
+        _check_stored(folder, jobs)
         config = PaliGemmaConfig.from_pretrained(folder)
         recorder = _Recorder(_new_record(model, config, command), out, say)
         # Quantised once; from then on the workers load the files, as users do.
@@ -143,6 +145,16 @@ def _jobs(precisions: Sequence[str], transformers: bool | None, job: Job) -> lis
     return [replace(job, name=TRANSFORMERS), *jobs] if transformers else jobs
 
 
+def _check_stored(folder: Path, jobs: Sequence[Job]) -> None:
+    """ValueError where the checkpoint holds rounded weights, and a job asks for others."""
+    held = stored_mode(folder)
+    if held is not None and (others := [job.name for job in jobs if job.mode != held]):
+        raise ValueError(
+            f"{folder} holds {held} weights, which cannot be timed as {', '.join(others)}: ask for --precisions {held} "
+            f"(or {held}-torch) and --no-transformers"
+        )
+
+
 def _quantized_folders(
     folder: Path, jobs: Sequence[Job], work: Path | None, recorder: _Recorder, stack: contextlib.ExitStack
 ) -> dict[str, Path]:
@@ -153,7 +165,7 @@ def _quantized_folders(
         if stored_mode(folder) is None:
             recorder.say(f"writing {mode} weights")
             begun = time.perf_counter()
-            stored[mode] = Path(stack.enter_context(_temporary(work))) / mode
+            stored[mode] = Path(stack.enter_context(temporary(work))) / mode
             quantize_checkpoint(folder, stored[mode], mode, dtype="bfloat16")
             recorder.record.setdefault("quantize_s", {})[mode] = round(time.perf_counter() - begun, 2)
     return stored
@@ -190,7 +202,8 @@ def _growth(config: PaliGemmaConfig, job: Job, quick: bool) -> dict[str, Job]:
     return runs
 
 
-def _temporary(work: Path | None) -> tempfile.TemporaryDirectory[str]:
+def temporary(work: Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A folder in `work`, which is made if necessary, or where the system keeps such folders."""
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(prefix="paligemma-bench-", dir=work)
@@ -206,7 +219,7 @@ def checkpoint_of(model: str, work: Path | None, say: Say) -> Iterator[Path]:
             raise ValueError(f"{model} is a file: the benchmark wants a folder, a hub id or a published name")
         yield path
         return
-    with _temporary(work) as folder:
+    with temporary(work) as folder:
         say(f"writing random weights in the shape of {model}")
         write_random_checkpoint(config, Path(folder))
         yield Path(folder)

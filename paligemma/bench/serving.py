@@ -7,7 +7,8 @@ round: `paligemma serve`, and `transformers serve` where that is installed. Clie
 its way at any time: a stream of a chat completion, whose first piece of text and whose end are timed. The clients are
 few and light beside a model, but they run on the same machine: what is measured is the pair of both.
 
-Every request has a picture of its own, so that no server profits from one that it has seen.
+Every request to a server has a picture of its own, so that no server profits from one that it has seen. All servers get
+the same pictures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import datetime
 import http.client
 import io
+import itertools
 import json
 import os
 import shutil
@@ -38,7 +40,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paligemma.bench.machine import describe_machine
-from paligemma.bench.run import Say, checkpoint_of
+from paligemma.bench.run import Say, checkpoint_of, temporary
 from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -85,7 +87,7 @@ def benchmark_serving(
         "date": datetime.datetime.now().isoformat(timespec="minutes"),
         "command": command,
         "model": model,
-        **describe_machine(),
+        **describe_machine(threads),
         "prompt": PROMPT, "tokens": tokens, "requests_of_each_client": requests,
         "runs": [], "failed": [],
     }  # fmt: skip
@@ -95,10 +97,12 @@ def benchmark_serving(
                 say(f"round {number + 1} of {rounds}: {server}")
                 try:
                     with running(server, folder, threads) as port:
-                        ask(port, 1, 1, tokens, 0, str(folder))  # the first request of all pays for what others find
+                        seeds = itertools.count()
+                        # The first request of all pays for what others find.
+                        ask(port, 1, 1, tokens, seeds, str(folder))
                         for clients in concurrency:
                             say(f"round {number + 1} of {rounds}: {server}, {clients} at a time")
-                            run = ask(port, clients, requests, tokens, number * 10_000 + clients * 100, str(folder))
+                            run = ask(port, clients, requests, tokens, seeds, str(folder))
                             record["runs"].append({"server": server, "round": number + 1, **run})
                 except (OSError, RuntimeError, http.client.HTTPException) as error:
                     record["failed"].append({"what": server, "why": str(error)[:300]})
@@ -143,17 +147,20 @@ def serving_record_path(folder: Path, model: str) -> Path:
 # ------------------------------------------------------------------------------------------------ clients
 
 
-def ask(port: int, clients: int, requests: int, tokens: int, seed: int, model: str) -> dict[str, Any]:
-    """Every client sends `requests` requests, one after another. RuntimeError for any other answer than 200."""
+def ask(port: int, clients: int, requests: int, tokens: int, seeds: Iterator[int], model: str) -> dict[str, Any]:
+    """Every client sends `requests` requests, one after another. RuntimeError for any other answer than 200.
+
+    seeds: of the pictures, one for each request.
+    """
     timed: list[tuple[float, float]] = []  # to the first token, to the end
     errors: list[Exception] = []
     together = threading.Barrier(clients + 1)
+    pictures = [[picture(next(seeds)) for _ in range(requests)] for _ in range(clients)]
 
     def client(number: int) -> None:
-        pictures = [picture(seed + 7 * number + n) for n in range(requests)]
         together.wait()
         try:
-            for image in pictures:
+            for image in pictures[number]:
                 timed.append(one_request(port, image, tokens, model))
         except Exception as error:
             errors.append(error)
@@ -223,16 +230,16 @@ def transformers_command() -> str | None:
 
 @contextlib.contextmanager
 def running(server: str, folder: Path, threads: int | None) -> Iterator[int]:
-    """The port of a server in a process of its own, which is ended at the end."""
+    """The port of a server on the CPU, in a process of its own, which is ended at the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     if server == PALIGEMMA:
         command = [sys.executable, "-m", "paligemma", "serve", "-m", str(folder), "--name", str(folder)]
-        command += ["--port", str(port), *([] if threads is None else ["--threads", str(threads)])]
+        command += ["--device", "cpu", "--port", str(port), *([] if threads is None else ["--threads", str(threads)])]
         command += ["--queue-timeout", str(ANSWERING), "--timeout", str(ANSWERING)]  # a large model takes its time
     else:
         command = [str(transformers_command()), "serve", str(folder), "--port", str(port), "--host", "127.0.0.1"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # no GPU for transformers either
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     with tempfile.TemporaryFile() as log:
@@ -274,7 +281,7 @@ def wait_for(process: subprocess.Popen[bytes], port: int, log: Any) -> None:
 def _ready_for_both(source: Path, work: Path | None) -> Iterator[Path]:
     """A folder of links to the checkpoint's files, with what a server needs beside them: a tokenizer where random
     weights have none, and the template that transformers asks for."""
-    with tempfile.TemporaryDirectory(prefix="paligemma-bench-", dir=work) as name:
+    with temporary(work) as name:
         folder = Path(name)
         for file in source.resolve().iterdir():
             (folder / file.name).symlink_to(file)

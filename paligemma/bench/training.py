@@ -100,7 +100,7 @@ def benchmark_training(
             "date": datetime.datetime.now().isoformat(timespec="minutes"),
             "command": command,
             "model": model,
-            **describe_machine(),
+            **describe_machine(threads),
             "training_device": device, "batch": batch, "steps": steps,
             "runs": [], "failed": [],
         }  # fmt: skip

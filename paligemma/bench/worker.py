@@ -174,7 +174,7 @@ def load_ours(job: Job) -> PaliGemmaForConditionalGeneration:
 
     folder = Path(job.folder)
     if stored_mode(folder) is not None:
-        return open_quantized(folder).load(None, None, job.image_size)
+        return open_quantized(folder).load(job.mode, None, job.image_size)
     model = load_model(folder, dtype="bfloat16", image_size=job.image_size)
     return model if job.mode == "plain" else quantize(model, job.mode)
 

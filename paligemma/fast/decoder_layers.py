@@ -87,6 +87,8 @@ def why_not_in_one_call(
     attention, mlp, norms = layer.self_attn, layer.mlp, layer.norms()
     if cache is None:
         return "there is no cache"
+    if type(cache) is not KVCache:  # a StaticKVCache chooses other columns than the last ones in use
+        return "the cache is not a plain KVCache"
     if mask.shape[2] != x.shape[1]:
         return "not all positions are queries"
     if len(cos) != len(x) or not x.numel():

@@ -51,7 +51,8 @@ def beats_pytorch_in_bfloat16() -> bool:
 
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, all in bfloat16: x [..., K], weight [N, K], bias [N] -> [..., N]. Float32 sums."""
-    _expect(x.dtype == torch.bfloat16 and weight.ndim == 2 and _fits(weight, None, None, *weight.shape), x, weight)
+    _expect(x.dtype == torch.bfloat16 and weight.ndim == 2, x, weight)
+    _expect_weights(x, weight, None, None, *weight.shape)
     return _call("linear_bf16", x, [weight], bias, weight.shape[0], weight.shape[1])
 
 
@@ -60,7 +61,8 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     K is at most MOST_INPUTS.
     """
-    _expect(weight.ndim == 2 and _fits(weight, None, scale, *weight.shape), x, weight)
+    _expect(weight.ndim == 2, x, weight)
+    _expect_weights(x, weight, None, scale, *weight.shape)
     N, K = weight.shape
     return _call("linear_int8", x, [weight, scale], bias, N, K)
 
@@ -72,7 +74,7 @@ def linear_int4(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: T
     """
     _expect(weight.ndim == 2, x, weight)
     N, K = weight.shape[0], weight.shape[1] * 2
-    _expect(_fits(weight, steps, scale, N, K), x, weight)
+    _expect_weights(x, weight, steps, scale, N, K)
     return _call("linear_int4", x, [weight, steps, scale], bias, N, K)
 
 
@@ -81,9 +83,9 @@ def linear_int4(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: T
 
 def gelu_bf16(x: Tensor, times: Tensor | None = None) -> Tensor:
     """`F.gelu(x, approximate="tanh") * times`, or without `times`; bfloat16 [..., K], equal to the bit."""
-    _expect(x.dtype == torch.bfloat16, x, x if times is None else times)
+    _expect(x.dtype == torch.bfloat16, x, x if times is None else times, "a factor")
     if times is not None:
-        _expect(times.dtype == x.dtype and times.shape == x.shape, x, times)
+        _expect(times.dtype == x.dtype and times.shape == x.shape, x, times, "a factor")
         times = times.contiguous()
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -95,7 +97,7 @@ def gelu_bf16(x: Tensor, times: Tensor | None = None) -> Tensor:
 def _gelu_table() -> Tensor:
     """GELU of each of the 65,536 bfloat16 numbers, in the order of their bits, and one number more: 128 KB."""
     with torch.inference_mode():
-        every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        every = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.int16).view(torch.bfloat16)
         return torch.cat((torch.nn.functional.gelu(every, approximate="tanh"), every[:1]))
 
 
@@ -111,8 +113,8 @@ def rms_norm_bf16(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary_bf16(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`modeling_gemma.apply_rotary`: x [B, H, S, E], cos and sin [B, 1, S, E / 2]; bfloat16, equal to the bit."""
     B, H, S, E = x.shape
-    _expect(x.dtype == cos.dtype == sin.dtype == torch.bfloat16, x, cos)
-    _expect(cos.shape == sin.shape == (B, 1, S, E // 2) and E % 2 == 0, x, cos)
+    _expect(x.dtype == cos.dtype == sin.dtype == torch.bfloat16, x, cos, "cosines")
+    _expect(cos.shape == sin.shape == (B, 1, S, E // 2) and E % 2 == 0, x, cos, "cosines")
     x, cos, sin = x if x.stride(-1) == 1 else x.contiguous(), cos.contiguous(), sin.contiguous()
     y = x.new_empty(B, H, S, E)
     if y.numel():
@@ -130,12 +132,12 @@ def attention_bf16(
     zeros.
     """
     (B, H, S, E), (K, T) = q.shape, k.shape[1:3]
-    _expect(q.dtype == k.dtype == v.dtype == torch.bfloat16, q, k)
-    _expect(k.shape == v.shape == (B, K, T, E) and T > 0 and E % 2 == 0 and H % K == 0, q, k)
+    _expect(q.dtype == k.dtype == v.dtype == torch.bfloat16, q, k, "keys")
+    _expect(k.shape == v.shape == (B, K, T, E) and T > 0 and E % 2 == 0 and H % K == 0, q, k, "keys")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     places = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0]
     if mask is not None:
-        _expect(mask.dtype == torch.bool and mask.shape == (B, 1, S, T), q, mask)
+        _expect(mask.dtype == torch.bool and mask.shape == (B, 1, S, T), q, mask, "a mask")
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         places[-2:] = mask.stride(0), mask.stride(2)
     y = q.new_empty(B, S, H, E)
@@ -196,19 +198,20 @@ def decoder_layer(
     N, wide = linears[0][0].shape[0], linears[4][0].shape[0]
     shapes = [(N, D), (KV * E, D), (KV * E, D), (D, N), (wide, D), (wide, D), (D, wide)]
     layer = _Layer()
-    layer.linears = tuple(_linear(*weights, *shape) for weights, shape in zip(linears, shapes, strict=True))
+    layer.linears = tuple(_linear(x, *weights, *shape) for weights, shape in zip(linears, shapes, strict=True))
     layer.norms = tuple(map(_address, norms))
     layer.eps, layer.scale, layer.cap = eps, scale, cap or 0
     layer.heads, layer.key_heads, layer.head_dim = N // E, KV, E
-    _expect(x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.numel() > 0, x, cos)
-    _expect(cos.shape == sin.shape == (B, 1, S, E // 2) and E % 2 == 0 and N % (KV * E) == 0, x, cos)
+    _expect(x.dtype == cos.dtype == sin.dtype == torch.bfloat16 and x.numel() > 0, x, cos, "cosines")
+    _expect(cos.shape == sin.shape == (B, 1, S, E // 2) and E % 2 == 0 and N % (KV * E) == 0, x, cos, "cosines")
     for norm in norms:
         if norm is not None:
-            _expect(norm.dtype == torch.bfloat16 and norm.shape == (D,) and norm.is_contiguous(), x, norm)
-    _expect(norms[0] is not None and norms[2] is not None, x, keys)
-    _expect(keys.dtype == values.dtype == torch.bfloat16 and keys.shape == values.shape == (B, KV, columns, E), x, keys)
-    _expect(keys.stride(-1) == values.stride(-1) == 1 and S <= T <= columns, x, keys)
-    _expect(mask.dtype == torch.bool and mask.shape == (B, 1, S, T), x, mask)
+            _expect(norm.dtype == torch.bfloat16 and norm.shape == (D,) and norm.is_contiguous(), x, norm, "a norm")
+    _expect(norms[0] is not None and norms[2] is not None, x, keys, "keys")
+    _expect(keys.dtype == values.dtype == torch.bfloat16, x, keys, "keys")
+    _expect(keys.shape == values.shape == (B, KV, columns, E), x, keys, "keys")
+    _expect(keys.stride(-1) == values.stride(-1) == 1 and S <= T <= columns, x, keys, "keys")
+    _expect(mask.dtype == torch.bool and mask.shape == (B, 1, S, T), x, mask, "a mask")
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     places = (0, 0, 0, *keys.stride()[:3], *values.stride()[:3], mask.stride(0), mask.stride(2))
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
@@ -218,10 +221,19 @@ def decoder_layer(
     return y
 
 
-def _linear(weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> _Linear:
+def _linear(x: Tensor, weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> _Linear:
     """A linear layer with N outputs and K inputs: its shape and its addresses in memory."""
-    _expect(_fits(weight, steps, scale, N, K), weight, weight)
+    _expect_weights(x, weight, steps, scale, N, K)
     return _Linear(_address(weight), _address(steps), _address(scale), N, K)
+
+
+def _expect_weights(x: Tensor, weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> None:
+    if scale is not None and scale.dtype != torch.float32:
+        raise ValueError(
+            f"no kernel for x {x.dtype} {list(x.shape)} and a scale {scale.dtype}, expected torch.float32: choose the "
+            "dtype of rounded weights when they are loaded, load(..., dtype=...), and not by .to(dtype)"
+        )
+    _expect(_fits(weight, steps, scale, N, K), x, weight)
 
 
 def _fits(weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K: int) -> bool:
@@ -231,7 +243,7 @@ def _fits(weight: Tensor, steps: Tensor | None, scale: Tensor | None, N: int, K:
         return False
     if scale is None:
         return steps is None and weight.dtype == torch.bfloat16 and weight.shape == (N, K)
-    if scale.dtype != torch.float32 or scale.shape != (N,) or K > MOST_INPUTS:
+    if scale.shape != (N,) or K > MOST_INPUTS:
         return False
     if steps is None:
         return weight.dtype == torch.int8 and weight.shape == (N, K)
@@ -260,9 +272,10 @@ def _address(x: object) -> object:
     return x.data_ptr()
 
 
-def _expect(fits: bool, x: Tensor, weight: Tensor) -> None:
+def _expect(fits: bool, x: Tensor, other: Tensor, name: str = "a weight") -> None:
+    """ValueError that names the input and what does not fit to it."""
     if not fits:
-        raise ValueError(f"no kernel for x {x.dtype} {list(x.shape)} and a weight {weight.dtype} {list(weight.shape)}")
+        raise ValueError(f"no kernel for x {x.dtype} {list(x.shape)} and {name} {other.dtype} {list(other.shape)}")
 
 
 def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: int, K: int) -> Tensor:
@@ -273,7 +286,7 @@ def _call(name: str, x: Tensor, weights: list[Tensor], bias: Tensor | None, N: i
     x = x.contiguous()
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-        _expect(bias.shape == (N,), x, weights[0])
+        _expect(bias.shape == (N,), x, bias, "a bias")
     y = x.new_empty(*x.shape[:-1], N)
     M = x.numel() // K
     if M and N:

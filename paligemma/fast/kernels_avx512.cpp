@@ -110,6 +110,7 @@ struct Buffer {
             std::free(memory);
             size = (bytes + 4095) / 4096 * 4096;
             memory = std::aligned_alloc(64, size);
+            if (!memory) throw std::bad_alloc(); // ends the process, as a vector without room does; and says why
         }
         return memory;
     }

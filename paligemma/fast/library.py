@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -31,7 +32,7 @@ from paligemma import devices
 FOLDER = Path(__file__).parent
 SOURCES = {"AVX-512": FOLDER / "kernels_avx512.cpp", "AVX2": FOLDER / "kernels_avx2.cpp"}
 HEADERS = [FOLDER / "kernels.h", FOLDER / "decoder_layer.h"]  # of both
-REQUESTED = os.environ.get("PALIGEMMA_KERNEL", "1")  # read once: every layer asks, and reading the environment is slow
+REQUESTED = os.environ.get("PALIGEMMA_KERNEL") or "1"  # read once: every layer asks, and the environment is slow
 # No contraction: a product and a sum are rounded each, as PyTorch does, so that results can be compared bit by bit.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fPIC", "-w"]
 
@@ -69,27 +70,52 @@ def missing_for_kernel() -> str | None:
     if instructions() is None:
         return "this CPU has neither AVX-512 with 8-bit dot products (VNNI) nor AVX2"
     if compiler() is None:
-        return "there is no C++ compiler (g++, or what CXX names)"
+        given = os.environ.get("CXX")
+        if given:
+            return f"CXX is {given!r}, and there is no such command: set it to a C++ compiler, or unset it to use g++"
+        return "there is no C++ compiler: install g++, or set CXX to another one"
     return None
 
 
-def compiler() -> str | None:
-    """The C++ compiler: CXX, or the usual names."""
-    return next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
+def compiler() -> list[str] | None:
+    """The command of the C++ compiler: what CXX says, with its arguments, or else the usual names. None without one."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    for name, *arguments in [given] if given else [["g++"], ["c++"]]:
+        if path := shutil.which(name):
+            return [path, *arguments]
+    return None
+
+
+def conditions() -> str:
+    """What a compiled library depends on beside its sources: flags, compiler, CPU."""
+    return " ".join([*FLAGS, *(compiler() or []), *devices.cpu_flags()])
 
 
 @cache
 def _library(kind: str | None) -> ctypes.CDLL | None:
-    missing = missing_for_kernel()
-    if missing is None and kind is not None:
-        try:
+    if REQUESTED not in ("0", "1", "avx2"):
+        print(
+            f"note: PALIGEMMA_KERNEL is {REQUESTED!r}, which means nothing: 0 asks for plain PyTorch, avx2 for the "
+            "kernels of older CPUs, 1 for the best there are, as without it",
+            file=sys.stderr,
+        )
+    try:
+        missing = missing_for_kernel()
+        if missing is None and kind is not None:
             return load(compiled(SOURCES[kind]))
-        except subprocess.CalledProcessError as error:
-            missing = f"{error.cmd[0]} failed: {(error.stderr.strip() or 'no message').splitlines()[0]}"
-        except Exception as error:  # whatever it is: PyTorch can do without, and must
-            missing = str(error) or type(error).__name__
+    except subprocess.CalledProcessError as error:
+        missing = f"{error.cmd[0]} failed: {first_error(error.stderr)}"
+    except Exception as error:  # whatever it is: PyTorch can do without, and must
+        missing = str(error) or type(error).__name__
     print(f"note: linear layers run in plain PyTorch, not in compiled kernels: {missing}", file=sys.stderr)
     return None
+
+
+def first_error(said: str) -> str:
+    """The line of a compiler's messages that says what is wrong. Lines before it only say where."""
+    lines = said.strip().splitlines() or ["no message"]
+    # Of the linker's errors the first line is the one: collect2 only says that there are some.
+    return next((line for line in lines if "error:" in line and not line.startswith("collect2")), lines[0])
 
 
 # ------------------------------------------------------------------------------------------------ compiling
@@ -102,17 +128,17 @@ def compiled(source: Path) -> int:
     """
     folder = private_folder()
     sources = b"".join(file.read_bytes() for file in (*HEADERS, source))
-    conditions = " ".join([*FLAGS, compiler() or "", *devices.cpu_flags()])
-    stem = f"{source.stem}-{_hash(sources + conditions.encode(errors='replace'))}"
+    stem = f"{source.stem}-{_hash(sources + conditions().encode(errors='replace'))}"
     for path in sorted(folder.glob(f"{stem}-*.so")):
         if (file := open_checked(path)) is not None:
             return file
     print("note: compiling the kernels for this CPU, once (some seconds)", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         unlinked, new = Path(work) / "kernels.o", Path(work) / "kernels.so"
-        _run(str(compiler()), *FLAGS, "-c", str(source), "-o", str(unlinked))
+        command = compiler() or []
+        _run(*command, *FLAGS, "-c", str(source), "-o", str(unlinked))
         # Linked without -fopenmp: the threads are then PyTorch's own. Two pools would wait for each other.
-        _run(str(compiler()), "-shared", str(unlinked), "-o", str(new))
+        _run(*command, "-shared", str(unlinked), "-o", str(new))
         new.chmod(0o700)
         path = folder / f"{stem}-{_hash(new.read_bytes())}.so"
         with new.open("rb") as written:

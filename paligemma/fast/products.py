@@ -40,8 +40,9 @@ def multiply_in_float32(x: Tensor, weight: Tensor, steps: Tensor | None = None) 
     """
     if needs_gradient(x):
         return x.float() @ (weight if steps is None else unpack(weight, steps)).float().T
-    x, y = x.float(), torch.empty(len(x), len(weight), dtype=torch.float32)
-    piece = torch.empty(max(1, 2**20 // max(1, x.shape[-1])), x.shape[-1])  # 4 MB
+    x = x.float()
+    y = x.new_empty(len(x), len(weight))
+    piece = x.new_empty(max(1, 2**20 // max(1, x.shape[-1])), x.shape[-1])  # 4 MB
     for first in range(0, len(weight), len(piece)):
         rows = slice(first, first + len(piece))
         part = weight[rows] if steps is None else unpack(weight[rows], steps[rows])

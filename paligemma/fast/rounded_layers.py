@@ -12,6 +12,8 @@ Letters: M tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
         self.packed: Tensor | None = None  # a copy in the order of PyTorch's own product, made when first used
+        self.register_load_state_dict_post_hook(_forget_packed)
 
     def forward(self, x: Tensor) -> Tensor:
         if needs_gradient(x):
@@ -71,6 +74,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
         self.packed: tuple[Tensor, Tensor] | None = None  # as in Int8Linear
+        self.register_load_state_dict_post_hook(_forget_packed)
 
     def forward(self, x: Tensor) -> Tensor:
         if needs_gradient(x):
@@ -98,6 +102,11 @@ class Int4Linear(nn.Module):
         )
 
 
+def _forget_packed(layer: Any, _: object) -> None:
+    """After other weights were loaded."""
+    layer.packed = None
+
+
 class Int8Embedding(nn.Module):
     """`GemmaEmbedding` in 8 bits: rows of it for tokens, logits from hidden states. dtype: of both."""
 
@@ -119,7 +128,7 @@ def integer_product(x: Tensor, weight: Tensor, scale: Tensor, packed: Tensor) ->
     """What the kernels compute, in PyTorch's operators: x [M, K], int8 weight [N, K], the same packed -> [M, N]."""
     rounded, token_scale, clipped = round_activations(x)
     unsigned = rounded.view(torch.uint8) ^ 128  # the operator takes its activations unsigned, with a zero at 128
-    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    zeros = scale.new_zeros(len(scale), dtype=torch.int64)
     # In bfloat16 this rounds once more than the kernels do, and moves half the bytes.
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
         unsigned, 1.0, 128, packed, scale, zeros, None, 1.0, 0, x.dtype, "none", [], ""

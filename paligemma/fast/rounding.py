@@ -25,8 +25,8 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     The error of a weight is at most half its scale, 1/254 of the largest weight of its row.
     """
-    rounded = torch.empty(weight.shape, dtype=torch.int8)
-    scale = torch.empty(weight.shape[0], dtype=torch.float32)
+    rounded = weight.new_empty(weight.shape, dtype=torch.int8)
+    scale = weight.new_empty(weight.shape[0], dtype=torch.float32)
     for part, out, out_scale in zip(weight.split(4096), rounded.split(4096), scale.split(4096)):
         part = part.float()  # a part at a time: the embedding alone would be 2 GB in float32
         out_scale.copy_(part.abs().amax(-1) / 127)
@@ -42,8 +42,8 @@ def round_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     negative. (Searching for the steps of least squared error gives smaller errors, but no better predictions.)
     """
     N, K = weight.shape
-    rounded, steps = torch.empty(N, K // 2, dtype=torch.uint8), torch.empty(N, K // GROUP, dtype=torch.int8)
-    scale = torch.empty(N, dtype=torch.float32)
+    rounded, steps = weight.new_empty(N, K // 2, dtype=torch.uint8), weight.new_empty(N, K // GROUP, dtype=torch.int8)
+    scale = weight.new_empty(N, dtype=torch.float32)
     for part, out, out_steps, out_scale in zip(*(t.split(1024) for t in (weight, rounded, steps, scale))):
         groups = part.float().unflatten(-1, (-1, GROUP))  # [n, K / 64, 64]
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8  # [n, K / 64]

@@ -23,6 +23,9 @@ from paligemma.bench.worker import Job
 from paligemma.weights.loading import load_model
 from paligemma.weights.published import published_config
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import speed_table
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -56,15 +59,15 @@ def test_work_is_counted_from_the_shapes():
     head = 320 * 32
     layer = 2 * (64 * 32) + 2 * (32 * 32) + 3 * (64 * 32)  # q and o, k and v, the MLP
     assert work.decoder_weights == 2 * layer + head
-    eye = 2 * (4 * 16 * 16 + 2 * 16 * 32) + 16 * 32  # attention, MLP; the projector
-    looking = 2 * (4 * 4 * 4 * 16) + 2 * (4 * 14 * 14 * 64)
-    assert work.first_token_flops == 2 * (eye * 4 + 2 * layer * 14 + head) + looking
+    vision = 2 * (4 * 16 * 16 + 2 * 16 * 32) + 16 * 32  # attention, MLP; the projector
+    attention = 2 * (4 * 4 * 4 * 16) + 2 * (4 * 14 * 14 * 64)  # products of queries with keys, weights with values
+    assert work.first_token_flops == 2 * (vision * 4 + 2 * layer * 14 + head) + attention
 
 
 def test_the_official_decoder_reads_five_gigabytes_a_token():
     work = shapes.work_in(published_config("paligemma-3b", 224))
     assert work.parameters == 2_923_466_480
-    assert 2 * work.decoder_weights / 1e9 == pytest.approx(5.01, abs=0.01)  # all but the eye, in bfloat16
+    assert 2 * work.decoder_weights / 1e9 == pytest.approx(5.01, abs=0.01)  # all but the vision tower, in bfloat16
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -93,7 +96,7 @@ def test_a_worker_times_every_stage_of_a_real_answer(folder):
 
 
 def test_the_stages_are_told_apart(folder, monkeypatch):
-    """Time spent in the eye must count as vision, in reading the prompt as prefill, in a decode step as decode."""
+    """Time in the vision tower must count as vision, in reading the prompt as prefill, in a decode step as decode."""
     clock = iter(range(1000))
     monkeypatch.setattr(worker.time, "perf_counter", lambda: float(next(clock)))
     towers = torch.nn.Module()
@@ -131,6 +134,21 @@ def test_a_stored_int8_checkpoint_is_loaded_as_it_is(folder, tmp_path, monkeypat
     monkeypatch.setattr(library, "REQUESTED", "0")
     facts = worker.run(Job("int8", str(tmp_path / "int8"), tokens=2, passes=1))
     assert facts["weight_bytes"] < 1.5 * shapes.work_in(tiny_config("gemma")).parameters  # not 2 bytes each
+
+
+def test_a_stored_checkpoint_is_not_timed_in_another_precision(folder, tmp_path, fake):
+    """One model would stand in the record under three names."""
+    from paligemma.weights.quantized import quantize_checkpoint
+
+    quantize_checkpoint(folder, tmp_path / "int8", "int8", dtype="bfloat16")
+    wrong = r"int8 holds int8 weights, which cannot be timed as transformers, bf16, int4: ask for --precisions int8 .*"
+    with pytest.raises(ValueError, match=wrong + "--no-transformers"):
+        benchmark(str(tmp_path / "int8"), ["bf16", "int8", "int4"])
+    assert not fake[0]  # nothing was measured
+    benchmark(str(tmp_path / "int8"), ["int8", "int8-torch"], transformers=False, rounds=1)
+    assert fake[0] == ["int8", "int8-torch"]
+    with pytest.raises(ValueError, match="holds int8 weights, not int4"):
+        worker.load_ours(Job("int4", str(tmp_path / "int8")))
 
 
 @pytest.mark.slow
@@ -255,6 +273,13 @@ def test_growth_compares_the_ends_of_a_long_answer():
     figures = summarise({"rounds": [], "grow": grow, "work": {}})["grow"]
     assert figures["length"] == {"tokens": 501, "first_ms": 100.0, "last_ms": 120.0, "growth": 0.2}
     assert figures["batch"]["4"] == {"first_tokens_s": 1.0, "decode_tokens_s": 20.0, "times_one": 2.0}
+
+
+def test_the_table_of_the_docs_is_made_of_a_plain_record(tmp_path):
+    for kind in ("2026-11-24", "2026-12-01", "compiled-2026-12-02", "cuda-2026-12-03"):
+        (tmp_path / f"speed-paligemma-3b-pt-224-{kind}.json").write_text("{}")
+    names = [path.name for path in speed_table.plain_records(tmp_path)]
+    assert names == ["speed-paligemma-3b-pt-224-2026-11-24.json", "speed-paligemma-3b-pt-224-2026-12-01.json"]
 
 
 def test_spread_takes_what_there_is():

@@ -13,6 +13,12 @@ from paligemma.cli.main import app
 from paligemma.generation import decode_one_token
 
 
+@pytest.fixture(autouse=True)
+def little_to_read(monkeypatch):
+    """A gigabyte takes seconds."""
+    monkeypatch.setattr(decoding, "GIGABYTE", 2**20)
+
+
 def test_the_record_has_every_model_and_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "compiled_step", lambda device_type: decode_one_token)
     shapes.write_random_checkpoint(tiny_config("gemma"), tmp_path / "random")
@@ -88,6 +94,13 @@ def test_figures_follow_from_the_runs():
     assert figures == {
         "first_token_ms": 100, "token_ms": 20, "token_ms_min": 10, "token_ms_max": 40, "share_of_reading": 0.1
     }  # fmt: skip
+
+
+def test_the_rate_of_reading_is_that_of_a_gigabyte(monkeypatch):
+    """Less would be read from the caches of a large CPU."""
+    monkeypatch.undo()
+    monkeypatch.setattr(decoding, "seconds_of", lambda run, device: 0.5)
+    assert decoding.read_rate("meta") == 2 * 2**30 / 1e9
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

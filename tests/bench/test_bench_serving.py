@@ -1,7 +1,9 @@
 """The benchmark of servers: what is sent, what is timed, and its record."""
 
+import contextlib
 import json
 import shutil
+import subprocess
 
 import pytest
 
@@ -34,6 +36,57 @@ def test_the_tokenizer_for_random_weights_has_the_official_places():
     ids = PaliGemmaProcessor(tokenizer, 256, 224).lay_out(["caption en"], [1])["input_ids"][0]
     assert ids[:256].eq(257_152).all() and ids[256] == 2 and ids[-1] == 108
     assert tokenizer.decode([7_000, 7_001]) == " 7000 7001"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Servers that cost nothing: of each that was started, the pictures that it was asked about."""
+    asked = []
+
+    @contextlib.contextmanager
+    def running(server, folder, threads):
+        asked.append([])
+        yield 0
+
+    monkeypatch.setattr(serving, "running", running)
+    monkeypatch.setattr(serving, "picture", lambda seed: f"picture {seed}")
+    monkeypatch.setattr(serving, "one_request", lambda port, image, *_: asked[-1].append(image) or (0.1, 0.2))
+    monkeypatch.setattr(serving, "transformers_command", lambda: "transformers")
+    return asked
+
+
+@pytest.mark.parametrize("requests", [1, 8, 150])
+def test_every_request_to_a_server_is_about_a_picture_of_its_own(asked, requests):
+    benchmark_serving("tiny", concurrency=(1, 2, 16), transformers=True, rounds=2, requests=requests)
+    assert len(asked) == 4  # two servers, twice
+    for pictures in asked:
+        assert len(set(pictures)) == len(pictures) == 1 + (1 + 2 + 16) * requests
+        assert set(pictures) == set(asked[0])  # the same for all
+
+
+def test_the_record_has_the_threads_of_the_servers(asked, tmp_path):
+    """And the folder for what lies there meanwhile is made, also for a model that has its weights."""
+    record = benchmark_serving(
+        "tiny", concurrency=(1,), transformers=False, rounds=1, requests=1, threads=7, work=tmp_path / "new"
+    )
+    assert record["threads"] == 7 and not record["failed"] and list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("server", [PALIGEMMA, serving.TRANSFORMERS])
+def test_servers_run_on_the_cpu(server, tmp_path, monkeypatch):
+    started = []
+
+    def start(command, env, **_):
+        started.append((command, env))
+        raise OSError("is not started here")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(OSError, match="not started"), serving.running(server, tmp_path, 2):
+        pass
+    ((command, environment),) = started
+    assert environment["CUDA_VISIBLE_DEVICES"] == "" and environment["OMP_NUM_THREADS"] == "2"
+    if server == PALIGEMMA:
+        assert command[command.index("--device") + 1] == "cpu"
 
 
 @pytest.mark.slow

@@ -90,12 +90,13 @@ def fake(monkeypatch):
 
 
 def test_contestants_take_turns_there_and_back(fake, folder, tmp_path):
-    record = benchmark_training(str(folder), rounds=2, steps=3, out=tmp_path / "record.json")
+    record = benchmark_training(str(folder), rounds=2, steps=3, threads=7, out=tmp_path / "record.json")
     names = [training.TRANSFORMERS, training.BARE, training.PALIGEMMA]
     expected = [(name, lora) for order in (names, names[::-1]) for lora in (True, False) for name in order]
     assert fake[0] == expected
     assert json.loads((tmp_path / "record.json").read_text())["summary"] == record["summary"]
     assert record["batch"] == 16 and record["runs"][0]["job"]["batch"] == 16
+    assert record["threads"] == record["runs"][0]["job"]["threads"] == 7
 
 
 def test_all_weights_learn_only_where_memory_allows(fake, folder, monkeypatch):

@@ -29,7 +29,7 @@ def can_emulate() -> bool:
     """Whether there is a compiler, a CPU with AVX2 and SIMDe's headers."""
     if library.missing_for_kernel() is not None:
         return False
-    command = [str(library.compiler()), "-E", "-x", "c++", "-include", "simde/x86/avx512.h", "/dev/null"]
+    command = [*library.compiler(), "-E", "-x", "c++", "-include", "simde/x86/avx512.h", "/dev/null"]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -49,13 +49,14 @@ def emulation(_: Path) -> int:
     assert KEEP in texts[source] and "#include <immintrin.h>" in texts[header]
     texts[source] = texts[source].replace(KEEP, "")
     texts[header] = texts[header].replace("#include <immintrin.h>", f'#include "{HEADER}"')
-    key = hashlib.sha256("".join(texts.values()).encode() + HEADER.read_bytes()).hexdigest()[:16]
-    path = library.cache_folder() / f"emulated-{key}.so"
+    flags = [*library.FLAGS, "-O2"]
+    whole = "".join([*texts.values(), HEADER.read_text(encoding="utf-8"), library.conditions(), *flags])
+    path = library.cache_folder() / f"emulated-{hashlib.sha256(whole.encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        command = [str(library.compiler()), *library.FLAGS, "-O2"]
+        command = library.compiler()
         with written_whole(path) as beside, tempfile.TemporaryDirectory() as folder:
             for name, text in texts.items():
                 (Path(folder) / name).write_text(text, encoding="utf-8")
-            subprocess.run([*command, "-c", f"{folder}/{source}", "-o", f"{folder}/all.o"], check=True)
-            subprocess.run([*command[:1], "-shared", f"{folder}/all.o", "-o", str(beside)], check=True)
+            subprocess.run([*command, *flags, "-c", f"{folder}/{source}", "-o", f"{folder}/all.o"], check=True)
+            subprocess.run([*command, "-shared", f"{folder}/all.o", "-o", str(beside)], check=True)
     return os.open(path, os.O_RDONLY)

@@ -3,15 +3,17 @@
 import pytest
 import torch
 from reference import make_inputs
-from ways import elsewhere, make_model
+from ways import elsewhere, make_model, relative
 
 from paligemma.fast import decoder_layers, fast_layers
 from paligemma.fast import kernels as linear_kernels
 from paligemma.fast.fast_layers import FastGemmaMLP, FastRMSNorm
 from paligemma.fast.rounding import round_groups, round_rows
 from paligemma.fast.swap import quantize
+from paligemma.generation import decode_one_token
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import rotary_tables
+from paligemma.static_kv_cache import StaticKVCache
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -68,6 +70,24 @@ def test_rows_that_joined_and_left_are_computed_in_one_call_as_well(kernels, mod
         logits.append(model(torch.tensor([[5, 6], [7, 8]]), cache=cache).logits)
         assert called == [2] * len(cache.keys)
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("words", [3, 20])
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+def test_a_cache_of_fixed_shapes_gives_the_logits_of_the_growing_one(kernels, mode, words, monkeypatch):
+    """The loop of your own in `docs/compiling.md`. It reads other columns too, under a mask, so sums differ in order.
+
+    A prompt of few tokens, and one of many.
+    """
+    monkeypatch.setattr(linear_kernels, "beats_pytorch_in_bfloat16", lambda: True)
+    model = quantize(make_model(dtype=torch.bfloat16), mode)
+    inputs = make_inputs(model.config, prefix=[words])
+    text, length = model.config.text_config, inputs["input_ids"].shape[1] + 4
+    static, growing = StaticKVCache(text, 1, length, model.dtype), KVCache(text, 1, length, model.dtype)
+    assert torch.equal(model(**inputs, cache=static).logits, model(**inputs, cache=growing).logits)
+    for token in (5, 6, 7):
+        y, expected = (decode_one_token(model, torch.tensor([token]), cache) for cache in (static, growing))
+        assert relative(y - expected, expected) < 0.01
 
 
 class HalfNorm(FastRMSNorm):
@@ -131,16 +151,19 @@ def test_a_refusal_names_its_reason(kind, monkeypatch):
     cos, _ = rotary_tables(torch.arange(20)[None], text.head_dim, 1e4, torch.bfloat16)
     x, mask = torch.randn(1, 20, 128).bfloat16(), torch.ones(1, 1, 20, 20, dtype=torch.bool)
 
-    def reason(change=None, tokens=2, queries=2, dtype=torch.bfloat16, cache_dtype=torch.bfloat16, rows=1, cached=True):
+    def reason(
+        change=None, tokens=2, queries=2, dtype=torch.bfloat16, cache_dtype=torch.bfloat16, rows=1, kept=KVCache
+    ):
         layer = quantize(make_model(kind, torch.bfloat16), "int8").language_model.model.layers[1]
         if change is not None:
             change(layer)
         given = x[:, :tokens].to(dtype).expand(rows, -1, -1), mask[:, :, :queries, :tokens], cos[:, :, :tokens]
-        cache = KVCache(text, rows, tokens, cache_dtype) if cached else None
+        cache = kept(text, rows, tokens, cache_dtype) if kept is not None else None
         return decoder_layers.why_not_in_one_call(layer, *given, cache)
 
     assert reason() is None
-    assert reason(cached=False) == "there is no cache"
+    assert reason(kept=None) == "there is no cache"
+    assert reason(kept=StaticKVCache) == "the cache is not a plain KVCache"
     assert reason(queries=1) == "not all positions are queries"
     assert "share one row of positions" in reason(rows=2)
     assert "no row" in reason(rows=0)

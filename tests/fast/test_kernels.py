@@ -105,6 +105,30 @@ def test_few_rows_and_many_are_equal_to_the_bit_whatever_is_clipped():
 
 
 @pytest.mark.usefixtures("kernels")
+def test_two_threads_compute_what_one_does():
+    """Panels, sums and scores belong to one thread each. All other tests run with one thread."""
+    x, weight = torch.randn(61, 1024), torch.randn(640, 1024)
+    x[torch.arange(61), torch.arange(61) * 10] = 200  # outliers
+    in_8_bits, in_4_bits = round_rows(weight), round_groups(weight)
+    q, k, v = (torch.randn(2, heads, 60, 32).bfloat16() for heads in (8, 2, 2))
+
+    def results() -> list[torch.Tensor]:
+        products = [linear_kernels.linear_bf16(rows.bfloat16(), weight.bfloat16()) for rows in (x, x[:3])]
+        products += [linear_kernels.linear_int8(rows, *in_8_bits) for rows in (x, x[:3])]
+        products += [linear_kernels.linear_int4(rows, *in_4_bits) for rows in (x, x[:3])]
+        return [*products, linear_kernels.attention_bf16(q, k, v, None, 0.2, 20.0)]
+
+    alone, threads = results(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = [results() for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    for found in together:
+        assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_steps_that_no_file_should_hold_read_no_memory_that_is_not_theirs():
     weight, steps = torch.full((4, 64), 0x0F, dtype=torch.uint8), torch.tensor([[-128, 127]] * 4, dtype=torch.int8)
     for M in (1, 60):
@@ -175,6 +199,26 @@ def test_kernels_refuse_what_they_would_misread():
 
 
 @pytest.mark.usefixtures("kernels")
+def test_a_refusal_names_what_does_not_fit():
+    q, seen = torch.randn(1, 4, 3, 8).bfloat16(), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    weight, scale = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4)
+    for wrong, said in (
+        (lambda: linear_kernels.linear_int8(q, weight.float(), scale), r"and a weight torch.float32 \[4, 8\]"),
+        (lambda: linear_kernels.linear_int8(q, weight, scale, torch.ones(5)), r"and a bias torch.bfloat16 \[5\]"),
+        (
+            lambda: linear_kernels.linear_int8(q, weight, scale.bfloat16()),
+            "a scale torch.bfloat16, expected torch.float32",
+        ),
+        (lambda: linear_kernels.attention_bf16(q, q, q, seen.int(), 1.0), "and a mask torch.int32"),
+        (lambda: linear_kernels.attention_bf16(q, q[:, :3], q, seen, 1.0), r"and keys torch.bfloat16 \[1, 3, 3, 8\]"),
+        (lambda: linear_kernels.rotary_bf16(q, q[:, :1], q[:, :1]), "and cosines torch.bfloat16"),
+        (lambda: linear_kernels.gelu_bf16(q, q.float()), "and a factor torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            wrong()
+
+
+@pytest.mark.usefixtures("kernels")
 def test_kernels_refuse_what_lies_on_another_device():
     x, weight, scale = torch.randn(2, 128), torch.zeros(4, 128, dtype=torch.int8), torch.ones(4)
     q, of_norm, seen = torch.randn(1, 2, 3, 128).bfloat16(), torch.ones(128).bfloat16(), torch.ones(1, 1, 3, 3).bool()
@@ -191,9 +235,11 @@ def test_kernels_refuse_what_lies_on_another_device():
     ):
         with pytest.raises(ValueError, match="on meta: they are for the CPU"):
             wrong()
+    linear_kernels._gelu_table.cache_clear()
     with torch.device("meta"):  # where new tensors are wanted is not where results belong
         assert linear_kernels.linear_int8(x, weight, scale).is_cpu
         assert linear_kernels.attention_bf16(q, q, q, None, 1.0).is_cpu
+        assert torch.equal(linear_kernels.gelu_bf16(q), torch.nn.functional.gelu(q, approximate="tanh"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="calls mprotect")

@@ -48,11 +48,41 @@ def test_a_compiler_that_fails_is_noted_once_and_done_without(fresh, monkeypatch
 
 
 @needs_kernel
-def test_a_source_that_does_not_compile_is_noted_once_and_done_without(fresh, monkeypatch, capfd, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("int main( {", "error:"),
+        ("int f() {\n    return undeclared;\n}", "'undeclared'"),
+    ],
+)
+def test_a_source_that_does_not_compile_is_noted_once_and_done_without(
+    fresh, monkeypatch, capfd, tmp_path, source, said
+):
+    """The note has the error. Inside a function, the compiler first says in which one it is."""
+    monkeypatch.setenv("LC_ALL", "C")  # the language of the compiler
     broken = tmp_path / "broken.cpp"
-    broken.write_text("int main( {")
+    broken.write_text(source)
     monkeypatch.setattr(library, "SOURCES", {"AVX-512": broken, "AVX2": broken})
-    answers_still(capfd, "error")
+    answers_still(capfd, said)
+
+
+def test_the_line_that_says_what_is_wrong_is_found():
+    assert library.first_error("ld: cannot find -lm\ncollect2: error: ld returned 1 exit status\n").startswith(
+        "ld: cannot"
+    )
+    assert (
+        library.first_error("Segmentation fault\n") == "Segmentation fault" and library.first_error("") == "no message"
+    )
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("no-such-compiler -O1", "CXX is 'no-such-compiler -O1', and there is no such"), ('"g++', "quot")],
+)
+def test_a_cxx_that_is_no_command_is_noted_once_and_done_without(fresh, monkeypatch, capfd, given, said):
+    monkeypatch.setenv("CXX", given)
+    answers_still(capfd, said)
 
 
 @needs_kernel
@@ -89,6 +119,34 @@ def start_again():
     """As another process would: the library, or None."""
     library._library.cache_clear()
     return library.library()
+
+
+@needs_kernel
+def test_cxx_may_have_arguments(small, monkeypatch, tmp_path):
+    """As in "ccache g++"."""
+    with (tmp_path / "small.cpp").open("a") as source:
+        source.write("#ifndef ASKED\n#error\n#endif\n")
+    monkeypatch.setenv("CXX", f"env {library.compiler()[0]} -DASKED")
+    assert start_again() is not None
+
+
+@needs_kernel
+@pytest.mark.parametrize("asked", ["off", "AVX2"])
+def test_a_value_that_means_nothing_is_noted_once(small, monkeypatch, capfd, asked):
+    monkeypatch.setattr(library, "REQUESTED", asked)
+    assert start_again() is not None and library.library() is not None
+    noted = capfd.readouterr().err
+    assert noted.count(f"PALIGEMMA_KERNEL is {asked!r}, which means nothing: 0 asks for plain PyTorch, avx2 for") == 1
+
+
+@needs_kernel
+def test_another_compiler_or_flag_is_another_library(small, monkeypatch):
+    assert start_again() is not None
+    monkeypatch.setenv("CXX", f"env LC_ALL=C {library.compiler()[0]}")
+    assert start_again() is not None
+    monkeypatch.setattr(library, "FLAGS", [*library.FLAGS, "-g0"])
+    assert start_again() is not None
+    assert len(list(small.iterdir())) == 3
 
 
 @needs_kernel

@@ -13,11 +13,21 @@ import pytest
 import torch
 
 import paligemma
+from paligemma import devices
 from paligemma.fast import library
 from paligemma.tiny.renderer import render
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import quantized_accuracy as benchmark
+
+
+def test_bfloat16_is_what_it_is_called_on_any_cpu(monkeypatch):
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(benchmark, "MODES", {"bf16": None})
+    monkeypatch.setattr(benchmark, "models", {})
+    benchmark.start_worker()
+    assert benchmark.models["bf16"].model.dtype == torch.bfloat16
+
 
 # ---------------------------------------------------------------------------------------------- paired statistics
 

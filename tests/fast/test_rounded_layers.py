@@ -1,5 +1,6 @@
 """Linear layers in 8 and 4 bits, in every way to compute them."""
 
+import itertools
 import math
 
 import pytest
@@ -24,6 +25,26 @@ def test_layers_compute_what_they_round(way, dtype, M):
         assert most / 10 < relative(y - exact, exact) < most
     in_four_bits = x.double() @ dense(four).T + bias.double()
     assert relative(four(x) - in_four_bits, in_four_bits) < 0.01  # beside the weights next to nothing is rounded
+
+
+def test_results_lie_where_the_input_does(way):
+    """Wherever new tensors are wanted meanwhile."""
+    _, _, eight, four = layers()
+    for layer, x in itertools.product((eight, four), (torch.randn(1, 512), torch.randn(60, 512))):
+        expected = layer(x)
+        with torch.device("meta"):
+            assert torch.equal(layer(x), expected)
+
+
+def test_other_weights_that_are_loaded_are_those_that_are_used(way):
+    """Also where a copy of the weights in another order was kept."""
+    *_, eight, four = layers()
+    *_, other_eight, other_four = layers()
+    x = torch.randn(3, 512)
+    for layer, other in ((eight, other_eight), (four, other_four)):
+        assert not torch.equal(layer(x), other(x))
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(x), other(x))
 
 
 @pytest.mark.skipif(not devices.has_dot_products(), reason="another plain path")

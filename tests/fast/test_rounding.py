@@ -19,6 +19,16 @@ def test_8_bits_are_off_by_half_a_step_at_most():
     torch.testing.assert_close(scale, weight.abs().amax(-1) / 127)
 
 
+def test_rounded_weights_lie_where_the_weight_does():
+    """Wherever new tensors are wanted meanwhile."""
+    weight = torch.randn(5, 256)
+    for rounding in (round_rows, round_groups):
+        expected = rounding(weight)
+        with torch.device("meta"):
+            found = rounding(weight)
+        assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
 def test_4_bits_come_back_in_the_order_of_the_inputs():
     """Weights that can be expressed are not changed, whichever half of which byte they go to."""
     n = torch.randint(-8, 8, (5, 256), dtype=torch.int8)

@@ -45,6 +45,16 @@ def test_a_rounded_model_predicts_nearly_the_same(way, kind, mode, most):
         assert (after.argmax(-1) == before.argmax(-1)).float().mean() > 0.9
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_rounded_model_that_was_cast_names_the_scale_and_the_way_out(mode):
+    model = quantize(make_model(), mode).to(torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"a scale torch.bfloat16, expected torch.float32: choose .* not by .to\(dtype\)"
+    ):
+        model(**make_inputs(model.config, prefix=[6]))
+
+
 def test_what_is_rounded_and_what_is_not():
     model = quantize(make_model(dtype=torch.bfloat16), "int4")
     of = {name: type(module) for name, module in model.named_modules()}
