@@ -196,11 +196,11 @@ def main() -> None:
     path = Path(__file__).with_name(f"engine-{date}.json")
     record = json.loads(path.read_text()) if options.part and path.exists() else {}
     command = " ".join(["python", "benchmarks/engine.py", *sys.argv[1:]])
-    record |= {"date": date, "command": command, **describe_machine()}
+    record |= {"date": date, **describe_machine()}
     if options.part != "embedded":
-        record["official size"] = official(options.layers, options.quantize)
+        record["official size"] = {"command": command, **official(options.layers, options.quantize)}
     if options.part != "official":
-        record["embedded model"] = embedded()
+        record["embedded model"] = {"command": command, **embedded()}
     print(json.dumps(record, indent=1))
     path.write_text(json.dumps(record, indent=1) + "\n")
 

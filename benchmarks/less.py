@@ -105,12 +105,12 @@ def main() -> None:
     record |= {
         "what": "milliseconds; passes: through the decoder, prompt included, over all answers",
         "date": date,
-        "command": " ".join(["python", "benchmarks/less.py", *sys.argv[1:]]),
         **describe_machine(),
     }
-    record["threads of each part"] = record.get("threads of each part", {})
-    for name in [part] if part else ["official", "embedded"]:
-        record["threads of each part"][name] = record["threads"]
+    command = " ".join(["python", "benchmarks/less.py", *sys.argv[1:]])
+    for name, value in (("threads", record["threads"]), ("command", command)):
+        parts = record.setdefault(f"{name} of each part", {})
+        parts |= dict.fromkeys([part] if part else ["official", "embedded"], value)
     if part != "embedded":
         record["decode step, official size"] = official_steps(random_model(published_config("paligemma-3b", 224)))
     if part != "official":

@@ -126,7 +126,7 @@ def check_can_be_compiled(model: torch.nn.Module) -> None:
     """ValueError for what a compiler can't look into: kernels of our own, and a model that another program runs."""
     if not isinstance(model, PaliGemmaForConditionalGeneration):
         raise ValueError(
-            f"compile=True is for a model of PyTorch, this one is of the class {type(model).__name__}: leave it out"
+            f"compile=True is for PaliGemmaForConditionalGeneration, this model is {type(model).__name__}: leave it out"
         )
     for module in model.modules():
         if type(module).__module__.startswith("paligemma.fast."):

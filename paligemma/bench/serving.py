@@ -239,6 +239,7 @@ def running(server: str, folder: Path, threads: int | None) -> Iterator[int]:
         command += ["--queue-timeout", str(ANSWERING), "--timeout", str(ANSWERING)]  # a large model takes its time
     else:
         command = [str(transformers_command()), "serve", str(folder), "--port", str(port), "--host", "127.0.0.1"]
+        command += ["--device", "cpu"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # no GPU for transformers either
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)

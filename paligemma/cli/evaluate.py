@@ -100,7 +100,7 @@ def evaluate(
         return pg
 
     if calibrate and data.partition(":")[0] == "tiny" and data != "tiny:val":
-        raise typer.BadParameter(f"{data} is for measuring; what is fitted to is --data tiny:val, or rows of your own")
+        raise typer.BadParameter(f"--calibrate does not fit to {data}: use --data tiny:val, or rows of your own")
     if data.partition(":")[0] == "tiny":  # even if there is a folder of this name: that is ./tiny
         if task or split:
             raise typer.BadParameter("the small world has its own tasks: --task and --split are for other --data")

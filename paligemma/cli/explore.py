@@ -13,8 +13,8 @@ from rich.text import Text
 
 from paligemma.cli.options import (
     DEFAULT_MAX_PIXELS,
+    DTYPES,
     Device,
-    Dtype,
     ImageSize,
     MaxPixels,
     Model,
@@ -71,7 +71,13 @@ def explore(
         ),
     ] = None,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32. Default: float32 for tiny and with --check, else as for `run`.",
+            callback=one_of(*DTYPES),
+        ),
+    ] = None,
     quantize: Annotated[
         str | None, typer.Option(help="Round the weights at load: int8, int4.", callback=one_of("int8", "int4"))
     ] = None,

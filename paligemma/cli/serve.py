@@ -36,7 +36,9 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model in /v1/models. Default: as in --model.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in /v1/models. Default: --model, without the path.")
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"The file with the key that clients must send. Or set {KEY_VARIABLE}.")
     ] = None,

@@ -193,7 +193,7 @@ def to_example(row: Row, metric: str, picture: Any, pg: PaliGemma) -> Example:
         parsed = parse(row.suffix, size, loc_scale=pg.loc_scale, codec=pg.codec if masks else None)
         if parsed.invalid:
             (start, end), reason = parsed.invalid[0]
-            raise ValueError(f"the right answer {row.suffix!r} cannot be read: {row.suffix[start:end]!r}: {reason}")
+            raise ValueError(f"the right answer cannot be read: {row.suffix[start:end]!r}: {reason}")
         if masks and parsed.detections:
             raise ValueError(f"{metric} measures masks, and the answer has boxes alone: choose another metric (detect)")
         found: list[Any] = [*parsed.segments] if masks else [*parsed.detections, *parsed.segments]

@@ -8,8 +8,8 @@ PyTorch's own extension loader would do as well, but it needs ninja and setuptoo
 PyTorch's headers. The library speaks plain C and includes none of them: it takes about four seconds, once per machine.
 
 Loading a library runs its code, and a home folder may be shared by machines and people. So the file is named after what
-it was compiled from (sources, flags, CPU) and after a hash of its own content. A file is loaded only if it belongs to
-this user, nobody else can write it, and its content has that hash. A damaged file is compiled again.
+it was compiled from (sources, flags, compiler, CPU) and after a hash of its own content. A file is loaded only if it
+belongs to this user, nobody else can write it, and its content has that hash. A damaged file is compiled again.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def _library(kind: str | None) -> ctypes.CDLL | None:
 def first_error(said: str) -> str:
     """The line of a compiler's messages that says what is wrong. Lines before it only say where."""
     lines = said.strip().splitlines() or ["no message"]
-    # Of the linker's errors the first line is the one: collect2 only says that there are some.
-    return next((line for line in lines if "error:" in line and not line.startswith("collect2")), lines[0])
+    # Of the linker's errors the first line is the one: collect2 and clang only say that there are some.
+    return next((line for line in lines if "error:" in line and not line.startswith(("collect2", "clang"))), lines[0])
 
 
 # ------------------------------------------------------------------------------------------------ compiling

@@ -85,8 +85,7 @@ def test_servers_run_on_the_cpu(server, tmp_path, monkeypatch):
         pass
     ((command, environment),) = started
     assert environment["CUDA_VISIBLE_DEVICES"] == "" and environment["OMP_NUM_THREADS"] == "2"
-    if server == PALIGEMMA:
-        assert command[command.index("--device") + 1] == "cpu"
+    assert command[command.index("--device") + 1] == "cpu"
 
 
 @pytest.mark.slow

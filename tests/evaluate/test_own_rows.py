@@ -253,7 +253,7 @@ def test_a_row_that_cannot_be_measured_is_named(folder: Path):
         rows = open_rows(write(folder, {"image": None, "prefix": "detect dog", "suffix": ""}))
         evaluate_rows(Says({}), rows, progress=False)
     upside_down = "<loc0000><loc0000><loc0512><loc0512> dog ; <loc0900><loc0000><loc0512><loc0512> dog"
-    with pytest.raises(ValueError, match=r"test.jsonl:1: the right answer .* cannot be read: '<loc0900>"):
+    with pytest.raises(ValueError, match=r"test.jsonl:1: the right answer cannot be read: '<loc0900>"):
         rows = open_rows(write(folder, {"prefix": "detect dog", "suffix": upside_down}))
         evaluate_rows(Says({}), rows, progress=False)
 

@@ -125,7 +125,7 @@ def test_wrong_usage_is_told_at_once(tmp_path):
 
 
 def test_a_model_that_onnxruntime_runs_is_not_compiled():
-    with pytest.raises(ValueError, match="this one is of the class ExportedModel: leave it out"):
+    with pytest.raises(ValueError, match="this model is ExportedModel: leave it out"):
         check_can_be_compiled(runtime.ExportedModel.__new__(runtime.ExportedModel))
 
 

@@ -30,7 +30,7 @@ from paligemma.tiny.recipe.shards import (
     write_shard,
 )
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
-from paligemma.tiny.recipe.train import codec_steps, train
+from paligemma.tiny.recipe.train import _Run, codec_steps, train
 from paligemma.tiny.recipe.vision_pretraining import SceneBatches, Vision, validate_vision, vision_loss
 from paligemma.tiny.rows import READING
 from paligemma.tiny.varied import render_varied
@@ -72,6 +72,8 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_anything_is_m
     with pytest.raises(ValueError, match="vision_batch is 128, expected a multiple of 4 for each of 5 processes"):
         train(1, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(distributed, "start", lambda: (0, 8))  # a GPU gets larger batches
+    assert _Run(tmp_path, 1, SECOND, torch.device("cuda"), None).recipe.joint_batch == 128
 
 
 def test_the_model_that_ships_is_of_the_recipe_of_its_world():

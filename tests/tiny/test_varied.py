@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from paligemma.cli.main import app
-from paligemma.tiny import redrawing
+from paligemma.tiny import extract_fonts, redrawing
 from paligemma.tiny.artwork import sprite
 from paligemma.tiny.degradations import DEGRADATIONS, degrade
 from paligemma.tiny.recipe.patch_targets import patch_targets
@@ -113,6 +113,13 @@ def test_a_changed_drawing_keeps_a_colour_that_has_a_name(monkeypatch):
             if nearest != number:
                 wrong.append((style, label, tint, list(TINTS)[nearest], shade))
     assert changed > 300 and not wrong  # of 504
+
+
+def test_missing_fonts_are_named_before_one_is_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["extract_fonts", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        extract_fonts.main()
+    assert "lacks Lato-Regular.ttf (fonts-lato 2.0-2.1), " in capsys.readouterr().err
 
 
 def test_worlds_and_splits_are_different_streams():

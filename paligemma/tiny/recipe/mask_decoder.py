@@ -133,7 +133,7 @@ def main() -> None:
     pg.codec.cpu().save(args.model / CODEC_FILE)
     if (fitted := args.model / CALIBRATION_FILE).exists():
         fitted.unlink()
-        print(f"{fitted} is deleted, since it was fitted to the masks of before: `paligemma evaluate --calibrate`")
+        print(f"{fitted} is deleted: it was fitted to other masks. `paligemma evaluate --calibrate` makes another")
 
 
 if __name__ == "__main__":

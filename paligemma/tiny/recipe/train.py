@@ -100,9 +100,12 @@ class _Run:
         self.scenes, self.codec = out / "scenes", out / "codec.safetensors"
         self.workers = 0 if device.type == "cpu" else max(1, cpu_count() - 2)
         self.rank, processes = distributed.start()
-        for name, batch in (("vision_batch", recipe.vision_batch), ("joint_batch", recipe.joint_batch)):
+        for name in ("vision_batch", "joint_batch"):
+            batch = getattr(self.recipe, name)
             if batch % (4 * processes):  # each process takes as many pictures from each of four shards
-                raise ValueError(f"{name} is {batch}, expected a multiple of 4 for each of {processes} processes")
+                raise ValueError(
+                    f"{name} is {batch}, expected a multiple of 4 for each of {processes} processes: start fewer"
+                )
 
     def log(self, words: str) -> None:
         if self.rank == 0:
