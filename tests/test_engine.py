@@ -107,9 +107,10 @@ def answer_alone(kind, seed) -> Generated:
 
 def same(answer: Generated, expected: Generated) -> None:
     assert answer.token_ids == expected.token_ids and answer.finished == expected.finished
-    assert_close(answer.token_logprobs, expected.token_logprobs, atol=1e-5, rtol=0)
+    # float32: rows of another number are summed in another order, on each CPU in its own. (AVX2: up to 1.1e-5.)
+    assert_close(answer.token_logprobs, expected.token_logprobs, atol=2e-5, rtol=0)
     assert (answer.eos_logprob is None) == (expected.eos_logprob is None)
-    assert_close(answer.eos_logprob or 0.0, expected.eos_logprob or 0.0, atol=1e-5, rtol=0)
+    assert_close(answer.eos_logprob or 0.0, expected.eos_logprob or 0.0, atol=2e-5, rtol=0)
     assert_close(means_and_spreads(answer), means_and_spreads(expected), atol=1e-2, rtol=0, equal_nan=True)
 
 

@@ -27,6 +27,7 @@ from paligemma.tiny.world import STYLES, VARIED_STYLES
 from paligemma.tokenizer import load_tokenizer
 from paligemma.weights.info import in_units
 from paligemma.weights.loading import DTYPES
+from paligemma.weights.opening import open_checkpoint
 from paligemma.weights.saving import save_pretrained
 
 
@@ -421,7 +422,7 @@ def test_info_and_convert(paligemma, tmp_path):
     code, _, _ = paligemma("convert", "model", str(tmp_path / "copy.npz"))
     assert code == 0 and (tmp_path / "copy.npz").is_file()
     assert paligemma("convert", "model", str(tmp_path / "half"), "--dtype", "bfloat16")[0] == 0
-    assert load(str(tmp_path / "half")).model.dtype == torch.bfloat16
+    assert open_checkpoint(tmp_path / "half").dtype == torch.bfloat16
 
 
 def test_what_was_written_is_said(paligemma, tmp_path):

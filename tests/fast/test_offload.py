@@ -31,11 +31,8 @@ def bytes_of(model, name):
 
 def limit(model, layers):
     """Memory for the parts that always stay, so many layers of the decoder, and one that visits."""
-    return (
-        sum(bytes_of(model, name) for name in KEPT)
-        + layers * bytes_of(model, "language_model.model.layers.0")
-        + 10**6 * 2
-    )
+    layer = bytes_of(model, "language_model.model.layers.0")
+    return sum(bytes_of(model, name) for name in KEPT) + (layers + 1) * layer + 500_000
 
 
 def answers(pg):
