@@ -55,10 +55,10 @@ class Video:
         self.frames: Iterator[Any] = iter(())
         self.last: Any = None  # the frame that was shown last
         self.ahead: Any = None  # the one after it, where it was decoded already
-        base, start = Fraction(self.stream.time_base or 1), self.stream.start_time or 0
-        self.start = float(start * base)
+        self.tick = Fraction(self.stream.time_base or 1)  # seconds between two counts of its clock
+        self.start = float((self.stream.start_time or 0) * self.tick)
         if self.stream.duration:
-            self.seconds: float | None = float(self.stream.duration * base)
+            self.seconds: float | None = float(self.stream.duration * self.tick)
         else:
             self.seconds = self.container.duration / 1e6 if self.container.duration else None
 
@@ -88,10 +88,10 @@ class Video:
         return picture
 
     def _seek(self, time: float) -> None:
-        target = int((time + self.start) / self.stream.time_base)
+        target = int((time + self.start) / self.tick)
         self.container.seek(target, stream=self.stream, backward=True)  # to the key frame before it
         self.frames = self.container.decode(self.stream)
         self.last = self.ahead = None
 
     def _time(self, frame: Any) -> float:
-        return float(frame.pts * self.stream.time_base) - self.start
+        return float(frame.pts * self.tick) - self.start

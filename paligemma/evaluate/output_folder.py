@@ -27,6 +27,8 @@ from paligemma.files import append_text, locked, parse_json, read_json_value, wr
 from paligemma.images import load_image
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from paligemma.inference import PaliGemma
 
 WRITTEN = ("predictions.jsonl", "scores.jsonl", "results.json", "reliability.png", "worst")  # beside run.json
@@ -211,11 +213,7 @@ def fingerprint(pg: PaliGemma) -> str | None:
     without a model (a stand-in of a test)."""
     if getattr(pg, "model", None) is None:
         return None
-    digest = hashlib.sha256()
-    for name, weight in sorted(pg.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return _hash_of(pg.model, numbers=16)
 
 
 def fingerprint_of_codec(pg: PaliGemma) -> str | None:
@@ -223,10 +221,15 @@ def fingerprint_of_codec(pg: PaliGemma) -> str | None:
     without a model."""
     if getattr(pg, "model", None) is None:
         return None
+    return _hash_of(pg.codec)
+
+
+def _hash_of(module: nn.Module, numbers: int | None = None) -> str:
+    """Of the first `numbers` of every weight, or of all."""
     digest = hashlib.sha256()
-    for name, weight in sorted(pg.codec.state_dict().items()):
+    for name, weight in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.float().cpu().numpy().tobytes())
+        digest.update(weight.flatten()[:numbers].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
