@@ -14,9 +14,11 @@ import typer
 
 from paligemma.cli.options import (
     DEFAULT_MAX_PIXELS,
+    Beams,
     Device,
     DeviceMap,
     Dtype,
+    ForbidRepeats,
     Free,
     ImageSize,
     LocScale,
@@ -25,6 +27,9 @@ from paligemma.cli.options import (
     Model,
     Quantize,
     Revision,
+    Temperature,
+    TopK,
+    TopP,
     check_labels,
     check_order,
     one_of,
@@ -76,21 +81,13 @@ def batch(
     image_size: ImageSize = None,
     loc_scale: LocScale = 1024,
     max_new_tokens: MaxNewTokens = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="Draw tokens at random, with this temperature above 0. Default: the likeliest ones."),
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens. Default: all.")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Draw from the likeliest tokens that have the probability p together, 0 < p <= 1."),
-    ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beam search of this width.")] = 1,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    beams: Beams = 1,
     seed: Annotated[int | None, typer.Option(min=0, max=2**53, help="Makes sampling repeatable.")] = None,
     free: Free = False,
-    forbid_repeats: Annotated[
-        bool, typer.Option("--forbid-repeats", help="Let no box of detect and segment repeat an earlier one.")
-    ] = False,
+    forbid_repeats: ForbidRepeats = False,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     format: Annotated[
         str, typer.Option(help="Of the files in parts/: jsonl or parquet.", callback=one_of("jsonl", "parquet"))

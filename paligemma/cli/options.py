@@ -146,6 +146,18 @@ DEFAULT_MAX_PIXELS = MAX_PIXELS // 10**6
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of the CPU. Default: PyTorch's choice.", callback=within_cores)
 ]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Draw tokens at random, with this temperature above 0. Default: the likeliest ones."),
+]
+TopK = Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens. Default: all.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw from the likeliest tokens that have the probability p together, 0 < p <= 1.")
+]
+Beams = Annotated[int, typer.Option(min=1, help="Beam search of this width.")]
+ForbidRepeats = Annotated[
+    bool, typer.Option("--forbid-repeats", help="Let no box of detect and segment repeat an earlier one.")
+]
 Free = Annotated[bool, typer.Option("--free", help="Decode detect and segment without the grammar.")]
 # How rows are made of data.
 Kind = Annotated[str | None, typer.Option(help="What the data is, where its content does not say.")]

@@ -16,9 +16,11 @@ from rich.text import Text
 from paligemma.cli.labels import FORMATS, LabelFiles
 from paligemma.cli.options import (
     DEFAULT_MAX_PIXELS,
+    Beams,
     Device,
     DeviceMap,
     Dtype,
+    ForbidRepeats,
     Free,
     ImageSize,
     LocScale,
@@ -27,6 +29,9 @@ from paligemma.cli.options import (
     Model,
     Quantize,
     Revision,
+    Temperature,
+    TopK,
+    TopP,
     check_labels,
     check_order,
     one_of,
@@ -59,16 +64,10 @@ def run(
     ],
     model: Model = "tiny",
     max_new_tokens: MaxNewTokens = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="Draw tokens at random, with this temperature above 0. Default: the likeliest ones."),
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the k likeliest tokens. Default: all.")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Draw from the likeliest tokens that have the probability p together, 0 < p <= 1."),
-    ] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beam search of this width.")] = 1,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    beams: Beams = 1,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")] = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Decode with one compiled graph: faster on a GPU, after a minute.")
@@ -81,9 +80,7 @@ def run(
     image_size: ImageSize = None,
     loc_scale: LocScale = 1024,
     free: Free = False,
-    forbid_repeats: Annotated[
-        bool, typer.Option("--forbid-repeats", help="Let no box of detect and segment repeat an earlier one.")
-    ] = False,
+    forbid_repeats: ForbidRepeats = False,
     save: Annotated[
         Path | None, typer.Option(help="Draw boxes and masks over the picture; a folder for several.")
     ] = None,
