@@ -1,7 +1,7 @@
 """What a recipe decides: the world, the size of the pictures and of the model, the batches.
 
-`SECOND` made the model that ships. `FIRST` made the one before, in world 1, with pictures of 128 pixels, where a letter
-is 8 pixels wide. A trial is one of these with a field replaced.
+`SECOND` is of world 2 and of the model that ships. `FIRST` made the one before, in world 1, with pictures of 128
+pixels, where a letter is 8 pixels wide. A trial is one of these with a field replaced.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Recipe:
     page_shards: int = 0  # files of 512 pages, see pages.py; if there are any, half of stage 1 is pages
     vision_share: float = 0.35  # of the training time for stage 1
     vision_lr: float = 3e-3  # the highest learning rate of stage 1
+    joint_lr: float = 2e-3  # and of stage 2
     vision_batch: int = 128  # pictures in a step of stage 1
     joint_batch: int = 16  # pictures in a step of stage 2, with about a dozen prompts each
 

@@ -163,7 +163,7 @@ class _Run:
             vision = stage_1["average"]
         train_jointly(
             self.out, minutes, folder, weights, vision,
-            recipe=self.recipe, device=self.device, workers=self.workers, end=end,
+            recipe=self.recipe, lr=self.recipe.joint_lr, device=self.device, workers=self.workers, end=end,
             processor_time=self.processor_time(end),
         )  # fmt: skip
 
