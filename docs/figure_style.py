@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 # Colours that people with any colour vision tell apart (Okabe and Ito), and one scale from white to dark.
 INK, GREY, PALE = "#222222", "#767676", "#dddddd"
-ORANGE, BLUE, GREEN, PURPLE = "#d55e00", "#0072b2", "#009e73", "#cc79a7"
+ORANGE, BLUE, GREEN = "#d55e00", "#0072b2", "#009e73"
 SCALE = LinearSegmentedColormap.from_list("scale", ["#ffffff", "#fbd3b0", "#f08c3c", "#d55e00", "#5a2400"])
 OPPOSED = LinearSegmentedColormap.from_list("opposed", ["#0072b2", "#ffffff", "#d55e00"])
 STYLE = {
@@ -44,10 +44,10 @@ def bare(axes: Axes) -> None:
         spine.set_color(PALE)
 
 
-def lines(axes: Axes, grid: int, color: str = PALE) -> None:
+def lines(axes: Axes, grid: int) -> None:
     for place in range(1, grid):
-        axes.axhline(place, color=color, linewidth=0.6)
-        axes.axvline(place, color=color, linewidth=0.6)
+        axes.axhline(place, color=PALE, linewidth=0.6)
+        axes.axvline(place, color=PALE, linewidth=0.6)
 
 
 def framed(axes: Axes, patch: int, grid: int, color: str = ORANGE) -> None:

@@ -8,8 +8,8 @@ reader wants to see them. Here is how they are read, checked and written:
     dataclass   --write_config--> config.json
 
 A `config.json` has three kinds of keys. Those that shape the model become fields. Those that never reach the
-arithmetic (`use_cache`, `initializer_range`, ...) are listed below and dropped. All others are errors: a key that
-nobody knows may be one that changes the result.
+arithmetic (`use_cache`, `initializer_range`, ...) are listed below and dropped. All others are errors in text_config
+and vision_config, since a key that nobody knows may be one that changes the result, and warnings at the top.
 """
 
 from __future__ import annotations

@@ -49,6 +49,12 @@ def free_memory(device: torch.device) -> float:
     return 1024 * float(kilobytes[0]) if kilobytes else math.inf
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU (where PyTorch raises a plain RuntimeError) or a GPU."""
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+
+
 # ------------------------------------------------------------------------------------------------ arithmetic
 
 

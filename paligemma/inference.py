@@ -117,11 +117,12 @@ def load(
     )
     processor = PaliGemmaProcessor.for_config(tokenizer, network.config)
     own_codec = first_with(folders, CODEC_FILE)
-    codec = MaskCodec.load(own_codec / CODEC_FILE) if own_codec is not None else None
+    if own_codec is not None:
+        processor.mask_codec = MaskCodec.load(own_codec / CODEC_FILE)
     calibrated = folders[0] / CALIBRATION_FILE  # of these weights: an adapter's base has another
     if calibrated.exists():
         processor.calibration = Calibration.load(calibrated)
-    return PaliGemma(network, processor, codec=codec, loc_scale=loc_scale)
+    return PaliGemma(network, processor, codec=processor.mask_codec, loc_scale=loc_scale)
 
 
 class PaliGemma:

@@ -20,6 +20,7 @@ What is unusual:
   every other prompt the two agree.
 - A prompt may bring its own `<image>`s, one for each of its images. Then they stay where they are and `<bos>` is put
   after the last of them; nothing is stripped, so in "<image> caption en" the space makes another token of the word.
+- `<bos>` or `<eos>` in a prompt becomes that token and is not removed: a prompt that brings its own `<bos>` has two.
 - Padding has token type 0 on either side and attention 0. The default is the left, where generation wants it.
 
 Every id, type and label equals that of transformers' `PaliGemmaProcessor`, every pixel that of its PIL path.
@@ -47,6 +48,7 @@ from paligemma.images import ImageInput, ImageT, Picture, load_image, preprocess
 from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from paligemma.answers.mask_codec import MaskCodec
     from paligemma.answers.scores import Calibration
     from paligemma.modeling_gemma import PaliGemmaConfig
 
@@ -83,7 +85,9 @@ class PaliGemmaProcessor:
         self.tokenizer: Tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.image_size = image_size
-        self.calibration: Calibration | None = None  # of scores; it is here because it is saved with the rest
+        # What else a checkpoint may have of its own. They are here because they are saved with the rest.
+        self.calibration: Calibration | None = None  # of scores
+        self.mask_codec: MaskCodec | None = None  # None: the official one, which all official checkpoints share
 
     @classmethod
     def for_config(cls, tokenizer: Tokenizer | FastTokenizer, config: PaliGemmaConfig) -> PaliGemmaProcessor:
@@ -200,14 +204,15 @@ class PaliGemmaProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> PaliGemmaProcessor:
         """Tokenizer, image size and number of image tokens from the files of a checkpoint: `preprocessor_config.json`
-        (or the `processor_config.json` that newer transformers write), else `config.json`."""
+        (or the `processor_config.json` that newer transformers write), else `config.json`. (`inference.load` reads a
+        calibration and a mask codec.)"""
         folder = Path(folder)
         return cls(load_tokenizer(folder), *_image_settings(folder))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `preprocessor_config.json`, `tokenizer.json` and `tokenizer_config.json`, which `from_pretrained` and
-        transformers' `AutoProcessor` read, and the calibration of scores, if there is one. Existing files are replaced
-        only when all new ones are complete."""
+        transformers' `AutoProcessor` read, and the calibration of scores and the mask codec, if it has its own.
+        Existing files are replaced only when all new ones are complete."""
         config = {
             "processor_class": "PaliGemmaProcessor",
             "image_processor_type": "SiglipImageProcessor",
@@ -219,6 +224,8 @@ class PaliGemmaProcessor:
         files = {**self.tokenizer.files(), "preprocessor_config.json": json.dumps(config, indent=2) + "\n"}
         if self.calibration is not None:
             files["calibration.json"] = json.dumps(self.calibration.to_dict(), indent=2) + "\n"
+        if self.mask_codec is not None:
+            self.mask_codec.save(Path(folder) / "mask_codec.npz")
         write_texts(Path(folder), files)
 
 

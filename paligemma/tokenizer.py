@@ -193,12 +193,13 @@ class Tokenizer:
 
 def _does_not_fit(problems: list[str]) -> str:
     hint = "Use the tokenizer of the checkpoint itself."
-    if any("<loc0000>" in problem and "missing" not in problem for problem in problems):
+    of_first = [problem for problem in problems if problem.startswith("'<loc0000>'")]
+    if any("missing" not in problem for problem in of_first):
         hint = (
             "This is what becomes of a plain Gemma tokenizer when <image> is added before <loc> and <seg>. "
             "Use the tokenizer of the checkpoint itself."
         )
-    elif any("<loc0000>" in problem for problem in problems):
+    elif of_first:
         hint = "A plain Gemma tokenizer lacks what PaliGemma answers with. Use the tokenizer of the checkpoint itself."
     return f"the tokenizer does not fit PaliGemma: {'; '.join(problems)}. {hint}"
 

@@ -574,6 +574,8 @@ def test_a_constraint_may_give_its_ids_in_any_order(num_beams):
     assert generate(model, inputs, 5, constraint=lambda g, r: mixed, num_beams=num_beams) == plain
     with pytest.raises(ValueError, match="a constraint allows ids 5 to 1000000, the model has 320"):
         generate(model, inputs, 5, constraint=lambda g, r: torch.tensor([10**6, 5]), num_beams=num_beams)
+    with pytest.raises(TypeError, match="a constraint returned list, expected ids as an int64 tensor, or None"):
+        generate(model, inputs, 5, constraint=lambda g, r: [5, 6], num_beams=num_beams)
 
 
 @pytest.mark.parametrize("ids", [[1, 9, 5], [9, 5, 1], [5, 1, 9, 1]])

@@ -1,5 +1,6 @@
 """From what people call a model to the model. The hub is a stand-in here: nothing leaves the machine."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -198,6 +199,12 @@ def test_a_jax_repository_brings_its_npz(hub):
 def test_paligemma_1_comes_from_the_branch_with_half_the_bytes(hub, name, dtype, revision):
     resolve(name, dtype=dtype)
     assert hub.revisions == [revision]
+
+
+def test_a_conversion_to_float32_starts_from_float32(hub, tmp_path):
+    with contextlib.suppress(ValueError, OSError):  # the stand-in's folder holds no model
+        convert("google/paligemma-3b-pt-224", tmp_path / "new", dtype="float32")
+    assert hub.revisions == [None]
 
 
 def test_a_revision_that_was_asked_for_is_taken(hub):

@@ -75,6 +75,8 @@ def allowed_ids(
     allowed: list[Tensor | None] = []
     for row, constraint in enumerate(constraints):
         ids = constraint(generated[row], remaining) if constraint else None
+        if ids is not None and not isinstance(ids, Tensor):
+            raise TypeError(f"a constraint returned {type(ids).__name__}, expected ids as an int64 tensor, or None")
         if ids is not None and ids not in _SORTED:
             if bool((ids[1:] > ids[:-1]).all()):
                 _SORTED[ids] = True

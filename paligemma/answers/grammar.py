@@ -300,7 +300,7 @@ class _AnyLabel:
     def __init__(self, tokenizer: Tokenizer, eos: int, num_codes: int) -> None:
         self.eos = eos
         self.item_cost = 4 + num_codes + 1
-        texts = _token_texts(tokenizer)
+        texts = _token_texts(tokenizer, len(tokenizer))
         special = {eos, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.image_token_id}
         self.words = [i for i, text in enumerate(texts) if text and i not in special and not _UNFIT.search(text)]
         self.first_words = [i for i in self.words if texts[i].startswith(" ")]
@@ -340,11 +340,12 @@ _UNFIT = re.compile(r"[;<>\x00-\x1f\x7f-\x9f]")
 
 
 @lru_cache(maxsize=2)
-def _token_texts(tokenizer: Tokenizer) -> list[str]:
-    """What each token adds to a text, after a location (where no decoder takes a space for the beginning of a text)."""
+def _token_texts(tokenizer: Tokenizer, size: int) -> list[str]:
+    """What each token adds to a text, after a location (where no decoder takes a space for the beginning of a text).
+    size: how many tokens there are, of which more may be added later."""
     first = tokenizer.first_loc_id
     skip = len(tokenizer.decode([first]))
-    return [tokenizer.decode([first, i])[skip:] for i in range(len(tokenizer))]
+    return [tokenizer.decode([first, i])[skip:] for i in range(size)]
 
 
 def _check_texts(texts: Iterable[str], name: str) -> list[str]:

@@ -18,7 +18,6 @@ in the folder of a checkpoint. Without the file the product itself is the score.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from paligemma.files import read_json
 
 CALIBRATION_FILE = "calibration.json"
 LEAST = 1e-3  # what the map leaves between a probability and 0 or 1, see `log_odds`
@@ -95,7 +96,7 @@ class Calibration:
     def load(cls, file: Path) -> Calibration:
         """ValueError that names the file, for one that is none."""
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
             return cls(**{name: tuple(numbers) for name, numbers in found.items()})
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(

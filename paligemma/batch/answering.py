@@ -28,6 +28,7 @@ from paligemma.batch.drawings import copy_drawing, draw_answer
 from paligemma.batch.pictures import bytes_of, open_picture, places_of
 from paligemma.batch.rows import InputRow, Line, RowFailure, answered, failed, name_of
 from paligemma.batch.settings import Settings
+from paligemma.devices import is_out_of_memory
 from paligemma.engine import Engine, Request, Ticket
 from paligemma.generation import Options, TooLong, check_length
 from paligemma.images import preprocess
@@ -162,15 +163,19 @@ class AnswerRows:
         limit = self.limit if alone is not None else 1
         engine, running = self.engine(limit), dict[Ticket, Opened]()
         again: deque[Opened] = deque()  # what ran out of memory, for an engine with fewer rows
+        crowded = False  # the pictures of a row did not fit beside the rows that run
         while True:
             free = limit - len(running)
             joining: list[Opened] = []
-            if not stop() and (free >= max(1, limit // 4)):
+            if not stop() and not crowded and free >= max(1, limit // 4):
                 joining = [again.popleft() for _ in range(min(free, len(again)))]
                 joining += islice(opened, free - len(joining))
                 for one, ticket_or_line in self.admitted(engine, joining):
                     if isinstance(ticket_or_line, Ticket):
                         running[ticket_or_line] = one
+                    elif running and one.failure is None and needs_memory(ticket_or_line):
+                        again.append(one)
+                        crowded = True
                     else:
                         yield one, ticket_or_line
             if not running:
@@ -196,18 +201,21 @@ class AnswerRows:
                     yield one, line
             if again and not running and limit > 1:
                 limit = self.limit = limit // 2
-                engine = self.engine(limit)
+                engine, crowded = self.engine(limit), False
             elif engine.failure is not None:
                 engine = self.engine(limit)
 
     def engine(self, limit: int) -> Engine:
         return Engine(self.pg.model, max_rows=limit, cache_bytes=float("inf"), prefill_every=None)
 
+    def wants_masks(self, row: InputRow) -> bool:
+        return task_of(row.prompt) == "segment" and self.settings.masks != "none"
+
     def admitted(self, engine: Engine, rows: Sequence[Opened]) -> Iterator[tuple[Opened, Ticket | Line]]:
         """Rows with their tickets; with their lines where they cannot be answered or need no engine."""
         requests: list[tuple[Opened, Request]] = []
         for one in rows:
-            if task_of(one.row.prompt) == "segment" and self.settings.masks != "none":
+            if self.wants_masks(one.row):
                 _ = self.pg.codec  # it may have to be downloaded: an error of that concerns no single row
             try:
                 if one.failure is not None:
@@ -305,7 +313,7 @@ class AnswerRows:
     def line(self, one: Opened, ticket: Ticket | None) -> tuple[Line, Answer]:
         """The line of a row that has ended (without a ticket: of a beam search). Raises the row's error."""
         generated = self.searched(one) if ticket is None else ticket.result()
-        codec = self.pg.codec if task_of(one.row.prompt) == "segment" else self.own_codec
+        codec = self.pg.codec if self.wants_masks(one.row) else self.own_codec
         answer = self.pg.to_answer(generated, one.size, codec=None if self.settings.masks == "none" else codec)
         ms = 0.0
         if ticket is not None and ticket.ended is not None and ticket.started is not None:
@@ -353,11 +361,15 @@ def kind_of(error: BaseException) -> str:
     """Which of `rows.KINDS` an error is that came while a row was answered."""
     if isinstance(error, RowFailure):
         return error.kind
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "out_of_memory"
     if isinstance(error, TooLong):
         return "prompt_too_long"
     return "constraint" if isinstance(error, NothingAllowed) else "internal"
+
+
+def needs_memory(line: Line) -> bool:
+    return line["error"] is not None and line["error"]["kind"] == "out_of_memory"
 
 
 def message_of(error: BaseException) -> str:

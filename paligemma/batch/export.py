@@ -24,6 +24,7 @@ from paligemma.answers.results import Detection, Segment
 from paligemma.batch.folder import STARTED, RunFolder
 from paligemma.batch.openai_format import response_line
 from paligemma.batch.rows import Line, mask_of, path_of
+from paligemma.batch.settings import EXPORTS
 from paligemma.data.prompts import labels_of
 from paligemma.files import is_data_url, picture_names, written_whole
 from paligemma.tasks import asks_for_items
@@ -53,7 +54,7 @@ def export(folder: RunFolder, to: str, target: Path) -> int:
         "openai": write_openai,
     }  # fmt: skip
     if to not in writers:
-        raise ValueError(f"there is no format {to!r}; there are: parquet, yolo, {', '.join(writers)}")
+        raise ValueError(f"there is no format {to!r}; there are: {', '.join(EXPORTS)}")
     with written_whole(target) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         return writers[to](folder, file)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from paligemma.batch.folder import RunFolder
-from paligemma.batch.run import Ended, Progress, stop_signals
-from paligemma.batch.shards import Answer, reopen_failed
-from paligemma.batch.status import Tally, write_summary
-from paligemma.batch.worker import How, finish_shards, shards_of
+from paligemma.batch.run import Ended, Progress, opened_tally, stop_signals
+from paligemma.batch.shards import Answer
+from paligemma.batch.status import write_summary
+from paligemma.batch.worker import How, finish_shards
 
 LOCAL = "local"  # the address of a cluster of this machine alone, begun and ended with the run
 
@@ -69,11 +69,7 @@ def run_on_ray(
     Progress is known shard by shard. ImportError without ray, RuntimeError if a node does not share the folder.
     """
     ray = imported_ray(address)
-    shards = shards_of(folder.num_shards, how.part)
-    if retry_errors:
-        note(f"{reopen_failed(folder, shards):,} rows that failed are tried again")
-    tally = Tally(folder, shards)
-    tally.update()
+    tally = opened_tally(folder, how, retry_errors, note)
     before, started = tally.answered + tally.errors.total(), time.monotonic()
     failed_before = tally.errors.total()
     signals: list[int] = []
@@ -84,7 +80,8 @@ def run_on_ray(
         try:
             check_shared(ray, folder.work.absolute())
             with stop_signals(stop.touch) as signals:  # at once: the first shard may be an hour away
-                for done in handed_out(ray, folder, sorted(set(shards) - tally.counted.keys()), workers, how, stop):
+                left = sorted(set(tally.shards) - tally.counted.keys())
+                for done in handed_out(ray, folder, left, workers, how, stop):
                     lost += int(sum(done["lost"]))
                     tally.update()
                     rows, seconds = tally.answered + tally.errors.total(), time.monotonic() - started

@@ -46,22 +46,26 @@ class Predictor:
         error of all others is "".
 
         batch: column image, each a path, a data: URL, the bytes of a file, {"bytes", "path"} as Hugging Face has it,
-        uint8 [H, W, 3] or None; and column prompt, unless the constructor was given one. ValueError without them; never
-        because of a row.
+        uint8 [H, W, 3] or None; and column prompt, unless the constructor was given one, which is also that of rows
+        with the prompt None. ValueError without these columns; never because of a row.
         """
         import numpy as np
 
-        from paligemma.batch.rows import InputRow
+        from paligemma.batch.rows import InputRow, failed
 
         if "image" not in batch or ("prompt" not in batch and self.prompt is None):
             raise ValueError(f"expected the columns image and prompt, got {', '.join(batch)}")
         images = list(batch["image"])
-        prompts = [str(prompt) for prompt in batch["prompt"]] if "prompt" in batch else [str(self.prompt)] * len(images)
+        prompts = [self.prompt if prompt is None else prompt for prompt in batch.get("prompt", [None] * len(images))]
         rows = [
-            InputRow(str(number), None if image is None else [image], prompt)
+            InputRow(str(number), None if image is None else [image], str(prompt))
             for number, (image, prompt) in enumerate(zip(images, prompts))
         ]
-        lines = {int(row.id): line for row, line in self.answer(rows)}
+        asked = [row for row, prompt in zip(rows, prompts) if prompt is not None]
+        lines = {int(row.id): line for row, line in self.answer(asked)}
+        for row, prompt in zip(rows, prompts):
+            if prompt is None:
+                lines[int(row.id)] = failed(row, "internal", "the row has no prompt, and Predictor was given none")
         columns: dict[str, np.ndarray] = {
             "text": _strings(lines[k]["text"] or "" for k in range(len(rows))),
             "score": np.array([_number(lines[k]["score"]) for k in range(len(rows))], np.float64),

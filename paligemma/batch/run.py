@@ -97,19 +97,24 @@ def run_batch(
     on_progress: called about once a second. note: gets lines for a person to read.
     """
     how = how or How()
-    shards = shards_of(folder.num_shards, how.part)
-    if retry_errors:
-        note(f"{reopen_failed(folder, shards):,} rows that failed are tried again")
-    tally = Tally(folder, shards)
-    tally.update()
+    tally = opened_tally(folder, how, retry_errors, note)
     watch = Watch(folder, tally, how, stop_after_errors, on_progress, note)
     if not tally.is_complete:
         with stop_signals() as signals:
-            watch.run(min(workers, len(shards) - len(tally.counted)), signals)
+            watch.run(min(workers, len(tally.shards) - len(tally.counted)), signals)
     tally.update()
     summary = write_summary(folder, watch.seconds, watch.new, watch.lost)
     errors = dict(sorted(tally.errors.items()))
     return Ended(summary, tally.answered, errors, tally.is_complete, watch.signal, watch.failure, watch.stopped)
+
+
+def opened_tally(folder: RunFolder, how: How, retry_errors: bool, note: Callable[[str], object]) -> Tally:
+    """What is done of the shards of this call, after rows that failed were opened again."""
+    tally = Tally(folder, shards_of(folder.num_shards, how.part))
+    if retry_errors:
+        note(f"{reopen_failed(folder, tally.shards):,} rows that failed are tried again")
+    tally.update()
+    return tally
 
 
 class Watch:

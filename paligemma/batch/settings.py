@@ -13,6 +13,7 @@ from paligemma.files import MAX_PIXELS
 
 FORMATS = ("jsonl", "parquet")
 MASKS = ("rle", "png", "none")
+EXPORTS = ("parquet", "coco", "yolo", "label-studio", "csv", "jsonl", "openai")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from paligemma.batch import leases
@@ -75,12 +77,22 @@ def rows_begun(folder: RunFolder) -> Counter[int]:
     return begun
 
 
+def is_worked_on(lease: Path) -> bool:
+    """Who may only read the folder cannot see how old the lease of another machine is: it counts as held."""
+    try:
+        return not leases.is_abandoned(lease)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return True
+
+
 def status_of(folder: RunFolder) -> dict[str, Any]:
     """The state of a run, for `--json`."""
     begun = rows_begun(folder)
     tally = Tally(folder, range(folder.num_shards))
     tally.update()  # after the work files, so that the rows of a shard that is finished meanwhile are counted once
-    held = {path.name.split(".")[0] for path in folder.work.glob("*.lease*") if not leases.is_abandoned(path)}
+    held = {path.name.split(".")[0] for path in folder.work.glob("*.lease*") if is_worked_on(path)}
     return {
         "folder": str(folder.path),
         "rows": folder.num_rows,
@@ -97,7 +109,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
 
 
 def write_summary(folder: RunFolder, seconds: float, rows: int, lost: int) -> dict[str, Any]:
-    """Writes `summary.json`, and returns what it says. seconds, rows, lost: of this call (workers that died, the last);
+    """Writes `summary.json`, and returns what it says. seconds, rows, lost: of this call (lost: workers that died);
     seconds and workers are added to those of earlier calls."""
     begun = rows_begun(folder)  # before the tally, see `status_of`
     tally = Tally(folder, range(folder.num_shards))

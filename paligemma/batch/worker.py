@@ -69,8 +69,8 @@ def finish_shards(
     on_lost: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Finishes all of these shards, or waits until others have finished them. answer: loads the model; it is called
-    when there is a free shard to work on, and before its lease is taken: were this process killed while it loads, that
-    would be no loss of the shard's. on_line, on_lost: see `work_on`."""
+    when there is a free shard to work on, and before its lease is taken: a process that is killed while it loads does
+    not count as lost on the shard. on_line, on_lost: see `work_on`."""
     loaded: Answer | None = None
     while left := sorted(set(shards) - folder.done()):
         progress = False

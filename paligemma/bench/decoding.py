@@ -7,8 +7,6 @@ same time, and the order changes from round to round, so that a card that gets w
 
 from __future__ import annotations
 
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paligemma.bench.machine import describe_machine
+from paligemma.bench.records import new_record, save
 from paligemma.bench.transformers_model import answer_compiled, load_transformers
 from paligemma.bench.worker import bytes_of, make_inputs
 from paligemma.engine import generate
-from paligemma.files import write_text
 from paligemma.weights.loading import load_model
 
 if TYPE_CHECKING:
@@ -41,6 +38,7 @@ def check_device(device: str) -> None:
 
 def benchmark_decoding(
     folder: Path,
+    model: str,
     device: str = "cuda",
     dtype: str = "bfloat16",
     transformers: bool = True,
@@ -50,40 +48,37 @@ def benchmark_decoding(
     command: str = "",
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measures a checkpoint and returns the record; with `out` it is saved there.
+    """Measures a checkpoint and returns the record; with `out` it is saved there. model: its name in the record.
 
     Raises RuntimeError where there is no such device.
     """
     check_device(device)
     say("loading")
-    model = load_model(folder, device=device, dtype=dtype)
-    no_end = [model.config.eos_token_id]  # every answer has the same length
+    loaded = load_model(folder, device=device, dtype=dtype)
+    no_end = [loaded.config.eos_token_id]  # every answer has the same length
 
     def ours(compile: bool) -> Answer:
         return lambda inputs, count: generate(
-            model, inputs, max_new_tokens=count, suppress_tokens=no_end, compile=compile
+            loaded, inputs, max_new_tokens=count, suppress_tokens=no_end, compile=compile
         )
 
     answers: dict[str, Answer] = {"eager": ours(False), "compiled": ours(True)}
     if transformers:
         theirs = load_transformers(str(folder)).to(device)
         answers["transformers, compiled"] = lambda inputs, count: answer_compiled(theirs, inputs, count)
-    side = model.config.vision_config.image_size
+    side = loaded.config.vision_config.image_size
     pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    inputs = {name: x.to(device) for name, x in {**make_inputs(model.config, 1), "pixel_values": pixels}.items()}
+    inputs = {name: x.to(device) for name, x in {**make_inputs(loaded.config, 1), "pixel_values": pixels}.items()}
     for name, answer in answers.items():
         say(f"{name}: compiling, and a first answer")
         answer(inputs, tokens)
+    what = "seconds of an answer with one token and with `tokens`; and what the device can do at best"
     record: dict[str, Any] = {
-        "what": "seconds of an answer with one token and with `tokens`; and what the device can do at best",
-        "date": datetime.datetime.now().isoformat(timespec="minutes"),
-        "command": command,
-        "model": folder.name,
-        **describe_machine(),
+        **new_record(what, model, command),
         "decoding_device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "dtype": dtype,
         "tokens": tokens,
-        "token_bytes": bytes_of(model)["token_bytes"],
+        "token_bytes": bytes_of(loaded)["token_bytes"],
         "read_gb_s": read_rate(device),
         "runs": [],
     }
@@ -93,14 +88,13 @@ def benchmark_decoding(
             first, whole = (seconds_of(partial(answer, inputs, count), device) for count in (1, tokens))
             record["runs"].append({"name": name, "first_token_s": first, "answer_s": whole})
     record["summary"] = summary(record)
-    if out is not None:
-        write_text(out, json.dumps(record, indent=1) + "\n")
+    save(record, out)
     return record
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
     """The device works on while the host goes on: both are waited for."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     wait()
     begun = time.perf_counter()
     run()

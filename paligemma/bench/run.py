@@ -13,8 +13,6 @@ other models go on.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +22,13 @@ from typing import Any
 
 import torch
 
-from paligemma.bench.machine import describe_machine, measure_limits
+from paligemma.bench.machine import measure_limits
+from paligemma.bench.records import new_record, save
 from paligemma.bench.shapes import TEXT_TOKENS, published_shape, work_in, write_random_checkpoint
 from paligemma.bench.summary import summarise
 from paligemma.bench.transformers_model import installed
 from paligemma.bench.worker import TRANSFORMERS, Job, in_a_process
 from paligemma.fast.swap import STORED
-from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.weights.finding import resolve
 from paligemma.weights.quantized import quantize_checkpoint, stored_mode
@@ -113,17 +111,13 @@ class _Recorder:
 
     def save(self) -> None:
         self.record["summary"] = summarise(self.record)
-        if self.out is not None:
-            write_text(self.out, json.dumps(self.record, indent=1) + "\n")
+        save(self.record, self.out)
 
 
 def _new_record(model: str, config: PaliGemmaConfig, command: str) -> dict[str, Any]:
+    what = "seconds, bytes and tokens a second; every run is in `rounds`, `summary` is made of them"
     return {
-        "what": "seconds, bytes and tokens a second; every run is in `rounds`, `summary` is made of them",
-        "date": datetime.datetime.now().isoformat(timespec="minutes"),
-        "command": command,
-        "model": model,
-        **describe_machine(),
+        **new_record(what, model, command),
         "image_tokens": config.vision_config.num_patches,
         "text_tokens": TEXT_TOKENS,
         "work": asdict(work_in(config)),
@@ -179,11 +173,6 @@ def _run_round(name: str, jobs: Sequence[Job], quick: bool, recorder: _Recorder)
     recorder.record["rounds"].append(done)
     for job in jobs:
         recorder.run(job, done["contestants"], f"{name}: {job.name}")
-
-
-def record_path(folder: Path, model: str) -> Path:
-    """benchmarks/speed-paligemma-3b-pt-224-2026-11-24.json"""
-    return folder / f"speed-{Path(model).name}-{datetime.date.today().isoformat()}.json"
 
 
 def _growth(config: PaliGemmaConfig, job: Job, quick: bool) -> dict[str, Job]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import datetime
 import http.client
 import io
 import itertools
@@ -39,9 +38,8 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from paligemma.bench.machine import describe_machine
+from paligemma.bench.records import new_record, save
 from paligemma.bench.run import Say, checkpoint_of, temporary
-from paligemma.files import write_text
 from paligemma.modeling_gemma import PaliGemmaConfig
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import Tokenizer
@@ -82,12 +80,9 @@ def benchmark_serving(
     elif transformers and transformers_command() is None:
         raise ImportError("transformers serve is not installed: pip install 'transformers[serving]', or leave it out")
     servers = [TRANSFORMERS, PALIGEMMA] if transformers else [PALIGEMMA]
+    what = "seconds of single requests and requests a second; every run is in `runs`, `summary` has the medians"
     record: dict[str, Any] = {
-        "what": "seconds of single requests and requests a second; every run is in `runs`, `summary` has the medians",
-        "date": datetime.datetime.now().isoformat(timespec="minutes"),
-        "command": command,
-        "model": model,
-        **describe_machine(threads),
+        **new_record(what, model, command, threads),
         "prompt": PROMPT, "tokens": tokens, "requests_of_each_client": requests,
         "runs": [], "failed": [],
     }  # fmt: skip
@@ -107,8 +102,7 @@ def benchmark_serving(
                 except (OSError, RuntimeError, http.client.HTTPException) as error:
                     record["failed"].append({"what": server, "why": str(error)[:300]})
                 record["summary"] = summary(record["runs"])
-                if out is not None:
-                    write_text(out, json.dumps(record, indent=1) + "\n")
+                save(record, out)
     return record
 
 
@@ -137,11 +131,6 @@ def table(record: dict[str, Any]) -> Table:
             f"{row['first_token_p50']:.3f}, {row['first_token_p99']:.3f}",
         )  # fmt: skip
     return shown
-
-
-def serving_record_path(folder: Path, model: str) -> Path:
-    """benchmarks/serving-tiny-2026-11-29.json"""
-    return folder / f"serving-{Path(model).name}-{datetime.date.today().isoformat()}.json"
 
 
 # ------------------------------------------------------------------------------------------------ clients

@@ -14,7 +14,6 @@ record holds them. The first step is not counted: it allocates what all others u
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import statistics
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paligemma.bench.worker import TRANSFORMERS, in_a_process, peak_memory_of_process
-from paligemma.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +60,6 @@ def benchmark_training(
     transformers: bool | None = None,
     rounds: int = 3,
     steps: int = 5,
-    batch: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
     work: Path | None = None,
@@ -73,59 +70,49 @@ def benchmark_training(
     """Measures training steps of a model and returns the record, saved at `out` after every run.
 
     model: as for `benchmark`. LoRA is always measured; training of all weights only where weights, gradients and the
-    optimizer's state in float32 take less than half of the free memory. batch: rows of a step; None: 16, and 1 for the
-    published shapes. transformers: None for "if it and peft are installed". Raises what `benchmark` raises.
+    optimizer's state in float32 take less than half of the free memory. A step has 16 rows, and one of the published
+    shapes. transformers: None for "if it and peft are installed". Raises what `benchmark` raises.
     """
     from importlib.util import find_spec
 
-    from paligemma.bench.machine import describe_machine
+    from paligemma.bench.records import new_record, save
     from paligemma.bench.run import checkpoint_of
     from paligemma.bench.shapes import published_shape, work_in
     from paligemma.bench.transformers_model import installed
     from paligemma.devices import free_memory, pick_device
     from paligemma.modeling_gemma import PaliGemmaConfig
 
-    if min(rounds, steps, batch or 1) < 1:
-        raise ValueError("rounds, steps and batch are at least 1")
+    if min(rounds, steps) < 1:
+        raise ValueError("rounds and steps are at least 1")
     there = installed() and find_spec("peft") is not None
     if transformers and not there:
         raise ImportError("transformers or peft is not installed: pip install transformers peft, or leave them out")
     names = [TRANSFORMERS, BARE, PALIGEMMA] if there and transformers is not False else [BARE, PALIGEMMA]
-    batch = batch or (1 if published_shape(model) else 16)
+    batch = 1 if published_shape(model) else 16
     with checkpoint_of(model, work, say) as folder:
         needed = 16 * work_in(PaliGemmaConfig.from_pretrained(folder)).parameters
         whole = needed < free_memory(pick_device(device)) / 2
+        what = "seconds, seconds of the processor and bytes of training steps; every run is in `runs`"
         record: dict[str, Any] = {
-            "what": "seconds, seconds of the processor and bytes of training steps; every run is in `runs`",
-            "date": datetime.datetime.now().isoformat(timespec="minutes"),
-            "command": command,
-            "model": model,
-            **describe_machine(threads),
+            **new_record(what, model, command, threads),
             "training_device": device, "batch": batch, "steps": steps,
             "runs": [], "failed": [],
         }  # fmt: skip
         for number in range(1, rounds + 1):
             for lora in (True, False) if whole else (True,):
                 for name in names if number % 2 else names[::-1]:
-                    what = f"round {number} of {rounds}: {name}, {'LoRA' if lora else 'all weights'}"
-                    say(what)
+                    run = f"round {number} of {rounds}: {name}, {'LoRA' if lora else 'all weights'}"
+                    say(run)
                     try:
                         job = TrainingJob(name, str(folder), lora, batch, steps, device, threads)
                         record["runs"].append(in_a_process(job, TIMEOUT))
                         if (why := other_loss(record["runs"])) is not None:
-                            record["failed"].append({"what": what, "why": why})
+                            record["failed"].append({"what": run, "why": why})
                     except RuntimeError as error:
-                        record["failed"].append({"what": what, "why": str(error)})
+                        record["failed"].append({"what": run, "why": str(error)})
                     record["summary"] = summary(record["runs"])
-                    if out is not None:
-                        write_text(out, json.dumps(record, indent=1) + "\n")
+                    save(record, out)
     return record
-
-
-def training_record_path(folder: Path, model: str, device: str = "cpu") -> Path:
-    """benchmarks/training-tiny-2026-11-29.json"""
-    of_device = "" if device == "cpu" else f"-{device.partition(':')[0]}"
-    return folder / f"training-{Path(model).name}{of_device}-{datetime.date.today().isoformat()}.json"
 
 
 def other_loss(runs: Sequence[dict[str, Any]]) -> str | None:
@@ -211,7 +198,7 @@ class Clock:
         if self.device.startswith("cuda"):
             import torch
 
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
 
@@ -224,7 +211,7 @@ class Clock:
 
 
 def run(job: TrainingJob) -> dict[str, Any]:
-    """Takes 1 + steps steps and returns their times, losses and the peak memory of this process."""
+    """Takes the steps of a job, and one or two before them. Their times, losses and the peak memory of this process."""
     import torch
 
     from paligemma.modeling_gemma import PaliGemmaConfig
@@ -240,7 +227,7 @@ def run(job: TrainingJob) -> dict[str, Any]:
     peak = peak_memory_of_process()
     memory = peak - of_libraries if peak is not None and of_libraries is not None else None
     if job.device.startswith("cuda"):
-        memory = torch.cuda.max_memory_allocated()
+        memory = torch.cuda.max_memory_allocated(job.device)
     return {
         # Only the folder's own name goes into a record: where it lies is private.
         "job": asdict(replace(job, folder=Path(job.folder).name)),

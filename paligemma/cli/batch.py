@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paligemma.batch.settings import EXPORTS, FORMATS, MASKS
 from paligemma.cli.options import (
     DEFAULT_MAX_PIXELS,
     Beams,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from paligemma.batch.settings import Settings
 
 LOG_EVERY = 30.0  # seconds between two lines of progress where stderr is no terminal
-EXPORTS = ("parquet", "coco", "yolo", "label-studio", "csv", "jsonl", "openai")
 
 
 def batch(
@@ -90,10 +90,10 @@ def batch(
     forbid_repeats: ForbidRepeats = False,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
     format: Annotated[
-        str, typer.Option(help="Of the files in parts/: jsonl or parquet.", callback=one_of("jsonl", "parquet"))
+        str, typer.Option(help="Of the files in parts/: jsonl or parquet.", callback=one_of(*FORMATS))
     ] = "jsonl",
     masks: Annotated[
-        str, typer.Option(help="rle (run lengths), png (in base64) or none.", callback=one_of("rle", "png", "none"))
+        str, typer.Option(help="rle (run lengths), png (in base64) or none.", callback=one_of(*MASKS))
     ] = "rle",
     draw: Annotated[Path | None, typer.Option(help="Draw boxes and masks over the pictures, into this folder.")] = None,
     coco: Annotated[Path | None, typer.Option(help="In the end, write boxes and masks as a COCO data set.")] = None,
@@ -174,8 +174,8 @@ def check_usage(
         raise typer.BadParameter(f"there is no INPUT after the prompt {prompt!r}: name pictures, folders or a list")
     if out is None and not dry_run:
         raise typer.BadParameter("--out DIR is missing: the folder that the answers are written to")
-    if every is not None and not every > 0:
-        raise typer.BadParameter(f"--every is {every:g}, expected more than 0 seconds")
+    if every is not None and not 0 < every < float("inf"):
+        raise typer.BadParameter(f"--every is {every:g}, expected a number of seconds above 0")
 
 
 def check_prompt(prompt: str | None, inputs: list[str] | None, free: bool, forbid_repeats: bool, model: str) -> None:
@@ -332,7 +332,7 @@ def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: P
         export(folder, "openai", folder.path / "output.jsonl")
         note(f"answers in OpenAI's format: {folder.path / 'output.jsonl'}")
     limit, is_share = allowed
-    if errors > (limit / 100 * (ended.answered + errors) if is_share else limit):
+    if 100 * errors > limit * (ended.answered + errors) if is_share else errors > limit:
         raise typer.Exit(1)  # every row has its line all the same
 
 

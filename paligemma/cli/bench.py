@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +39,9 @@ def bench(
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="One round of less, for a try.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 3,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each timed answer.")] = 16,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of each timed answer; at least 128 on a GPU. Not with --train.")
+    ] = 16,
     threads: Threads = None,
     work: Annotated[Path | None, typer.Option(help="Where random weights lie for the time of the run.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for the record and the picture.")] = Path("benchmarks"),
@@ -75,10 +78,11 @@ def bench(
         bench_serving(model, transformers, 1 if quick else rounds, 2 if quick else 8, tokens, threads, work, out)
         return
     from paligemma.bench.plot import draw
-    from paligemma.bench.run import benchmark, record_path
+    from paligemma.bench.records import record_path
+    from paligemma.bench.run import benchmark
     from paligemma.bench.tables import growth_lines, table
 
-    path = record_path(out, model)
+    path = record_path(out, "speed", model)
     with notes.status("") as status:
         record = benchmark(
             model,
@@ -92,7 +96,7 @@ def bench(
             threads=threads,
             work=work,
             out=path,
-            command="paligemma " + " ".join(sys.argv[1:]),
+            command=command_line(),
             say=lambda text: status.update(Text(text)),
         )
     print_table(table(record))
@@ -104,6 +108,11 @@ def bench(
     except (ImportError, ValueError) as error:
         note(f"note: no picture: {error}")
     end(record, path)
+
+
+def command_line() -> str:
+    """What was typed, for the record."""
+    return shlex.join(["paligemma", *sys.argv[1:]])
 
 
 def end(record: dict[str, Any], path: Path) -> None:
@@ -125,13 +134,14 @@ def bench_serving(
     work: Path | None,
     out: Path,
 ) -> None:
-    from paligemma.bench.serving import benchmark_serving, serving_record_path, table
+    from paligemma.bench.records import record_path
+    from paligemma.bench.serving import benchmark_serving, table
 
-    path = serving_record_path(out, model)
+    path = record_path(out, "serving", model)
     with notes.status("") as status:
         record = benchmark_serving(
             model, transformers=transformers, rounds=rounds, requests=requests, tokens=tokens, threads=threads,
-            work=work, out=path, command="paligemma " + " ".join(sys.argv[1:]),
+            work=work, out=path, command=command_line(),
             say=lambda text: status.update(Text(text)),
         )  # fmt: skip
     print_table(table(record))
@@ -149,14 +159,15 @@ def bench_training(
     out: Path,
 ) -> None:
     from paligemma.bench.decoding import check_device
-    from paligemma.bench.training import benchmark_training, table, training_record_path
+    from paligemma.bench.records import record_path
+    from paligemma.bench.training import benchmark_training, table
 
     check_device(device)
-    path = training_record_path(out, model, device)
+    path = record_path(out, "training", model, "" if device == "cpu" else f"-{device.replace(':', '')}")
     with notes.status("") as status:
         record = benchmark_training(
             model, transformers=transformers, rounds=rounds, steps=steps, device=device, threads=threads,
-            work=work, out=path, command="paligemma " + " ".join(sys.argv[1:]),
+            work=work, out=path, command=command_line(),
             say=lambda text: status.update(Text(text)),
         )  # fmt: skip
     print_table(table(record))
@@ -175,7 +186,8 @@ def bench_decoding(
 ) -> None:
     """`--device cuda` and `--compile`: how fast decoding is, eager and compiled."""
     from paligemma.bench.decoding import benchmark_decoding, check_device, ratio_line, table
-    from paligemma.bench.run import checkpoint_of, record_path
+    from paligemma.bench.records import record_path
+    from paligemma.bench.run import checkpoint_of
     from paligemma.bench.transformers_model import installed
 
     check_device(device)
@@ -186,17 +198,18 @@ def bench_decoding(
         torch.set_num_threads(threads)
     if transformers is None:
         transformers = installed() and not on_cpu  # theirs compiles by itself on a GPU only
-    path = record_path(out, f"{model}-{'compiled' if on_cpu else device}")
+    path = record_path(out, "speed", model, "-compiled" if on_cpu else f"-{device.replace(':', '')}")
     with notes.status("") as status, checkpoint_of(model, work, lambda text: status.update(Text(text))) as folder:
         record = benchmark_decoding(
             folder,
+            model,
             device,
             dtype="float32" if on_cpu else "bfloat16",
             transformers=transformers,
             rounds=rounds,
             tokens=tokens,
             out=path,
-            command="paligemma " + " ".join(sys.argv[1:]),
+            command=command_line(),
             say=lambda text: status.update(Text(text)),
         )
     print_table(table(record))

@@ -23,7 +23,7 @@ from paligemma.cli.options import (
     Split,
     pixels,
 )
-from paligemma.cli.output import drawing_paths, note, notes, save_picture, say
+from paligemma.cli.output import drawing_paths, is_drawing, note, notes, save_picture, say
 from paligemma.data.options import DataOptions
 
 
@@ -114,5 +114,7 @@ def data_show(
         read = [picture for row in shown for picture in row.pictures if isinstance(picture, str | Path)]
         if path.resolve() in [Path(picture).resolve() for picture in read]:
             raise typer.BadParameter(f"--out {out} would replace a picture of the data; choose another name")
+        if sheet is not chosen and path.exists() and not is_drawing(path):
+            raise typer.BadParameter(f"--out {out}: {path} is there and was not drawn here; choose another folder")
         save_picture(show_rows(shown, processor, codec, max_length=max_length, max_pixels=pixels(max_pixels)), path)
         note(f"drawn: {path}")

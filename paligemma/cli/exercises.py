@@ -99,8 +99,8 @@ def a_parameter(text: str) -> str:
 # ---------------------------------------------------------------------------------------------- what several need
 
 
-def caption_of(pg: PaliGemma, tint: str = "red") -> explore.Look:
-    return explore.look(pg, course.scene(tint).image, "caption en")
+def caption_of(pg: PaliGemma) -> explore.Look:
+    return explore.look(pg, course.scene().image, "caption en")
 
 
 def predicting(look: explore.Look, word: str) -> int:

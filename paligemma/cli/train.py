@@ -14,6 +14,7 @@ from paligemma.cli.options import (
     EveryLabel,
     ImageName,
     Images,
+    ImageSize,
     Kind,
     Language,
     MaxPixels,
@@ -151,9 +152,7 @@ def finetune(
         float | None, typer.Option(help="LoRA is multiplied by alpha / rank. Default: the rank.")
     ] = TrainOptions.alpha,
     lora_dropout: Annotated[float, typer.Option(help="Dropout before LoRA's matrices.")] = TrainOptions.lora_dropout,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the pictures in pixels, if not the checkpoint's.")
-    ] = TrainOptions.image_size,
+    image_size: ImageSize = TrainOptions.image_size,
     # Memory and hardware
     quantize: Annotated[
         str | None, typer.Option(help="Round what LoRA leaves as it is: nf4 (QLoRA), bnb-int8; by bitsandbytes, CUDA.")

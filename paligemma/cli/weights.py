@@ -52,7 +52,7 @@ def convert(
     from paligemma.weights.converting import convert as convert_checkpoint
     from paligemma.weights.finding import resolve
 
-    note_written(target, convert_checkpoint(resolve(source, revision=revision), target, dtype=dtype))
+    note_written(target, convert_checkpoint(resolve(source, revision, dtype), target, dtype=dtype))
 
 
 def merge(
@@ -88,7 +88,7 @@ def quantize(
     from paligemma.weights.finding import open_model, resolve
     from paligemma.weights.quantized import quantize_checkpoint
 
-    checkpoint, folders = open_model(resolve(source, revision=revision), dtype)
+    checkpoint, folders = open_model(resolve(source, revision, dtype), dtype)
     note_written(target, quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders))
 
 

@@ -88,6 +88,13 @@ def _annotations(folder: Path, kind: str | None, split: str | None) -> tuple[str
         chosen = folder / "ImageSets" / "Main" / f"{split}.txt"
         if found and split is not None and chosen.is_file():
             names = {line.split()[0] for line in chosen.read_text(encoding="utf-8").splitlines() if line.strip()}
+            if missing := sorted(names - {file.stem for file in found}):
+                raise ValueError(
+                    f"{chosen} names {len(missing):,} pictures without an XML file in {found[0].parent} "
+                    f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): mend the list or add the files"
+                )
+            if not names:
+                raise ValueError(f"{chosen} is empty: expected a name on each line")
             return "voc", [file for file in found if file.stem in names]
         if found and split is None:
             return "voc", found

@@ -110,6 +110,10 @@ def kind_and_files(options: DataOptions) -> tuple[str, list[Path]]:
     if options.split is not None and not path.is_dir() and path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
     found, paths = in_folder(path, kind, options.split) if path.is_dir() else (None, [path])
+    if not paths:
+        raise ValueError(f"{path} names no files of data: save it again")
+    if found is None and options.image_name is not None and paths[0].suffix.lower() in (".csv", ".tsv"):
+        found = "csv"  # told by its ending alone: it needs no column of pictures
     return kind or found or kind_of_file(paths[0]), paths
 
 

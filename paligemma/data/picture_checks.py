@@ -89,7 +89,7 @@ def decoded(picture: Picture, max_pixels: int) -> tuple[str, str] | None:
 
 
 def too_large(picture: Picture, max_pixels: int) -> tuple[str, str] | None:
-    """By the header alone. A picture whose header cannot be read is none of the problems seen here."""
+    """By the header alone. Where it cannot be read, `unreadable` says so."""
     from PIL import Image
 
     try:

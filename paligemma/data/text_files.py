@@ -141,7 +141,7 @@ class CsvFile:
                 yield text.decode("latin-1")
 
         with open(path, "rb") as file:
-            first = file.readline()
+            first = next((line for line in file if line.removeprefix(BOM).strip()), b"")
             self.delimiter = max(",;\t", key=first.decode("latin-1").count)
             file.seek(0)
             # strict: a quote that is never closed would take all that follows into its cell without a word
@@ -163,6 +163,8 @@ class CsvFile:
         starts.append(position)
         self.starts, self.lines = np.array(starts, np.int64), np.array(lines, np.int64)
         self.header = [name.strip() for name in self._cells(0)]
+        if twice := sorted({name for name in self.header if name and self.header.count(name) > 1}):
+            raise ValueError(f"{path}: the header names {', '.join(twice)} twice: which column is meant?")
 
     def _cells(self, record: int) -> list[str]:
         data = self.pieces.read(int(self.starts[record]), int(self.starts[record + 1]))

@@ -34,10 +34,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A small YAML file with keys at the top. ValueError for anything else."""
     import yaml
 
+    class AsText(yaml.SafeLoader):
+        """A class called on stays on, where YAML would read true, and 010 does not become 8."""
+
+        yaml_implicit_resolvers = {}
+
     if path.stat().st_size > 1 << 20:
         raise ValueError(f"{path} is larger than a description of a data set: expected names, train, val, ...")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), AsText)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}" if place is not None else ""
@@ -49,13 +54,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def names_of(path: Path, settings: dict[str, Any]) -> list[str]:
     names = settings.get("names")
-    if isinstance(names, dict) and all(isinstance(key, int) for key in names):
-        names = [names[key] for key in sorted(names)] if sorted(names) == list(range(len(names))) else None
-    if not isinstance(names, list) or not names or not all(isinstance(name, (str, int, float)) for name in names):
+    if isinstance(names, dict):
+        numbers = [str(number) for number in range(len(names))]
+        names = [names[number] for number in numbers] if names.keys() == set(numbers) else None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"{path}: expected names: [cat, dog, ...], by number; got {short(settings.get('names'))}")
-    if isinstance(count := settings.get("nc"), int) and count != len(names):
-        raise ValueError(f"{path} says nc: {count}, but names has {len(names)}: which is right?")
-    return [str(name) for name in names]
+    if (count := settings.get("nc")) and count != str(len(names)):
+        raise ValueError(f"{path} says nc: {str(count)[:20]}, but names has {len(names)}: which is right?")
+    return names
 
 
 def objects(path: Path, kind: str, images: str | None, split: str | None, make: ObjectRows) -> Rows:
@@ -94,6 +100,8 @@ def pictures_of(path: Path, root: Any, chosen: Any, images: Path | None) -> list
         elif place.is_file() and place.suffix == ".txt":
             lines = place.read_text(encoding="utf-8-sig").splitlines()
             found += [place.parent / line.strip() for line in lines if line.strip()]
+        elif images is not None:
+            raise ValueError(f"--images {images}: there is no such folder, nor a list of pictures (.txt)")
         else:
             raise ValueError(f"{path} names {place}, where no pictures are: give their folder as --images")
     return found

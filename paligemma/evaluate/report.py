@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+from paligemma import __version__
 from paligemma.evaluate.calibration import Bin, Item, draw_reliability, reliability
 from paligemma.files import write_json
 
@@ -153,5 +154,5 @@ def environment() -> dict[str, Any]:
     """The machine and the versions that figures were made with."""
     return {
         "machine": platform.platform(),
-        "versions": {name: version(name) for name in ("paligemma", "torch", "numpy", "pillow")},
+        "versions": {"paligemma": __version__, **{name: version(name) for name in ("torch", "numpy", "pillow")}},
     }

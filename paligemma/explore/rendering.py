@@ -121,7 +121,7 @@ def _what_never_changes(look: Look, window: int, stages: list[Stage]) -> tuple[d
     used = ids.unique()
     edges = locations(look)
     decode = look.pg.processor.tokenizer.decode
-    text = [token for token, id in zip(look.tokens, look.input_ids.tolist()) if token != "<image>"]
+    text = [token for token in look.tokens if token != "<image>"]
     meta = {
         "answer": look.tokens[look.first_answer :],
         "text": text,

@@ -222,6 +222,8 @@ def run(
 
     features: [R, n * P, D] in place of the look's own. layers: for some layers a function that gets the input
     [R, S, D] and the mask [R or 1, 1, S, S] of that layer and returns what it shall get instead.
+    hidden_states: gets the input of every layer, and the output of the final norm. before_final_norm: is called with
+    what goes into that norm.
     """
     model = look.pg.model
     ids = look.input_ids[None].expand(rows, -1).to(model.device)

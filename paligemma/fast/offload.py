@@ -99,6 +99,8 @@ def device_map_of(
             f"{(kept + largest) / 1e9:.2f} GB: allow more, or take a smaller or quantised model"
         )
     places = dict.fromkeys(KEPT, here)
+    others = [name for name, _ in model.named_children() if name not in ("language_model", "vision_tower", *KEPT)]
+    places |= dict.fromkeys(others, here)  # parts that are not PaliGemma's own
     if sum(sizes[name] for name in layers) > free:
         free -= largest  # room for the layer that is copied in
     left = {here: free, **({} if here == "cpu" else {"cpu": limits["cpu"]})}

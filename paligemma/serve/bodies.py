@@ -78,7 +78,7 @@ class _Account:
 
 
 async def read_body(headers: Headers, receive: Receive, settings: Settings, account: _Account) -> bytes:
-    """The whole body. ApiError 408 and 413; ClientLeft where it never ends."""
+    """The whole body. ApiError 408, 413 and 429; ClientLeft where the client closes the connection before its end."""
     limit = settings.body_bytes
     too_large = ApiError(
         413, "body_too_large", f"the body has more than {settings.max_body:g} MB: send a smaller picture"

@@ -302,7 +302,7 @@ class EngineThread:
                 known = kept[1]
             if known is None:
                 assert picture.pixels is not None
-                (known,) = encode(self.pg, [picture.pixels])
+                known = encode(self.pg, picture.pixels)
             self.cache.put(picture, known)
             features.append(known)
         job.times.encoded = time.perf_counter()

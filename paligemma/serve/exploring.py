@@ -44,12 +44,17 @@ async def explore(service: Service, ask: Ask) -> str:
 
 def decode_all(sources: list[Source], most_pixels: int) -> list[Image.Image]:
     """The pictures, which stay in memory until the page is made: together within the limit of one."""
-    pictures = []
+    pictures, pixels = [], 0
     for source in sources:
         data = content(source)
-        pixels = check_header(data, source, most_pixels)
+        pixels += check_header(data, source, most_pixels)
+        if pixels > most_pixels:
+            raise ApiError(
+                413, "too_many_pixels",
+                f"the pictures have more than {most_pixels / 1e6:g} million pixels together: scale them down",
+                source.param,
+            )  # fmt: skip
         pictures.append(decode(data, source, most_pixels))
-        most_pixels -= pixels
     return pictures
 
 

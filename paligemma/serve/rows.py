@@ -8,8 +8,7 @@ Letters: S length of the prompt, P image patches, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -144,14 +143,10 @@ def _constraint(pg: PaliGemma, ask: Ask) -> Constraint | None:
         raise invalid(ask.param("labels"), str(error), "invalid_prompt") from None
 
 
-def with_pictures(row: Row, pictures: Sequence[Picture]) -> Row:
-    return replace(row, pictures=tuple(pictures))
-
-
 @torch.inference_mode()
-def encode(pg: PaliGemma, pixels: Sequence[Tensor]) -> list[Tensor]:
-    """Pixels [3, side, side] of some pictures -> their features, [P, D] each. On the engine's thread."""
-    return list(pg.model.encode_image(torch.stack(list(pixels)).to(pg.model.device)))
+def encode(pg: PaliGemma, pixels: Tensor) -> Tensor:
+    """Pixels [3, side, side] of a picture -> its features [P, D]. On the engine's thread."""
+    return pg.model.encode_image(pixels[None].to(pg.model.device))[0]
 
 
 def row_failed(error: BaseException) -> ApiError:

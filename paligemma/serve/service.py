@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 from paligemma.inference import PaliGemma
@@ -18,7 +19,7 @@ from paligemma.serve.errors import ApiError, unavailable
 from paligemma.serve.fetching import fetch
 from paligemma.serve.metrics import Metrics
 from paligemma.serve.pictures import FeatureCache, Picture, Source, read
-from paligemma.serve.rows import Ask, Row, lay_out, with_pictures
+from paligemma.serve.rows import Ask, Row, lay_out
 from paligemma.serve.settings import Settings
 
 P = ParamSpec("P")
@@ -131,9 +132,9 @@ class Service:
     async def row(self, ask: Ask) -> Row:
         """Prompt and pictures -> the row that the engine runs. The prompt is checked before a picture is looked at."""
         row = await self.in_worker(lay_out, self.pg, ask, self.settings.room(self.pg.processor.num_image_tokens))
-        pictures = [await self.picture(source) for source in ask.sources]
+        pictures = tuple([await self.picture(source) for source in ask.sources])
         self.metrics.tokens.labels("prompt").inc(len(row.ids))
-        return with_pictures(row, pictures)
+        return replace(row, pictures=pictures)
 
     async def picture(self, source: Source) -> Picture:
         """What the source holds, as the model takes it. Behind a URL it is fetched only now, by a few requests at a

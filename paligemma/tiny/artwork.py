@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from paligemma.tiny.world import ARTISTS, TINTS, Box
+from paligemma.tiny.world import ARTISTS, BACKGROUNDS, TINTS, Box
 
 SPRITES = Path(__file__).with_name("sprites")
 
@@ -124,6 +124,12 @@ def rim_color(style: str, label: str, tint: str | None) -> np.ndarray:
     """Mean colour along the outline, which has to stand out from the background."""
     pixels = np.asarray(sprite(style, label, tint)).astype(np.float32)
     return _rim(pixels)
+
+
+def contrasts(rims: list[np.ndarray]) -> np.ndarray:
+    """Of each background's colour the distance in RGB to the nearest rim: [backgrounds]."""
+    middles = np.array([middle for middle, _ in BACKGROUNDS.values()], np.float32)
+    return np.linalg.norm(middles[:, None] - np.stack(rims)[None], axis=-1).min(1)
 
 
 def _rim(pixels: np.ndarray) -> np.ndarray:

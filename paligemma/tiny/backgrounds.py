@@ -25,9 +25,7 @@ def background(rng: np.random.Generator, color: str, pattern: str, size: int) ->
     elif pattern == "noisy":
         shade = rng.standard_normal((size, size), dtype=np.float32) * np.float32(rng.uniform(0.2, 0.45))
     else:
-        angle = float(rng.uniform(0, 2 * math.pi))
-        steps = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-        along = np.float32(math.cos(angle)) * steps + np.float32(math.sin(angle)) * steps[:, None]
+        along = _along(rng, size)
         if pattern == "graded":
             shade = along * np.float32(1.4)
         else:

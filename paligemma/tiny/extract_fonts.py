@@ -66,12 +66,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder with the unpacked Debian packages")
     folder = parser.parse_args().folder
-    if missing := [f"{file} ({package})" for file, (package, _) in FONTS.items() if not any(folder.rglob(file))]:
+    there = {path.name: path for path in folder.rglob("*")}
+    if missing := [f"{file} ({package})" for file, (package, _) in FONTS.items() if file not in there]:
         parser.error(f"{folder} lacks {', '.join(missing)}: unpack these Debian packages there")
     TARGET.mkdir(parents=True, exist_ok=True)
     index = {}
     for number, (file, (package, license)) in enumerate(FONTS.items(), 1):
-        source = next(folder.rglob(file))
+        source = there[file]
         target = TARGET / f"{number:02d}{source.suffix}"
         notice = cut(source, target, f"Small World {number:02d}")
         index[target.name] = {"font": file, "package": package, "license": license, "copyright": notice}

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from paligemma.tiny import signs
-from paligemma.tiny.artwork import classes_of, pictogram, rim_color
+from paligemma.tiny.artwork import classes_of, contrasts, pictogram, rim_color
 from paligemma.tiny.backgrounds import background
 from paligemma.tiny.layout import Placed, left_edges_differ, place
 from paligemma.tiny.world import BACKGROUNDS, PATTERNS, STYLES, Scene, SceneObject, generator, sample_things
@@ -119,8 +119,7 @@ def _background_color(
     rims = [rim_color(style, *thing) for thing in things]
     if board is not None:
         rims.append(np.array(board, np.float32))
-    middles = np.array([middle for middle, _ in BACKGROUNDS.values()], np.float32)
-    contrast = np.linalg.norm(middles[:, None] - np.stack(rims)[None], axis=-1).min(1)
+    contrast = contrasts(rims)
     clear = np.flatnonzero(contrast >= MIN_CONTRAST)
     return tuple(BACKGROUNDS)[clear[rng.integers(len(clear))] if len(clear) else int(contrast.argmax())]
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from paligemma.tiny import signs
-from paligemma.tiny.artwork import classes_of, natural_color, rim_color, sprite, varied_pictogram
+from paligemma.tiny.artwork import classes_of, contrasts, natural_color, rim_color, sprite, varied_pictogram
 from paligemma.tiny.backgrounds import MANY_COLORS, VARIED_PATTERNS, varied_background
 from paligemma.tiny.degradations import degrade, sample_degradations
 from paligemma.tiny.layout import Placed, left_edges_differ, place
@@ -216,8 +216,7 @@ def _background_colors(rng: np.random.Generator, drawings: Sequence[Drawing], bo
     rims = [rim_color(drawing.style, drawing.label, drawing.painted) for drawing in drawings]
     if board is not None:
         rims.append(np.array(signs.BOARD_COLORS[board], np.float32))
-    middles = np.array([middle for middle, _ in BACKGROUNDS.values()], np.float32)
-    contrast = np.linalg.norm(middles[:, None] - np.stack(rims)[None], axis=-1).min(1)
+    contrast = contrasts(rims)
     clear = np.flatnonzero(contrast >= MIN_CONTRAST)
     if len(clear) < 2:
         clear = contrast.argsort()[-2:]

@@ -30,6 +30,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from paligemma.data.rows import Rows
+from paligemma.devices import is_out_of_memory
 from paligemma.evaluate.output_folder import fingerprint
 from paligemma.files import read_json
 from paligemma.inference import PaliGemma, load
@@ -259,11 +260,6 @@ def is_full(error: BaseException) -> bool:
     number = getattr(error, "errno", None)
     text = str(error).lower()
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "no space left" in text or "file too large" in text
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
 
 
 def to_stderr(text: str) -> None:

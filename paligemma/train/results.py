@@ -13,7 +13,6 @@ import torch
 
 from paligemma.evaluate.report import Report, rounded
 from paligemma.files import write_json
-from paligemma.inference import CODEC_FILE
 from paligemma.train.options import TrainOptions
 from paligemma.train.run_folder import FINISHED, read_log, write_log
 from paligemma.train.run_report import write_report
@@ -40,7 +39,7 @@ def check_learned(out: Path) -> None:
 
 
 def save_model(pg: PaliGemma, options: TrainOptions, out: Path, dtype: torch.dtype) -> None:
-    """The model as checkpoints are published, with its processor and, if it has one of its own, its mask codec."""
+    """The model as checkpoints are published, with its processor."""
     pg.calibration = None  # the one that it had was of other weights
     if options.lora:
         model: Any = pg.model  # peft has added an attribute
@@ -49,8 +48,6 @@ def save_model(pg: PaliGemma, options: TrainOptions, out: Path, dtype: torch.dty
     else:
         pg.model.to(dtype)
         save_pretrained(pg.model, out, pg.processor)
-    if pg.loaded_codec is not None:
-        pg.loaded_codec.save(out / CODEC_FILE)
 
 
 def finish(

@@ -35,23 +35,25 @@ UNLIMITED = 10**9  # steps of a run that only its minutes end
 
 
 def open_rows(options: TrainOptions) -> tuple[Rows, Rows | None]:
-    """The rows to train on, and those for validation. ValueError if there are none."""
-    rows, validation_rows = rows_of(options, options.training_data), None
-    if options.validation_data is not None:
-        validation_rows = rows_of(options, options.validation_data)
-    for path, found in ((options.data, rows), (options.validation, validation_rows)):
-        if found is not None and not len(found):
-            raise ValueError(f"{path} has no rows")
-    return rows, validation_rows
+    """The rows to train on, and those for validation."""
+    validation = options.validation_data
+    return rows_of(options, options.training_data), rows_of(options, validation) if validation is not None else None
 
 
 def rows_of(options: TrainOptions, data: DataOptions) -> Rows:
-    return data.open(codec_of(options.model, options.revision, options.kind))
+    """ValueError if there are none."""
+    rows = data.open(codec_of(options.model, options.revision, options.kind))
+    if not len(rows):
+        raise ValueError(f"{data.data} has no rows")
+    return rows
 
 
 def max_length_of(options: TrainOptions, config: PaliGemmaConfig) -> int:
-    """The most tokens that a row may have."""
-    return options.max_length or config.text_config.max_position_embeddings
+    """The most tokens that a row may have. ValueError for more than the model has positions."""
+    positions = config.text_config.max_position_embeddings
+    if options.max_length is not None and options.max_length > positions:
+        raise ValueError(f"max_length is {options.max_length:,}, but the model has {positions:,} positions")
+    return options.max_length or positions
 
 
 def steps_of(options: TrainOptions, rows: int) -> int:

@@ -90,7 +90,7 @@ class Validation:
     metric: str
     folder: Path
     batch_size: int
-    max_new_tokens: int | None
+    max_new_tokens: int
     max_pixels: int
     say: Callable[[str], None]
 

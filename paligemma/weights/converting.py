@@ -15,7 +15,7 @@ from torch import Tensor
 
 from paligemma.arguments import check_path
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tokenizer import TOKENIZERS
+from paligemma.tokenizer import OFFICIAL_SIZE, TOKENIZERS
 from paligemma.weights.adapters import CONFIG, is_adapter
 from paligemma.weights.expected import expected_shapes
 from paligemma.weights.finding import open_model, resolve, tokenizer_in
@@ -57,7 +57,7 @@ def convert(
     if target.suffix == ".safetensors" or (target.suffix == ".npz" and format != "npz"):
         raise ValueError(f"{target} is to hold {format}: name a folder{' or an .npz' if format == 'npz' else ''}")
     folder = target.parent if target.suffix == ".npz" else target
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source))
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source, dtype=to))
     folders = folders or [checkpoint.folder]
     check_apart(folder, folders)
 
@@ -83,12 +83,26 @@ def convert(
             PaliGemmaProcessor.for_config(tokenizer_in(folders), checkpoint.config).save_pretrained(staging)
         check_nothing_lost(staging, folder)  # before gigabytes are written
         if format == "npz":
-            write_npz(staging / (target.name if target.suffix == ".npz" else "model.npz"), checkpoint, tensors, read)
+            file = staging / (target.name if target.suffix == ".npz" else "model.npz")
+            write_npz(file, checkpoint, tensors, read, _rows_of_embedding(checkpoint, folders))
         else:
             order = list(expected_shapes(checkpoint.config))
             write_safetensors(staging, order, tensors, read, max_shard_size)
         written = names_in(staging)
     return [folder / name for name in written]
+
+
+def _rows_of_embedding(checkpoint: Checkpoint, folders: Sequence[Path]) -> int:
+    """As big_vision has them. Of the published vocabulary it has no rows for <image> and the padding behind it, where
+    `add_tokens` puts new tokens first."""
+    rows = checkpoint.config.text_config.vocab_size
+    if rows != 257216:
+        return rows
+    try:
+        added = len(tokenizer_in(folders)) > OFFICIAL_SIZE
+    except FileNotFoundError:
+        added = False
+    return rows if added else OFFICIAL_SIZE - 1
 
 
 def merge(

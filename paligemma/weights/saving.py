@@ -60,6 +60,8 @@ def save_pretrained(
         raise TypeError(f"processor is {type(processor).__name__}, expected a PaliGemmaProcessor{hint}")
     state = model.state_dict()
     tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError("the model is spread over devices and is not saved: load it without `device_map`")
     whole = {name: dtype for name, (_, dtype) in tensors.items() if not dtype.is_floating_point}
     if not {torch.int8, torch.uint8}.isdisjoint(whole.values()):
         raise ValueError(

@@ -28,8 +28,10 @@ def add_tokens(model: PaliGemmaForConditionalGeneration, tokenizer: Tokenizer, t
     token is neither likely nor impossible at first. Tokens that exist already keep their ids and rows. The parameter
     may be a new one: make the optimizer afterwards.
 
-    Raises ValueError for an empty token and for a model whose embedding is quantised.
+    Raises TypeError for a bare text, ValueError for an empty token and for a model whose embedding is quantised.
     """
+    if isinstance(tokens, str):
+        raise TypeError(f"tokens is the text {tokens!r}, expected a list of tokens: [{tokens!r}]")
     if not all(isinstance(token, str) and token for token in tokens):
         raise ValueError("a token is a text of at least one character")
     table = model.language_model.model.embed_tokens

@@ -88,11 +88,9 @@ def write_npz(
     checkpoint: Checkpoint,
     tensors: dict[str, tuple[Shape, torch.dtype]],
     read: Callable[[str], Tensor],
+    rows: int,
 ) -> None:
-    """Writes big_vision's layout, one slice of an array after the other."""
-    # big_vision has no rows for <image> and the padding behind it. Only the published vocabulary is known to end there.
-    vocab_size = checkpoint.config.text_config.vocab_size
-    rows = 257152 if vocab_size == 257216 else vocab_size
+    """Writes big_vision's layout, one slice of an array after the other. rows: of the embedding."""
     codes = {dtype: code for code, dtype in NPY_DTYPES.items()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for array in bigvision_layout(checkpoint.config, rows):

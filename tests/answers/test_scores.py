@@ -167,6 +167,8 @@ def test_without_a_file_a_score_is_the_probability_itself():
         '{"masks": [0, NaN]}',
         '{"circles": [0, 1]}',
         '{"boxes": 3}',
+        '{"boxes": [1' + "0" * 400 + ", 1]}",
+        "[" * 100_000,
     ],
 )
 def test_a_broken_file_is_named_with_the_way_out(tmp_path, content):

@@ -265,6 +265,33 @@ def test_pictures_that_cannot_be_encoded_together_are_encoded_in_halves(pg, monk
     assert [line["error"] for line in lines.values()] == [None] * 3
 
 
+def test_pictures_that_do_not_fit_beside_rows_that_run_wait_for_them(pg, monkeypatch):
+    encode, prefill, running = pg.model.encode_image, Engine._prefill, []
+
+    def watched(engine, rows):
+        running[:] = [engine]
+        return prefill(engine, rows)
+
+    def crowded(pixels):
+        if running and running[0]._running:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(Engine, "_prefill", watched)
+    monkeypatch.setattr(pg.model, "encode_image", crowded)
+    rows = [InputRow(str(k), SCENE, "caption en", {"max_new_tokens": 3 + k}) for k in range(6)]
+    lines = answers(pg, rows, batch_size=4)
+    assert [line["error"] for line in lines.values()] == [None] * 6
+
+
+def test_without_masks_nobody_asks_for_a_codec(pg, monkeypatch):
+    """It might have to be downloaded."""
+    answer = AnswerRows(pg, Settings(max_new_tokens=30, masks="none"))
+    monkeypatch.setattr(type(pg), "codec", property(lambda self: pytest.fail("the codec was asked for")))
+    ((_, line),) = answer([InputRow("a", SCENE, "segment book")])
+    assert line["error"] is None and line["segments"]
+
+
 def test_what_the_engine_refuses_is_no_matter_of_length_unless_it_says_so(pg, monkeypatch):
     refusals = iter([ValueError("row 0 already ends in eos"), TooLong("the prompt has 9 tokens")])
     admit = Engine.admit
@@ -390,6 +417,19 @@ def test_few_pictures_are_opened_ahead():
 @pytest.fixture(scope="module")
 def predictor():
     return paligemma.Predictor("tiny", device="cpu", max_new_tokens=20)
+
+
+def test_predictor_takes_its_own_prompt_where_a_row_has_none(predictor):
+    out = predictor({"image": np.array([None, None], object), "prompt": np.array(["caption en", None], object)})
+    assert out["error"][0] == "" and json.loads(out["error"][1])["message"] == (
+        "the row has no prompt, and Predictor was given none"
+    )
+    predictor.prompt = "caption en"
+    try:
+        out = predictor({"image": np.array([None], object), "prompt": np.array([None], object)})
+    finally:
+        predictor.prompt = None
+    assert out["error"][0] == ""
 
 
 def test_predictor_adds_columns_and_raises_for_no_row(predictor, tmp_path, scene):

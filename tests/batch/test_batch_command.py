@@ -8,7 +8,9 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import standins
@@ -18,6 +20,7 @@ from PIL import Image
 
 from paligemma.batch import on_ray, run
 from paligemma.batch.folder import RunFolder
+from paligemma.batch.settings import Settings
 from paligemma.batch.status import Tally, write_summary
 from paligemma.batch.worker import finish_shards, shards_of
 from paligemma.cli import main as cli
@@ -148,6 +151,7 @@ def test_threads_of_workers_on_ray(tmp_path, monkeypatch, address, given, thread
         (["segment dog ;", "photos", "--out", "run"], "name at least one thing to look for"),
         (["caption en", "photos", "--out", "run", "--max-errors", "many"], "--max-errors is 'many'"),
         (["caption en", "photos", "--out", "run", "--max-errors", "0.5"], "--max-errors is '0.5'"),
+        (["caption en", "photos", "--out", "run", "--every", "inf"], "--every is inf"),
         (["caption en", "photos", "--out", "run", "--part", "3/2"], "--part is '3/2'"),
         (["caption en", "photos", "--out", "run", "--every", "0"], "--every is 0"),
         (["caption en", "photos", "--out", "run", "--max-pixels", "0"], "--max-pixels is 0"),
@@ -305,6 +309,11 @@ def test_words_of_progress():
     assert in_words(now) == "1,500 of 3,000 rows, 3 failed, 10 rows/s, 2:30 left"
     assert duration(3725) == "1:02:05"
     assert parsed_max_errors("2.5%") == (2.5, True)
+    for errors, fine in ((29, True), (30, False)):  # 29 / 100 * 100 is a little less than 29
+        ended = run.Ended({"complete": False}, 100 - errors, {"missing": errors}, True)
+        folder = SimpleNamespace(path=Path("run"), settings=Settings())
+        with nullcontext() if fine else pytest.raises(typer.Exit):
+            finish(folder, ended, parsed_max_errors("29%"), None)
     assert run.killed_by(-9) == "SIGKILL, perhaps for want of memory"
 
 

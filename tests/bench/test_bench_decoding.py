@@ -25,6 +25,7 @@ def test_the_record_has_every_model_and_the_limit(tmp_path, monkeypatch):
     said = []
     record = decoding.benchmark_decoding(
         tmp_path / "random",
+        "mine",
         "cpu",
         transformers=False,
         rounds=2,
@@ -33,6 +34,7 @@ def test_the_record_has_every_model_and_the_limit(tmp_path, monkeypatch):
         say=said.append,
     )
     assert record == json.loads((tmp_path / "record.json").read_text())
+    assert record["model"] == "mine"
     assert [run["name"] for run in record["runs"]] == ["compiled", "eager", "eager", "compiled"]  # in turns
     assert list(record["summary"]) == ["compiled", "eager"] and record["read_gb_s"] > 0
     table = decoding.table(record)
@@ -42,7 +44,7 @@ def test_the_record_has_every_model_and_the_limit(tmp_path, monkeypatch):
 def test_the_command_measures_eager_and_compiled_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "compiled_step", lambda device_type: decode_one_token)
     shapes.write_random_checkpoint(tiny_config("gemma2"), tmp_path / "random")
-    command = ["bench", "--compile", "-m", str(tmp_path / "random"), "--rounds", "2", "--tokens", "4"]
+    command = ["bench", "--compile", "-m", f"{tmp_path / 'random'}/", "--rounds", "2", "--tokens", "4"]
     done = CliRunner().invoke(app, [*command, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "a token compiled takes" in done.stdout and "in 2 rounds" in done.stdout

@@ -22,7 +22,7 @@ from PIL import Image
 from reference import randomize, tiny_config
 
 from paligemma.__main__ import main
-from paligemma.bench.run import record_path
+from paligemma.bench.records import record_path
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
@@ -77,7 +77,7 @@ COMMANDS = {
             "--out",
             "new",
         ],
-        str(record_path(Path("new"), "tiny").with_suffix(".png")),  # behind the record
+        str(record_path(Path("new"), "speed", "tiny").with_suffix(".png")),  # behind the record
     ),
 }
 LOCKS = [

@@ -119,11 +119,21 @@ def test_yolo_labels_without_a_picture_are_named(tmp_path):
     ("names: {1: a, 2: b}\ntrain: images/train\n", "by number"),
     ("names: [a]\ntrain: images/train\nval: images/train\n", "has the splits train, val: choose one with split="),
     ("names: !!python/object/apply:os.system [echo]\n", "is not YAML"),
+    ("names: [a, '']\ntrain: images/train\n", "expected names"),
 ])  # fmt: skip
 def test_a_data_yaml_that_cannot_be_used(tmp_path, settings, words):
     with pytest.raises(ValueError, match=r"data\.yaml") as error:
         open_rows(write_yolo(tmp_path, [""], settings))
     assert words in str(error.value)
+
+
+def test_classes_of_yolo_are_text(tmp_path):
+    """To YAML `on` and `no` are true and false, and 010 is eight."""
+    names = "train: images/train\nnc: 4\nnames: [on, no, 010, 1.10]\n"
+    folder = write_yolo(tmp_path, ["".join(f"{k} 0.5 0.5 0.2 0.2\n" for k in range(4))], names)
+    assert open_rows(folder)[0].prefix == "detect on ; no ; 010 ; 1.10"
+    with pytest.raises(ValueError, match=r"--images .*nowhere: there is no such folder"):
+        open_rows(folder, images=tmp_path / "nowhere")
 
 
 def test_a_split_of_yolo_as_roboflow_writes_it(tmp_path):
@@ -171,6 +181,12 @@ def test_pascal_voc(tmp_path):
     (folder / "ImageSets" / "Main").mkdir(parents=True)
     (folder / "ImageSets" / "Main" / "val.txt").write_text("2\n")
     assert len(open_rows(folder, split="val")) == 1
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("2\n7\n8\n")
+    with pytest.raises(ValueError, match=r"val\.txt names 2 pictures without an XML file in .*Annotations \(7, 8\)"):
+        open_rows(folder, split="val")
+    (folder / "ImageSets" / "Main" / "val.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"val\.txt is empty"):
+        open_rows(folder, split="val")
 
 
 @pytest.mark.parametrize("text, problem, words", [

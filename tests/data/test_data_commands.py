@@ -110,6 +110,11 @@ def test_show_draws_every_row_of_a_few_and_never_replaces_a_picture(folder, pali
     code, _, err = paligemma_command("data", "show", path, "--out", picture)
     assert code == 2 and "would replace a picture of the data" in " ".join(err.split())
     assert picture.read_bytes() == before
+    (folder / "drawn" / "row-000001.png").write_bytes(before)  # a picture of somebody's
+    assert paligemma_command("data", "show", path, "--out", folder / "drawn", "--rows", "0")[0] == 0
+    code, _, err = paligemma_command("data", "show", path, "--out", folder / "drawn", "--rows", "1")
+    assert code == 2 and "was not drawn here" in " ".join(err.split())
+    assert (folder / "drawn" / "row-000001.png").read_bytes() == before
     (folder / "none.csv").write_text("image,prefix,suffix\n")
     code, _, err = paligemma_command("data", "show", folder / "none.csv", "--out", folder / "x.png")
     assert code == 1 and "there are no rows" in err

@@ -180,3 +180,6 @@ def test_hostile_states(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
     with pytest.raises(ValueError, match=r"state\.json: expected names of files under '_data_files'"):
         open_rows(tmp_path)
+    (tmp_path / "state.json").write_text('{"_data_files": []}')
+    with pytest.raises(ValueError, match="names no files of data"):
+        open_rows(tmp_path)

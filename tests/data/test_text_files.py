@@ -190,6 +190,18 @@ def test_ordinary_quotes_of_a_csv(tmp_path):
     assert list(CsvFile(tmp_path / "x.csv")[0].values()) == ["a.png", "one"]
 
 
+def test_the_header_of_a_csv(folder):
+    """A blank line before it does not hide the separator; a name that stands there twice says two things."""
+    path = folder / "my.csv"
+    path.write_text("\n\nimage;prefix;suffix\na.png;caption en;x, y, z\n")
+    assert open_rows(path)[0].suffix == "x, y, z"
+    path.write_text("image,prefix,suffix,suffix\na.png,caption en,right,\n")
+    with pytest.raises(ValueError, match=r"my\.csv: the header names suffix twice"):
+        open_rows(path)
+    path.write_text("image_id,question,answer\n7,what is this,dog\n")
+    assert open_rows(path, image_name="{image_id}.jpg")[0].image == str(folder / "7.jpg")
+
+
 def test_a_folder_with_a_csv(folder):
     (folder / "list.csv").write_text('image,caption\na.png,"a dog,\nasleep"\nb.png\n')
     rows = open_rows(folder)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import paligemma
 from paligemma.cli.main import app
+from paligemma.evaluate.output_folder import fingerprint
 from paligemma.fast.offload import KEPT, device_map_of
 from paligemma.tiny.renderer import render
 from paligemma.utils import load_hf_model
@@ -50,6 +51,16 @@ def test_layers_on_disk_write_the_same_tokens(whole):
     assert answers(pg) == expected and sum(map(len, expected)) > 20
     assert "".join(pg.stream(IMAGES[0], "caption en")) == whole.caption(IMAGES[0]).text
     assert [layer.mlp.up_proj.weight.device.type == "meta" for layer in layers] == away  # they left again
+
+
+def test_a_model_that_is_spread_can_be_measured_and_is_not_saved(whole, tmp_path):
+    head = {"head": torch.nn.Linear(4, 4)}
+    pg = paligemma.load("tiny", "cpu", device_map="auto", max_memory={"cpu": limit(whole.model, 1)}, extra=head)
+    assert pg.model.head.weight.device.type == "cpu"
+    assert fingerprint(pg) not in (None, fingerprint(whole))
+    with pytest.raises(ValueError, match="spread over devices and is not saved: load it without `device_map`"):
+        paligemma.save_pretrained(pg.model, tmp_path / "new", pg.processor, extra=["head"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_copies_on_disk_go_with_the_model(whole, tmp_path, monkeypatch):

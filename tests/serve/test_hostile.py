@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 from serving import SCENE, chat, error_of, png, running, wait_until
 
+from paligemma.serve.errors import ApiError
+from paligemma.serve.exploring import decode_all
 from paligemma.serve.pictures import FORMATS, FeatureCache, Source, read
 
 URL = "/v1/chat/completions"
@@ -79,6 +81,15 @@ def test_pixel_bombs_sixteen_at_a_time(client, channels):
         assert (status, code) == (413, "too_many_pixels") and param.endswith("image_url.url")
     assert "13,300 x 13,300" in replies[0].json()["error"]["message"]
     assert peak.growth < 400e6
+
+
+def test_pictures_of_a_page_that_are_too_many_together():
+    """Each of them is taken; the message names the limit of all, not what is left of it."""
+    source = Source(png(Image.new("RGB", (100, 100))), "image")
+    assert len(decode_all([source] * 2, 20_000)) == 2
+    with pytest.raises(ApiError, match=r"the pictures have more than 0\.02 million pixels together") as error:
+        decode_all([source] * 3, 20_000)
+    assert (error.value.status, error.value.code) == (413, "too_many_pixels")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from make_tokenizer import build_sentencepiece
 from safetensors.torch import load_file
 
 from paligemma.tokenizer import load_tokenizer
-from paligemma.weights import writing
+from paligemma.weights import converting, writing
 from paligemma.weights.converting import convert
 from paligemma.weights.loading import load_model
 from paligemma.weights.saving import save_pretrained
@@ -56,6 +56,18 @@ def test_there_and_back_gives_the_same_files(model, tmp_path):
     assert digests(tmp_path / "c") == digests(tmp_path / "a")
     convert(tmp_path / "b", tmp_path / "d" / "x.npz")
     assert digests(tmp_path / "d") == digests(tmp_path / "b")
+
+
+def test_an_npz_keeps_the_rows_of_added_tokens(tmp_path, monkeypatch):
+    """In the published vocabulary `add_tokens` puts them where big_vision has no rows."""
+    model = make_model("gemma", vocab_size=257216, image_token_index=257152)
+    save_pretrained(model, tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b" / "x.npz")
+    rows = np.load(tmp_path / "b" / "x.npz")["params/llm/embedder/input_embedding"].shape[0]
+    assert rows == 257152
+    monkeypatch.setattr(converting, "tokenizer_in", lambda folders: range(257154))
+    convert(tmp_path / "a", tmp_path / "c" / "x.npz")
+    assert_same_weights(load_model(tmp_path / "c"), model)
 
 
 def test_a_big_vision_checkpoint_becomes_a_folder_whose_processor_transformers_reads(tmp_path):

@@ -10,6 +10,8 @@ import torch
 from checkpoint_files import assert_same_weights, digests, files_of_at_most, linux, logits_of, make_model
 from safetensors.torch import load_file
 
+import paligemma
+from paligemma.answers.scores import IDENTITY
 from paligemma.weights.converting import convert
 from paligemma.weights.loading import load_model
 from paligemma.weights.opening import open_checkpoint
@@ -96,6 +98,17 @@ def test_the_processors_files_are_saved_too(gemma, tmp_path):
 
     save_pretrained(gemma, tmp_path, processor=Processor())
     assert (tmp_path / "preprocessor_config.json").is_file()
+
+
+def test_a_mask_codec_of_the_checkpoint_s_own_is_saved_too(tmp_path):
+    """The official one has 128 codes as well: it would draw other masks, and nobody would notice."""
+    pg = paligemma.load("tiny", device="cpu", dtype="float32")
+    paligemma.save_pretrained(pg.model, tmp_path, pg.processor)
+    again = paligemma.load(tmp_path, device="cpu", dtype="float32")
+    codes = torch.arange(16)[None]
+    assert again.loaded_codec is not None
+    assert torch.equal(again.loaded_codec.decode(codes), pg.codec.decode(codes))
+    assert again.calibration == pg.calibration != IDENTITY
 
 
 def test_a_model_with_added_parameters_is_not_saved(gemma, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import paligemma
+from paligemma.answers.grammar import DetectionGrammar
 from paligemma.weights.vocabulary import add_tokens
 
 
@@ -48,9 +49,23 @@ def test_a_new_token_is_learned_and_said(pg):
     assert pg.generate(None, "which part?", max_new_tokens=2).token_ids[:1] == [new]
 
 
+def test_a_grammar_knows_tokens_that_were_added_after_another_one(pg):
+    tokenizer = pg.processor.tokenizer
+    begun = tokenizer.encode("<loc0000>" * 4 + " dog")
+
+    def words():
+        return set(DetectionGrammar(tokenizer, labels=None)(begun, 50).tolist())
+
+    before = words()
+    (new,) = add_tokens(pg.model, tokenizer, ["unicorn"])
+    assert words() == before | {new}
+
+
 def test_what_cannot_be_added(pg):
     with pytest.raises(ValueError, match="at least one character"):
         add_tokens(pg.model, pg.processor.tokenizer, [""])
+    with pytest.raises(TypeError, match=r"tokens is the text 'dog', expected a list of tokens: \['dog'\]"):
+        add_tokens(pg.model, pg.processor.tokenizer, "dog")
     rounded = paligemma.load("tiny", device="cpu", quantize="int8")
     with pytest.raises(ValueError, match="the embedding is quantised and cannot grow"):
         add_tokens(rounded.model, rounded.processor.tokenizer, ["<a>"])

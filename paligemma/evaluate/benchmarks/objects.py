@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from paligemma.evaluate.average_precision import package
 from paligemma.evaluate.benchmarks.files import Source
 from paligemma.evaluate.examples import Example
 from paligemma.evaluate.regions import Region
@@ -60,10 +61,7 @@ def refcoco(source: Source) -> Iterator[Example]:
 
 def mask_of(segmentation: Any, width: int, height: int) -> np.ndarray:
     """COCO's polygons or run-length encoding -> bool [H, W]. ImportError without faster-coco-eval."""
-    try:
-        from faster_coco_eval.core import mask as coco
-    except ImportError:
-        raise ImportError("COCO's masks need faster-coco-eval: pip install 'paligemma[evaluate]'") from None
+    coco = package().mask
     if isinstance(segmentation, list):
         packed = coco.merge(coco.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation["counts"], list):
