@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from paligemma.answers.constraints import allowed_next, contains, masked_logits, nothing_allowed, one_per_row
+from paligemma.answers.constraints import allowed_next, contains, masked_logits, one_per_row
 from paligemma.generation import (
     Generated,
     Options,
@@ -36,10 +36,10 @@ from paligemma.generation import (
     check_prompts,
     choose,
     decode_one_token,
-    not_finite,
     prepare,
     seeds_of,
     watched_distributions,
+    why_no_token,
 )
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.static_kv_cache import StaticKVCache
@@ -88,8 +88,7 @@ def generate_compiled(
                 if n not in running:
                     continue
                 if not math.isfinite(logprob):
-                    nothing = allowed[n] is not None and bool((scores[n] == -math.inf).all())
-                    raise nothing_allowed(ids[n], remaining) if nothing else not_finite(model.dtype)
+                    raise why_no_token(scores[n], allowed[n] is not None, ids[n], remaining, model.dtype)
                 if n in fitting and not contains(fitting[n], token):
                     running.discard(n)  # what it chose does not fit into the budget
                     continue

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from paligemma.answers.constraints import (
     Constraint,
+    NothingAllowed,
     allowed_next,
     contains,
     masked_logits,
@@ -224,6 +225,15 @@ def read_prompt(
     # Of the last column only: the head is a quarter of a million wide. At 896 pixels the logits of all columns would be
     # 2 GB for each row in bfloat16.
     return model(**prompt, cache=cache, logits_to_keep=1).logits[:, -1], cache
+
+
+def why_no_token(
+    scores: Tensor, constrained: bool, generated: Sequence[int], remaining: int, dtype: torch.dtype
+) -> NothingAllowed | FloatingPointError:
+    """Why a row with these scores, float32 [V], has no next token: its constraint leaves none, or its logits are no
+    finite numbers."""
+    nothing = constrained and bool((scores == -math.inf).all())
+    return nothing_allowed(generated, remaining) if nothing else not_finite(dtype)
 
 
 def not_finite(dtype: torch.dtype) -> FloatingPointError:

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paligemma.answers.constraints import Constraint, allowed_next, contains, masked_logits, nothing_allowed
+from paligemma.answers.constraints import Constraint, allowed_next, contains, masked_logits
 from paligemma.attention_mask import PREFIX
-from paligemma.generation import NOT_WATCHED, Generated, Options, Rules, choose, not_finite, watched_distributions
+from paligemma.generation import NOT_WATCHED, Generated, Options, Rules, choose, watched_distributions, why_no_token
 from paligemma.tickets import Request, Ticket
 
 
@@ -138,8 +138,8 @@ def choose_tokens(
         if row.ticket.done:
             continue  # its constraint has raised, or it was cancelled
         if not sound[n]:
-            nothing = allowed[n] is not None and bool((scores[n] == -math.inf).all())
-            row.ticket.end(nothing_allowed(row.answer.token_ids, row.remaining) if nothing else not_finite(dtype))
+            generated = row.answer.token_ids
+            row.ticket.end(why_no_token(scores[n], allowed[n] is not None, generated, row.remaining, dtype))
         elif fits is not None and not contains(fits, token):
             row.ticket.end()  # what it chose does not fit into the budget, so the answer ends without it
         else:

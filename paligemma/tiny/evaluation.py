@@ -27,7 +27,6 @@ def tiny_examples(
     *,
     size: int = 256,
     tasks: Sequence[str] = TASKS,
-    style: str | None = None,
     world: int = SHIPPED,
     **options: Any,
 ) -> Iterator[Example]:
@@ -36,7 +35,6 @@ def tiny_examples(
     split:          "test" has the distribution of training; "heldout" has held-out pairs or tints in every scene;
                     "twemoji" (world 2: "emojione") has another artist's drawings.
     size:           side of the pictures in pixels.
-    style:          other artwork than the split's.
     world, options: 1, or 2, see varied.py; the options of its renderer, such as `degradations`.
 
     Raises ValueError for a count below 1 and for an unknown task or split.
@@ -44,7 +42,7 @@ def tiny_examples(
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     for number in range(seed, seed + count):
-        scene = render_in_world(world, number, split, size, style, **options)
+        scene = render_in_world(world, number, split, size, **options)
         for row in rows(scene, asker(scene), tasks=tasks, canonical=True, encode_mask=no_codes):
             yield to_example(scene, row)
 

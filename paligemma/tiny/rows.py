@@ -414,7 +414,6 @@ def rows(
     *,
     tasks: Sequence[str] = TASKS,
     canonical: bool = False,
-    bin_step: int = 8,
     encode_mask: EncodeMask | None = None,
 ) -> list[Row]:
     """One row of each of `tasks` that the scene allows, see `sample_row`; none of "segment" without `encode_mask`."""
@@ -422,7 +421,7 @@ def rows(
     # their colours.
     own = dict(zip(TASKS, rng.spawn(len(TASKS)))) if scene.world == 2 else {}
     made = [
-        sample_row(scene, task, own.get(task, rng), canonical=canonical, bin_step=bin_step, encode_mask=encode_mask)
+        sample_row(scene, task, own.get(task, rng), canonical=canonical, encode_mask=encode_mask)
         for task in tasks
         if task != "segment" or encode_mask is not None
     ]

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from paligemma.answers.formats import rle_encode
 from paligemma.files import new_folder_written_whole
-from paligemma.tiny.rows import TASKS, EncodeMask, asker, rows
+from paligemma.tiny.rows import asker, rows
 from paligemma.tiny.varied import render_in_world
 from paligemma.tiny.world import LABELS, SHIPPED, Scene
 
@@ -83,19 +83,16 @@ def write_scenes(
     *,
     style: str | None = None,
     world: int = SHIPPED,
-    tasks: Sequence[str] = TASKS,
-    canonical: bool = True,
-    encode_mask: EncodeMask | None = None,
     progress: bool = True,
     **difficulty: Any,
 ) -> Path:
-    """The `count` scenes from `seed` on, each with one row for every task that it allows. Returns the folder.
+    """The `count` scenes from `seed` on, each with one row for every task that it allows but "segment". Returns the
+    folder.
 
     Everything is written into a temporary folder that is renamed at the end, so `folder` is complete or does not exist.
 
     style, difficulty:    as for `render`, in world 2 for `render_varied`. style="noto" avoids OpenMoji's share-alike.
     world:                1, or 2 with more artists and variety, see varied.py.
-    tasks, canonical, encode_mask: as for `rows`. Segment prompts are left out without `encode_mask`.
     progress:             a progress bar on stderr.
 
     Raises FileExistsError if the folder exists and is not empty, and ValueError for a count below 1.
@@ -112,7 +109,7 @@ def write_scenes(
                 scene = render_in_world(world, number, split, size, style, **difficulty)
                 name = f"images/{split}_{number:06d}.png"
                 Image.fromarray(scene.image).save(beside / name)
-                for row in rows(scene, asker(scene), tasks=tasks, canonical=canonical, encode_mask=encode_mask):
+                for row in rows(scene, asker(scene), canonical=True):
                     line = {"image": name, "task": row.task, "prefix": row.prefix, "suffix": row.suffix}
                     lines.write(json.dumps(line) + "\n")
                 images.append(coco_image(scene, name, len(images) + 1))
