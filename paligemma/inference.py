@@ -122,11 +122,14 @@ def load(
     calibrated = folders[0] / CALIBRATION_FILE  # of these weights: an adapter's base has another
     if calibrated.exists():
         processor.calibration = Calibration.load(calibrated)
-    return PaliGemma(network, processor, codec=processor.mask_codec, loc_scale=loc_scale)
+    return PaliGemma(network, processor, loc_scale=loc_scale)
 
 
 class PaliGemma:
-    """A model and its processor, behind the tasks that it was trained for."""
+    """A model and its processor, behind the tasks that it was trained for.
+
+    codec: draws masks; default the processor's, which is the checkpoint's own, else the official one.
+    """
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class PaliGemma:
         self.model = model.eval()
         self.processor = processor
         self.loc_scale = loc_scale
-        self._codec = codec
+        self._codec = codec if codec is not None else processor.mask_codec
 
     @property
     def calibration(self) -> Calibration:

@@ -36,6 +36,7 @@ import os
 import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
@@ -43,7 +44,7 @@ import tokenizers
 import torch
 from PIL import Image
 
-from paligemma.files import read_json, write_texts
+from paligemma.files import read_json, write_texts, written_whole
 from paligemma.images import ImageInput, ImageT, Picture, load_image, preprocess
 from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer
 
@@ -224,9 +225,10 @@ class PaliGemmaProcessor:
         files = {**self.tokenizer.files(), "preprocessor_config.json": json.dumps(config, indent=2) + "\n"}
         if self.calibration is not None:
             files["calibration.json"] = json.dumps(self.calibration.to_dict(), indent=2) + "\n"
-        if self.mask_codec is not None:
-            self.mask_codec.save(Path(folder) / "mask_codec.npz")
-        write_texts(Path(folder), files)
+        with ExitStack() as stack:
+            if self.mask_codec is not None:
+                self.mask_codec.save(stack.enter_context(written_whole(Path(folder) / "mask_codec.npz")))
+            write_texts(Path(folder), files)
 
 
 def _rows_of_images(images: ImageInput | list[ImageT] | list[list[ImageT]] | None, prompts: int) -> list[list[Picture]]:

@@ -423,6 +423,22 @@ def edited(folder: Path, target: Path, edit) -> Path:
     return target
 
 
+def test_one_token_at_a_wrong_place_says_nothing_of_plain_gemma(tmp_path):
+    build_tokenizer(tmp_path)
+
+    def swapped(content):
+        a, b = (next(t for t in content["added_tokens"] if t["content"] == name) for name in ("<loc0007>", "<loc0008>"))
+        a["id"], b["id"] = b["id"], a["id"]
+        vocab = content["model"]["vocab"]
+        if "<loc0007>" in vocab:
+            vocab["<loc0007>"], vocab["<loc0008>"] = vocab["<loc0008>"], vocab["<loc0007>"]
+
+    (tmp_path / "edited").mkdir()
+    with pytest.raises(ValueError, match="'<loc0007>' has id") as caught:
+        load_tokenizer(edited(tmp_path, tmp_path / "edited", swapped))
+    assert "plain Gemma" not in str(caught.value)
+
+
 def test_a_tokenizer_without_loc_tokens(tmp_path):
     build_tokenizer(tmp_path, locations=False)
     with pytest.raises(ValueError, match=r"'<loc0000>' is missing; '<seg000>' is missing.*plain Gemma") as caught:

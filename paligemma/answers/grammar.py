@@ -342,7 +342,7 @@ _UNFIT = re.compile(r"[;<>\x00-\x1f\x7f-\x9f]")
 @lru_cache(maxsize=2)
 def _token_texts(tokenizer: Tokenizer, size: int) -> list[str]:
     """What each token adds to a text, after a location (where no decoder takes a space for the beginning of a text).
-    size: how many tokens there are, of which more may be added later."""
+    size: how many tokens there are now. It is a part of the cache's key, since tokens may be added."""
     first = tokenizer.first_loc_id
     skip = len(tokenizer.decode([first]))
     return [tokenizer.decode([first, i])[skip:] for i in range(size)]

@@ -108,13 +108,16 @@ def data_show(
         if number >= len(found):
             raise typer.BadParameter(f"there is no row {number}: {data} has {len(found):,}, counted from 0")
     sheets = [chosen] if out.suffix and not out.is_dir() else [[number] for number in chosen]
-    for sheet in sheets:
-        path = out if sheet is chosen else out / f"row-{sheet[0]:06d}.png"
-        shown = [found[k] for k in sheet]
+    paths = [out if sheet is chosen else out / f"row-{sheet[0]:06d}.png" for sheet in sheets]
+    rows_of_sheets = [[found[k] for k in sheet] for sheet in sheets]
+    for path, shown in zip(paths, rows_of_sheets):  # before anything is drawn
         read = [picture for row in shown for picture in row.pictures if isinstance(picture, str | Path)]
         if path.resolve() in [Path(picture).resolve() for picture in read]:
             raise typer.BadParameter(f"--out {out} would replace a picture of the data; choose another name")
-        if sheet is not chosen and path.exists() and not is_drawing(path):
-            raise typer.BadParameter(f"--out {out}: {path} is there and was not drawn here; choose another folder")
+        if path != out and path.exists() and not is_drawing(path):
+            raise typer.BadParameter(
+                f"--out {out}: {path} is there and was not drawn here; choose another folder, or move it away"
+            )
+    for path, shown in zip(paths, rows_of_sheets):
         save_picture(show_rows(shown, processor, codec, max_length=max_length, max_pixels=pixels(max_pixels)), path)
         note(f"drawn: {path}")

@@ -87,8 +87,11 @@ def _annotations(folder: Path, kind: str | None, split: str | None) -> tuple[str
         found = found if kind or (found and _begins_with(found[0], b"<annotation")) else []
         chosen = folder / "ImageSets" / "Main" / f"{split}.txt"
         if found and split is not None and chosen.is_file():
-            names = {line.split()[0] for line in chosen.read_text(encoding="utf-8").splitlines() if line.strip()}
-            if missing := sorted(names - {file.stem for file in found}):
+            stems = {file.stem for file in found}
+            lines = [line.strip() for line in chosen.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            # The lists of a class have -1, 0 or 1 behind the name, which may contain spaces itself.
+            names = {line if line in stems else line.rsplit(None, 1)[0] for line in lines}
+            if missing := sorted(names - stems):
                 raise ValueError(
                     f"{chosen} names {len(missing):,} pictures without an XML file in {found[0].parent} "
                     f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}): mend the list or add the files"

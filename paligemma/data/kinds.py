@@ -15,8 +15,9 @@ KINDS = (
 )  # fmt: skip
 
 
-def kind_of_file(path: Path) -> str:
-    """One of `KINDS`. ValueError for a file that is none of them."""
+def kind_of_file(path: Path, needs_images: bool = True) -> str:
+    """One of `KINDS`. ValueError for a file that is none of them. needs_images: whether a table is known by a column
+    of pictures, or by the ending of its name."""
     with open(path, "rb") as file:
         head = file.read(1 << 20).removeprefix(BOM)
     if head.startswith(b"PAR1"):
@@ -45,7 +46,7 @@ def kind_of_file(path: Path) -> str:
         return "voc"
     line = start.split(b"\n", 1)[0].decode("utf-8", "replace")
     columns = {name.strip(' "\r').lower() for name in max((line.split(c) for c in ",;\t"), key=len)}
-    if columns & {*IMAGE, *OTHER_IMAGE}:
+    if columns & {*IMAGE, *OTHER_IMAGE} or (not needs_images and path.suffix.lower() in (".csv", ".tsv")):
         return "csv"
     raise ValueError(
         f"{path} is no data that is known here. There are {', '.join(KINDS)}; a table needs a header with the columns "

@@ -111,10 +111,8 @@ def kind_and_files(options: DataOptions) -> tuple[str, list[Path]]:
         raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
     found, paths = in_folder(path, kind, options.split) if path.is_dir() else (None, [path])
     if not paths:
-        raise ValueError(f"{path} names no files of data: save it again")
-    if found is None and options.image_name is not None and paths[0].suffix.lower() in (".csv", ".tsv"):
-        found = "csv"  # told by its ending alone: it needs no column of pictures
-    return kind or found or kind_of_file(paths[0]), paths
+        raise ValueError(f"{path}: its state.json names no files of data: save it again")
+    return kind or found or kind_of_file(paths[0], needs_images=options.image_name is None), paths
 
 
 def check_options(options: DataOptions, kind: str) -> None:

@@ -34,10 +34,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A small YAML file with keys at the top. ValueError for anything else."""
     import yaml
 
-    class AsText(yaml.SafeLoader):
-        """A class called on stays on, where YAML would read true, and 010 does not become 8."""
+    known = yaml.SafeLoader.yaml_implicit_resolvers.items()
+    null = "tag:yaml.org,2002:null"
 
-        yaml_implicit_resolvers = {}
+    class AsText(yaml.SafeLoader):
+        """A class called on stays on, where YAML would read true, and 010 does not become 8. Null is still nothing."""
+
+        yaml_implicit_resolvers = {first: [one for one in forms if one[0] == null] for first, forms in known}
 
     if path.stat().st_size > 1 << 20:
         raise ValueError(f"{path} is larger than a description of a data set: expected names, train, val, ...")

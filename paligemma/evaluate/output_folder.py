@@ -229,9 +229,10 @@ def _hash_of(module: nn.Module, numbers: int | None = None) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        if weight.is_meta:  # its layer visits the device while it computes: its numbers are not at hand
-            digest.update(str(tuple(weight.shape)).encode())
-            continue
+        if weight.is_meta:  # of a layer that visits the device while it computes: accelerate keeps it elsewhere
+            owner, _, leaf = name.rpartition(".")
+            hook: Any = module.get_submodule(owner)._hf_hook
+            weight = hook.weights_map[leaf]
         digest.update(weight.flatten()[:numbers].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 

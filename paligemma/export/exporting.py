@@ -46,7 +46,8 @@ def export(
     """
     if not weights or (unknown := [name for name in weights if name not in SUFFIXES]):
         raise ValueError(f"weights are {', '.join(unknown) if weights else 'none'}, expected {', '.join(SUFFIXES)}")
-    checkpoint, folders = open_model(resolve(source, revision, "float32" if "fp32" in weights else None))
+    dtype = "float32" if "fp32" in weights else None
+    checkpoint, folders = open_model(resolve(source, revision, dtype), dtype)
     if not isinstance(checkpoint, Checkpoint):
         raise ValueError(
             f"{source} holds rounded weights: export the checkpoint it was made of, with --weights q8 or q4"

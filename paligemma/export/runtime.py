@@ -44,9 +44,8 @@ def load_exported(
     processor = PaliGemmaProcessor.for_config(load_tokenizer(folder), model.config)
     if (calibrated := Path(folder) / CALIBRATION_FILE).exists():
         processor.calibration = Calibration.load(calibrated)
-    own_codec = Path(folder) / CODEC_FILE
-    if codec is None and own_codec.exists():
-        codec = MaskCodec.load(own_codec)
+    if (own_codec := Path(folder) / CODEC_FILE).exists():
+        processor.mask_codec = MaskCodec.load(own_codec)
     return PaliGemma(model, processor, codec)  # type: ignore[arg-type]
 
 

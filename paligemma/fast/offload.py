@@ -12,9 +12,11 @@ tower once an image. Any other layer is copied over the bus each time it is used
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -86,21 +88,24 @@ def device_map_of(
     model: PaliGemmaForConditionalGeneration, device: torch.device, limits: Mapping[str, float]
 ) -> dict[str, str]:
     """Name of a module -> str(device), "cpu" or "disk". limits: bytes for str(device) and "cpu"."""
-    layers = [f"language_model.model.layers.{n}" for n in range(len(model.language_model.model.layers))]
-    layers += [
-        f"vision_tower.vision_model.encoder.layers.{n}" for n in range(model.config.vision_config.num_hidden_layers)
-    ]
-    sizes = {name: _bytes(model.get_submodule(name)) for name in (*KEPT, *layers)}
-    kept, largest, here = sum(sizes[name] for name in KEPT), max(sizes[name] for name in layers), str(device)
+    in_order = re.compile(r"(language_model\.model\.layers|vision_tower\.vision_model\.encoder\.layers)\.\d+")
+    layers = [name for name, _ in model.named_modules() if in_order.fullmatch(name)]
+    layers.sort(key=lambda name: name.startswith("vision"))  # those of the decoder first
+    sizes = {name: _bytes(model.get_submodule(name)) for name in layers}
+    # All else stays: KEPT, and modules that are not PaliGemma's own.
+    stay: Counter[str] = Counter()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not any(name.startswith(f"{layer}.") for layer in layers):
+            kept_with = next((kept for kept in KEPT if name.startswith(f"{kept}.")), name.rpartition(".")[0] or name)
+            stay[kept_with] += tensor.nbytes
+    kept, largest, here = stay.total(), max(sizes.values()), str(device)
     free = limits[here] - kept
     if free < largest:
         raise ValueError(
             f"{here} may hold {limits[here] / 1e9:.2f} GB, and the embedding with one layer at a time takes "
             f"{(kept + largest) / 1e9:.2f} GB: allow more, or take a smaller or quantised model"
         )
-    places = dict.fromkeys(KEPT, here)
-    others = [name for name, _ in model.named_children() if name not in ("language_model", "vision_tower", *KEPT)]
-    places |= dict.fromkeys(others, here)  # parts that are not PaliGemma's own
+    places = dict.fromkeys(stay, here)
     if sum(sizes[name] for name in layers) > free:
         free -= largest  # room for the layer that is copied in
     left = {here: free, **({} if here == "cpu" else {"cpu": limits["cpu"]})}

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from paligemma.arguments import check_path
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tokenizer import OFFICIAL_SIZE, TOKENIZERS
+from paligemma.tokenizer import OFFICIAL_SIZE, TOKENIZERS, load_tokenizer
 from paligemma.weights.adapters import CONFIG, is_adapter
 from paligemma.weights.expected import expected_shapes
-from paligemma.weights.finding import open_model, resolve, tokenizer_in
+from paligemma.weights.finding import first_with, open_model, resolve, tokenizer_in
 from paligemma.weights.loading import cast, parse_dtype
 from paligemma.weights.opening import Checkpoint, open_checkpoint
 from paligemma.weights.saving import (
@@ -98,10 +98,8 @@ def _rows_of_embedding(checkpoint: Checkpoint, folders: Sequence[Path]) -> int:
     rows = checkpoint.config.text_config.vocab_size
     if rows != 257216:
         return rows
-    try:
-        added = len(tokenizer_in(folders)) > OFFICIAL_SIZE
-    except FileNotFoundError:
-        added = False
+    folder = first_with(folders, "tokenizer.json")  # a sentencepiece model has no added tokens
+    added = folder is not None and len(load_tokenizer(folder)) > OFFICIAL_SIZE
     return rows if added else OFFICIAL_SIZE - 1
 
 

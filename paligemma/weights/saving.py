@@ -156,6 +156,8 @@ def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
     if old:
         old.add("config.json")  # of a quantised model it says so, and an adapter in its place would be taken for one
     old |= {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CALIBRATION_FILE}
+    if "preprocessor_config.json" in new:  # with its processor comes its own mask codec, if it has one
+        old.add("mask_codec.npz")
     return [name for name in there if name in old and name not in new]
 
 

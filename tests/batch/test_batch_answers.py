@@ -85,7 +85,8 @@ def test_masks_as_png_and_none(pg):
 
 def test_the_official_codec_is_for_segment_rows_whatever_came_before(pg, monkeypatch):
     """It is loaded with the first of them. A row's masks must not depend on which rows this worker had before."""
-    without = paligemma.PaliGemma(pg.model, pg.processor)
+    processor = paligemma.PaliGemmaProcessor.for_config(pg.processor.tokenizer, pg.model.config)
+    without = paligemma.PaliGemma(pg.model, processor)
     monkeypatch.setattr(MaskCodec, "load", lambda *_: pg.codec)
     given, to_answer = [], without.to_answer
 

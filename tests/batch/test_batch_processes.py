@@ -1,6 +1,7 @@
 """Runs in processes that are killed, stopped and started again. What answers is a stand-in (standins.py)."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -147,6 +148,14 @@ def test_status_counts_what_lies_in_the_folder(tmp_path):
     state = status_of(folder)
     assert (state["rows"], state["answered"], state["shards_done"], state["complete"]) == (30, 10, 1, False)
     assert (state["shards_worked_on"], state["rows_in_open_shards"]) == (1, 1) and lease
+
+    def only_readable(folder):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.MonkeyPatch.context() as patch:  # somebody who looks from another machine
+        patch.setattr(leases.Holder, "is_gone", lambda holder: None)
+        patch.setattr(leases, "time_on_disk", only_readable)
+        assert status_of(folder)["shards_worked_on"] == 1
     assert write_summary(folder, 1.0, 0, 0)["rows_in_open_shards"] == 1
 
 

@@ -129,7 +129,7 @@ def test_a_data_yaml_that_cannot_be_used(tmp_path, settings, words):
 
 def test_classes_of_yolo_are_text(tmp_path):
     """To YAML `on` and `no` are true and false, and 010 is eight."""
-    names = "train: images/train\nnc: 4\nnames: [on, no, 010, 1.10]\n"
+    names = "train: images/train\nval: null\ntest: ~\nnc: 4\nnames: [on, no, 010, 1.10]\n"
     folder = write_yolo(tmp_path, ["".join(f"{k} 0.5 0.5 0.2 0.2\n" for k in range(4))], names)
     assert open_rows(folder)[0].prefix == "detect on ; no ; 010 ; 1.10"
     with pytest.raises(ValueError, match=r"--images .*nowhere: there is no such folder"):

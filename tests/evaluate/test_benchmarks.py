@@ -16,6 +16,7 @@ from paligemma.answers.mask_codec import MaskCodec
 from paligemma.evaluate.benchmarks import BENCHMARKS, benchmark_examples, evaluate_benchmark
 from paligemma.evaluate.benchmarks.metrics import letter, same_number
 from paligemma.evaluate.benchmarks.objects import mask_of
+from paligemma.evaluate.benchmarks.questions import orders
 from paligemma.evaluate.vqa import agreement
 from paligemma.images import load_image
 from paligemma.inference import Answer
@@ -662,3 +663,8 @@ def test_one_object_for_equal_paths(tmp_path: Path):
     """By which the runner's batches encode a picture once for all its questions."""
     first, second = benchmark_examples("vqav2", write(tmp_path, CASES[0].files))
     assert first.image is second.image
+
+
+def test_parts_of_an_answer_come_in_all_orders_unless_there_are_too_many():
+    assert sorted(map("".join, orders(list("abc")))) == ["abc", "acb", "bac", "bca", "cab", "cba"]
+    assert list(orders(list("abcdefg"))) == [list("abcdefg")]

@@ -24,7 +24,8 @@ def test_a_replica_loads_what_the_command_loads(pg, monkeypatch):
     """With the mask codec, which is downloaded for an official checkpoint. Without ray, whose decorators wrap it."""
     as_it_is = SimpleNamespace(deployment=lambda **_: lambda one: one, ingress=lambda: lambda one: one)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=as_it_is))
-    official, asked = paligemma.PaliGemma(pg.model, pg.processor), []
+    processor = paligemma.PaliGemmaProcessor.for_config(pg.processor.tokenizer, pg.model.config)
+    official, asked = paligemma.PaliGemma(pg.model, processor), []
     monkeypatch.setattr("paligemma.serve.loading.load", lambda model, **options: asked.append(options) or official)
     monkeypatch.setattr(MaskCodec, "load", lambda *_: pg.codec)
     options = {"revision": "float16", "image_size": 448, "loc_scale": 1023}

@@ -170,6 +170,8 @@ def test_without_max_length_the_limit_is_the_models(base, data, tmp_path):
         file.write(json.dumps({"image": "0.png", "prefix": "caption en", "suffix": "red " * 9000}) + "\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl:9: 9010 tokens, max_length is 8192"):
         run(base, data, tmp_path / "run", strict=True)
+    with pytest.raises(ValueError, match="max_length is 9,000, but the model has 8,192 positions"):
+        run(base, data, tmp_path / "run", max_length=9000)
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error(base, data, tmp_path):

@@ -109,6 +109,9 @@ def test_a_mask_codec_of_the_checkpoint_s_own_is_saved_too(tmp_path):
     assert again.loaded_codec is not None
     assert torch.equal(again.loaded_codec.decode(codes), pg.codec.decode(codes))
     assert again.calibration == pg.calibration != IDENTITY
+    pg.processor.mask_codec = None
+    paligemma.save_pretrained(pg.model, tmp_path, pg.processor)
+    assert paligemma.load(tmp_path, device="cpu").loaded_codec is None  # the old file is gone
 
 
 def test_a_model_with_added_parameters_is_not_saved(gemma, tmp_path):

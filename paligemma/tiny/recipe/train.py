@@ -214,8 +214,8 @@ def package(state: Path, out: Path, recipe: Recipe) -> None:
     joint = JointModel(recipe.model_config(tokenizer))
     joint.load_state_dict(checkpointing.load(state)["average"])
     processor = PaliGemmaProcessor(tokenizer, recipe.num_patches, recipe.image_size)
+    processor.mask_codec = MaskCodec.load(out / "codec.safetensors")
     save_pretrained(joint.model.bfloat16(), out / "package", processor)
-    MaskCodec.load(out / "codec.safetensors").save(out / "package" / "mask_codec.npz")
 
 
 def main() -> None:
