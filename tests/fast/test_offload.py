@@ -54,13 +54,13 @@ def test_layers_on_disk_write_the_same_tokens(whole):
 
 
 def test_a_model_that_is_spread_can_be_measured_and_is_not_saved(whole, tmp_path):
-    head = {"head": torch.nn.Linear(4, 4)}
-    pg = paligemma.load("tiny", "cpu", device_map="auto", max_memory={"cpu": limit(whole.model, 1)}, extra=head)
-    assert pg.model.head.weight.device.type == "cpu"
+    heads = {"head": torch.nn.Linear(4, 4), "language_model.value_head": torch.nn.Linear(4, 4)}
+    pg = paligemma.load("tiny", "cpu", device_map="auto", max_memory={"cpu": limit(whole.model, 1)}, extra=heads)
+    assert pg.model.head.weight.device.type == pg.model.language_model.value_head.weight.device.type == "cpu"
     spread = paligemma.load("tiny", "cpu", device_map="auto", max_memory={"cpu": limit(whole.model, 1)})
     assert fingerprint(spread) == fingerprint(whole) != fingerprint(pg)
     with pytest.raises(ValueError, match="spread over devices and is not saved: load it without `device_map`"):
-        paligemma.save_pretrained(pg.model, tmp_path / "new", pg.processor, extra=["head"])
+        paligemma.save_pretrained(pg.model, tmp_path / "new", pg.processor, extra=list(heads))
     assert not (tmp_path / "new").exists()
 
 
