@@ -89,7 +89,7 @@ def decoded(picture: Picture, max_pixels: int) -> tuple[str, str] | None:
 
 
 def too_large(picture: Picture, max_pixels: int) -> tuple[str, str] | None:
-    """By the header alone. Where it cannot be read, `unreadable` says so."""
+    """By the header alone. One that cannot be read is not reported here but by `decoded`, which opens the picture."""
     from PIL import Image
 
     try:
