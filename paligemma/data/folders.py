@@ -50,10 +50,10 @@ def in_folder(folder: Path, kind: str | None, split: str | None) -> tuple[str | 
 def _names_in(file: Path, key: str) -> list[str]:
     """The names under a key of `dataset_dict.json` or `state.json`: text, or objects with a "filename". They come out
     of a file, so the caller takes their last part alone: they must not lead elsewhere."""
-    entries = listed if isinstance(listed := read_json(file).get(key), list) else None
-    found = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries or ()]
+    entries = listed if isinstance(listed := read_json(file).get(key), list) else []
+    found = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
     names = [name for name in found if isinstance(name, str) and Path(name).name not in ("", "..")]
-    if entries is None or len(names) < len(found) or (key == "splits" and not names):
+    if not names or len(names) < len(found):
         raise ValueError(f"{file}: expected names of files under {key!r}, got {short(listed)}: save it again")
     return names
 

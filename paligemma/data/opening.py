@@ -110,8 +110,6 @@ def kind_and_files(options: DataOptions) -> tuple[str, list[Path]]:
     if options.split is not None and not path.is_dir() and path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(f"{path} is a single file, without splits: leave out split= (--split), or name its folder")
     found, paths = in_folder(path, kind, options.split) if path.is_dir() else (None, [path])
-    if not paths:
-        raise ValueError(f"{path}: its state.json names no files of data: save it again")
     return kind or found or kind_of_file(paths[0], needs_images=options.image_name is None), paths
 
 

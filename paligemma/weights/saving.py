@@ -129,7 +129,7 @@ def check_nothing_lost(staging: Path, folder: Path) -> None:
     same content is no loss: a command may be given twice."""
     new = names_in(staging)
     lost = [name for name in new if (folder / name).exists() and not _same(staging / name, folder / name)]
-    lost += _outdated(folder, new)
+    lost += _outdated(folder, new, replaces=False)
     if lost:
         where = "the current folder" if folder == Path() else folder
         raise ValueError(
@@ -146,9 +146,11 @@ def names_in(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
+def _outdated(folder: Path, new: Sequence[str], replaces: bool) -> list[str]:
     """Files in the folder that would be taken for a part of the new weights: other weights, those of a whole model and
-    those of an adapter, with their settings and their calibration."""
+    those of an adapter, with their settings and their calibration.
+
+    Where nothing is replaced, a mask codec that was put beside the same weights stays."""
     if not {WEIGHTS, INDEX, ADAPTER_WEIGHTS}.intersection(new):
         return []
     there = names_in(folder)
@@ -156,7 +158,7 @@ def _outdated(folder: Path, new: Sequence[str]) -> list[str]:
     if old:
         old.add("config.json")  # of a quantised model it says so, and an adapter in its place would be taken for one
     old |= {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CALIBRATION_FILE}
-    if "preprocessor_config.json" in new:  # with its processor comes its own mask codec, if it has one
+    if replaces and "preprocessor_config.json" in new:  # with its processor comes its own mask codec, if it has one
         old.add("mask_codec.npz")
     return [name for name in there if name in old and name not in new]
 
@@ -191,14 +193,14 @@ def checkpoint_written_whole(folder: Path, replaces: bool = True) -> Iterator[Pa
             raise (OSError(said) if error.errno is None else OSError(error.errno, said)) from error
         if not replaces:
             check_nothing_lost(staging, folder)
-        _move_up(staging, folder)
+        _move_up(staging, folder, replaces)
 
 
-def _move_up(staging: Path, folder: Path) -> None:
+def _move_up(staging: Path, folder: Path, replaces: bool) -> None:
     """Replaces the files of a checkpoint. The index goes first and comes last, so that being killed in between leaves
     a checkpoint that says it is incomplete, never one that mixes old shards and new."""
     new = sorted(names_in(staging), key=lambda name: name == INDEX)
-    old = _outdated(folder, new)
+    old = _outdated(folder, new, replaces)
     if INDEX in (*new, *old):
         (folder / INDEX).unlink(missing_ok=True)
     for name in new:

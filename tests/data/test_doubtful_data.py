@@ -181,5 +181,5 @@ def test_hostile_states(tmp_path, content):
     with pytest.raises(ValueError, match=r"state\.json: expected names of files under '_data_files'"):
         open_rows(tmp_path)
     (tmp_path / "state.json").write_text('{"_data_files": []}')
-    with pytest.raises(ValueError, match=r"its state\.json names no files of data"):
+    with pytest.raises(ValueError, match=r"state\.json: expected names of files under '_data_files', got \[\]"):
         open_rows(tmp_path)

@@ -114,6 +114,15 @@ def test_a_mask_codec_of_the_checkpoint_s_own_is_saved_too(tmp_path):
     assert paligemma.load(tmp_path, device="cpu").loaded_codec is None  # the old file is gone
 
 
+def test_a_mask_codec_put_beside_converted_weights_is_nobody_else_s(gemma, tmp_path):
+    save_pretrained(gemma, tmp_path / "source")
+    (tmp_path / "source" / "preprocessor_config.json").write_text("{}")
+    convert(tmp_path / "source", tmp_path / "new")
+    (tmp_path / "new" / "mask_codec.npz").write_bytes(b"of my own")
+    convert(tmp_path / "source", tmp_path / "new")  # given twice: the same content is no loss
+    assert (tmp_path / "new" / "mask_codec.npz").read_bytes() == b"of my own"
+
+
 def test_a_model_with_added_parameters_is_not_saved(gemma, tmp_path):
     gemma.lora = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"2 unexpected: lora.weight, lora.bias"):
