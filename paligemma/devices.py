@@ -113,7 +113,9 @@ def cpu_name() -> str:
 
 
 def cpu_count() -> int:
-    """Logical cores of this machine."""
+    """Logical cores that this process may use: in a job of a cluster, or under `taskset`, not all of the machine."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 

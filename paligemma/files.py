@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,11 @@ def picture_names() -> set[str]:
     from PIL import Image
 
     return {*Image.registered_extensions(), ".heic", ".heif"} - {".mpg", ".mpeg", ".pdf", ".eps", ".ps"}
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is one that programs leave behind unasked: `.ipynb_checkpoints`, macOS's `._1.jpg`."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -201,21 +208,42 @@ def append_text(path: Path, text: str) -> None:
 
 def _mark(pid: int | str) -> str:
     """What temporary names have in them, so that others see whose they are."""
-    return f"{socket.gethostname()}-{pid}"
+    return f"{hashlib.sha256(this_host().encode()).hexdigest()[:12]}-{pid}"
+
+
+@cache
+def this_host() -> str:
+    """A name for this machine since it was started, and for its process numbers: containers count their own."""
+    words = [socket.gethostname()]
+    with suppress(OSError):
+        words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        words.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(words)
 
 
 _tidied: set[Path] = set()
 
 
+_TEMPORARY = re.compile(r"\..+[.-]([0-9a-f]{12}-)(\d+)([.-].*)?")  # a name with a mark
+_DAY = 86_400  # seconds
+
+
 def _remove_left_behind(folder: Path) -> None:
-    """Removes what killed processes of this machine left in a folder. Once is enough, since it may be a large one."""
+    """Removes what killed processes left in a folder. Once is enough, since it may be a large one.
+
+    Of another machine, and of this one before it was started anew, nobody knows what still runs: such a file is
+    removed a day after it was written to.
+    """
     if folder in _tidied:
         return
     _tidied.add(folder)
-    temporary = re.compile(rf"\..+[.-]{re.escape(_mark(''))}(\d+)([.-].*)?")
     for path in folder.iterdir():
-        if (found := temporary.fullmatch(path.name)) and not _runs(int(found[1])):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if not (found := _TEMPORARY.fullmatch(path.name)):
+            continue
+        with suppress(FileNotFoundError):
+            is_known = found[1] == _mark("") and os.name != "nt"  # on Windows signal 0 is Ctrl-C
+            if not (_runs(int(found[2])) if is_known else time.time() - path.stat().st_mtime < _DAY):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def _runs(pid: int) -> bool:
@@ -248,18 +276,26 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def new_folder_written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `folder` at the end. FileExistsError if that exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """A folder to write to, which becomes `folder` at the end. FileExistsError if that exists and is not empty.
+
+    An empty one stays, and what was written is moved into it: it may be the current folder, or a disk of its own.
+    """
+    existed = folder.is_dir()
+    place = folder if existed else folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(place)
+    if folder.exists() and (not existed or any(not _TEMPORARY.fullmatch(path.name) for path in folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_behind(folder.parent)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{_mark(os.getpid())}-", dir=folder.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-{_mark(os.getpid())}-", dir=place))
     try:
         yield beside
-        beside.chmod(0o755)  # mkdtemp makes it private
-        if folder.exists():
-            folder.rmdir()
-        beside.rename(folder)
+        if existed:
+            for written in sorted(beside.iterdir()):
+                written.rename(folder / written.name)
+            beside.rmdir()
+        else:
+            beside.chmod(0o755)  # mkdtemp makes it private
+            beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -338,8 +374,17 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         if not held.count:
             del _held[place]
             held.released.set()
-            place.unlink(missing_ok=True)  # before it is released: nobody else may hold a file that is removed
-            os.close(held.descriptor)
+            _release(held.descriptor, place)
+
+
+def _release(descriptor: int, place: Path) -> None:
+    if os.name == "nt":  # an open file cannot be removed
+        os.close(descriptor)
+        with suppress(OSError):
+            place.unlink()
+        return
+    place.unlink(missing_ok=True)  # before it is released: nobody else may hold a file that is removed
+    os.close(descriptor)
 
 
 def _take(place: Path, doing: str) -> _Held:
@@ -365,10 +410,11 @@ def _take(place: Path, doing: str) -> _Held:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, json.dumps(about).encode())
         except BaseException:
-            if ours:
-                place.unlink(missing_ok=True)  # a full disk, say, keeps us from writing that it is ours
             with suppress(OSError):
-                os.close(descriptor)
+                if ours:  # a full disk, say, keeps us from writing that it is ours
+                    _release(descriptor, place)
+                else:
+                    os.close(descriptor)
             raise
         held = _Held(descriptor)
         threading.Thread(target=_show_life, args=(held, place), daemon=True).start()

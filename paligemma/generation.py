@@ -130,8 +130,10 @@ class Options:
             raise ValueError(f"temperature is {self.temperature!r}, expected a number above 0{hint}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p!r}, expected a number above 0 and at most 1 (1 keeps every token)")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty is {self.length_penalty!r}, expected a finite number (0 for none)")
+        if not -50 <= self.length_penalty <= 50:  # beyond, no float holds a length to this power
+            raise ValueError(
+                f"length_penalty is {self.length_penalty!r}, expected a number from -50 to 50 (0 for none)"
+            )
         if self.do_sample and self.num_beams > 1:
             raise ValueError(
                 "sampling with beams is not offered: use do_sample=True or num_beams > 1, not both "

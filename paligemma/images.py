@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from paligemma.files import MAX_PIXELS, is_data_url
+from paligemma.files import MAX_PIXELS, is_data_url, picture_names
 
 # One picture in the forms that can be opened again, and what a row may see: one picture, or a tuple of several.
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | bytes
@@ -89,6 +89,8 @@ def _load_file(path: str, max_pixels: int | None) -> Image.Image:
     name = _shortened(path)
     if not path:
         raise FileNotFoundError("the name of a picture is empty, expected that of a file")
+    if path.startswith("~") and not os.path.exists(path):
+        path = os.path.expanduser(path)  # as a shell does
     if not os.path.exists(path):
         scheme = re.match(r"([A-Za-z][\w+.-]+):/", path)  # of two letters or more: C:/ is a disk
         if scheme:
@@ -173,8 +175,10 @@ def _shortened(text: str, most: int = 200) -> str:
 
 
 def looks_swapped(image: object, prompt: str) -> bool:
-    """Whether picture and prompt may have changed places: the one is no file and the other is."""
-    return isinstance(image, str) and not os.path.exists(image) and os.path.isfile(prompt)
+    """Whether picture and prompt may have changed places: the one is no picture, and the other is a file of one."""
+    if not isinstance(image, str) or is_data_url(image) or os.path.exists(image):
+        return False
+    return os.path.splitext(prompt)[1].lower() in picture_names() and os.path.isfile(prompt)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -210,7 +214,8 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int | None, ours: bool = 
     except MemoryError:
         raise
     except Exception as error:  # as above
-        raise OSError(f"{name} is damaged or truncated: {_shortened(str(error))}") from None
+        said = "is damaged or truncated" if ours else "cannot be read (it was closed, or its file is damaged)"
+        raise OSError(f"{name} {said}: {_shortened(str(error))}") from None
     with contextlib.suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
         if ours:
             ImageOps.exif_transpose(image, in_place=True)

@@ -22,6 +22,7 @@ As a script:
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from paligemma.answers.constraints import Constraint
+from paligemma.answers.constraints import Constraint, one_per_row
 from paligemma.answers.drawing import Style, draw
 from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
 from paligemma.answers.mask_codec import MaskCodec
@@ -352,7 +353,7 @@ class PaliGemma:
         prompt: str,
         max_new_tokens: int = ...,
         *,
-        constraint: Constraint | None = ...,
+        constraint: Constraint | Sequence[Constraint | None] | None = ...,
         constrained: bool = ...,
         forbid_repeats: bool = ...,
         batch_size: int = ...,
@@ -366,7 +367,7 @@ class PaliGemma:
         prompt: list[str],
         max_new_tokens: int = ...,
         *,
-        constraint: Constraint | None = ...,
+        constraint: Constraint | Sequence[Constraint | None] | None = ...,
         constrained: bool = ...,
         forbid_repeats: bool = ...,
         batch_size: int = ...,
@@ -380,7 +381,7 @@ class PaliGemma:
         prompt: str | list[str],
         max_new_tokens: int = ...,
         *,
-        constraint: Constraint | None = ...,
+        constraint: Constraint | Sequence[Constraint | None] | None = ...,
         constrained: bool = ...,
         forbid_repeats: bool = ...,
         batch_size: int = ...,
@@ -393,7 +394,7 @@ class PaliGemma:
         prompt: str | list[str],
         max_new_tokens: int = TEXT_BUDGET,
         *,
-        constraint: Constraint | None = None,
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
         constrained: bool = False,
         forbid_repeats: bool = False,
         batch_size: int = 16,
@@ -403,19 +404,21 @@ class PaliGemma:
         """The answer to any prompt: Answer, or a list of them if image or prompt is a list.
 
         image: None for a row without a picture.
-        constraint: what may come next in every row, see `answers/grammar.py`.
+        constraint: what may come next in every row, see `answers/grammar.py`; a list has one (or None) for each row.
         constrained: derive it from the prompt, if that is a `detect` or `segment` one. forbid_repeats: as in `detect`.
         codec: decodes masks; default the checkpoint's own, if it has one.
         sampling: the fields of `Sampling`, as in `paligemma.generate`. A list of seeds has one for each row.
         """
         images, prompts, is_list = _broadcast(image, prompt)
         Options(max_new_tokens, constraint=constraint, **sampling)  # a wrong one is named before a picture is opened
+        if constraint is not None and constrained:
+            raise ValueError("constraint and constrained=True (the grammar of the prompt) exclude each other: give one")
         if not is_whole(batch_size, least=1):
             raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at least 1")
         if forbid_repeats and not constrained:
             raise ValueError("forbid_repeats is a rule of the grammar: it needs constrained=True")
         grammars = {one: self.grammar(one, forbid_repeats) for one in set(prompts)} if constrained else {}
-        constraints = [constraint or grammars.get(one) for one in prompts]
+        constraints = [grammars.get(one) for one in prompts] if constrained else one_per_row(constraint, len(prompts))
         seeds = sampling.pop("seed", None)
         if seeds is not None and not isinstance(seeds, (int, Integral)):
             seeds = [*seeds]  # an array is no Sequence
@@ -656,13 +659,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if looks_swapped(options.image_file_path, options.prompt):
         parser.error(f"--prompt is a file, {options.prompt!r}: it has changed places with --image_file_path")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter still shows the rest
     sampling: Sampling = {}
     if options.do_sample:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
     try:
         pg = load(options.model_path, device="cpu" if options.only_cpu else None)
         pieces = pg.stream(options.image_file_path, options.prompt, options.max_tokens_to_generate, **sampling)
-        plain = printable if sys.stdout.isatty() else str
+        plain = printable if sys.stdout is not None and sys.stdout.isatty() else str  # None: it is closed
         answer = shown(pieces, lambda piece: print(plain(piece), end="", flush=True))
         if not answer.finished:
             note = f"stopped after {options.max_tokens_to_generate} tokens; --max_tokens_to_generate allows more"

@@ -44,6 +44,7 @@ import tokenizers
 import torch
 from PIL import Image
 
+from paligemma.arguments import is_whole
 from paligemma.files import read_json, write_texts, written_whole
 from paligemma.images import ImageInput, ImageT, Picture, load_image, preprocess
 from paligemma.tokenizer import IMAGE, Tokenizer, load_tokenizer
@@ -160,6 +161,8 @@ class PaliGemmaProcessor:
             rows.append(prefix + ([] if suffixes is None else self.tokenizer.encode(suffixes[row] + "<eos>")))
             prefix_lengths.append(len(prefix))
         if max_length is not None:
+            if not is_whole(max_length, least=1):
+                raise ValueError(f"max_length is {max_length!r}, expected a whole number of at least 1, or None")
             rows = _cut(rows, prefix_lengths, max_length)
 
         batch, length = len(rows), max(map(len, rows))

@@ -1,5 +1,7 @@
 """An argument of a wrong type is one error that names the argument and says what was expected."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,8 @@ def told(error: pytest.ExceptionInfo, *words: str) -> None:
         ({"do_sample": True, "top_p": "x"}, ["top_p is 'x'", "a number"]),
         ({"num_beams": 2, "length_penalty": "x"}, ["length_penalty is 'x'", "a number"]),
         ({"num_beams": 2, "length_penalty": None}, ["length_penalty is None", "a number"]),
+        ({"num_beams": 2, "length_penalty": -2000.0}, ["length_penalty is -2000.0", "from -50 to 50"]),
+        ({"num_beams": 2, "length_penalty": math.nan}, ["length_penalty is nan", "from -50 to 50"]),
         ({"constraint": 5}, ["constraint is int", "a function"]),
     ],
 )

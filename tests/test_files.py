@@ -6,11 +6,20 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
 from paligemma import files
-from paligemma.files import locked, read_json, read_json_value, staging_folder, write_json, write_texts
+from paligemma.files import (
+    locked,
+    new_folder_written_whole,
+    read_json,
+    read_json_value,
+    staging_folder,
+    write_json,
+    write_texts,
+)
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="locks files as Linux does")
 
@@ -139,6 +148,55 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
         (staging / "a").write_text("")
         assert len(list((tmp_path / "out").glob(".saving-*"))) == 1
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@linux
+def test_of_killed_processes_nothing_is_left_for_long(tmp_path, monkeypatch):
+    """What another machine writes is left alone: its process numbers mean nothing here."""
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    here, elsewhere = files._mark(int(dead.stdout)), "0123456789ab-1"
+    for name in (
+        f".a.{here}-x.json",
+        f".b.{elsewhere}-x.json",
+        f".c.{elsewhere}-x.json",
+        f".d.{files._mark(1)}-x.json",
+    ):
+        (tmp_path / name).write_text("half")
+    (tmp_path / f".out-{here}-x").mkdir()
+    os.utime(tmp_path / f".c.{elsewhere}-x.json", (0, 0))
+    files.write_text(tmp_path / "new.txt", "whole")
+    assert [path.name[:3] for path in sorted(tmp_path.iterdir())] == [".b.", ".d.", "new"]
+
+
+# ------------------------------------------------------------------------------------------------ new folders
+
+
+def test_an_empty_folder_is_filled_and_stays(tmp_path, monkeypatch):
+    """It may be the current one, a disk of its own, or what a link leads to."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    before = (tmp_path / "real").stat().st_ino
+    (tmp_path / "real" / ".out-0123456789ab-1-x").mkdir()  # left by a killed process of another machine
+    monkeypatch.chdir(tmp_path / "real")
+    for name, written in ((".", "a"), (tmp_path / "link", "b")):
+        with new_folder_written_whole(Path(name)) as beside:
+            (beside / written).mkdir()
+            assert not (tmp_path / "real" / written).exists()
+        (tmp_path / "real" / written).rmdir()
+    assert (tmp_path / "real").stat().st_ino == before and (tmp_path / "link").is_symlink()
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyError), new_folder_written_whole(tmp_path / "a" / "out") as beside:
+        (beside / "half").write_text("")
+        raise KeyError
+    assert list((tmp_path / "a").iterdir()) == []
+    with new_folder_written_whole(tmp_path / "a" / "out") as beside:
+        (beside / "file").write_text("")
+    assert [path.name for path in (tmp_path / "a" / "out").iterdir()] == ["file"]
+    there = pytest.raises(FileExistsError, match="out exists and is not an empty folder")
+    with there, new_folder_written_whole(tmp_path / "a" / "out"):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ locks

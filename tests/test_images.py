@@ -412,6 +412,14 @@ def test_the_callers_picture_is_left_as_it_is():
     assert load_image(plain) is not plain
 
 
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    assert load_image("~/a.png").size == (20, 10)
+    refused("~/b.png", FileNotFoundError, "~/b.png: no such file")
+
+
 def test_a_folder(tmp_path):
     refused(tmp_path, IsADirectoryError, str(tmp_path), "is a folder")
 
@@ -434,7 +442,13 @@ def test_a_truncated_picture(tmp_path, kind):
 
 def test_a_truncated_picture_behind_a_lazy_pil_object():
     data = encoded(random_rgb(64, 64), "JPEG")
-    refused(Image.open(io.BytesIO(data[: len(data) // 2])), OSError, "damaged or truncated")
+    refused(Image.open(io.BytesIO(data[: len(data) // 2])), OSError, "its file is damaged): image file is truncated")
+
+
+def test_a_pil_object_that_was_closed():
+    picture = Image.new("RGB", (8, 8))
+    picture.close()
+    refused(picture, OSError, "cannot be read (it was closed")
 
 
 def test_thirty_thousand_by_thirty_thousand(tmp_path):

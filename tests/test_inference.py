@@ -1,5 +1,6 @@
 """The face of the project: what goes in, what comes out, how lists pair up."""
 
+import base64
 import math
 import os
 import re
@@ -73,6 +74,19 @@ def test_an_empty_answer_has_the_probability_of_saying_nothing(pg):
     assert 0 < answer.score < 1
 
 
+def test_each_row_may_have_a_constraint_of_its_own(pg):
+    def only(token):
+        return lambda generated, remaining: torch.tensor([token if remaining > 1 else pg.model.config.eos_token_id])
+
+    free = pg.generate(picture(0), "ocr", 3)
+    answers = pg.generate(picture(0), ["ocr", "ocr", "ocr"], 3, constraint=[only(300), None, only(301)])
+    assert [answer.token_ids for answer in answers] == [[300, 300], free.token_ids, [301, 301]]
+    with pytest.raises(ValueError, match="2 constraints for 1 rows"):
+        pg.generate(picture(0), "ocr", constraint=[None, None])
+    with pytest.raises(ValueError, match=r"constraint and constrained=True .* exclude each other"):
+        pg.generate(picture(0), "detect dog", constraint=only(300), constrained=True)
+
+
 @pytest.mark.parametrize("budget", [8])
 def test_lists_pair_up(pg, budget):
     a, b = picture(0), picture(1, 30, 50)
@@ -132,6 +146,16 @@ def test_a_swapped_prompt_and_picture_are_told(pg, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
         pg.generate("nowhere.png", "caption en")
     assert pg.generate(path, path, 4).token_ids  # an odd prompt, and not swapped
+
+
+def test_a_file_that_is_called_like_the_prompt_is_no_picture(pg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ocr").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"photo\.png: no such file"):
+        pg.generate("photo.png", "ocr")
+    Image.fromarray(picture(0)).save(tmp_path / "ocr.png")
+    url = f"data:image/png;base64,{base64.b64encode((tmp_path / 'ocr.png').read_bytes()).decode()}"
+    assert pg.generate(url, "ocr.png", 4).token_ids == pg.generate(picture(0), "ocr.png", 4).token_ids
 
 
 def test_streamed_pieces_join_to_the_whole_answer(pg):

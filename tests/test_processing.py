@@ -701,6 +701,8 @@ def test_max_length_leaves_short_rows_alone_and_never_cuts_a_prompt(processor, r
     assert not recwarn
     with pytest.raises(ValueError, match="row 0 has 7 tokens of images and prompt, which are never cut"):
         processor("ocr", PICTURE, suffix="a cat", max_length=7)
+    with pytest.raises(ValueError, match=r"max_length is 99.5, expected a whole number of at least 1"):
+        processor("ocr", PICTURE, suffix="a cat", max_length=99.5)
     with pytest.raises(ValueError, match="max_length is 5"):
         processor("ocr", PICTURE, max_length=5)
 

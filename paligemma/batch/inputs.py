@@ -19,11 +19,11 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from paligemma.batch.rows import InputRow, Where, plain
-from paligemma.files import picture_names
+from paligemma.files import is_junk, picture_names
 
 TARS = (".tar",)
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -109,6 +109,9 @@ def _of_folder(folder: str, every: float | None, note: Callable[[str], object]) 
     wanted, others, found = picture_names(), 0, 0
     for path in files_below(folder):
         small = path.lower()
+        if any(map(is_junk, Path(path).relative_to(folder).parts)):
+            others += 1
+            continue
         if small.endswith(VIDEOS) and every is not None:
             places = _of_file(path, every, note)
         elif os.path.splitext(small)[1] in wanted:
@@ -156,7 +159,8 @@ def pictures_of_tar(name: str, note: Callable[[str], object] = lambda text: None
             assert archive.fileobj is not None
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps what it knows of every member
-                if member.isfile() and os.path.splitext(member.name.lower())[1] in wanted:
+                junk = any(is_junk(part) for part in PurePosixPath(member.name).parts if part != "..")
+                if member.isfile() and not junk and os.path.splitext(member.name.lower())[1] in wanted:
                     inside = plain(member.name).removeprefix("./")
                     header = header_digest(archive.fileobj, member.offset_data)
                     place = {"file": path, "start": member.offset_data, "size": member.size, "header": header}

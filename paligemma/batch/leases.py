@@ -30,11 +30,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import count
 from pathlib import Path
 
-from paligemma.files import parse_json
+from paligemma.files import parse_json, this_host
 
 HEARTBEAT = 10.0  # seconds between two touches of a lease
 EXPIRY = 120.0  # seconds without a touch after which a lease of another machine is abandoned
@@ -61,16 +60,6 @@ def me() -> Holder:
     return Holder(this_host(), pid, start_of(pid) or "")
 
 
-@cache
-def this_host() -> str:
-    """A name for this machine since it was started, and for its process numbers: containers count their own."""
-    words = [socket.gethostname()]
-    with suppress(OSError):
-        words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        words.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(words)
-
-
 def start_of(pid: int) -> str | None:
     """When a process of this machine was started; "" if there is none, or it has ended and nobody has taken note of it
     yet. None where the system does not say."""
@@ -81,7 +70,9 @@ def start_of(pid: int) -> str | None:
             return ""
         return "" if fields[0] in "ZX" else fields[19]
     try:
-        done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+        words = ["ps", "-o", "lstart=", "-p", str(pid)]
+        one = {**os.environ, "LC_ALL": "C", "TZ": "UTC"}  # every process must read the same words
+        done = subprocess.run(words, capture_output=True, text=True, env=one)
     except OSError:
         return None
     return done.stdout.strip()

@@ -25,6 +25,7 @@ from paligemma.batch.run import Ended, Progress, opened_tally, stop_signals
 from paligemma.batch.shards import Answer
 from paligemma.batch.status import write_summary
 from paligemma.batch.worker import How, finish_shards
+from paligemma.devices import cpu_count
 
 LOCAL = "local"  # the address of a cluster of this machine alone, begun and ended with the run
 
@@ -129,7 +130,7 @@ def start(ray: Any, address: str, workers: int, threads: int) -> None:
         return
     ray.init(
         address=LOCAL,
-        num_cpus=max(os.cpu_count() or 1, workers * threads),
+        num_cpus=max(cpu_count(), workers * threads),
         include_dashboard=False,
         log_to_driver=False,
     )

@@ -6,6 +6,7 @@ and a prompt use every weight some hundred times, so the rate of multiplication 
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paligemma.devices import cpu_count, cpu_name, has_dot_products
+from paligemma.devices import cpu_name, has_dot_products
 
 
 def describe_machine(threads: int | None = None) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def describe_machine(threads: int | None = None) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "device": f"{cpu_name()}, {cpu_count()} logical cores",
+        "device": f"{cpu_name()}, {os.cpu_count()} logical cores",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": threads or torch.get_num_threads(),

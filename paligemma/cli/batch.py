@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -303,7 +302,9 @@ def worked(
 
 def threads_of_each(workers: int, threads: int | None) -> int:
     """--threads; by default the cores, shared among the workers."""
-    return threads or max(1, (os.cpu_count() or 1) // workers)
+    from paligemma.devices import cpu_count
+
+    return threads or max(1, cpu_count() // workers)
 
 
 def finish(folder: RunFolder, ended: Ended, allowed: tuple[float, bool], coco: Path | None) -> None:

@@ -22,12 +22,13 @@ from paligemma.cli.options import (
     Threads,
     check_order,
     one_of,
+    picture_named,
     pixels,
 )
 from paligemma.cli.output import echo_json, note, notes, say
 
 if TYPE_CHECKING:
-    from paligemma.explore import KnockOut, Look, Stage
+    from paligemma.explore import Attention, KnockOut, Look, Stage
 
 
 COARSE = 4  # blocks in a row of the picture with --coarse
@@ -125,13 +126,12 @@ def explore(
 
     from paligemma.explore import flow, look, page
     from paligemma.explore.stages import duration, many_passes_are_quick
-    from paligemma.images import load_image
     from paligemma.inference import load
 
     if threads is not None:
         torch.set_num_threads(threads)
-    picture = load_image(image, pixels(max_pixels))
-    other_picture = load_image(compare, pixels(max_pixels)) if compare is not None else None
+    picture = picture_named(image, pixels(max_pixels))
+    other_picture = picture_named(compare, pixels(max_pixels)) if compare is not None else None
     with notes.status(Text(f"loading {model}")):
         # The embedded model is small enough for float32, in which two runs give the same numbers.
         wanted = "float32" if dtype is None and quantize is None and model == "tiny" else dtype
@@ -159,12 +159,13 @@ def explore(
             bar.update(task, completed=done, total=total)
 
         if out is None:
+            from paligemma.explore import attention
             from paligemma.explore import knock_out as knock_out_patches
 
-            drops = None
+            drops, attended = None, attention(found, "answer")  # this one first, since it may be refused
             if wants_knock_out:
                 drops = knock_out_patches(found, window, progress=progress, grid=grid)
-            numbers = as_numbers(found, stages, drops, window, with_routes)
+            numbers = as_numbers(found, stages, attended, drops, window, with_routes)
         else:
             other = look(pg, other_picture, prompt) if other_picture is not None else None
             most = int(max_mb * 1e6)
@@ -213,12 +214,17 @@ def check_exercise(
 
 
 def as_numbers(
-    found: Look, stages: list[Stage], drops: KnockOut | None, window: int, with_routes: bool = True
+    found: Look,
+    stages: list[Stage],
+    attended: Attention,
+    drops: KnockOut | None,
+    window: int,
+    with_routes: bool = True,
 ) -> dict[str, Any]:
     """What `--json` prints: the results of the functions of `paligemma.explore`, under their names."""
-    from paligemma.explore import attention, lens, locations, routes
+    from paligemma.explore import lens, locations, routes
 
-    attended, read = attention(found, "answer"), lens(found)
+    read = lens(found)
     traced = [routes(found, token, window) for token in range(min(1, len(found.answer_ids))) if with_routes]
     return {
         "look": {

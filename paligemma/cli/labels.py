@@ -12,14 +12,15 @@ replaced.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from paligemma.cli.output import name_of, short_name, stem_of
-from paligemma.files import read_json, write_json, write_text
+from paligemma.files import locked, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from paligemma.answers.results import Detection, Segment
@@ -30,6 +31,25 @@ CLASSES, DATA, COCO = "classes.txt", "data.yaml", "annotations.json"
 
 # YOLO finds the labels of images/7.jpg in labels/7.txt, so a data set needs a folder of each.
 YOLO_HEAD = "# Put this file above a folder `images` with the pictures and a folder `labels` with the text files.\n"
+
+
+@contextmanager
+def labels_into(folder: Path, format: str, images: Sequence[str], classes: Sequence[str]) -> Iterator[LabelFiles]:
+    """The label files of one run, in a folder that no other run writes to meanwhile. What was answered is written, even
+    if the run is ended before its last picture. BlockingIOError where another run writes."""
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder, "paligemma run --save-labels"):
+            labels = LabelFiles(folder, format, images, classes)
+            try:
+                yield labels
+            finally:
+                labels.finish()
+    finally:
+        if not existed:
+            with suppress(OSError):  # there are labels in it
+                folder.rmdir()
 
 
 class LabelFiles:
@@ -59,6 +79,7 @@ class LabelFiles:
         self.document: dict[str, Any] = {"images": [], "annotations": [], "categories": []}  # what COCO's file says
         self.images: list[dict[str, Any]] = []  # of this run, for COCO
         self.annotations: list[dict[str, Any]] = []
+        self.unwritten = False  # whether `finish` has something to write
         if format == "yolo":
             self._read_yolo()
         elif format == "coco":
@@ -70,6 +91,7 @@ class LabelFiles:
         from paligemma.answers.formats import to_coco_results, to_voc, to_yolo
 
         name, stem = name_of(image), stem_of(image)
+        self.unwritten = True
         new = self._number(item.label for item in items)
         if self.format == "yolo":
             if new or not (self.folder / CLASSES).exists():
@@ -90,6 +112,9 @@ class LabelFiles:
 
     def finish(self) -> None:
         """Writes what belongs to all pictures together."""
+        if not self.unwritten:
+            return
+        self.unwritten = False
         if self.format == "yolo":
             self._write_names()
         elif self.format == "coco":
@@ -108,8 +133,11 @@ class LabelFiles:
         path = self.folder / DATA
         if path.exists() and not path.read_text("utf-8", "replace").startswith(YOLO_HEAD):
             raise typer.BadParameter(f"--save-labels: {path} is not from this command; choose another folder")
-        if (self.folder / CLASSES).exists():
-            self.classes = (self.folder / CLASSES).read_text("utf-8").splitlines()
+        if (names := self.folder / CLASSES).exists():
+            try:
+                self.classes = names.read_text("utf-8-sig").splitlines()
+            except UnicodeDecodeError:
+                raise typer.BadParameter(f"--save-labels: {names} is no text in UTF-8; save it as UTF-8") from None
 
     def _read_coco(self) -> None:
         path = self.folder / COCO

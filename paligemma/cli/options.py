@@ -5,14 +5,18 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paligemma.cli.output import note
 from paligemma.files import MAX_PIXELS, is_data_url
 from paligemma.tasks import asks_for_items, split_labels, task_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def world_of(world: int | None) -> int:
@@ -80,16 +84,29 @@ def checked_max_pixels(value: float) -> float:
 
 def within_cores(threads: int | None) -> int | None:
     """--threads, at most one for each core. More of them wait for each other: a thousand took a minute on two cores."""
-    cores = os.cpu_count() or 1
-    if threads is None or threads <= cores:
+    if threads is None:
+        return None
+    from paligemma.devices import cpu_count
+
+    cores = cpu_count()
+    if threads <= cores:
         return threads
-    note(f"note: --threads is {threads}, this machine has {cores} cores, so {cores} are used")
+    note(f"note: --threads is {threads}, this process may use {cores} cores, so {cores} are used")
     return cores
 
 
 def pixels(millions: float) -> int:
     """--max-pixels as the functions take it."""
     return round(millions * 1e6)
+
+
+def picture_named(name: str, max_pixels: int) -> Image.Image:
+    """The picture that a command names; '-' is the one on stdin."""
+    from paligemma.images import load_image
+
+    if name == "-" and sys.stdin is None:
+        raise ValueError("'-' stands for a picture on stdin, and stdin is closed")
+    return load_image(sys.stdin.buffer if name == "-" else name, max_pixels)
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny', a hub id, a folder, or a big_vision .npz.")]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from paligemma.cli.labels import FORMATS, LabelFiles
+from paligemma.cli.labels import FORMATS, LabelFiles, labels_into
 from paligemma.cli.options import (
     DEFAULT_MAX_PIXELS,
     Beams,
@@ -35,10 +35,21 @@ from paligemma.cli.options import (
     check_labels,
     check_order,
     one_of,
+    picture_named,
     pixels,
 )
-from paligemma.cli.output import drawing_paths, echo_json, note, notes, print_error, save_picture, say, short_name
-from paligemma.files import picture_names
+from paligemma.cli.output import (
+    drawing_paths,
+    echo_json,
+    is_drawing,
+    note,
+    notes,
+    print_error,
+    save_picture,
+    say,
+    short_name,
+)
+from paligemma.files import is_junk, picture_names
 from paligemma.tasks import asks_for_items, budget_of, split_labels, task_of
 
 if TYPE_CHECKING:
@@ -54,6 +65,7 @@ TINY_PROMPTS = ("caption en", "answer en QUESTION", "ocr", "detect THIS ; THAT",
 
 
 def run(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="'caption en', 'answer en what is this ?', 'detect dog ; cat', ...")],
     images: Annotated[
         list[str],
@@ -108,10 +120,10 @@ def run(
     task, boxes = task_of(prompt), asks_for_items(prompt)
     check_usage(prompt, images, boxes, free, forbid_repeats)
     several = len(images) > 1 or os.path.isdir(images[0])
-    images = expanded(images)
+    images = expanded(images, drawn=save)
     several |= len(images) > 1
     drawings = drawing_paths(save, images) if save is not None else []
-    labels = label_files(save_labels, label_format, images, prompt, boxes)
+    labels = label_files(context, save_labels, label_format, images, prompt, boxes)
     note_unusual_prompt(prompt, model)
 
     from paligemma.inference import load, shown
@@ -130,7 +142,7 @@ def run(
         terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it is closed
         if terminal and not as_json and save is None and not boxes and not several and beams == 1 and not compile:
             pieces = pg.stream(pictures[0], prompt, max_new_tokens=budget, **sampling)
-            note_spent_budget(images[0], shown(pieces, lambda piece: say(piece, newline=False)), budget)
+            note_spent_budget(short_name(images[0]), shown(pieces, lambda piece: say(piece, newline=False)), budget)
             return
         codec = pg.codec if task == "segment" else None
         answers = pg.generate(
@@ -170,9 +182,10 @@ def check_usage(prompt: str, images: list[str], boxes: bool, free: bool, forbid_
 
 
 def label_files(
-    folder: Path | None, format: str | None, images: list[str], prompt: str, boxes: bool
+    context: typer.Context, folder: Path | None, format: str | None, images: list[str], prompt: str, boxes: bool
 ) -> LabelFiles | None:
-    """Where the labels go; None without --save-labels. An error of usage where the answer has none."""
+    """Where the labels go, until the command ends; None without --save-labels. An error of usage where the answer has
+    none."""
     if folder is None:
         if format is not None:
             raise typer.BadParameter("--label-format is for --save-labels FOLDER: add that, or leave it out")
@@ -183,7 +196,8 @@ def label_files(
         raise typer.BadParameter(f"--save-labels {folder} is a file, expected a folder")
     from paligemma.data.prompts import labels_of
 
-    return LabelFiles(folder, format or FORMATS[0], images, labels_of(prompt))
+    labels = labels_into(folder, format or FORMATS[0], images, labels_of(prompt))
+    return context.with_resource(labels)
 
 
 def sampling_options(
@@ -245,13 +259,20 @@ def note_embedded_model(model: str) -> None:
         )
 
 
-def expanded(images: list[str]) -> list[str]:
-    """Every picture that is named: a folder stands for the pictures in it, a pattern for the files that match."""
+def expanded(images: list[str], drawn: Path | None = None) -> list[str]:
+    """Every picture that is named: a folder stands for the pictures in it, a pattern for the files that match. drawn: a
+    folder for drawings; earlier ones in it are no pictures of a folder."""
     paths: list[str] = []
     for name in images:
         if os.path.isdir(name):
             known = picture_names()
-            found = [os.path.join(name, file) for file in os.listdir(name) if Path(file).suffix.lower() in known]
+            found = [
+                os.path.join(name, file)
+                for file in os.listdir(name)
+                if Path(file).suffix.lower() in known and not is_junk(file)
+            ]
+            if drawn is not None and drawn.is_dir() and os.path.samefile(name, drawn):
+                found = [file for file in found if not is_drawing(Path(file))]
             if not found:
                 raise ValueError(f"{name}: there is no picture in this folder")
         elif glob.has_magic(name) and not os.path.exists(name):
@@ -269,15 +290,11 @@ def opened(images: list[str], max_pixels: int) -> Iterator[tuple[list[int], list
 
     One that cannot be read is named on stderr and left out; if it is the only one, its error is raised.
     """
-    from paligemma.images import load_image
-
     for start in range(0, len(images), BATCH):
         numbers, pictures = [], []
         for number, name in enumerate(images[start : start + BATCH], start):
             try:
-                if name == "-" and sys.stdin is None:
-                    raise ValueError("'-' stands for a picture on stdin, and stdin is closed")
-                pictures.append(load_image(sys.stdin.buffer if name == "-" else name, max_pixels))
+                pictures.append(picture_named(name, max_pixels))
                 numbers.append(number)
             except (ValueError, OSError) as error:
                 if len(images) == 1:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paligemma.data.folders import is_junk
 from paligemma.data.records import LABEL_PROMPT
 from paligemma.data.rows import Row, Rows
+from paligemma.files import is_junk
 
 
 def pictures(files: Sequence[Path], language: str, whole_folder: bool) -> Rows:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from paligemma.data.rows import short
-from paligemma.files import picture_names, read_json
+from paligemma.files import is_junk, picture_names, read_json
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 TABLES = (("csv", (".csv", ".tsv")), ("jsonl", (".jsonl", ".ndjson")), (None, (".json",)))
@@ -136,11 +136,6 @@ def _pictures_of_classes(folder: Path) -> list[Path]:
         for file in folder.glob("*/*")
         if file.suffix.lower() in wanted and not (is_junk(file.parent.name) or is_junk(file.name)) and file.is_file()
     )
-
-
-def is_junk(name: str) -> bool:
-    """Whether a file or folder is one that programs leave behind unasked: `.ipynb_checkpoints`, macOS's `._1.jpg`."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 # What numbers the files that belong together: all of the name, all that Spark writes, or the end of it.

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from paligemma.data.folders import is_junk, of_one_split
+from paligemma.data.folders import of_one_split
 from paligemma.data.masks import around_polygons, fill
 from paligemma.data.objects import Object, ObjectRows
 from paligemma.data.rows import Row, RowError, Rows, short
-from paligemma.files import picture_names
+from paligemma.files import is_junk, picture_names
 
 if TYPE_CHECKING:
     from paligemma.answers.mask_codec import Box

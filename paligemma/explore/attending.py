@@ -94,9 +94,8 @@ def attention(look: Look, queries: str | Sequence[int] = "answer") -> Attention:
     text = model.config.text_config
     layers: Any = model.language_model.model.layers
     S = len(look.input_ids)
-    _check_size(
-        (text.num_hidden_layers, text.num_attention_heads, len(columns), S), "'text', 'answer' or a few columns"
-    )
+    instead = "a few columns, or give a shorter answer" if queries == "answer" else "'text', 'answer' or a few columns"
+    _check_size((text.num_hidden_layers, text.num_attention_heads, len(columns), S), instead)
     types = look.token_type_ids[None].to(model.device)
     valid = torch.ones_like(types, dtype=torch.bool)
     places = torch.arange(S, device=model.device)[None] + text.position_offset

@@ -74,12 +74,13 @@ def page(
     Raises ValueError where even the coarsest page is larger than max_bytes.
     """
     left_out: dict[str, str] = {}
+    weights = attention(look, "answer").weights  # [L, H, A, S]; first, since it may be refused
     if stages is None:
         stages = flow(look.pg, look.picture, look.prompt)
     meta, arrays = _what_never_changes(look, window, stages)
     meta["knock_out_grid"] = look.grid if grid is None else grid
     if compare is not None:
-        _add_comparison(look, compare, meta, arrays)  # first, since it may be refused
+        _add_comparison(look, compare, meta, arrays)  # before the knock-outs, since it may be refused
     if knock_out:
         arrays["drop"] = knock_out_patches(look, window, progress=progress, grid=grid).drop.numpy()
         if grid is not None:
@@ -90,7 +91,6 @@ def page(
     if not routes:
         left_out["routes"] = "not computed: each takes a pass of the model for every layer"
     _add_routes(look, meta, arrays, window, MOST_ROUTES if routes else 0)
-    weights = attention(look, "answer").weights  # [L, H, A, S]
     every, best = list(range(weights.shape[1])), _best_heads(weights, look)
     pools = [pool for pool in (1, 2, 4) if look.grid % pool == 0]
     tries = [(pool, every) for pool in pools]
@@ -109,7 +109,10 @@ def page(
         if len(text.encode()) <= max_bytes:
             write_text(Path(path), text)
             return found
-    raise ValueError(f"the page would have {len(text.encode()):,} bytes, at most {max_bytes:,} were asked for")
+    raise ValueError(
+        f"the page would have {len(text.encode()):,} bytes, at most {max_bytes:,} were asked for: raise max_bytes "
+        "(--max-mb, in millions)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what is shown
@@ -146,7 +149,7 @@ def _what_never_changes(look: Look, window: int, stages: list[Stage]) -> tuple[d
     mass = torch.stack([edge.mass for edge in edges]) if edges else torch.empty(0, 1024)
     arrays = {
         "logprobs": look.logprobs.numpy(),
-        "words": torch.searchsorted(used, ids).numpy().astype(np.uint16),
+        "words": torch.searchsorted(used, ids).numpy().astype(np.uint16 if len(used) <= 2**16 else np.uint32),
         "word_probability": _as_bytes(on_patches.logprobs[..., 0].exp()),
         "mass": _as_bytes(mass),
     }

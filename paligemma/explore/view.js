@@ -12,7 +12,7 @@ async function decode() {
   const packed = Uint8Array.from(atob($("arrays").textContent.trim()), (c) => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const bytes = await new Response(stream).arrayBuffer();
-  const kinds = { uint8: Uint8Array, uint16: Uint16Array, float32: Float32Array };
+  const kinds = { uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array };
   for (const [name, a] of Object.entries(meta.arrays)) {
     arrays[name] = new kinds[a.dtype](bytes.slice(a.offset, a.offset + a.bytes));
   }

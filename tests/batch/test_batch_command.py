@@ -133,7 +133,7 @@ def test_threads_of_workers_on_ray(tmp_path, monkeypatch, address, given, thread
     """The cores of this machine do not count on a cluster: its nodes may have fewer."""
     hows = []
     monkeypatch.setattr(on_ray, "run_on_ray", lambda folder, address, workers, how, *_: hows.append(how))
-    monkeypatch.setattr("os.cpu_count", lambda: 24)
+    monkeypatch.setattr("paligemma.devices.cpu_count", lambda: 24)
     worked(standins.run_of(tmp_path / "run", 3), 2, given, (1, 1), None, address, None, False)
     assert hows[0].threads == threads
 
@@ -249,7 +249,7 @@ def threads_set(monkeypatch):
     answer = standins.opening(standins.Settings())
     monkeypatch.setattr("paligemma.batch.answering.load_answer", lambda settings, device, draw: answer)
     monkeypatch.setattr("torch.set_num_threads", numbers.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("paligemma.devices.cpu_count", lambda: 8)
     return numbers
 
 

@@ -60,6 +60,18 @@ def test_a_folder_stands_for_the_pictures_below_it(photos):
     assert notes == ["note: photos: 1 files are no pictures by their names and are left out"]
 
 
+def test_what_programs_leave_behind_is_no_picture(photos):
+    """macOS writes ._a.jpg beside a.jpg, on USB disks and into archives."""
+    (photos / ".thumbnails").mkdir()
+    for name in (".thumbnails/a.jpg", "x/._a.jpg"):
+        (photos / name).write_bytes((photos / "a.jpg").read_bytes())
+    assert ids("photos") == ["a.jpg", "x/a.jpg", "x/b.png"]
+    with tarfile.open("set.tar", "w") as archive:
+        archive.add("photos", "./photos")
+        archive.add("photos/a.jpg", "__MACOSX/a.jpg")
+    assert sorted(ids("set.tar")) == [f"set.tar/photos/{name}" for name in ("a.jpg", "x/a.jpg", "x/b.png")]
+
+
 def test_pictures_and_patterns_have_the_path_as_their_id(photos):
     assert ids("photos/a.jpg", "photos/x/a.jpg") == ["photos/a.jpg", "photos/x/a.jpg"]
     assert ids("photos/**/*.jpg") == ["photos/a.jpg", "photos/x/a.jpg"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from paligemma.answers.results import Detection, Segment
 from paligemma.cli import main as cli
-from paligemma.cli.labels import FORMATS, LabelFiles
+from paligemma.cli.labels import FORMATS, LabelFiles, labels_into
 from paligemma.cli.output import stem_of
 from paligemma.data.options import open_rows
 
@@ -91,6 +92,44 @@ def test_numbers_of_an_interrupted_run_keep_their_meaning(folder):
     LabelFiles(folder / "out", "yolo", ["a.png"], ["cat", "dog"]).add("a.png", (100, 50), [DOG])
     answered(folder / "out", "yolo", "b.png", [DOG], ["dog"])
     assert (folder / "out/classes.txt").read_text() == "cat\ndog\n"
+
+
+@pytest.mark.parametrize(("format", "file"), [("yolo", "a.txt"), ("coco", "annotations.json"), ("voc", "a.xml")])
+def test_an_interrupted_run_keeps_the_labels_of_what_it_answered(folder, format, file):
+    out = folder / "out"
+    with pytest.raises(KeyboardInterrupt), labels_into(out, format, ["a.png", "b.png"], ["cat", "dog"]) as labels:
+        labels.add("a.png", (100, 50), [DOG])
+        raise KeyboardInterrupt
+    answered(folder / "whole", format, "a.png", [DOG], ["cat", "dog"])
+    assert (out / file).read_text() == (folder / "whole" / file).read_text()
+
+
+def test_two_runs_into_one_folder(folder):
+    """Each would give the number 0 to its own class."""
+    with labels_into(folder / "out", "yolo", ["a.png"], ["cat"]) as labels:
+        labels.add("a.png", (100, 50), [CAT])
+        code = """if 1:
+            from pathlib import Path
+            from paligemma.cli.labels import labels_into
+            with labels_into(Path("out"), "yolo", ["b.png"], ["dog"]):
+                pass
+        """
+        second = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert "is being written by another process (paligemma run --save-labels" in second.stderr
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["a.txt", "classes.txt", "data.yaml"]
+    with pytest.raises(KeyError), labels_into(folder / "new", "yolo", ["a.png"], ["cat"]):
+        raise KeyError  # before anything was answered
+    assert not (folder / "new").exists()
+
+
+def test_the_names_of_the_classes_in_other_encodings(folder):
+    (folder / "out").mkdir()
+    (folder / "out/classes.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")
+    answered(folder / "out", "yolo", "a.png", [CAT], ["cat"])
+    assert (folder / "out/classes.txt").read_bytes() == b"cat\ndog\n"
+    (folder / "out/classes.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(typer.BadParameter, match=r"classes.txt is no text in UTF-8"):
+        LabelFiles(folder / "out", "yolo", ["a.png"], ["cat"])
 
 
 def test_a_later_run_adds_to_the_data_set_of_coco(folder):

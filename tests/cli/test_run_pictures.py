@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from paligemma.cli import main as cli
+from paligemma.cli.output import save_picture
 from paligemma.cli.run import expanded
 from paligemma.inference import Answer, PaliGemma
 
@@ -57,6 +58,19 @@ def test_documents_and_videos_of_a_folder_are_no_pictures(folder):
     with pytest.raises(ValueError, match="empty: there is no picture in this folder"):
         expanded(["empty"])
     assert expanded(["album/*.pdf"]) == ["album/notes.pdf"]  # who names one is told why it cannot be read
+
+
+def test_what_programs_leave_in_a_folder_is_no_picture(folder):
+    (folder / "album" / "._a.JPG").write_bytes(b"as macOS writes it on a USB disk")
+    assert expanded(["album"]) == ["album/a.JPG", "album/b.png"]
+
+
+def test_a_folder_may_get_drawings_of_its_own_pictures(folder):
+    """A second run does not answer the drawings of the first."""
+    save_picture(Image.new("RGB", (8, 8)), folder / "album" / "a.png")
+    assert expanded(["album"], drawn=folder / "album") == ["album/a.JPG", "album/b.png"]
+    assert expanded(["album/a.png"], drawn=folder / "album") == ["album/a.png"]  # who names one means it
+    assert expanded(["album"], drawn=folder / "empty") == ["album/a.JPG", "album/a.png", "album/b.png"]
 
 
 def test_every_line_of_a_folder_names_its_picture(run, folder):

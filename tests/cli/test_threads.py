@@ -9,16 +9,24 @@ import torch
 from paligemma.cli import batch
 from paligemma.cli import main as cli
 from paligemma.cli.options import within_cores
+from paligemma.devices import cpu_count
 
 
 def test_more_threads_than_cores_are_as_many_as_cores(capsys):
-    cores = os.cpu_count()
+    cores = cpu_count()
     assert within_cores(cores + 1000) == cores
-    expected = f"note: --threads is {cores + 1000}, this machine has {cores} cores, so {cores} are used"
+    expected = f"note: --threads is {cores + 1000}, this process may use {cores} cores, so {cores} are used"
     assert capsys.readouterr().err.strip() == expected
 
     assert [within_cores(threads) for threads in (None, 1, cores)] == [None, 1, cores]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system gives a process all cores")
+def test_a_job_may_have_fewer_cores_than_its_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5, 9})
+    assert cpu_count() == within_cores(1000) == 3
+    assert batch.threads_of_each(1, None) == 3
 
 
 @pytest.mark.parametrize("line", ["explore ocr scene.png --json", "batch ocr scene.png --dry-run"])
@@ -32,7 +40,7 @@ def test_pytorch_gets_no_more_threads_than_cores(line, monkeypatch, capsys):
         cli.main()
 
     assert not stop.value.code
-    assert set(given) == {os.cpu_count()}
+    assert set(given) == {cpu_count()}
     assert "note: --threads is 1023" in capsys.readouterr().err
 
 
@@ -64,4 +72,4 @@ def test_a_cluster_may_have_more_cores_than_this_machine(monkeypatch):
         with pytest.raises(SystemExit):
             cli.main()
 
-    assert given == [os.cpu_count(), 1023]
+    assert given == [cpu_count(), 1023]

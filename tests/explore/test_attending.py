@@ -77,6 +77,8 @@ def test_more_than_half_a_gigabyte_is_refused_with_the_figure(look, monkeypatch)
     monkeypatch.setattr("paligemma.explore.attending.MOST_BYTES", 1000)
     with pytest.raises(ValueError, match=r"queries would take 0\.0 GB.* ask for 'text', 'answer' or a few columns"):
         explore.attention(look, "all")
+    with pytest.raises(ValueError, match="ask for a few columns, or give a shorter answer"):
+        explore.page(look, "unwritten.html", knock_out=True, progress=lambda *_: pytest.fail("knock-outs before it"))
     monkeypatch.setattr("paligemma.explore.attending.MOST_BYTES", 100)
     with pytest.raises(ValueError, match=r"the weights of 4 queries would take 0\.0 GB.* ask for fewer patches"):
         explore.vision_attention(look, range(4))

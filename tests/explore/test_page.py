@@ -133,7 +133,9 @@ def test_too_large_a_page_is_made_coarser_and_says_so(look, tmp_path):
     stored = weights_of(arrays["attention"])[:, 1:]
     assert_close(stored[..., : meta["attention_patches"]].sum(-1), weights, atol=0.03, rtol=0)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"the page would have .* bytes, at most 1,000 were asked for"):
+    with pytest.raises(
+        ValueError, match=r"the page would have .* bytes, at most 1,000 were asked for: raise max_bytes"
+    ):
         explore.page(look, path, max_bytes=1000, knock_out=False)
     assert path.read_bytes() == before  # an old page is as it was
 
