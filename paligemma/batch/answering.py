@@ -131,7 +131,8 @@ class AnswerRows:
         for one, line in self.answered(new(), stop):
             yield one, line
             if one.digest is not None:
-                self.remembered[one.digest] = line
+                if line["error"] is None:  # another time it may go well
+                    self.remembered[one.digest] = line
                 yield from ((other, self.copied(line, other.row)) for other in copies.pop(one.digest))
             while ready:
                 yield ready.popleft()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import uuid
 from array import array
@@ -70,10 +71,10 @@ class RunFolder:
         return self.part(shard).exists()
 
     def done(self) -> set[int]:
-        """The shards that are finished, by one look at the folder."""
-        suffix = f".{self.settings.format}"
-        names = (entry.name for entry in os.scandir(self.path / "parts") if not entry.name.startswith("."))
-        return {int(name.removesuffix(suffix)) for name in names if name.endswith(suffix)}
+        """The shards that are finished, by one look at the folder. Other files in it are not of the run."""
+        part = re.compile(rf"(\d{{5,}})\.{self.settings.format}")
+        found = (part.fullmatch(entry.name) for entry in os.scandir(self.path / "parts"))
+        return {int(name[1]) for name in found if name}
 
     def lines(self, shard: int) -> Iterator[Line]:
         """The lines of a finished shard."""

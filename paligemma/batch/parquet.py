@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,5 +80,13 @@ def _flat(line: Line) -> Line:
 def _whole(line: Line) -> Line:
     for item in line["segments"] or []:
         item["mask"] = None if item["mask"] is None else json.loads(item["mask"])
-    image = line["image"]
-    return {**line, "image": json.loads(image) if image is not None and image.startswith('["') else image}
+    return {**line, "image": _image_of(line["image"])}
+
+
+def _image_of(stored: str | None) -> str | list[str | None] | None:
+    """A name, or the names of several pictures, which are stored as JSON."""
+    if stored is not None and stored.startswith("["):  # a name may begin so too
+        with suppress(ValueError):
+            names: list[str | None] = json.loads(stored)
+            return names
+    return stored

@@ -27,7 +27,7 @@ from paligemma.batch.worker import FAILED, STOPPED, How, run_worker, shards_of
 
 LOOK = 1.0  # seconds between two looks at the workers
 TALLY = 10.0  # seconds between two looks at the parts of other processes
-GIVE_UP = 8  # workers that may die one after the other without a single row between them
+GIVE_UP = 8  # workers that may die in one place, one after the other, without a single row
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ class Ended:
 
 
 class Worker:
-    """A worker and its two counters. counts: answered, failed."""
+    """A worker and its two counters. counts: answered, failed. before: how many died before it in its place, one after
+    the other, without a row."""
 
-    def __init__(self, folder: RunFolder, how: How) -> None:
+    def __init__(self, folder: RunFolder, how: How, before: int = 0) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process would inherit the state of CUDA
-        self.how = how
+        self.how, self.before = how, before
         self.counts = context.Array("q", [0, 0], lock=False)
         self.process: BaseProcess = context.Process(
             target=run_worker, args=(folder.path, how, self.counts), daemon=True
@@ -133,7 +134,6 @@ class Watch:
         self.on_progress, self.note = on_progress, note
         self.gone = [0, 0]  # answered and failed by workers that have ended
         self.lost = 0
-        self.fruitless = 0  # workers lost since the last new row
         self.signal: int | None = None
         self.failure: str | None = None
         self.stopped = False
@@ -196,23 +196,25 @@ class Watch:
             worker.process.join()
             self.workers.remove(worker)
             self.gone = [self.gone[0] + worker.counts[0], self.gone[1] + worker.counts[1]]
-            self.fruitless = 0 if worker.rows else self.fruitless
             if code == FAILED:
                 self.failure = "a worker could not go on: see the line above"
             elif code and not (stopping and code in (STOPPED, -signal.SIGTERM)):  # the latter: it had no handler yet
                 self.replace(number, worker, code, stopping)
 
     def replace(self, number: int, worker: Worker, code: int, stopping: bool) -> None:
-        """Starts another worker in the place of one that ended before its time."""
+        """Starts another worker in the place of one that ended before its time. Where one after the other dies (its GPU
+        may be broken), its place stays empty, and the others go on."""
         self.lost += 1
-        self.fruitless += 1
         if stopping:
             return
-        if self.fruitless >= GIVE_UP:
-            self.failure = f"{self.fruitless} workers died before they had answered a row ({killed_by(code)})"
-            return
-        self.note(f"a worker was lost ({killed_by(code)}); another one goes on")
-        self.workers.insert(number, Worker(self.folder, worker.how))
+        died = 0 if worker.rows else worker.before + 1
+        if died < GIVE_UP:
+            self.note(f"a worker was lost ({killed_by(code)}); another one goes on")
+            self.workers.insert(number, Worker(self.folder, worker.how, died))
+        elif self.workers:
+            self.note(f"{died} workers died before they had answered a row ({killed_by(code)}); the others go on")
+        else:
+            self.failure = f"{died} workers died before they had answered a row ({killed_by(code)})"
 
     def report(self) -> None:
         """Rows of other processes count too, when their parts are there. The rate is that of this call since its first

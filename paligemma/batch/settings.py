@@ -72,7 +72,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     The name of the model does not count, because its weights do: they may lie somewhere else by now.
     """
     found = []
-    old, new = before.get("options", {}), now["options"]
+    # An older version had fewer options, and did what is now the default.
+    old, new = {**Settings().to_dict(), **before.get("options", {})}, now["options"]
     for name in (*new, *(key for key in old if key not in new)):
         if name != "model" and old.get(name) != new.get(name):
             found.append(f"{_option(name)} is {_in_words(old.get(name))} there, {_in_words(new.get(name))} here")

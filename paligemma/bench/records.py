@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ def new_record(what: str, model: str, command: str, threads: int | None = None) 
 
 
 def record_path(folder: Path, kind: str, model: str, suffix: str = "") -> Path:
-    """benchmarks/speed-paligemma-3b-pt-224-2026-11-24.json"""
-    return folder / f"{kind}-{Path(model).name}{suffix}-{datetime.date.today().isoformat()}.json"
+    """benchmarks/speed-paligemma-3b-pt-224-2026-11-24.json; for a second one of this day, ...-2026-11-24-2.json"""
+    name = f"{kind}-{Path(model).name}{suffix}-{datetime.date.today().isoformat()}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := folder / f"{name}.json").exists())
 
 
 def save(record: dict[str, Any], path: Path | None) -> None:

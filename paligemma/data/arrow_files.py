@@ -7,6 +7,7 @@ left to the row that it stands in.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from bisect import bisect_right
@@ -31,7 +32,7 @@ class ArrowFiles:
     def __init__(self, paths: Sequence[str | os.PathLike[str]], without: Sequence[str] = ()) -> None:
         self.paths, self.without = [Path(path) for path in paths], tuple(without)
         self.kept: dict[tuple[int, int], Any] = {}  # unpacked row groups
-        self.files: list[Any] = []
+        self.files: list[Any] = []  # record batches of an Arrow file; of a parquet file what its end says of it
         self.groups: list[tuple[int, int]] = []  # (file, record batch or row group in it)
         self.firsts = [0]  # row with which each group begins, and the number of rows
         self.files_first: list[int] = []  # row with which each file begins
@@ -70,9 +71,13 @@ class ArrowFiles:
         if (file, k) not in self.kept:
             while len(self.kept) > 1:
                 del self.kept[next(iter(self.kept))]
-            with _refusing(self.paths[file]):
-                names = [name for name in self.files[file].schema_arrow.names if name not in self.without]
-                group = self.files[file].read_row_group(k, names if self.without else None)
+            import pyarrow.parquet
+
+            # Opened for each group: a data set may have more files than a process may hold open.
+            path, metadata = self.paths[file], self.files[file]
+            with _refusing(path), pyarrow.parquet.ParquetFile(path, metadata=metadata) as opened:
+                names = [name for name in opened.schema_arrow.names if name not in self.without]
+                group = opened.read_row_group(k, names if self.without else None)
                 _validate(group)
             self.kept[file, k] = group
         return self.kept[file, k]
@@ -84,7 +89,7 @@ class ArrowFiles:
             return {}
         first = self.files[0]
         schemas = [first[0].schema] if isinstance(first, list) and first else []
-        schemas += [] if isinstance(first, list) else [first.schema_arrow]
+        schemas += [] if isinstance(first, list) else [first.schema.to_arrow_schema()]
         try:
             features = json.loads(schemas[0].metadata[b"huggingface"])["info"]["features"]
             return {column: names for column, feature in features.items() if (names := _names_in(feature))}
@@ -115,7 +120,7 @@ def _names_in(feature: Any) -> list[str] | None:
 
 
 def _open_table(path: Path) -> tuple[Any, list[int]]:
-    """What gives the groups of a file (a list of record batches, or a ParquetFile), and their lengths."""
+    """What gives the groups of a file (a list of record batches, or the metadata of parquet), and their lengths."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -129,8 +134,8 @@ def _open_table(path: Path) -> tuple[Any, list[int]]:
         with open(path, "rb") as file:
             magic = file.read(6)
         if magic.startswith(b"PAR1"):
-            parquet = pyarrow.parquet.ParquetFile(path)
-            return parquet, [parquet.metadata.row_group(k).num_rows for k in range(parquet.num_row_groups)]
+            metadata = pyarrow.parquet.read_metadata(path)
+            return metadata, [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
         mapped = pyarrow.memory_map(str(path))
         if magic == b"ARROW1":
             opened = pyarrow.ipc.open_file(mapped)
@@ -152,6 +157,8 @@ def _refusing(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (pyarrow.ArrowException, OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise OSError(error.errno, "too many files are open: raise the limit (ulimit -n)", str(path)) from None
         raise ValueError(
             f"{path} is not a parquet or Arrow file that can be read: {error}: write or download it again"
         ) from None

@@ -24,6 +24,8 @@ def kind_of_file(path: Path, needs_images: bool = True) -> str:
         return "parquet"
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} is text in UTF-16: save it as UTF-8 (in Excel: CSV UTF-8)")
     if head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")):
         raise ValueError(f"{path} is compressed: unpack it first, since rows are read at their places in the file")
     start = head.lstrip()

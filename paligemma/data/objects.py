@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,7 @@ class ObjectRows:
     ) -> Row:
         """size: width and height that the boxes are in pixels of. annotated_size=False: it says nothing about the
         picture's own, since the annotation gives shares of it."""
+        objects = [replace(found, label=found.label.strip()) for found in objects]  # as a prompt has them
         self.check(objects, size, where)
         labels = self.labels(objects, where)
         try:
@@ -75,7 +76,8 @@ class ObjectRows:
     def labels(self, objects: Sequence[Object], where: str) -> list[str]:
         """What the prompt asks for."""
         present = {found.label for found in objects}
-        names = list(dict.fromkeys([*self.names, *sorted(present)] if self.names is not None else sorted(present)))
+        known = [name.strip() for name in self.names or ()]
+        names = list(dict.fromkeys([*known, *sorted(present)]))
         labels = [name for name in names if self.every_label or name in present]
         if not labels:
             raise RowError(where, "missing key", "no object, and so no label to ask for: leave the row out")

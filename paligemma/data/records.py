@@ -24,6 +24,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Protocol
@@ -34,7 +35,7 @@ from paligemma.data.objects import Object, ObjectRows, corners, four_numbers
 from paligemma.data.picture_checks import upright_size
 from paligemma.data.prompts import is_prompt
 from paligemma.data.rows import Picture, Row, RowError, short
-from paligemma.files import is_data_url
+from paligemma.files import is_data_url, parse_json
 
 IMAGE = ("image", "images", "file_name")
 # Other usual names of the same columns. They are looked for after `image_name`, and in capitals too.
@@ -105,9 +106,9 @@ class RecordRows:
         elif suffix is None and (caption := first_of(record, CAPTION, OTHER_CAPTION)) is not None:
             prefix, answers, named = f"caption {self.language}", caption, False
             suffix = caption[0] if isinstance(caption, list) and caption else caption
-        elif suffix is None and (label := first_of(record, LABEL, ())) is not None:
+        elif suffix is None and (column := column_of(record, LABEL, ())) is not None:
             prefix, answers = LABEL_PROMPT.format(language=self.language), None
-            suffix = self.label(label, "label", notes)
+            suffix = self.label(record[column], column, notes)
         for name, value in (("prefix", prefix), ("suffix", suffix)):
             if value is None:
                 raise RowError(
@@ -242,12 +243,18 @@ class Text:
 
 
 def first_of(record: Mapping[str, Any], names: Sequence[str], others: Sequence[str]) -> Any:
+    """The value in `column_of`; None if there is none."""
+    column = column_of(record, names, others)
+    return None if column is None else record[column]
+
+
+def column_of(record: Mapping[str, Any], names: Sequence[str], others: Sequence[str]) -> str | None:
     """The first of these columns that is there, exactly so or (`others` too) in other capitals; None if none is."""
     for name in (*names, *others):
         if record.get(name) is not None:
-            return record[name]
-    small = {str(key).strip().lower(): value for key, value in record.items()}
-    return next((small[name] for name in (*names, *others) if small.get(name) is not None), None)
+            return name
+    small = {str(key).strip().lower(): key for key, value in record.items() if value is not None}
+    return next((small[name] for name in (*names, *others) if name in small), None)
 
 
 # -- pictures --
@@ -324,6 +331,9 @@ def best_answer(record: dict[str, Any]) -> Any:
 
 def _answers(record: dict[str, Any]) -> Any:
     answers = record.get("answers")
+    if isinstance(answers, str) and answers.startswith("["):  # a cell of a CSV
+        with suppress(ValueError):
+            answers = parse_json(answers)
     if isinstance(answers, dict):  # SQuAD and relatives
         answers = answers.get("text")
     if isinstance(answers, list):  # VQA's answers are objects

@@ -125,6 +125,10 @@ def unreadable(error: ValueError) -> str:
 # -- CSV --
 
 
+# A cell may hold a picture, as a data: URL. Python's own limit is 131,072 letters.
+csv.field_size_limit(2**31 - 1)
+
+
 class CsvFile:
     """A table with a header; the separator is a comma, semicolon or tab. Cells in quotes may contain line breaks."""
 

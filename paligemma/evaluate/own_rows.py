@@ -84,7 +84,7 @@ def examples_of(
                 captions[question] = row.number, []
                 taken += 1
             if question in captions:
-                captions[question][1].extend(right_answers(row))
+                captions[question][1].extend(right_answers(row, "caption"))
         elif more:
             taken += 1
             yield _example(row, metric_name, pg, max_pixels)
@@ -137,8 +137,11 @@ def metric_of_task(task: str | None) -> str:
 # ------------------------------------------------------------------------------------------------- from row to example
 
 
-def right_answers(row: Row) -> tuple[str, ...]:
-    return row.answers or (row.suffix,)
+def right_answers(row: Row, metric: str) -> tuple[str, ...]:
+    """The answers of the row, and what it trains on. VQA counts how many people gave an answer: nothing is added."""
+    if row.suffix in row.answers or (row.answers and metric == "vqa"):
+        return row.answers
+    return (*row.answers, row.suffix)
 
 
 def picture_key(row: Row) -> str:
@@ -162,7 +165,7 @@ def merge_captions(some: list[Row], rows: Rows, metric: str) -> list[Row]:
         return some
     for row in rows:
         if metric_of_prompt(row.prefix, metric) == "caption":
-            captions.get((picture_key(row), row.prefix), []).extend(right_answers(row))
+            captions.get((picture_key(row), row.prefix), []).extend(right_answers(row, "caption"))
     kept = []
     for row in some:
         if metric_of_prompt(row.prefix, metric) != "caption":
@@ -198,5 +201,5 @@ def to_example(row: Row, metric: str, picture: Any, pg: PaliGemma) -> Example:
             raise ValueError(f"{metric} measures masks, and the answer has boxes alone: choose another metric (detect)")
         found: list[Any] = [*parsed.segments] if masks else [*parsed.detections, *parsed.segments]
         regions = [Region(item.label, item.box, getattr(item, "mask", None)) for item in found]
-    answers = () if regions else right_answers(row)
+    answers = () if regions else right_answers(row, metric)
     return Example(str(row.number), picture, row.prefix, metric, answers, regions, group=picture_key(row))

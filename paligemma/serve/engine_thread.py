@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 
 from paligemma.answers.parsing import NUM_LOC
-from paligemma.engine import Engine, Request, Ticket
+from paligemma.devices import is_out_of_memory
+from paligemma.engine import MOST_FAILURES, Engine, Request, Ticket
 from paligemma.generation import Generated, Options, TooLong
 from paligemma.inference import PaliGemma
 from paligemma.serve.errors import ApiError, invalid, unavailable
@@ -123,6 +124,7 @@ class EngineThread:
         self.settings, self.metrics, self.cache = settings, metrics, cache
         self.state = "loading"
         self.failure: BaseException | None = None
+        self._failures = 0  # rows in a row that the model failed to take
         self.pg: PaliGemma | None = None
         self.engine: Engine | None = None
         self.running: list[Job] = []
@@ -284,7 +286,9 @@ class EngineThread:
                 if not isinstance(error, ApiError):
                     self.metrics.errors.inc()
                 self._tell([News(job, True, error=row_failed(error))])
+                self._count(error)
                 continue
+            self._failures = 0
             with self._changed:
                 job.ticket = ticket
                 if job.cancelled:  # while it was being admitted
@@ -292,6 +296,15 @@ class EngineThread:
             self.running.append(job)
             if time.perf_counter() > until:
                 return
+
+    def _count(self, error: Exception) -> None:
+        """Raises an error of the model after some in a row: a GPU that has failed fails in every picture. What a row
+        is refused for, and memory that runs out, are no failures of the model."""
+        if isinstance(error, (ApiError, ValueError)) or is_out_of_memory(error):
+            return
+        self._failures += 1
+        if self._failures >= MOST_FAILURES:
+            raise error
 
     def _admit(self, job: Job) -> Ticket:
         assert self.pg is not None and self.engine is not None

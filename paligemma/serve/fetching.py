@@ -15,6 +15,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from urllib.parse import quote, urlsplit
@@ -102,8 +103,7 @@ def tls() -> ssl.SSLContext:
 
 
 async def _get(host: str, target: str) -> bytes:
-    addresses = await resolve(host)
-    reader, writer = await asyncio.open_connection(addresses[0], PORT, ssl=tls(), server_hostname=host)
+    reader, writer = await _connect(host, await resolve(host))
     try:
         connection = h11.Connection(h11.CLIENT)
         headers = [("Host", host), ("Accept", "image/*"), ("User-Agent", "paligemma"), ("Connection", "close")]
@@ -113,6 +113,14 @@ async def _get(host: str, target: str) -> bytes:
         return await _body(host, connection, reader)
     finally:
         writer.close()
+
+
+async def _connect(host: str, addresses: Sequence[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """To the first address that can be reached: not every machine has a way to those of IPv6."""
+    for address in addresses[:-1]:
+        with suppress(OSError):
+            return await asyncio.open_connection(address, PORT, ssl=tls(), server_hostname=host)
+    return await asyncio.open_connection(addresses[-1], PORT, ssl=tls(), server_hostname=host)
 
 
 async def _body(host: str, connection: h11.Connection, reader: asyncio.StreamReader) -> bytes:

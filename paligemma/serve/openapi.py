@@ -99,11 +99,12 @@ def schemas(settings: Settings) -> Json:
         record(["type", "text"], type={"const": "text"}, text=TEXT),
         record(["type", "image_url"], type={"const": "image_url"}, image_url=url),
     ]}  # fmt: skip
+    stream = record([], include_usage=FLAG, include_obfuscation={"enum": [False, None]})
     message = record(["role", "content"], role={"const": "user"}, content=listed(part), name=TEXT)
     return {
         "Chat": record(
             ["messages"], model=TEXT, messages=listed(message, minItems=1), max_tokens=tokens,
-            max_completion_tokens=tokens, stream=FLAG, stream_options=record([], include_usage=FLAG), logprobs=FLAG,
+            max_completion_tokens=tokens, stream=FLAG, stream_options=stream, logprobs=FLAG,
             response_format=record(["type"], type={"enum": ["text", "json_object"]}),
             structured_outputs=record(["choice"], choice=listed(TEXT, minItems=1)), constrained=FLAG, user=TEXT,
             **sampling, **{name: {"enum": [*values, None]} for name, values in NEUTRAL.items()},

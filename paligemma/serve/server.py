@@ -118,6 +118,8 @@ class TimedProtocol(H11Protocol):
     - headers: from the first connection, and from the first byte of a later request, to their end
     - the rest of a body whose request was answered already, which is read so that the client gets to see its answer
 
+    and to the time in which it may take nothing of an answer that waits for it.
+
     uvicorn's own timer of idle connections ends with the next byte. (How long a body may take that is still wanted is
     limited in `bodies.py`.)
     """
@@ -125,6 +127,8 @@ class TimedProtocol(H11Protocol):
     seconds = 30.0
     timeout_keep_alive_task: asyncio.TimerHandle | None  # uvicorn's own
     _timer: asyncio.TimerHandle | None = None
+    _reader: asyncio.TimerHandle | None = None  # runs while more of the answer waits than is kept for a client
+    _unread = 0  # bytes
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -153,8 +157,31 @@ class TimedProtocol(H11Protocol):
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.transport.get_write_buffer_size()
+        self._reader = self.loop.call_later(self.seconds, self._look_at_reader)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_reader()
+
+    def _look_at_reader(self) -> None:
+        """Hangs up on a client that has read nothing; a slow one gets more time."""
+        before, self._unread = self._unread, self.transport.get_write_buffer_size()
+        if self._unread >= before:
+            self.transport.abort()  # `close` would wait for it to read the rest
+        else:
+            self._reader = self.loop.call_later(self.seconds, self._look_at_reader)
+
+    def _stop_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_reader()
         super().connection_lost(exc)
 
     def _stop_timer(self) -> None:

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from paligemma.data.rows import Rows
 from paligemma.evaluate.report import environment
 from paligemma.files import append_text, locked, parse_json, read_json, write_json, write_text
 from paligemma.train import checkpointing
+from paligemma.train.options import TrainOptions
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # What a run may be given differently when it goes on: none of it changes the losses (but that dropout draws anew for
@@ -108,7 +110,12 @@ def open_run(
         raise ValueError(f"{out} is not empty and holds no run: choose another --out")
     if not known or not resume:
         return False
-    there, here = saved_settings(out), _compared(_as_json(settings), _as_json(facts))
+    here = _compared(_as_json(settings), _as_json(facts))
+    # An older version had fewer options, and did what is now the default.
+    defaults = _as_json(
+        {one.name: one.default for one in fields(TrainOptions) if one.name in here and one.default is not MISSING}
+    )
+    there = defaults | saved_settings(out)
     may_differ = LENGTH if longer else set()
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key) and key not in may_differ]
     if differing:

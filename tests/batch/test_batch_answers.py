@@ -336,6 +336,24 @@ def test_equal_pictures_are_answered_once(pg, tmp_path, scene, monkeypatch):
     assert [once[name]["image"] for name in "abc"] == [str(tmp_path / f"{name}.png") for name in "abc"]
 
 
+def test_a_failure_is_not_remembered(pg, monkeypatch):
+    """Memory that ran out may be there the next time."""
+    answer = AnswerRows(pg, Settings(dedupe=True))
+    row = InputRow("a", SCENE, "ocr", {"max_new_tokens": 4})
+
+    def full(pixels):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pg.model, "encode_image", full)
+        ((_, line),) = answer([row])
+        assert line["error"]["kind"] == "out_of_memory"
+    ((_, line),) = answer([row])
+    assert line["error"] is None
+    monkeypatch.setattr(pg.model, "encode_image", full)
+    assert [line["error"] for _, line in answer([row])] == [None]  # an answer is
+
+
 def test_drawings_keep_the_folders_of_ids(pg, tmp_path):
     rows = [InputRow(f"{folder}/x.jpg", SCENE, "detect book", {"max_new_tokens": 40}) for folder in "ab"]
     answers(pg, [*rows, InputRow("words.jpg", SCENE, "caption en")], draw=tmp_path)

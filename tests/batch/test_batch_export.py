@@ -101,6 +101,24 @@ def test_yolo_is_a_file_for_each_picture(folder):
     assert not (path / "labels" / "a" / "0.txt").exists()
 
 
+def test_labels_of_other_classes_are_not_mixed_with_those_of_yolo(folder):
+    _, path = exported(folder, "yolo")
+    assert exported(folder, "yolo")[0] == 3  # again, and the same
+    (path / "classes.txt").write_text("owl\n")
+    before = (path / "labels" / "a" / "1.txt").read_bytes()
+    with pytest.raises(ValueError, match=r"classes\.txt numbers other classes, of label files that lie beside it"):
+        exported(folder, "yolo")
+    assert (path / "classes.txt").read_text() == "owl\n" and (path / "labels" / "a" / "1.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("image", [None, "/a.jpg", "/[a].jpg", "[a.jpg", [], ["/a.jpg"], [None, "/b.jpg"]])
+def test_names_of_pictures_come_back_from_parquet_as_they_were(tmp_path, image):
+    pytest.importorskip("pyarrow")
+    run = open_run(tmp_path / "run", Settings("ocr", format="parquet"), MARKS, lambda: [InputRow("a", image, "ocr")])
+    assert work_on(run, 0, in_batches(lambda row: failed(row, "missing", "gone"), 1))
+    assert [line["image"] for line in run.lines(0)] == [image]
+
+
 def test_label_studio_gets_predictions(folder):
     _, path = exported(folder, "label-studio")
     boxes, words, masks = json.loads(path.read_text())

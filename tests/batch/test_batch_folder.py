@@ -19,6 +19,7 @@ from paligemma.batch.leases import Holder
 from paligemma.batch.rows import InputRow, failed
 from paligemma.batch.settings import Settings
 from paligemma.batch.shards import reopen, reopen_failed, work_on
+from paligemma.batch.status import rows_begun
 
 answer = quick(Settings(batch_size=4))
 
@@ -92,6 +93,28 @@ def test_the_name_of_the_model_does_not_count_where_its_weights_are_the_same(tmp
     assert open_run(tmp_path / "run", moved, MARKS, lambda: []).num_rows == 3
 
 
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """It had fewer options, and did what is now the default."""
+    run_of(tmp_path / "run", 3)
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    del about["options"]["dedupe"], about["options"]["loc_scale"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    same = {"rows": "none.jsonl", "shard_size": 10, "batch_size": 4}
+    assert open_run(tmp_path / "run", Settings("caption en", **same), MARKS, lambda: []).num_rows == 3
+    with pytest.raises(AnotherRun, match="--dedupe is off there, on here"):
+        open_run(tmp_path / "run", Settings("caption en", **same, dedupe=True), MARKS, lambda: [])
+
+
+def test_other_files_between_the_parts_are_none(tmp_path):
+    """What somebody exported there, and copies that programs make when two machines have written."""
+    folder = run_of(tmp_path / "run", 25)
+    work_on(folder, 0, answer)
+    for name in ("all.jsonl", "00001 (conflict).jsonl", "00001.jsonl.bak"):
+        (folder.path / "parts" / name).write_text("")
+    (folder.work / "notes.jsonl").write_text("")
+    assert folder.done() == {0} and rows_begun(folder) == {} and reopen_failed(folder, range(3)) == 0
+
+
 def test_ids_that_are_there_twice_are_refused_before_anything_is_written(tmp_path):
     rows = [InputRow(name, None, "ocr") for name in ("a", "b", "a")]
     with pytest.raises(ValueError, match=r"one id is there more than once \(a\): .* name the folder above both"):
@@ -126,20 +149,23 @@ def test_a_folder_with_other_files_is_no_place_for_a_run(tmp_path):
 
 def test_two_starters_list_once(tmp_path):
     """The second one waits until the first has frozen the list."""
-    begun, listings = threading.Event(), []
+    begun, waits, listings, notes = threading.Event(), threading.Event(), [], []
 
     def listed():
         listings.append(1)
         begun.set()
-        time.sleep(0.2)
+        assert waits.wait(30)
         return rows_of(5)
+
+    def note(text):
+        notes.append(text)
+        waits.set()
 
     settings = Settings("caption en")
     first = threading.Thread(target=open_run, args=(tmp_path / "run", settings, MARKS, listed))
     first.start()
     begun.wait()
-    notes = []
-    folder = open_run(tmp_path / "run", settings, MARKS, listed, notes.append)
+    folder = open_run(tmp_path / "run", settings, MARKS, listed, note)
     first.join()
     assert folder.num_rows == 5 and len(listings) == 1 and "waiting" in notes[0]
 

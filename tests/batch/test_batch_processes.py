@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import standins
-from standins import MARKS, broken, deadly, lines_of, opening, quick, run_of, slow
+from standins import MARKS, broken, deadly, lines_of, one_healthy, opening, quick, run_of, slow
 
 from paligemma.batch import leases, run, worker
 from paligemma.batch.folder import RunFolder, open_run
@@ -81,6 +81,24 @@ def test_a_row_that_kills_its_worker_is_found(tmp_path):
     assert [line["id"] for line in lines] == ids(30)
     assert [line["id"] for line in lines if line["error"]] == ["row 13"]
     assert "SIGKILL" in notes[0]
+
+
+def test_one_broken_gpu_does_not_end_the_run(tmp_path, monkeypatch):
+    """In its place one worker after the other dies; the worker beside it goes on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "GIVE_UP", 2)
+    folder, notes = run_of(tmp_path / "run", 500), []
+    ended = run_batch(folder, 2, How(load=one_healthy), note=notes.append)
+    assert ended.complete and ended.answered == 500 and ended.summary["workers_lost"] == 2
+    assert (
+        notes[-1]
+        == "2 workers died before they had answered a row (SIGKILL, perhaps for want of memory); the others go on"
+    )
+    ended = run_batch(run_of(tmp_path / "all die", 30), 2, How(load=one_healthy))
+    assert (
+        ended.failure == "2 workers died before they had answered a row (SIGKILL, perhaps for want of memory)"
+        and not ended.complete
+    )
 
 
 def test_a_worker_that_somebody_else_ends_is_replaced(tmp_path):

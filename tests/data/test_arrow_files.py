@@ -1,6 +1,7 @@
 """Parquet and Arrow files."""
 
 import json
+import os
 import pickle
 import sys
 
@@ -81,17 +82,33 @@ def test_a_value_that_python_has_no_place_for_does_not_end_the_run(folder):
     assert [row.suffix for row in open_rows(folder / "x.arrow")] == ["one", "two"]
 
 
-def test_numbers_of_classes_have_the_names_that_datasets_noted(folder):
+@pytest.mark.parametrize("column", ["label", "class", "category", "Label"])
+def test_numbers_of_classes_have_the_names_that_datasets_noted(folder, column):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    features = {column: {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
     noted = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = pyarrow.table({"image": ["a.png"] * 3, "label": [1, 0, 7]}).replace_schema_metadata(noted)
+    table = pyarrow.table({"image": ["a.png"] * 3, column: [1, 0, 7]}).replace_schema_metadata(noted)
     parquet.write_table(table, folder / "x.parquet")
     rows = open_rows(folder / "x.parquet")
     assert [row.suffix for row in rows] == ["dog", "cat", "7"] and rows[0].prefix == "answer en what is this?"
     report = check(rows)
     assert report.ok and "1 row has a label that is a number without a name" in str(report)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files")
+def test_no_file_of_many_stays_open(folder):
+    """A data set may have more files than a process may hold open."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for number in range(40):
+        parquet.write_table(
+            pyarrow.table({"image": ["a.png"], "label": [str(number)]}), folder / f"x-{number:05d}.parquet"
+        )
+    before = len(os.listdir("/proc/self/fd"))
+    rows = ArrowFiles(sorted(folder.glob("x-*.parquet")))
+    assert [row["label"] for row in rows] == [str(number) for number in range(40)]
+    assert len(os.listdir("/proc/self/fd")) - before < 5
 
 
 def test_pictures_without_objects_are_left_out_and_not_read(folder):

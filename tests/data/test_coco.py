@@ -31,6 +31,15 @@ def test_coco_boxes(folder):
     assert check(rows).ok
 
 
+def test_labels_have_no_spaces_around_them(folder):
+    """Neither in the prompt nor in the answer, and however the names of all classes are written."""
+    path = write_coco(folder)
+    path.write_text(path.read_text().replace('"dog"', '" dog "').replace('"cat"', '"cat "'))
+    rows = open_rows(path)
+    assert rows[1].prefix == "detect cat ; dog" and rows[1].suffix.endswith("<loc1023><loc0768> dog")
+    assert open_rows(path, every_label=True)[0].prefix == "detect cat ; dog ; süß"
+
+
 def test_coco_boxes_asked_for_by_every_label(folder):
     rows = open_rows(write_coco(folder), every_label=True)
     assert [row.prefix for row in rows] == ["detect cat ; dog ; süß"] * 3

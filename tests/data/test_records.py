@@ -1,5 +1,6 @@
 """What a record says becomes picture, prompt and answer."""
 
+import csv
 import re
 
 import pytest
@@ -40,6 +41,16 @@ def test_three_ways_to_say_it(folder, record, prefix, suffix):
 def test_of_several_answers_all_are_learned_and_all_are_right(folder, record, suffixes, answers):
     row = open_rows(write_lines(folder, {"image": "a.png", **record}))[0]
     assert (row.suffixes, row.answers) == (suffixes, answers)
+
+
+def test_answers_in_a_cell_of_a_csv(folder):
+    cells = ('["a","b"]', "a dog", "[a", '[{"answer": "x"}, {"answer": "y"}, {"answer": "y"}]')
+    with open(folder / "x.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image", "question", "answers"], *(["a.png", "who ?", cell] for cell in cells)])
+    rows = open_rows(folder / "x.csv")
+    assert [(row.suffix, row.answers) for row in rows] == [
+        ("a", ("a", "b")), ("a dog", ()), ("[a", ()), ("y", ("x", "y", "y")),
+    ]  # fmt: skip
 
 
 def test_each_epoch_learns_another_caption(folder, processor):

@@ -190,6 +190,24 @@ def test_ordinary_quotes_of_a_csv(tmp_path):
     assert list(CsvFile(tmp_path / "x.csv")[0].values()) == ["a.png", "one"]
 
 
+def test_a_cell_of_a_csv_may_hold_a_picture(tmp_path):
+    """As a data: URL, which is longer than Python's own limit of a cell."""
+    url = f"data:image/png;base64,{'A' * 500_000}"
+    (tmp_path / "x.csv").write_text(f'image,label\n"{url}",dog\n')
+    assert CsvFile(tmp_path / "x.csv")[0] == {"image": url, "label": "dog"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_text_in_utf_16_is_told(tmp_path, name, encoding):
+    """Excel calls it Unicode text."""
+    text = "image,label\na.png,dog\n" if name == "x.csv" else '{"image": "a.png", "label": "dog"}\n'
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / name).write_text(mark + text, encoding=encoding)
+    with pytest.raises(ValueError, match=r"is text in UTF-16: save it as UTF-8"):
+        open_rows(tmp_path / name)
+
+
 def test_the_header_of_a_csv(folder):
     """A blank line before it does not hide the separator; a name that stands there twice says two things."""
     path = folder / "my.csv"

@@ -17,7 +17,7 @@ from paligemma.answers.results import Detection
 from paligemma.cli import main as cli
 from paligemma.data.options import open_rows
 from paligemma.data.rows import Row
-from paligemma.evaluate.own_rows import evaluate_rows, examples_of, metric_of_task
+from paligemma.evaluate.own_rows import evaluate_rows, examples_of, metric_of_task, right_answers
 from paligemma.inference import Answer, load
 from paligemma.tiny.scenes import write_scenes
 from paligemma.train.options import TrainOptions
@@ -169,6 +169,15 @@ def test_count_takes_the_first_questions_with_all_their_captions(folder: Path):
     assert first(2) == [("ocr", ["STOP"]), ("caption en", ["a dog", "the dog"])]
     assert first(3) == [("ocr", ["STOP"]), ("ocr", ["GO"]), ("caption en", ["a dog", "the dog"])]
     assert first(None) == first(4) == [*first(3), ("caption en", ["a hound"])]
+
+
+def test_what_is_trained_on_is_right(folder: Path):
+    """Also where it is none of the answers. VQA counts how many people gave each of them: nothing is added there."""
+    path = write(folder, {"question": "what is it ?", "answer": "a dog", "answers": ["puppy", "dog"]})
+    (row,) = open_rows(path)
+    assert right_answers(row, "exact") == ("puppy", "dog", "a dog") and right_answers(row, "vqa") == ("puppy", "dog")
+    (row,) = open_rows(write(folder, {"question": "what is it ?", "answers": ["puppy", "dog"]}))
+    assert right_answers(row, "exact") == ("puppy", "dog")
 
 
 def test_rows_about_one_picture_are_not_independent(folder: Path):

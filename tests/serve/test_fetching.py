@@ -213,6 +213,20 @@ def test_a_name_that_changes_between_check_and_dial(fetching_server, monkeypatch
     assert dialled == [("93.184.216.34", "pictures.example")] and asked == ["pictures.example"]
 
 
+def test_the_next_address_is_dialled_where_the_first_cannot_be_reached(fetching_server, monkeypatch):
+    """An address of IPv6 comes first, and many containers have no way to it."""
+    dialled = []
+    resolver_answers(monkeypatch, [["2606:2800:220:1:248:1893:25c8:1946", "93.184.216.34"]])
+
+    async def open_connection(host, port, **options):
+        dialled.append(host)
+        raise OSError("not reached from here")
+
+    monkeypatch.setattr(asyncio, "open_connection", open_connection)
+    assert error_of(ask(fetching_server))[:2] == (422, "no_image_at_url")
+    assert dialled == ["2606:2800:220:1:248:1893:25c8:1946", "93.184.216.34"]
+
+
 def resolver_answers(monkeypatch, answers):
     """Makes names mean these addresses, one list a question. Returns the names that were asked for."""
     asked = []

@@ -355,6 +355,31 @@ def test_slow_headers(pg):
             assert client.post(URL, json=chat()).status_code == 200
 
 
+def test_a_client_that_reads_nothing_is_hung_up_on(pg):
+    """A slow one is not: it takes a little each time that the server looks."""
+    many = b"GET /static/example.png HTTP/1.1\r\nHost: localhost\r\n\r\n" * 40
+    last = b"GET /static/example.png HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with running(pg, header_timeout=0.4, api_key="key") as server:
+        server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have the same
+        connections = server.server.server_state.connections
+        for reads in (False, True):
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                client.connect(server.address)
+                client.sendall(many + last)
+                wait_until(lambda: connections)
+                if not reads:
+                    wait_until(lambda: not connections)
+                    continue
+                received = b""
+                for _ in range(20):
+                    received += client.recv(2048)
+                    time.sleep(0.1)
+                while part := client.recv(2**16):
+                    received += part
+                assert received.count(b"HTTP/1.1 200 OK") == 41
+
+
 def test_headers_of_200_kilobytes(server):
     answer = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000 + b"\r\n\r\n")
     assert answer == b"" or b" 400 " in answer or b" 431 " in answer

@@ -226,5 +226,6 @@ def test_the_openapi_document_names_every_path_and_field(client, server):
     assert set(document["paths"]) == paths - hidden
     chat = document["components"]["schemas"]["Chat"]
     assert {"messages", "stream", "logprobs", "structured_outputs", "n"} <= set(chat["properties"])
+    assert set(chat["properties"]["stream_options"]["properties"]) == {"include_usage", "include_obfuscation"}
     references = [part.split('"')[0] for part in client.get("/openapi.json").text.split("#/components/schemas/")[1:]]
     assert set(references) <= set(document["components"]["schemas"])

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 import torch
-from serving import SCENE, Command, Running, chat, data_url, error_of, running, wait_until
+from serving import SCENE, Command, Running, chat, data_url, error_of, picture, running, wait_until
 
 import paligemma.engine as engine_module
 from paligemma.cli.serve import run
@@ -137,6 +137,28 @@ def test_an_engine_that_fails_again_and_again_has_died(pg, monkeypatch):
     with running(pg) as server, server.client() as client:
         monkeypatch.setattr(engine_module.Engine, "_prefill", always)
         codes = [ask(client, "caption en").status_code for _ in range(3)]
+        assert codes == [500] * 3
+        dies(server)
+
+
+def test_a_device_that_fails_in_every_picture(pg, monkeypatch):
+    """No row runs, so it is not the engine that notices. What one row is refused for does not count."""
+    import paligemma.serve.engine_thread as engine_thread
+
+    errors = [RuntimeError("CUDA error"), RuntimeError("CUDA error"), ValueError("this row"), MemoryError()]
+
+    def encode(pg, pixels):
+        raise errors.pop(0) if errors else RuntimeError("CUDA error")
+
+    with running(pg) as server, server.client() as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine_thread, "encode", encode)
+            codes = [ask(client, "caption en").status_code for _ in range(4)]
+            assert codes == [500] * 4 and client.get("/health").status_code == 200
+        assert ask(client, "caption en").status_code == 200  # so the next ones are counted anew
+        monkeypatch.setattr(engine_thread, "encode", encode)
+        images = [picture(seed) for seed in range(3)]  # none that the server has features of
+        codes = [client.post(URL, json=chat("caption en", image)).status_code for image in images]
         assert codes == [500] * 3
         dies(server)
 

@@ -85,6 +85,18 @@ def test_stopped_while_the_next_batch_is_loaded(base, data, tmp_path, monkeypatc
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_run_of_an_older_version_goes_on(base, data, tmp_path):
+    """It had fewer options, and did what is now the default."""
+    out = tmp_path / "run"
+    run(base, data, out)
+    saved = json.loads((out / "settings.json").read_text())
+    assert saved["settings"].pop("label_smoothing") == 0.0
+    (out / "settings.json").write_text(json.dumps(saved))
+    run(base, data, out)
+    with pytest.raises(ValueError, match=r"other settings: label_smoothing 0\.0 there, 0\.1 here"):
+        run(base, data, out, label_smoothing=0.1)
+
+
 def test_a_run_goes_on_only_with_the_same_settings_and_data(base, data, tmp_path):
     out = tmp_path / "run"
     run(base, data, out)
