@@ -46,7 +46,21 @@ def free_memory(device: torch.device) -> float:
     if device.type == "mps":
         return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     kilobytes = _first_line("/proc/meminfo", "MemAvailable").split()  # what can be had without swapping
-    return 1024 * float(kilobytes[0]) if kilobytes else math.inf
+    return min(1024 * float(kilobytes[0]) if kilobytes else math.inf, _left_in_container())
+
+
+CONTAINER = Path("/sys/fs/cgroup")  # what Linux counts for a container, as it sees it itself (cgroups, version 2)
+
+
+def _left_in_container() -> float:
+    """Bytes that are free within the limit of a container (`docker run --memory`); infinity where there is none."""
+    try:
+        limit = int((CONTAINER / "memory.max").read_text())  # "max" stands for none
+        used = int((CONTAINER / "memory.current").read_text())
+    except (OSError, ValueError):
+        return math.inf
+    kept = _first_line(str(CONTAINER / "memory.stat"), "inactive_file ", " ")  # pages of files, which make room
+    return float(limit - used + int(kept or 0))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -123,13 +137,13 @@ def _cpuinfo(key: str) -> str:
     return _first_line("/proc/cpuinfo", key)
 
 
-def _first_line(file: str, key: str) -> str:
+def _first_line(file: str, key: str, separator: str = ":") -> str:
     """What Linux says in this file under this key, the first time; "" where it says nothing."""
     try:
         lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+    return next((line.partition(separator)[2].strip() for line in lines if line.startswith(key)), "")
 
 
 # ------------------------------------------------------------------------------------------------ no device

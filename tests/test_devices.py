@@ -27,6 +27,17 @@ def test_devices(monkeypatch):
         pick_device("cuda:2")
 
 
+def test_memory_that_a_container_leaves(monkeypatch, tmp_path):
+    """/proc/meminfo is that of the machine around it."""
+    cpu, around = torch.device("cpu"), devices.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(devices, "CONTAINER", tmp_path)
+    for name, text in (("max", "5000\n"), ("current", "3000\n"), ("stat", "anon 2500\ninactive_file 400\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert devices.free_memory(cpu) == 5000 - 3000 + 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert devices.free_memory(cpu) == pytest.approx(around, rel=0.5)  # others use memory, too
+
+
 def test_the_meta_device_draws_no_random_numbers():
     state = torch.get_rng_state()
     with on_meta_device():
