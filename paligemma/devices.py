@@ -127,10 +127,15 @@ def cpu_name() -> str:
 
 
 def cpu_count() -> int:
-    """Logical cores that this process may use: in a job of a cluster, or under `taskset`, not all of the machine."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Logical cores that this process may use: in a job of a cluster, under `taskset` or in a container
+    (`docker run --cpus`) not all of the machine."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    try:
+        quota, period = map(int, (CONTAINER / "cpu.max").read_text().split())  # "max" stands for none
+    except (OSError, ValueError):
+        return cores
+    return max(1, min(cores, math.ceil(quota / period)))
 
 
 def _cpuinfo(key: str) -> str:

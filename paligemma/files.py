@@ -208,7 +208,7 @@ def append_text(path: Path, text: str) -> None:
 
 def _mark(pid: int | str) -> str:
     """What temporary names have in them, so that others see whose they are."""
-    return f"{hashlib.sha256(this_host().encode()).hexdigest()[:12]}-{pid}"
+    return f"paligemma-{hashlib.sha256(this_host().encode()).hexdigest()[:12]}-{pid}"
 
 
 @cache
@@ -224,7 +224,7 @@ def this_host() -> str:
 _tidied: set[Path] = set()
 
 
-_TEMPORARY = re.compile(r"\..+[.-]([0-9a-f]{12}-)(\d+)([.-].*)?")  # a name with a mark
+_TEMPORARY = re.compile(r"\..+[.-](paligemma-[0-9a-f]{12}-)(\d+)([.-].*)?")  # a name with a mark
 _DAY = 86_400  # seconds
 
 
@@ -240,7 +240,7 @@ def _remove_left_behind(folder: Path) -> None:
     for path in folder.iterdir():
         if not (found := _TEMPORARY.fullmatch(path.name)):
             continue
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it may be somebody else's
             is_known = found[1] == _mark("") and os.name != "nt"  # on Windows signal 0 is Ctrl-C
             if not (_runs(int(found[2])) if is_known else time.time() - path.stat().st_mtime < _DAY):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
@@ -278,27 +278,48 @@ def write_json(path: Path, content: Any) -> None:
 def new_folder_written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `folder` at the end. FileExistsError if that exists and is not empty.
 
-    An empty one stays, and what was written is moved into it: it may be the current folder, or a disk of its own.
+    An empty one stays, locked meanwhile, and what was written is moved into it at the end: it may be the current
+    folder, or a disk of its own.
     """
-    existed = folder.is_dir()
-    place = folder if existed else folder.parent
-    place.mkdir(parents=True, exist_ok=True)
-    _remove_left_behind(place)
-    if folder.exists() and (not existed or any(not _TEMPORARY.fullmatch(path.name) for path in folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.resolve().name}-{_mark(os.getpid())}-", dir=place))
+    if folder.is_dir():
+        with locked(folder, "writing it anew"), _filled(folder) as beside:
+            yield beside
+        return
+    if folder.exists():
+        raise FileExistsError(f"{folder} is a file, expected a new folder: choose another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(folder.parent)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{_mark(os.getpid())}-", dir=folder.parent))
     try:
         yield beside
-        if existed:
-            for written in sorted(beside.iterdir()):
-                written.rename(folder / written.name)
-            beside.rmdir()
-        else:
-            beside.chmod(0o755)  # mkdtemp makes it private
-            beside.rename(folder)
+        beside.chmod(0o755)  # mkdtemp makes it private
+        beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _filled(folder: Path) -> Iterator[Path]:
+    """A folder inside an empty one, from which all is moved up at the end."""
+    # A disk of its own has a folder "lost+found".
+    if any(path.name not in (LOCK, "lost+found") and not _TEMPORARY.fullmatch(path.name) for path in folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or remove it")
+    _remove_left_behind(folder)
+    inside = Path(tempfile.mkdtemp(prefix=f".new-{_mark(os.getpid())}-", dir=folder))
+    moved: list[str] = []
+    try:
+        yield inside
+        for name in sorted(path.name for path in inside.iterdir()):
+            moved.append(name)
+            os.rename(inside / name, folder / name)
+    except BaseException:
+        for name in moved:
+            with suppress(OSError):
+                os.rename(folder / name, inside / name)
+        raise
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
 
 
 _writing: dict[str, threading.RLock] = {}  # by folder: `locked` holds other processes off, and no threads of this one

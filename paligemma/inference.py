@@ -405,7 +405,8 @@ class PaliGemma:
 
         image: None for a row without a picture.
         constraint: what may come next in every row, see `answers/grammar.py`; a list has one (or None) for each row.
-        constrained: derive it from the prompt, if that is a `detect` or `segment` one. forbid_repeats: as in `detect`.
+        constrained: derive it from the prompt instead, if that is a `detect` or `segment` one. forbid_repeats: as in
+        `detect`.
         codec: decodes masks; default the checkpoint's own, if it has one.
         sampling: the fields of `Sampling`, as in `paligemma.generate`. A list of seeds has one for each row.
         """

@@ -29,8 +29,9 @@ def test_devices(monkeypatch):
 
 def test_memory_that_a_container_leaves(monkeypatch, tmp_path):
     """/proc/meminfo is that of the machine around it."""
-    cpu, around = torch.device("cpu"), devices.free_memory(torch.device("cpu"))
+    cpu = torch.device("cpu")
     monkeypatch.setattr(devices, "CONTAINER", tmp_path)
+    around = devices.free_memory(cpu)
     for name, text in (("max", "5000\n"), ("current", "3000\n"), ("stat", "anon 2500\ninactive_file 400\n")):
         (tmp_path / f"memory.{name}").write_text(text)
     assert devices.free_memory(cpu) == 5000 - 3000 + 400

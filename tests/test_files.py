@@ -1,5 +1,6 @@
 """Reading JSON that somebody else wrote, writing whole, and the lock of a folder that is being written."""
 
+import errno
 import json
 import os
 import subprocess
@@ -154,7 +155,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
 def test_of_killed_processes_nothing_is_left_for_long(tmp_path, monkeypatch):
     """What another machine writes is left alone: its process numbers mean nothing here."""
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    here, elsewhere = files._mark(int(dead.stdout)), "0123456789ab-1"
+    here, elsewhere = files._mark(int(dead.stdout)), "paligemma-0123456789ab-1"
     for name in (
         f".a.{here}-x.json",
         f".b.{elsewhere}-x.json",
@@ -164,8 +165,26 @@ def test_of_killed_processes_nothing_is_left_for_long(tmp_path, monkeypatch):
         (tmp_path / name).write_text("half")
     (tmp_path / f".out-{here}-x").mkdir()
     os.utime(tmp_path / f".c.{elsewhere}-x.json", (0, 0))
+    (tmp_path / ".f-202411241230-1").mkdir()  # somebody's own: 12 digits are a time as well
+    os.utime(tmp_path / ".f-202411241230-1", (0, 0))
     files.write_text(tmp_path / "new.txt", "whole")
-    assert [path.name[:3] for path in sorted(tmp_path.iterdir())] == [".b.", ".d.", "new"]
+    assert [path.name[:3] for path in sorted(tmp_path.iterdir())] == [".b.", ".d.", ".f-", "new"]
+
+
+@linux
+def test_what_may_not_be_removed_does_not_matter(tmp_path, monkeypatch):
+    """In a folder that is shared, as /tmp is."""
+
+    def forbidden(path, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    (tmp_path / ".a.paligemma-0123456789ab-1-x.json").write_text("half")
+    os.utime(tmp_path / ".a.paligemma-0123456789ab-1-x.json", (0, 0))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", forbidden)
+        files._remove_left_behind(tmp_path)
+    files.write_text(tmp_path / "new.txt", "whole")
+    assert (tmp_path / "new.txt").read_text() == "whole"
 
 
 # ------------------------------------------------------------------------------------------------ new folders
@@ -176,7 +195,7 @@ def test_an_empty_folder_is_filled_and_stays(tmp_path, monkeypatch):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
     before = (tmp_path / "real").stat().st_ino
-    (tmp_path / "real" / ".out-0123456789ab-1-x").mkdir()  # left by a killed process of another machine
+    (tmp_path / "real" / ".new-paligemma-0123456789ab-1-x").mkdir()  # left by a killed process of another machine
     monkeypatch.chdir(tmp_path / "real")
     for name, written in ((".", "a"), (tmp_path / "link", "b")):
         with new_folder_written_whole(Path(name)) as beside:
@@ -184,6 +203,37 @@ def test_an_empty_folder_is_filled_and_stays(tmp_path, monkeypatch):
             assert not (tmp_path / "real" / written).exists()
         (tmp_path / "real" / written).rmdir()
     assert (tmp_path / "real").stat().st_ino == before and (tmp_path / "link").is_symlink()
+
+
+def test_an_empty_folder_is_filled_whole_or_not_at_all(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", os.rename
+    (out / "lost+found").mkdir(parents=True)  # of a disk
+
+    def full(source, target):
+        if Path(target).name == "b":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", full)
+        with pytest.raises(OSError, match="No space left"), new_folder_written_whole(out) as inside:
+            for name in "abc":
+                (inside / name).write_text("")
+    assert [path.name for path in out.iterdir()] == ["lost+found"]
+    with new_folder_written_whole(out) as inside:
+        (inside / "a").write_text("")
+        assert holder_of(out) == "writing it anew"  # nobody else fills it meanwhile
+    assert sorted(path.name for path in out.iterdir()) == ["a", "lost+found"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / ".mine-202411241230-1").mkdir()
+    there = pytest.raises(FileExistsError, match="full exists and is not an empty folder")
+    with there, new_folder_written_whole(tmp_path / "full"):
+        pass
+    assert [path.name for path in (tmp_path / "full").iterdir()] == [".mine-202411241230-1"]
+
+
+def holder_of(folder):
+    return json.loads((folder / files.LOCK).read_text())["doing"]
 
 
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):

@@ -187,9 +187,12 @@ def export_yolo(folder: RunFolder, target: Path) -> int:
             raise ValueError(f"{files[path]} and {line['id']} would have one label file: give them other ids")
         files[path] = line["id"]
     classes, count = classes_of(folder), 0
-    names = "".join(f"{label}\n" for label in classes)
-    if (there := target / "classes.txt").is_file() and there.read_bytes() != names.encode():
-        raise ValueError(f"{there} numbers other classes, of label files that lie beside it: choose another folder")
+    if (there := target / "classes.txt").is_file():
+        before = there.read_text("utf-8", "replace").splitlines()
+        if classes[: len(before)] != before:  # the same run may have found more by now
+            raise ValueError(
+                f"{there} numbers other classes, of label files that lie beside it: choose another folder, or remove it"
+            )
     for line in answered(folder):
         items = [_result(item) for item in items_of(line)]
         text = "".join(f"{label}\n" for label in to_yolo(items, tuple(line["image_size"] or (1, 1)), classes))
@@ -197,7 +200,7 @@ def export_yolo(folder: RunFolder, target: Path) -> int:
             beside.write_text(text, encoding="utf-8", newline="\n")
         count += 1
     with written_whole(target / "classes.txt") as beside:
-        beside.write_text(names, encoding="utf-8", newline="\n")
+        beside.write_text("".join(f"{label}\n" for label in classes), encoding="utf-8", newline="\n")
     return count
 
 

@@ -76,6 +76,11 @@ class RunFolder:
         found = (part.fullmatch(entry.name) for entry in os.scandir(self.path / "parts"))
         return {int(name[1]) for name in found if name}
 
+    def begun(self) -> list[tuple[int, Path]]:
+        """The work files: each with its shard, of which several may have one."""
+        numbered = [(re.match(r"(\d{5,})\.", path.name), path) for path in self.work.glob("*.jsonl")]
+        return [(int(number[1]), path) for number, path in numbered if number]
+
     def lines(self, shard: int) -> Iterator[Line]:
         """The lines of a finished shard."""
         if self.settings.format == "parquet":

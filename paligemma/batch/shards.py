@@ -203,7 +203,7 @@ def _to_disk(path: Path) -> None:
 
 def reopen_failed(folder: RunFolder, shards: Iterable[int]) -> int:
     """Lets the rows that failed in these shards, finished or not, be tried once more. How many there are."""
-    begun = {int(path.name.split(".")[0]) for path in folder.work.glob("[0-9]*.jsonl")}
+    begun = {shard for shard, _ in folder.begun()}
     return sum(reopen(folder, shard) for shard in sorted((folder.done() | begun) & set(shards)))
 
 

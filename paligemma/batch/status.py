@@ -70,10 +70,10 @@ def count_lines(lines: Iterable[dict[str, Any]]) -> tuple[int, Counter[str]]:
 def rows_begun(folder: RunFolder) -> Counter[int]:
     """How many rows stand in the work files of each shard. They are kept, and not answered again."""
     begun = Counter[int]()
-    for path in folder.work.glob("[0-9]*.jsonl"):
+    for shard, path in folder.begun():
         with suppress(FileNotFoundError):  # its shard was finished a moment ago
             lines = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a torn last line does not count
-            begun[int(path.name.split(".")[0])] += sum(line.startswith(b'{"id"') for line in lines)
+            begun[shard] += sum(line.startswith(b'{"id"') for line in lines)
     return begun
 
 

@@ -37,7 +37,7 @@ YOLO_HEAD = "# Put this file above a folder `images` with the pictures and a fol
 def labels_into(folder: Path, format: str, images: Sequence[str], classes: Sequence[str]) -> Iterator[LabelFiles]:
     """The label files of one run, in a folder that no other run writes to meanwhile. What was answered is written, even
     if the run is ended before its last picture. BlockingIOError where another run writes."""
-    existed = folder.exists()
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with locked(folder, "paligemma run --save-labels"):
@@ -47,9 +47,9 @@ def labels_into(folder: Path, format: str, images: Sequence[str], classes: Seque
             finally:
                 labels.finish()
     finally:
-        if not existed:
-            with suppress(OSError):  # there are labels in it
-                folder.rmdir()
+        with suppress(OSError):  # there are labels in it
+            for parent in new:
+                parent.rmdir()
 
 
 class LabelFiles:
@@ -114,7 +114,6 @@ class LabelFiles:
         """Writes what belongs to all pictures together."""
         if not self.unwritten:
             return
-        self.unwritten = False
         if self.format == "yolo":
             self._write_names()
         elif self.format == "coco":
@@ -126,6 +125,7 @@ class LabelFiles:
             write_json(
                 self.folder / COCO, {**self.document, "images": images + self.images, "annotations": annotations}
             )
+        self.unwritten = False
 
     # ------------------------------------------------------------------------------------------ an earlier run
 

@@ -161,7 +161,7 @@ def run(
             if labels is not None:
                 labels.add(images[number], picture.size, [*answer.detections, *answer.segments])
         answered += len(numbers)
-    if labels is not None:
+    if labels is not None and labels.unwritten:
         labels.finish()
         note(f"labels: {save_labels}")
     if answered < len(images):

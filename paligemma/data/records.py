@@ -333,7 +333,8 @@ def _answers(record: dict[str, Any]) -> Any:
     answers = record.get("answers")
     if isinstance(answers, str) and answers.startswith("["):  # a cell of a CSV
         with suppress(ValueError):
-            answers = parse_json(answers)
+            listed = parse_json(answers)
+            answers = listed if all(isinstance(one, (str, dict)) for one in listed) else answers
     if isinstance(answers, dict):  # SQuAD and relatives
         answers = answers.get("text")
     if isinstance(answers, list):  # VQA's answers are objects

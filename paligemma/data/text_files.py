@@ -125,14 +125,14 @@ def unreadable(error: ValueError) -> str:
 # -- CSV --
 
 
-# A cell may hold a picture, as a data: URL. Python's own limit is 131,072 letters.
-csv.field_size_limit(2**31 - 1)
+LONGEST_CELL = 2**26  # letters: a cell may hold a picture, as a data: URL; Python's own limit is 131,072
 
 
 class CsvFile:
     """A table with a header; the separator is a comma, semicolon or tab. Cells in quotes may contain line breaks."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        csv.field_size_limit(max(LONGEST_CELL, csv.field_size_limit()))
         self.pieces = Pieces(path)
         starts, lines, position = array("q"), array("q"), 0
 

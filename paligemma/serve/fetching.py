@@ -118,8 +118,9 @@ async def _get(host: str, target: str) -> bytes:
 async def _connect(host: str, addresses: Sequence[str]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """To the first address that can be reached: not every machine has a way to those of IPv6."""
     for address in addresses[:-1]:
-        with suppress(OSError):
-            return await asyncio.open_connection(address, PORT, ssl=tls(), server_hostname=host)
+        with suppress(OSError, asyncio.TimeoutError):
+            dialled = asyncio.open_connection(address, PORT, ssl=tls(), server_hostname=host)
+            return await asyncio.wait_for(dialled, LONGEST / len(addresses))
     return await asyncio.open_connection(addresses[-1], PORT, ssl=tls(), server_hostname=host)
 
 

@@ -127,11 +127,12 @@ class TimedProtocol(H11Protocol):
     seconds = 30.0
     timeout_keep_alive_task: asyncio.TimerHandle | None  # uvicorn's own
     _timer: asyncio.TimerHandle | None = None
-    _reader: asyncio.TimerHandle | None = None  # runs while more of the answer waits than is kept for a client
+    _reader: asyncio.TimerHandle | None = None  # runs while a part of the answer waits for the client
     _unread = 0  # bytes
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # `pause_writing` is called as soon as anything waits for the client
         self._timer = self.loop.call_later(self.seconds, self._too_slow)
 
     def data_received(self, data: bytes) -> None:

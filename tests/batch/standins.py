@@ -101,12 +101,25 @@ def deadly(settings, device=None, draw=None):
 
 
 def one_healthy(settings, device=None, draw=None):
-    """The worker that makes the file `healthy` in the current folder is slow; all others die while they load."""
+    """The worker that makes the file `healthy` in the current folder answers, the first shard when two others are dead;
+    all others die while they load."""
     try:
-        with open("healthy", "x"):
-            return slow(settings)
+        open("healthy", "x").close()
     except FileExistsError:
+        with open("deaths", "a") as file:
+            file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def answer_row(row):
+        deadline = time.monotonic() + 60
+        while row.id == "row 5" and time.monotonic() < deadline:
+            if os.path.exists("deaths") and os.path.getsize("deaths") >= 2:
+                time.sleep(0.3)  # the watcher looks every 50 ms
+                break
+            time.sleep(0.01)
+        return line_of(row)
+
+    return in_batches(answer_row, settings.batch_size)
 
 
 def broken(settings, device=None, draw=None):

@@ -111,7 +111,8 @@ def test_other_files_between_the_parts_are_none(tmp_path):
     work_on(folder, 0, answer)
     for name in ("all.jsonl", "00001 (conflict).jsonl", "00001.jsonl.bak"):
         (folder.path / "parts" / name).write_text("")
-    (folder.work / "notes.jsonl").write_text("")
+    for name in ("notes.jsonl", "00001 (conflict).host.jsonl"):
+        (folder.work / name).write_text("")
     assert folder.done() == {0} and rows_begun(folder) == {} and reopen_failed(folder, range(3)) == 0
 
 

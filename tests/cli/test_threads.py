@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from paligemma import devices
 from paligemma.cli import batch
 from paligemma.cli import main as cli
 from paligemma.cli.options import within_cores
@@ -22,11 +23,14 @@ def test_more_threads_than_cores_are_as_many_as_cores(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system gives a process all cores")
-def test_a_job_may_have_fewer_cores_than_its_machine(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5, 9})
+def test_a_job_may_have_fewer_cores_than_its_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "CONTAINER", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5, 9}, raising=False)
     assert cpu_count() == within_cores(1000) == 3
     assert batch.threads_of_each(1, None) == 3
+    for quota, cores in (("max 100000", 3), ("150000 100000", 2), ("900000 100000", 3), ("1000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")  # as `docker run --cpus 1.5` has it
+        assert cpu_count() == cores
 
 
 @pytest.mark.parametrize("line", ["explore ocr scene.png --json", "batch ocr scene.png --dry-run"])
