@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 SCENE = HERE.parent / "examples" / "scene.png"
 SCREENS = {  # name of the picture: prompt, view
     "explore_attention": ("caption en", "#attention?token=2&layer=4&head=-1"),
-    "explore_words": ("caption en", "#words?layer=5&patch=34"),
+    "explore_words": ("caption en", "#words?layer=5&patch=53"),
     "explore_routes": ("answer en what color is the umbrella ?", "#routes"),
 }
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]

@@ -83,7 +83,7 @@ def test_without_its_patches_an_object_is_not_named(tiny):
 @pytest.mark.slow
 def test_in_forty_scenes_without_its_patches_an_object_is_not_named(tiny):
     tried, gone, kept, by_chance = removals(tiny, 40, 80)
-    assert tried == 40 and gone >= 38 and kept >= 37 and by_chance <= 2  # measured: 40, 40, 1
+    assert tried == 40 and gone >= 38 and kept >= 37 and by_chance <= 2  # measured: 40, 40, 0
 
 
 def pointing_and_lens(pg, seeds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +116,7 @@ def test_attention_points_at_what_is_named_and_patches_say_their_word(tiny):
 @pytest.mark.slow
 def test_in_forty_scenes_attention_points_and_patches_say_their_word(tiny):
     points, says = pointing_and_lens(tiny, 40)
-    assert points[-3:].mean() >= 0.95 and says[-2] >= 0.75  # measured: .970; .841
+    assert points[-3:].mean() >= 0.95 and says[-2] >= 0.75  # measured: .974; .804
 
 
 # ---------------------------------------------------------------------------------------------- routes
@@ -144,10 +144,10 @@ def test_two_questions_take_two_routes(tiny):
     color = mean_routes(
         tiny, lambda thing: f"answer en what color is the {thing.label} ?", lambda thing: thing.tint, 12
     )
-    assert color["image->last"][4] >= 0.6 and color["image->last"][:3].max() < 0.1  # measured: .67; .003
-    assert color["prompt->last"][1:4].max() >= 0.8  # .99
+    assert color["image->last"][4] >= 0.75 and color["image->last"][:3].max() < 0.1  # measured: .86; -.001
+    assert color["prompt->last"][1:4].max() >= 0.8  # 1.0
     exists = mean_routes(tiny, lambda thing: f"answer en is there a {thing.label} ?", lambda thing: "yes", 12)
-    assert exists["image->prompt"][0] >= 0.9 and abs(exists["image->last"]).max() < 0.02  # .99; .001
+    assert exists["image->prompt"][0] >= 0.9 and abs(exists["image->last"]).max() < 0.02  # .99; .005
     # bos takes most of the first layers' attention, and nothing depends on it.
     assert abs(color["bos->last"]).max() < 0.02 and abs(exists["bos->last"]).max() < 0.02
 
@@ -181,5 +181,5 @@ def test_a_colour_goes_from_its_patches_to_the_last_column(tiny):
         last.append(found.restored[1])
     assert len(on_object) >= 3
     object_mean, last_mean = torch.stack(on_object).mean(0), torch.stack(last).mean(0)
-    assert object_mean[:3].min() > 0.9 and last_mean[:3].abs().max() < 0.05  # measured: .99; .003
-    assert last_mean[-1] > 0.2 and object_mean[-1] < object_mean[0]  # .37; .68
+    assert object_mean[:3].min() > 0.9 and last_mean[:3].abs().max() < 0.05  # measured: 1.0; .001
+    assert last_mean[-1] > 0.2 and object_mean[-1] < object_mean[0]  # .33; .71

@@ -94,9 +94,9 @@ def test_a_folder_keeps_to_the_recipe_it_was_begun_with(tmp_path):
     remember(SECOND, tmp_path / "run")
     remember(for_device(SECOND, torch.device("cuda")), tmp_path / "run")  # other batches are no other recipe
     with pytest.raises(
-        ValueError, match=r"another recipe \(image_size 160; now image_size 192\): choose another folder"
+        ValueError, match=r"another recipe \(image_size 192; now image_size 160\): choose another folder"
     ):
-        remember(replace(SECOND, image_size=192), tmp_path / "run")
+        remember(replace(SECOND, image_size=160), tmp_path / "run")
 
 
 # --- world 2 in files -------------------------------------------------------------------------------

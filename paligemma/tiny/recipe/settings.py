@@ -1,7 +1,8 @@
 """What a recipe decides: the world, the size of the pictures and of the model, the batches.
 
-`SECOND` is for world 2; the model that ships was made with it. `FIRST` made the one before, in world 1, with pictures
-of 128 pixels, where a letter is 8 pixels wide. A trial is one of these with a field replaced.
+`SECOND` is for world 2; the last round of the model that ships was made with it (docs/tiny.md). `FIRST` made the one
+before, in world 1, with pictures of 128 pixels, where a letter is 8 pixels wide. A trial is one of these with
+a field replaced.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Recipe:
 
 
 FIRST = Recipe()
-SECOND = Recipe(world=2, image_size=160, codec_steps=4000, shards=400, vision_share=0.45)
+SECOND = Recipe(world=2, image_size=192, codec_steps=4000, shards=400, page_shards=250, vision_share=0.45)
 RECIPES = {1: FIRST, 2: SECOND}  # by world
 
 
