@@ -35,10 +35,10 @@ def test_the_command_check_counts_tokens_and_opens_pictures_if_asked(folder, pal
     path = write_lines(other, good(image="text.png"), good(suffix="a dog " * 40))
     asked = ("data", "check", path, "--images", folder)
     assert paligemma_command(*asked)[0] == 0
-    code, out, _ = paligemma_command(*asked, "--open-pictures", "--model", "tiny", "--max-length", "140")
+    code, out, _ = paligemma_command(*asked, "--open-pictures", "--model", "tiny", "--max-length", "184")
     assert code == 1
     assert f"{path}:1: {folder / 'text.png'} is not a picture" in out
-    assert "suffix too long: 1 row" in out and f"{path}:2: " in out and "max_length is 140" in out
+    assert "suffix too long: 1 row" in out and f"{path}:2: " in out and "max_length is 184" in out
     code, _, err = paligemma_command(*asked, "--max-length", "100")
     assert code == 2 and "--model" in err
     code, _, err = paligemma_command("data", "check", folder / "nothing.jsonl")

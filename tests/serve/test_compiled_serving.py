@@ -52,8 +52,8 @@ def test_a_row_beyond_its_slot_is_refused_before_anything_is_computed(pg, monkey
         monkeypatch.setattr(pg.model, "encode_image", lambda pixels: pytest.fail("computed"))
         long = chat("caption en " + "very " * 200, max_tokens=100)
         assert error_of(client.post("/v1/chat/completions", json=long))[:2] == (400, "prompt_too_long")
-        four = {"image": [data_url()] * 4, "prompt": "caption en " + "very " * 90, "max_tokens": 100}
-        response = client.post("/v1/answer", json=four)
+        three = {"image": [data_url()] * 3, "prompt": "caption en " + "very " * 90, "max_tokens": 100}
+        response = client.post("/v1/answer", json=three)
         assert error_of(response)[:2] == (400, "prompt_too_long")
         room = pg.processor.num_image_tokens + 255 + 100
         assert f"and this server has room for {room} in a row" in response.json()["error"]["message"]

@@ -212,9 +212,9 @@ def test_tokens_without_text_are_no_reason_to_be_silent(pg, monkeypatch):
 
 def test_a_client_that_does_not_read_holds_nobody_up(pg):
     """Its connection is full before its answer is written; its time runs out, and its neighbours are answered."""
-    long = {"choice": [" ".join(["dog"] * 880)]}  # 130 kB, more than a server keeps of what is not read
-    body = chat(stream=True, logprobs=True, structured_outputs=long, max_tokens=900)
-    with running(pg, timeout=6, max_new_tokens=900) as server, server.client() as client:
+    long = {"choice": [" ".join(["dog"] * 850)]}  # 125 kB, more than a server keeps of what is not read
+    body = chat(stream=True, logprobs=True, structured_outputs=long, max_tokens=870)
+    with running(pg, timeout=6, max_new_tokens=870) as server, server.client() as client:
         server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have the same
         lazy = begin(server, body, SO_RCVBUF=2048)
         wait_until(lambda: server.service.taken == 1 and len(server.service.engine.running) == 1)

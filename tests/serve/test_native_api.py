@@ -162,7 +162,7 @@ def test_a_picture_is_encoded_once_for_many_questions(pg):
 
 
 def test_a_row_that_no_cache_could_hold(pg):
-    with running(pg, cache_memory=0.0015) as server, server.client() as client:
+    with running(pg, cache_memory=0.002) as server, server.client() as client:
         body = {"image": IMAGE, "prompt": "caption en", "max_tokens": 500}
         assert error_of(client.post("/v1/answer", json=body)) == (400, "invalid_value", "max_tokens")
         assert client.post("/v1/answer", json={**body, "max_tokens": 2}).status_code == 200
