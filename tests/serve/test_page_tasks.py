@@ -160,12 +160,12 @@ def test_exif_orientation_is_the_same_for_page_and_server(page, tmp_path, pg, or
     )  # chromium leaves a WebP as it lies; then that is what is asked about
     assert page.text("#picture-name") == f"photo.{ending} · {seen.width} × {seen.height}"
     page.task("detect")
-    page.labels("house")
+    page.labels("book")
     page.run()
-    (house,) = pg.detect(seen, ["house"])
+    (book,) = pg.detect(seen, ["book"])
     assert len(page.rows()) == 1
     numbers = [float(number) for number in page.rows()[0].split()[-4:]]
-    assert numbers == pytest.approx(list(house.box), abs=9)
+    assert numbers == pytest.approx(list(book.box), abs=9)
 
 
 def test_a_huge_photo_is_sent_smaller_and_told_in_its_own_pixels(page, tmp_path, pg):

@@ -182,7 +182,7 @@ def test_losses_make_no_tensor_on_a_device_of_their_own(folder, codec):
 @pytest.mark.slow
 def test_new_scenes_are_rendered_beside_the_training_and_the_oldest_make_room(tmp_path):
     write_shard(tmp_path, 5, recipe=SMALL)
-    with rendering_beside(tmp_path, replace(SMALL, shards=2), share=1.0):
+    with rendering_beside(tmp_path, replace(SMALL, shards=2, page_shards=0), share=1.0):
         for _ in range(600):
             time.sleep(0.1)
             if len(shard_paths(tmp_path)) == 2:

@@ -114,6 +114,18 @@ def test_a_vision_batch_has_what_the_heads_learn(scenes_folder):
     assert (batch["order"] <= batch["total"]).all() and (batch["same"] <= batch["total"]).all()
 
 
+def test_a_small_batch_may_have_nothing_for_some_heads(scenes_folder):
+    """No background that has a name, and no thing at all: the mean of nothing is no number."""
+    batch = SceneBatches(scenes_folder, size=8)(0, 0, 1)
+    heads = PatchHeads(16)
+    for changed in ({"background": NONE, "total": NONE}, {"class": 0, "same": NONE, "order": NONE, "codes": NONE}):
+        batch |= {name: torch.full_like(batch[name], value) for name, value in changed.items()}
+        loss, figures = heads.loss(torch.randn(8, 64, 16, requires_grad=True), batch)
+        assert torch.isfinite(loss) and figures["loss/background"] == 0
+        loss.backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in heads.parameters())
+
+
 def test_a_patch_learns_the_mask_codes_of_what_it_covers():
     """Codes that count the cells of the box: then the code at a point says where in the box the point lies."""
     scene = next(s for s in map(render, range(100)) if len(s.objects) > 2)

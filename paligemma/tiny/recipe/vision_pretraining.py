@@ -75,7 +75,6 @@ class PatchHeads(nn.Module):
         predicted = {name: value.flatten(0, 1) for name, value in self(features).items()}  # [n * P, size]
         label = targets["class"].flatten()
         thing = label > 0
-        background = predicted["background"]
         # Three patches of four are background: without weights they would dominate the loss.
         weight = torch.where(thing, 1.0, 0.25)
 
@@ -83,21 +82,29 @@ class PatchHeads(nn.Module):
             loss = F.cross_entropy(predicted[name], targets[name].flatten(), reduction="none", ignore_index=NONE)
             return (loss * weight).sum() / weight.sum()
 
+        def mean(values: Tensor) -> Tensor:
+            return values.sum() / max(values.numel(), 1)  # a small batch may have none
+
+        def known_mean(name: str, patches: Tensor) -> Tensor:
+            """Over those of the patches that have a target: backgrounds of many colours have no name."""
+            target = targets[name].flatten()
+            patches = patches & (target != NONE)
+            return mean(F.cross_entropy(predicted[name][patches], target[patches], reduction="none"))
+
         parts = {name: weighted(name) for name in ("class", "tint", "order")}
-        parts["background"] = F.cross_entropy(background, targets["background"].flatten())
-        parts["total"] = F.cross_entropy(predicted["total"], targets["total"].flatten())
-        parts["same"] = F.cross_entropy(predicted["same"][thing], targets["same"].flatten()[thing])
+        parts["background"] = known_mean("background", torch.ones_like(thing))
+        parts["total"] = known_mean("total", torch.ones_like(thing))
+        parts["same"] = known_mean("same", thing)
         off = (predicted["box"][thing] - targets["box"].flatten(0, 1)[thing]).abs()
-        parts["box"] = off.mean()
-        parts["mask"] = F.binary_cross_entropy_with_logits(
-            predicted["mask"][thing], targets["mask"].flatten(0, 1)[thing]
-        )
+        parts["box"] = mean(off)
+        outline = targets["mask"].flatten(0, 1)[thing]
+        parts["mask"] = mean(F.binary_cross_entropy_with_logits(predicted["mask"][thing], outline, reduction="none"))
         letters = predicted["characters"].unflatten(-1, (2, -1)).flatten(0, 1)
         letter = targets["characters"].flatten()
         on_sign = (label == len(world.LABELS)).repeat_interleave(2)
         parts["characters"] = F.cross_entropy(letters[on_sign], letter[on_sign]) if on_sign.any() else letters.sum() * 0
         waves_off = (predicted["edges"][thing] - waves(targets["edges"].flatten(0, 1)[thing]).flatten(1)).square()
-        parts["edges"] = waves_off.mean()
+        parts["edges"] = mean(waves_off)
         code = targets["codes"].flatten(0, 1).flatten()  # [n * P * 4]
         known = code != NONE
         logp = predicted["codes"].unflatten(-1, (4, -1)).flatten(0, 1)[known].log_softmax(-1)  # [codes, K]
@@ -111,7 +118,7 @@ class PatchHeads(nn.Module):
         for name, chosen in (("class", thing), ("tint", thing), ("order", thing), ("total", thing | ~thing)):
             target = targets[name].flatten()
             figures[name] = float((predicted[name].argmax(-1) == target)[chosen & (target != NONE)].float().mean())
-        figures["box_px"] = float(off.detach().mean()) * 128  # at a side of 128 pixels
+        figures["box_px"] = float(mean(off.detach())) * 128  # at a side of 128 pixels
         figures["codes"] = float((logp.argmax(-1) == code[known]).float().mean()) if known.any() else 0.0
         written = on_sign & (letter > 0)
         figures["letters"] = float((letters.argmax(-1) == letter)[written].float().mean()) if written.any() else 0.0
