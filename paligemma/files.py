@@ -275,6 +275,22 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and its parents, if need be, and removes again those of them in which nothing came to lie.
+    FileExistsError for a file."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, expected a folder to write to")
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for one in new:
+            with suppress(OSError):  # it is not empty
+                one.rmdir()
+
+
+@contextmanager
 def new_folder_written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `folder` at the end. FileExistsError if that exists and is not empty.
 
@@ -333,24 +349,15 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     left there of a process that was killed belongs to nobody, and is removed first. Another thread of this process
     that writes there is waited for.
     """
-    with _writing.setdefault(str(folder.resolve()), threading.RLock()):
-        existed = folder.exists()
-        if existed and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file, expected a folder to write to")
-        folder.mkdir(parents=True, exist_ok=True)
+    one_thread = _writing.setdefault(str(folder.resolve()), threading.RLock())
+    with one_thread, made_folder(folder), locked(folder, "saving a model"):
+        for left in folder.glob(".saving-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
         try:
-            with locked(folder, "saving a model"):
-                for left in folder.glob(".saving-*"):
-                    shutil.rmtree(left, ignore_errors=True)
-                staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-                try:
-                    yield staging
-                finally:
-                    shutil.rmtree(staging, ignore_errors=True)
+            yield staging
         finally:
-            if not existed:
-                with suppress(OSError):
-                    folder.rmdir()
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ locking a folder

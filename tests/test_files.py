@@ -14,6 +14,7 @@ import pytest
 from paligemma import files
 from paligemma.files import (
     locked,
+    made_folder,
     new_folder_written_whole,
     read_json,
     read_json_value,
@@ -107,6 +108,26 @@ def test_files_that_belong_together_take_their_places_together(tmp_path):
     with pytest.raises(TypeError):
         write_texts(tmp_path, {"a.txt": "new", "b.txt": None})
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old", "b.txt": "old"}
+
+
+def test_a_folder_that_is_made_and_not_used_is_removed_again(tmp_path):
+    (tmp_path / "old").mkdir()
+    with made_folder(tmp_path / "new" / "inner"):
+        assert (tmp_path / "new" / "inner").is_dir()
+    with made_folder(tmp_path / "old"):  # was there before
+        pass
+    with pytest.raises(KeyError), made_folder(tmp_path / "used" / "inner"):
+        (tmp_path / "used" / "a.txt").write_text("a")
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "old", "used"]
+    with (
+        pytest.raises(FileExistsError, match=r"a\.txt is a file, expected a folder"),
+        made_folder(tmp_path / "used" / "a.txt"),
+    ):
+        pass
+    with pytest.raises(NotADirectoryError), made_folder(tmp_path / "used" / "a.txt" / "inner"):
+        pass
+    assert (tmp_path / "used" / "a.txt").read_text() == "a"
 
 
 def test_a_staging_folder_leaves_nothing(tmp_path):

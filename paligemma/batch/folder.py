@@ -20,7 +20,6 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +27,7 @@ from typing import IO, Any
 from paligemma.batch import leases
 from paligemma.batch.rows import InputRow, Line
 from paligemma.batch.settings import Settings, differences
-from paligemma.files import read_json, write_json
+from paligemma.files import made_folder, read_json, write_json
 
 RUN, ROWS, SUMMARY, SETUP = "run.json", "rows.jsonl", "summary.json", "setup.lease"
 
@@ -130,9 +129,7 @@ def open_run(
     waiting = False
     while not (path / RUN).exists():
         _check_place(path)
-        made = [one for one in (path, *path.parents) if not one.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        try:
+        with made_folder(path):
             lease = leases.take(path / SETUP)
             if lease is not None:
                 try:
@@ -142,10 +139,6 @@ def open_run(
                 finally:
                     leases.clear(path / SETUP)
                 continue
-        finally:
-            for one in made:
-                with suppress(OSError):
-                    one.rmdir()  # if nothing was written to it
         if not waiting:
             note(f"another process lists the rows of {path}: waiting for it")
         waiting = True

@@ -109,9 +109,6 @@ def _of_folder(folder: str, every: float | None, note: Callable[[str], object]) 
     wanted, others, found = picture_names(), 0, 0
     for path in files_below(folder):
         small = path.lower()
-        if any(map(is_junk, Path(path).relative_to(folder).parts)):
-            others += 1
-            continue
         if small.endswith(VIDEOS) and every is not None:
             places = _of_file(path, every, note)
         elif os.path.splitext(small)[1] in wanted:
@@ -129,11 +126,13 @@ def _of_folder(folder: str, every: float | None, note: Callable[[str], object]) 
 
 
 def files_below(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Paths of all files below a folder, in order. Links to folders are followed, but not in a circle. above: the
-    folders on the way, by device and number."""
+    """Paths of all files below a folder, in order, without hidden files and folders. Links to folders are followed, but
+    not in a circle. above: the folders on the way, by device and number."""
     entries = []
     with os.scandir(folder) as scan:
         for entry in scan:
+            if is_junk(entry.name):
+                continue
             try:
                 entries.append((entry.name, entry.is_dir()))
             except OSError:  # a link that leads to itself

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from paligemma.cli.output import name_of, short_name, stem_of
-from paligemma.files import locked, read_json, write_json, write_text
+from paligemma.files import locked, made_folder, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from paligemma.answers.results import Detection, Segment
@@ -37,19 +37,12 @@ YOLO_HEAD = "# Put this file above a folder `images` with the pictures and a fol
 def labels_into(folder: Path, format: str, images: Sequence[str], classes: Sequence[str]) -> Iterator[LabelFiles]:
     """The label files of one run, in a folder that no other run writes to meanwhile. What was answered is written, even
     if the run is ended before its last picture. BlockingIOError where another run writes."""
-    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder, "paligemma run --save-labels"):
-            labels = LabelFiles(folder, format, images, classes)
-            try:
-                yield labels
-            finally:
-                labels.finish()
-    finally:
-        with suppress(OSError):  # there are labels in it
-            for parent in new:
-                parent.rmdir()
+    with made_folder(folder), locked(folder, "paligemma run --save-labels"):
+        labels = LabelFiles(folder, format, images, classes)
+        try:
+            yield labels
+        finally:
+            labels.finish()
 
 
 class LabelFiles:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.summary import Scored
-from paligemma.files import append_text, locked, parse_json, read_json_value, write_text
+from paligemma.files import append_text, locked, made_folder, parse_json, read_json_value, write_text
 from paligemma.images import load_image
 
 if TYPE_CHECKING:
@@ -45,29 +45,21 @@ def held(folder: Path) -> Iterator[None]:
     ValueError for a folder with files of another program, FileExistsError for a file, BlockingIOError if another run
     writes to the folder, OSError where nothing can be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, expected a folder to write the run to")
     found = [name for name in WRITTEN if (folder / name).exists()]
     if found and not (folder / "run.json").exists():
         raise ValueError(
             f"{folder} has {', '.join(found)} and no run.json that says of which run: choose another folder, since a "
             "run would write over it"
         )
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with ExitStack() as stack:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(folder, "paligemma evaluate"))
-            except BlockingIOError:
-                raise
-            except OSError as error:
-                raise OSError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
-            yield
-    finally:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made_folder(folder))
+            stack.enter_context(locked(folder, "paligemma evaluate"))
+        except (BlockingIOError, FileExistsError):
+            raise
+        except OSError as error:
+            raise OSError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
+        yield
 
 
 def check_folder(folder: Path) -> None:

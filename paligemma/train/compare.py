@@ -17,7 +17,7 @@ from rich.text import Text
 
 from paligemma.evaluate.report import rounded
 from paligemma.files import read_json
-from paligemma.train.options import TrainOptions
+from paligemma.train.options import defaults
 from paligemma.train.results import summary_of
 from paligemma.train.run_folder import FINISHED, SETTINGS, read_log
 
@@ -57,8 +57,7 @@ def read_run(folder: Path) -> Record:
     if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"{folder} has no {SETTINGS}: expected the folder of a run of 'paligemma train'")
     saved = read_json(folder / SETTINGS)
-    options = {name: getattr(TrainOptions, name, None) for name in TrainOptions.__dataclass_fields__}
-    options |= _object(saved, "settings", folder)
+    options = defaults() | _object(saved, "settings", folder)
     facts = {**_object(saved, "facts", folder), **_object(saved, "environment", folder)}
     log = read_log(folder)
     results: Values = {}

@@ -9,7 +9,7 @@ options are checked. `paligemma train --help` says what each option means.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from paligemma.data.options import DataOptions
@@ -202,3 +202,9 @@ class TrainOptions:
     def peak_lr_beside_muon(self) -> float:
         """For what AdamW trains in a run with Muon: embedding, norms and biases."""
         return self.peak_lr / 3
+
+
+def defaults() -> dict[str, Any]:
+    """The options that a run has if they are not given. A run of an older version, which had fewer options, did what is
+    now the default of the others."""
+    return {one.name: one.default for one in fields(TrainOptions) if one.default is not MISSING}

@@ -18,16 +18,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import MISSING, fields
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from paligemma.data.rows import Rows
 from paligemma.evaluate.report import environment
-from paligemma.files import append_text, locked, parse_json, read_json, write_json, write_text
+from paligemma.files import append_text, locked, made_folder, parse_json, read_json, write_json, write_text
 from paligemma.train import checkpointing
-from paligemma.train.options import TrainOptions
+from paligemma.train.options import defaults
 
 SETTINGS, LOG, FINISHED = "settings.json", "log.jsonl", "finished.json"
 # What a run may be given differently when it goes on: none of it changes the losses (but that dropout draws anew for
@@ -83,17 +82,8 @@ def fingerprint_of_data(rows: Rows) -> str | None:
 def locked_run(out: Path) -> Iterator[None]:
     """Only one process may train in a folder: BlockingIOError, which says who does, for a second one. FileExistsError
     for a file. The folder is made if need be, and removed again if nothing came to lie in it."""
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file, expected a folder to write the run to")
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out, "paligemma train"):
-            yield
-    finally:
-        with suppress(OSError):
-            for folder in new:
-                folder.rmdir()
+    with made_folder(out), locked(out, "paligemma train"):
+        yield
 
 
 def open_run(
@@ -111,11 +101,7 @@ def open_run(
     if not known or not resume:
         return False
     here = _compared(_as_json(settings), _as_json(facts))
-    # An older version had fewer options, and did what is now the default.
-    defaults = _as_json(
-        {one.name: one.default for one in fields(TrainOptions) if one.name in here and one.default is not MISSING}
-    )
-    there = defaults | saved_settings(out)
+    there = {name: value for name, value in _as_json(defaults()).items() if name in here} | saved_settings(out)
     may_differ = LENGTH if longer else set()
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key) and key not in may_differ]
     if differing:
