@@ -349,6 +349,8 @@ def staging_folder(folder: Path) -> Iterator[Path]:
     left there of a process that was killed belongs to nobody, and is removed first. Another thread of this process
     that writes there is waited for.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, expected a folder to write to")
     one_thread = _writing.setdefault(str(folder.resolve()), threading.RLock())
     with one_thread, made_folder(folder), locked(folder, "saving a model"):
         for left in folder.glob(".saving-*"):

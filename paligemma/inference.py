@@ -28,6 +28,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from paligemma.answers.constraints import Constraint, one_per_row
 from paligemma.answers.drawing import Style, draw
 from paligemma.answers.grammar import ChoiceGrammar, DetectionGrammar
-from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.mask_codec import CODEC_FILE, MaskCodec
 from paligemma.answers.parsing import NUM_LOC, parse_tokens
 from paligemma.answers.results import Answer, Detection, Items, Segment
 from paligemma.answers.scores import CALIBRATION_FILE, IDENTITY, Calibration
@@ -56,11 +57,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import Unpack
 
-    from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
+    from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from paligemma.tokenizer import Tokenizer
 
 __all__ = ["Answer", "PaliGemma", "Sampling", "load"]
-
-CODEC_FILE = "mask_codec.npz"  # a checkpoint may bring its own; the official one is shared by all official checkpoints
 
 ImageOrNone: TypeAlias = ImageInput | None  # what a row of the batch sees; None: no picture
 ImageOrNoneT = TypeVar("ImageOrNoneT", bound=ImageOrNone)  # of a list, as `ImageT`
@@ -105,6 +105,7 @@ def load(
     `docs/changing.md`.
     Raises ValueError or OSError in a line that says what to do.
     """
+    check_loc_scale(loc_scale)
     network, tokenizer, folders = load_with_folders(
         model,
         device,
@@ -116,14 +117,7 @@ def load(
         max_memory=max_memory,
         extra=extra or {},
     )
-    processor = PaliGemmaProcessor.for_config(tokenizer, network.config)
-    own_codec = first_with(folders, CODEC_FILE)
-    if own_codec is not None:
-        processor.mask_codec = MaskCodec.load(own_codec / CODEC_FILE)
-    calibrated = folders[0] / CALIBRATION_FILE  # of these weights: an adapter's base has another
-    if calibrated.exists():
-        processor.calibration = Calibration.load(calibrated)
-    return PaliGemma(network, processor, loc_scale=loc_scale)
+    return PaliGemma(network, processor_for(tokenizer, network.config, folders), loc_scale=loc_scale)
 
 
 class PaliGemma:
@@ -139,8 +133,7 @@ class PaliGemma:
         codec: MaskCodec | None = None,
         loc_scale: int = 1024,
     ):
-        if loc_scale not in (1023, 1024):
-            raise ValueError(f"loc_scale is {loc_scale!r}, expected 1024 or 1023")
+        check_loc_scale(loc_scale)
         self.model = model.eval()
         self.processor = processor
         self.loc_scale = loc_scale
@@ -407,7 +400,7 @@ class PaliGemma:
         constraint: what may come next in every row, see `answers/grammar.py`; a list has one (or None) for each row.
         constrained: derive it from the prompt instead, if that is a `detect` or `segment` one. forbid_repeats: as in
         `detect`.
-        codec: decodes masks; default the checkpoint's own, if it has one.
+        codec: decodes masks; default `loaded_codec`. (None: segments have no masks.)
         sampling: the fields of `Sampling`, as in `paligemma.generate`. A list of seeds has one for each row.
         """
         images, prompts, is_list = _broadcast(image, prompt)
@@ -570,6 +563,32 @@ def shown(pieces: Generator[str, None, Answer], write: Callable[[str], object]) 
             write("\n")
             answer: Answer = end.value
             return answer
+
+
+def processor_for(tokenizer: Tokenizer, config: PaliGemmaConfig, folders: Sequence[Path]) -> PaliGemmaProcessor:
+    """The processor of a model, with the mask codec and the calibration that lie beside its weights.
+
+    folders: its own, and behind it that of an adapter's base, whose codec serves both and whose calibration is of other
+    weights.
+    """
+    processor = PaliGemmaProcessor.for_config(tokenizer, config)
+    processor.mask_codec = own_codec(folders)
+    if (calibrated := folders[0] / CALIBRATION_FILE).exists():
+        processor.calibration = Calibration.load(calibrated)
+    return processor
+
+
+def check_loc_scale(loc_scale: int) -> None:
+    """ValueError for another number than the two in use."""
+    if loc_scale not in (1023, 1024):
+        raise ValueError(f"loc_scale is {loc_scale!r}, expected 1024 or 1023")
+
+
+def own_codec(folders: Sequence[Path]) -> MaskCodec | None:
+    """The mask codec that a checkpoint brings itself. (All official checkpoints share one, which `MaskCodec.load()`
+    downloads.)"""
+    folder = first_with(folders, CODEC_FILE)
+    return MaskCodec.load(folder / CODEC_FILE) if folder is not None else None
 
 
 def _check_text(value: object, name: str) -> str:

@@ -211,7 +211,7 @@ class PaliGemmaProcessor:
         (or the `processor_config.json` that newer transformers write), else `config.json`. (`inference.load` reads a
         calibration and a mask codec.)"""
         folder = Path(folder)
-        return cls(load_tokenizer(folder), *_image_settings(folder))
+        return cls(load_tokenizer(folder), *image_settings(folder))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `preprocessor_config.json`, `tokenizer.json` and `tokenizer_config.json`, which `from_pretrained` and
@@ -300,7 +300,7 @@ _IMAGE_SETTINGS: dict[str, object] = {
 }
 
 
-def _image_settings(folder: Path) -> tuple[int, int]:
+def image_settings(folder: Path) -> tuple[int, int]:
     """(tokens per image, side in pixels) out of the files of a checkpoint. ValueError that names a file and its key."""
     vision = _object_in(folder / "config.json", "vision_config")
     path = folder / "preprocessor_config.json"

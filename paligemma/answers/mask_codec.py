@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -41,6 +40,7 @@ MASK_SIZE = 64
 GRID = 4  # four halvings of 64
 NUM_TOKENS = GRID * GRID
 
+CODEC_FILE = "mask_codec.npz"  # beside the weights of a checkpoint that brings its own
 OFFICIAL_URL = "https://storage.googleapis.com/big_vision/paligemma/vae-oid.npz"
 _MAX_BYTES = 512 * 2**20  # a codec has megabytes; more than this is not one, and is not unpacked
 

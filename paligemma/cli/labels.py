@@ -77,7 +77,7 @@ class LabelFiles:
             self._read_yolo()
         elif format == "coco":
             self._read_coco()
-        self._number(classes)
+        self.unnamed = self._number(classes)  # whether there are numbers that classes.txt does not explain yet
 
     def add(self, image: str, size: tuple[int, int], items: Sequence[Detection | Segment]) -> None:
         """size: width and height of the picture."""
@@ -85,10 +85,10 @@ class LabelFiles:
 
         name, stem = name_of(image), stem_of(image)
         self.unwritten = True
-        new = self._number(item.label for item in items)
+        self.unnamed |= self._number(item.label for item in items)
         if self.format == "yolo":
-            if new or not (self.folder / CLASSES).exists():
-                self._write_names()  # before the numbers: those of an interrupted run keep their meaning too
+            if self.unnamed or not (self.folder / CLASSES).exists():
+                self._write_names()  # before the numbers: those of a run that is killed keep their meaning too
             lines = to_yolo(items, size, self.classes)
             write_text(self.folder / f"{stem}.txt", "".join(f"{line}\n" for line in lines))
         elif self.format == "voc":
@@ -167,3 +167,4 @@ class LabelFiles:
         write_text(self.folder / CLASSES, "".join(f"{label}\n" for label in self.classes))
         names = "".join(f"  {number}: {json.dumps(label)}\n" for number, label in enumerate(self.classes))
         write_text(self.folder / DATA, f"{YOLO_HEAD}train: images\nnames:\n{names}")
+        self.unnamed = False

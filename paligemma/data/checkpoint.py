@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from paligemma.answers.mask_codec import MaskCodec
-from paligemma.inference import CODEC_FILE
-from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.weights.finding import resolve
+from paligemma.inference import own_codec
+from paligemma.processing_paligemma import PaliGemmaProcessor, image_settings
+from paligemma.weights.finding import find_settings, first_with, tokenizer_in
 
 
 def processor_of(
@@ -15,14 +13,10 @@ def processor_of(
 ) -> tuple[PaliGemmaProcessor, MaskCodec | None]:
     """The processor of a checkpoint, and its mask codec. A checkpoint without one takes the official codec, which is
     downloaded, for data of a kind that has masks ("coco-segment"), and None for others."""
-    path = resolve(model, revision=revision, weights=False)
-    folder: Path = path if path.is_dir() else path.parent
-    codec = None
-    if (folder / CODEC_FILE).is_file():
-        codec = MaskCodec.load(folder / CODEC_FILE)
-    elif has_masks(kind):
-        codec = MaskCodec.load()
-    return PaliGemmaProcessor.from_pretrained(folder), codec
+    _, folders = find_settings(model, revision)
+    codec = own_codec(folders) or (MaskCodec.load() if has_masks(kind) else None)
+    sizes = first_with(folders, "preprocessor_config.json", "processor_config.json", "config.json") or folders[-1]
+    return PaliGemmaProcessor(tokenizer_in(folders), *image_settings(sizes)), codec
 
 
 def codec_of(model: str, revision: str | None, kind: str | None) -> MaskCodec | None:

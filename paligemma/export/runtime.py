@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from paligemma.answers.mask_codec import MaskCodec
-from paligemma.answers.scores import CALIBRATION_FILE, Calibration
 from paligemma.export.graphs import GRAPHS
 from paligemma.export.storing import SUFFIXES
 from paligemma.files import read_json
-from paligemma.inference import CODEC_FILE, PaliGemma
+from paligemma.inference import PaliGemma, processor_for
 from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaOutput
-from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
 
 
@@ -41,11 +39,7 @@ def load_exported(
     Raises ValueError for weights of another name, FileNotFoundError where the folder lacks a file.
     """
     model = ExportedModel(Path(folder), weights, threads)
-    processor = PaliGemmaProcessor.for_config(load_tokenizer(folder), model.config)
-    if (calibrated := Path(folder) / CALIBRATION_FILE).exists():
-        processor.calibration = Calibration.load(calibrated)
-    if (own_codec := Path(folder) / CODEC_FILE).exists():
-        processor.mask_codec = MaskCodec.load(own_codec)
+    processor = processor_for(load_tokenizer(folder), model.config, [Path(folder)])
     return PaliGemma(model, processor, codec)  # type: ignore[arg-type]
 
 

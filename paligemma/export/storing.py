@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from paligemma.fast.rounding import round_rows
+from paligemma.weights.loading import cast
 
 GROUP = 32  # weights that share a scale
 
@@ -42,7 +43,7 @@ def bits_of(name: str, weights: str) -> int:
 
 def store(model: ir.Model, read: Read, weights: str) -> None:
     """Says where the graph's weights come from, and in which form they are stored."""
-    graph = model.graph
+    graph, read = model.graph, partial(_finite, read)
     for name, weight in list(graph.initializers.items()):
         if name == "num_logits_to_keep":
             continue
@@ -77,6 +78,14 @@ def rounded(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------- one weight
 
 
+def _finite(read: Read, name: str) -> Tensor:
+    """The weight. ValueError for NaN or infinity, which no form of storing keeps."""
+    weight = read(name)
+    if not all(bool(part.isfinite().all()) for part in weight.split(4096)):
+        raise ValueError(f"{name} has numbers that are not finite: the checkpoint is damaged")
+    return weight
+
+
 def _store_matrix(graph: ir.Graph, name: str, transpose: ir.Node, read: Read, weights: str) -> None:
     """A linear layer: x times the transposed weight. The transposition is done once, in the file."""
     (product,) = (use.node for use in transpose.outputs[0].uses())
@@ -96,9 +105,9 @@ def _store_matrix(graph: ir.Graph, name: str, transpose: ir.Node, read: Read, we
         attributes = {"K": K, "N": N, "bits": bits, "block_size": GROUP}
         new = [ir.node("MatMulNBits", [x, packed, scales], attributes, domain="com.microsoft")]
     elif weights == "fp16":
-        stored = _initializer(graph, name, ir.DataType.FLOAT16, [K, N], lambda: read(name).half().T)
-        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
-        new = [cast, ir.node("MatMul", [x, cast.outputs[0]])]
+        stored = _initializer(graph, name, ir.DataType.FLOAT16, [K, N], lambda: cast(name, read(name), torch.float16).T)
+        widened = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})
+        new = [widened, ir.node("MatMul", [x, widened.outputs[0]])]
     else:
         stored = _initializer(graph, name, ir.DataType.FLOAT, [K, N], lambda: read(name).float().T)
         new = [ir.node("MatMul", [x, stored])]
@@ -113,7 +122,7 @@ def _store_table(graph: ir.Graph, name: str, gather: ir.Node, read: Read, weight
     V, D = weight.shape.numpy()
     ids = gather.inputs[1]
     if weights == "fp16":
-        stored = _initializer(graph, name, ir.DataType.FLOAT16, [V, D], lambda: read(name).half())
+        stored = _initializer(graph, name, ir.DataType.FLOAT16, [V, D], lambda: cast(name, read(name), torch.float16))
         rows = ir.node("Gather", [stored, ids])
         new = [rows, ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})]
     else:
@@ -121,8 +130,8 @@ def _store_table(graph: ir.Graph, name: str, gather: ir.Node, read: Read, weight
         table = _initializer(graph, name, ir.DataType.INT8, [V, D], lambda: _rows(read(name))[0])
         scales = _initializer(graph, f"{name}.scale", ir.DataType.FLOAT, [V, 1], lambda: _rows(read(name))[1])
         rows, scale = ir.node("Gather", [table, ids]), ir.node("Gather", [scales, ids])
-        cast = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})
-        new = [rows, scale, cast, ir.node("Mul", [cast.outputs[0], scale.outputs[0]])]
+        widened = ir.node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})
+        new = [rows, scale, widened, ir.node("Mul", [widened.outputs[0], scale.outputs[0]])]
     _replace(graph, gather, new)
 
 

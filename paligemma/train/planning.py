@@ -20,8 +20,7 @@ from paligemma.train.checks import check_model
 from paligemma.train.options import TrainOptions
 from paligemma.train.plan import Plan, estimate
 from paligemma.train.setup import compute_dtype_of, max_length_of, rows_of
-from paligemma.weights.adapters import is_adapter, open_settings
-from paligemma.weights.finding import find_base, resolve, tokenizer_in
+from paligemma.weights.finding import find_settings, tokenizer_in
 from paligemma.weights.loading import config_at_image_size, default_dtype, parse_dtype
 from paligemma.weights.opening import open_checkpoint
 
@@ -29,11 +28,8 @@ from paligemma.weights.opening import open_checkpoint
 def plan_of(options: TrainOptions) -> Plan:
     """ValueError as in `finetune` for options, and for the first row whose length cannot be told."""
     check_model(options)
-    path = resolve(options.model, options.revision, options.dtype, weights=False)
-    folders = [path if path.is_dir() else path.parent]
-    if is_adapter(path):  # training folds it into its base, whose weights all learn
-        path = find_base(open_settings(path), options.dtype, weights=False)
-        folders.append(path if path.is_dir() else path.parent)
+    # Training folds an adapter into its base, whose weights all learn.
+    path, folders = find_settings(options.model, options.revision, options.dtype)
     try:
         checkpoint = open_checkpoint(path)
         config, dtype = checkpoint.config, default_dtype(checkpoint)

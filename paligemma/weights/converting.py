@@ -5,9 +5,8 @@ Tensor by tensor, so that the memory needed is that of the largest tensor.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,16 +19,9 @@ from paligemma.weights.adapters import CONFIG, is_adapter
 from paligemma.weights.expected import expected_shapes
 from paligemma.weights.finding import first_with, open_model, resolve, tokenizer_in
 from paligemma.weights.loading import cast, parse_dtype
-from paligemma.weights.opening import Checkpoint, open_checkpoint
-from paligemma.weights.saving import (
-    check_apart,
-    check_nothing_lost,
-    checkpoint_written_whole,
-    copy_companions,
-    names_in,
-    write_config,
-)
-from paligemma.weights.writing import progress_in_bytes, write_npz, write_safetensors
+from paligemma.weights.opening import WEIGHTS, Checkpoint, open_checkpoint
+from paligemma.weights.saving import check_apart, write_config, write_folder
+from paligemma.weights.writing import write_npz, write_safetensors
 
 
 def convert(
@@ -62,18 +54,8 @@ def convert(
     check_apart(folder, folders)
 
     tensors = {name: (shape, to or own) for name, (shape, own) in checkpoint.tensors.items()}
-    total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
-    with (
-        checkpoint_written_whole(folder, replaces=False) as staging,
-        progress_in_bytes(f"writing {target}", total) as advance,
-    ):
 
-        def read(name: str) -> Tensor:
-            tensor = cast(name, checkpoint.read(name), tensors[name][1])
-            advance(tensor.nbytes)
-            return tensor
-
-        copy_companions(folders, staging)
+    def write_settings(staging: Path) -> None:
         write_config(staging, checkpoint.config, to or checkpoint.dtype)
         of_processor = [staging / "tokenizer.json", staging / "preprocessor_config.json"]
         has_sentencepiece = any((staging / name).exists() for name in TOKENIZERS[1:])
@@ -81,15 +63,23 @@ def convert(
         if format == "safetensors" and bare:
             # big_vision's checkpoints come without the files that transformers reads a processor from.
             PaliGemmaProcessor.for_config(tokenizer_in(folders), checkpoint.config).save_pretrained(staging)
-        check_nothing_lost(staging, folder)  # before gigabytes are written
+
+    def write_weights(staging: Path, read: Callable[[str], Tensor]) -> None:
         if format == "npz":
             file = staging / (target.name if target.suffix == ".npz" else "model.npz")
             write_npz(file, checkpoint, tensors, read, _rows_of_embedding(checkpoint, folders))
         else:
-            order = list(expected_shapes(checkpoint.config))
-            write_safetensors(staging, order, tensors, read, max_shard_size)
-        written = names_in(staging)
-    return [folder / name for name in written]
+            write_safetensors(staging, list(expected_shapes(checkpoint.config)), tensors, read, max_shard_size)
+
+    return write_folder(
+        folder,
+        folders,
+        tensors,
+        lambda name: cast(name, checkpoint.read(name), tensors[name][1]),
+        write_settings,
+        write_weights,
+        follows=WEIGHTS if format == "safetensors" else None,
+    )
 
 
 def _rows_of_embedding(checkpoint: Checkpoint, folders: Sequence[Path]) -> int:

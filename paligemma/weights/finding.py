@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from paligemma.answers.mask_codec import CODEC_FILE
 from paligemma.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
-from paligemma.weights.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter
+from paligemma.weights.adapters import CONFIG, Adapter, folded, is_adapter, open_adapter, open_settings
 from paligemma.weights.extra import NO_EXTRA, Extra
 from paligemma.weights.loading import parse_dtype
 from paligemma.weights.npz import npz_parts
@@ -22,9 +23,10 @@ from paligemma.weights.opening import Checkpoint, open_checkpoint
 from paligemma.weights.published import TINY
 from paligemma.weights.quantized import QuantizedCheckpoint, open_quantized, stored_mode
 
-# What is downloaded of a repository. No pickles, no copies in other formats, no pictures.
-SETTINGS = ["*.json", "tokenizer.model", "paligemma_tokenizer.model"]
-WEIGHTS = ["*.safetensors", "mask_codec.npz"]
+# What is downloaded of a repository: no pickles, no copies in other formats, no pictures. The mask codec is not among
+# the weights, since data with masks need it before.
+SETTINGS = ["*.json", "tokenizer.model", "paligemma_tokenizer.model", CODEC_FILE]
+WEIGHTS = ["*.safetensors"]
 
 
 def resolve(
@@ -183,6 +185,21 @@ def find_base(adapter: Adapter, dtype: torch.dtype | str | None = None, weights:
             f"{adapter.folder} is an adapter beside another, {base}: merge that one first (`paligemma merge`)"
         )
     return base
+
+
+def find_settings(
+    model: str | os.PathLike[str], revision: str | None = None, dtype: torch.dtype | str | None = None
+) -> tuple[Path, list[Path]]:
+    """Where the settings of a model lie, for an adapter those of its base; and the folders that `open_model` names.
+
+    Weights are neither read nor downloaded. model ... dtype: see `resolve`. Raises as it and `find_base` do.
+    """
+    path = resolve(model, revision, dtype, weights=False)
+    folders = [path if path.is_dir() else path.parent]
+    if is_adapter(path):
+        path = find_base(open_settings(path), dtype, weights=False)
+        folders.append(path if path.is_dir() else path.parent)
+    return path, folders
 
 
 def first_with(folders: Sequence[Path], *names: str) -> Path | None:

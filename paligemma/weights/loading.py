@@ -97,6 +97,8 @@ def at_image_size(checkpoint: Checkpoint, image_size: int) -> Checkpoint:
     config = config_at_image_size(checkpoint.config, image_size)
     if config == checkpoint.config:
         return checkpoint
+    if POSITIONS not in checkpoint.tensors:  # a vision tower that is not PaliGemma's own
+        return replace(checkpoint, config=config)
     vision = config.vision_config
     shape, dtype = (vision.num_patches, vision.hidden_size), checkpoint.tensors[POSITIONS][1]
 

@@ -30,7 +30,7 @@ from paligemma.fast.swap import (
     rounded_shapes,
     use_fast_layers,
 )
-from paligemma.files import read_json
+from paligemma.files import read_json, write_json
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.weights.expected import check_tensors, empty_model, expected_shapes
 from paligemma.weights.layouts import POSITIONS
@@ -44,6 +44,7 @@ from paligemma.weights.loading import (
 from paligemma.weights.opening import INDEX, WEIGHTS, Checkpoint, files_of_index, open_checkpoint
 from paligemma.weights.safetensors_file import DTYPES, MappedFile, Shape
 from paligemma.weights.saving import check_apart, write_folder
+from paligemma.weights.writing import write_safetensors
 
 QUANT_METHOD = "paligemma"  # in `quantization_config` of config.json
 
@@ -112,8 +113,15 @@ def quantize_checkpoint(
         "torch_dtype": str(kept).removeprefix("torch."),
         "quantization_config": {"quant_method": QUANT_METHOD, "mode": mode, "group_size": GROUP},
     }
-    stored, read = stored_tensors(checkpoint.config, mode, kept), rounded_reader(checkpoint, mode, kept)
-    return write_folder(folder, folders, settings, stored, read, max_shard_size)
+    stored = stored_tensors(checkpoint.config, mode, kept)
+    return write_folder(
+        folder,
+        folders,
+        stored,
+        rounded_reader(checkpoint, mode, kept),
+        lambda staging: write_json(staging / "config.json", settings),
+        lambda staging, read: write_safetensors(staging, list(stored), stored, read, max_shard_size),
+    )
 
 
 def load_quantizing(

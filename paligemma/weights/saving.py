@@ -13,13 +13,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paligemma.answers.mask_codec import CODEC_FILE
 from paligemma.answers.scores import CALIBRATION_FILE
 from paligemma.arguments import check_model, check_path
 from paligemma.files import staging_folder, write_json
@@ -34,7 +35,7 @@ from paligemma.weights.writing import progress_in_bytes, write_safetensors
 # Files that belong to a checkpoint and hold no weights of the model: `convert` takes them along.
 COMPANIONS = (
     "tokenizer.json tokenizer.model paligemma_tokenizer.model tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json preprocessor_config.json processor_config.json generation_config.json mask_codec.npz "
+    f"added_tokens.json preprocessor_config.json processor_config.json generation_config.json {CODEC_FILE} "
     + CALIBRATION_FILE
 ).split()
 
@@ -86,15 +87,18 @@ def save_pretrained(
 def write_folder(
     folder: Path,
     companions: Sequence[Path],
-    config: dict[str, Any],
-    tensors: dict[str, tuple[Shape, torch.dtype]],
+    tensors: Mapping[str, tuple[Shape, torch.dtype]],
     read: Callable[[str], Tensor],
-    max_shard_size: int = 5 * 10**9,
+    write_settings: Callable[[Path], object],
+    write_weights: Callable[[Path, Callable[[str], Tensor]], object],
+    follows: str | None = WEIGHTS,
 ) -> list[Path]:
     """Writes any tensors as a checkpoint folder, each read when its turn has come: all of it, or nothing.
 
-    companions: folders whose tokenizer and the like are taken along, the first's where several have one. config: what
-    `config.json` is to hold. Returns the files written. ValueError where a file of other content would be replaced.
+    companions: folders whose tokenizer and the like are taken along, the first's where several have one. tensors: shape
+    and dtype of what `read` gives. write_settings writes `config.json` and the like into the folder that it is given,
+    write_weights then the tensors, which its second argument reads. follows: see `check_nothing_lost`; None for weights
+    in a file of their own kind. Returns the files written. ValueError where a file of other content would be replaced.
     """
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
     with (
@@ -108,9 +112,9 @@ def write_folder(
             return tensor
 
         copy_companions(companions, staging)
-        write_json(staging / "config.json", config)
-        check_nothing_lost(staging, folder)  # before gigabytes are written
-        write_safetensors(staging, list(tensors), tensors, counted, max_shard_size)
+        write_settings(staging)
+        check_nothing_lost(staging, folder, follows)  # before gigabytes are written
+        write_weights(staging, counted)
         written = names_in(staging)
     return [folder / name for name in written]
 
@@ -124,12 +128,16 @@ def check_apart(target: Path, sources: Sequence[Path]) -> None:
         raise ValueError(f"{target} is where the source lies: choose another folder, so that it stays whole")
 
 
-def check_nothing_lost(staging: Path, folder: Path) -> None:
+def check_nothing_lost(staging: Path, folder: Path, follows: str | None = None) -> None:
     """ValueError if moving up what lies in `staging` would replace or remove a file of other content in `folder`. The
-    same content is no loss: a command may be given twice."""
+    same content is no loss: a command may be given twice. follows: the weights that are not in `staging` yet, so nobody
+    can say whether those in `folder` are the same."""
     new = names_in(staging)
     lost = [name for name in new if (folder / name).exists() and not _same(staging / name, folder / name)]
-    lost += _outdated(folder, new, replaces=False)
+    if follows is None:
+        lost += _outdated(folder, new, replaces=False)
+    else:
+        lost += [name for name in _outdated(folder, [*new, follows], replaces=False) if not name.startswith("model")]
     if lost:
         where = "the current folder" if folder == Path() else folder
         raise ValueError(
@@ -159,7 +167,7 @@ def _outdated(folder: Path, new: Sequence[str], replaces: bool) -> list[str]:
         old.add("config.json")  # of a quantised model it says so, and an adapter in its place would be taken for one
     old |= {ADAPTER_CONFIG, ADAPTER_WEIGHTS, CALIBRATION_FILE}
     if replaces and "preprocessor_config.json" in new:  # with its processor comes its own mask codec, if it has one
-        old.add("mask_codec.npz")
+        old.add(CODEC_FILE)
     return [name for name in there if name in old and name not in new]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -94,13 +95,15 @@ def write_npz(
     codes = {dtype: code for code, dtype in NPY_DTYPES.items()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for array in bigvision_layout(checkpoint.config, rows):
-            dtype = tensors[array.names[0].format(i=0)][1]
+            # One array holds a matrix of all layers; where they differ, the widest dtype holds all of their values.
+            names = [template.format(i=i) for i in range(array.layers or 1) for template in array.names]
+            dtype = functools.reduce(torch.promote_types, (tensors[name][1] for name in names))
             header = {"descr": codes[dtype], "fortran_order": False, "shape": array.shape}
             with archive.open(zipfile.ZipInfo(f"params/{array.key}.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for i in range(array.layers or 1):
                     for template in array.names:
-                        tensor = read(template.format(i=i))
+                        tensor = read(template.format(i=i)).to(dtype)
                         write_tensor(file, array.pack(tensor[:rows] if template == EMBEDDING else tensor))
     with path.open("rb+") as whole:
         os.fsync(whole.fileno())

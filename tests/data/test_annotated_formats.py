@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 from samples import good, write_lines
 
-from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.mask_codec import CODEC_FILE, MaskCodec
 from paligemma.data.check import check
 from paligemma.data.options import open_rows
 from paligemma.data.rows import RowError
-from paligemma.inference import CODEC_FILE
 from paligemma.weights.finding import TINY
 
 BOXES = "<loc0256><loc0512><loc0768><loc0768> cat ; <loc0000><loc0000><loc0512><loc0512> dog"

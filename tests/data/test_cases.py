@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.mask_codec import CODEC_FILE, MaskCodec
 from paligemma.data.check import check
 from paligemma.data.masks import is_one_piece
 from paligemma.data.options import open_rows
 from paligemma.data.rows import RowError
-from paligemma.inference import CODEC_FILE
 from paligemma.weights.finding import TINY
 
 CASES = Path(__file__).parent / "cases"

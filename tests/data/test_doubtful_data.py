@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 from samples import write_lines
 
-from paligemma.answers.mask_codec import MaskCodec
+from paligemma.answers.mask_codec import CODEC_FILE, MaskCodec
 from paligemma.data.check import check
 from paligemma.data.options import open_rows
 from paligemma.data.rows import RowError
-from paligemma.inference import CODEC_FILE
 from paligemma.train.run_folder import fingerprint_of_data
 from paligemma.weights.finding import TINY
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from paligemma.answers.mask_codec import MaskCodec, crop
+from paligemma.answers.mask_codec import CODEC_FILE, MaskCodec, crop
 from paligemma.answers.scores import CALIBRATION_FILE
 from paligemma.evaluate.regions import Region, match_boxes
-from paligemma.inference import CODEC_FILE, PaliGemma, load
+from paligemma.inference import PaliGemma, load
 from paligemma.tiny.evaluation import to_region
 from paligemma.tiny.recipe.codec import in_bytes, mask_iou
 from paligemma.tiny.recipe.settings import RECIPES, Recipe
