@@ -178,6 +178,7 @@ def test_settings_alone(hub):
     resolve("google/paligemma2-3b-mix-224", weights=False)
     (_, _, patterns) = hub.calls[0]
     assert not any("safetensors" in pattern for pattern in patterns)
+    assert "mask_codec.npz" in patterns  # masks of training data are written with it before weights are read
 
 
 def test_a_jax_repository_brings_its_npz(hub):

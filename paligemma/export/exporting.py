@@ -77,7 +77,13 @@ def _save(model: ir.Model, path: Path) -> bool:
     """Writes one graph. True if its weights lie in a file beside it."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     beside = f"{path.name}_data" if size > LARGEST_FILE else None
-    ir.save(model, path, external_data=beside)
+    try:
+        ir.save(model, path, external_data=beside)
+    except ir.serde.SerdeError as error:  # around what was wrong with a weight, or with the disk
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        raise reason from None
     return beside is not None
 
 

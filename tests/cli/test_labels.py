@@ -94,6 +94,14 @@ def test_numbers_of_an_interrupted_run_keep_their_meaning(folder):
     assert (folder / "out/classes.txt").read_text() == "cat\ndog\n"
 
 
+def test_a_killed_run_that_added_a_class_leaves_its_name(folder):
+    """A class that is asked for has a number before it is found. The file must know it before the number is used."""
+    answered(folder / "out", "yolo", "a.png", [DOG], ["dog"])
+    LabelFiles(folder / "out", "yolo", ["b.png"], ["cat"]).add("b.png", (100, 50), [CAT])  # no `finish`: killed
+    assert (folder / "out/b.txt").read_text().startswith("1 ")
+    assert (folder / "out/classes.txt").read_text() == "dog\ncat\n"
+
+
 @pytest.mark.parametrize(("format", "file"), [("yolo", "a.txt"), ("coco", "annotations.json"), ("voc", "a.xml")])
 def test_an_interrupted_run_keeps_the_labels_of_what_it_answered(folder, format, file):
     out = folder / "out"

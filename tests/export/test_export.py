@@ -108,6 +108,25 @@ def test_rounded_weights_are_near_and_the_largest_is_kept(bits):
     assert_close(torch.from_numpy(storing.rounded(torch.zeros(2, 32), bits)[1]), torch.zeros(2, 1))
 
 
+@pytest.mark.parametrize(
+    ("weights", "value", "message"),
+    [
+        ("q8", float("nan"), "embed_tokens.weight has numbers that are not finite"),
+        ("fp32", float("inf"), "embed_tokens.weight has numbers that are not finite"),
+        ("fp16", 1e5, "embed_tokens.weight has values beyond 65504"),
+    ],
+)
+def test_weights_that_cannot_be_stored_are_refused(tmp_path, weights, value, message):
+    tokenizer = load_tokenizer(TINY)
+    model = make_model("gemma", 64 * -(-len(tokenizer) // 64), image_token_index=tokenizer.image_token_id)
+    with torch.no_grad():
+        model.language_model.model.embed_tokens.weight[3, 5] = value
+    save_pretrained(model, tmp_path / "model", PaliGemmaProcessor(tokenizer, 4, 28))
+    with pytest.raises(ValueError, match=message):
+        exporting.export(tmp_path / "model", tmp_path / "exported", [weights])
+    assert not (tmp_path / "exported").exists()
+
+
 def test_wrong_usage_is_told_at_once(tmp_path):
     done = CliRunner().invoke(app, ["export", "tiny", str(tmp_path / "out"), "--weights", "fp32,int8"])
     assert done.exit_code == 2 and "'int8' is none of them" in done.stderr

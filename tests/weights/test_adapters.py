@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import paligemma
 from paligemma.answers.scores import CALIBRATION_FILE, Calibration
 from paligemma.cli.main import app
+from paligemma.data.checkpoint import processor_of
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
@@ -158,6 +159,22 @@ def test_an_adapter_beside_the_model_that_ships(tmp_path):
     said = pg.generate(image, "caption en", max_new_tokens=12)
     assert loaded.generate(image, "caption en", max_new_tokens=12).token_ids == said.token_ids
     assert loaded.codec.decode(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 64, 64), "its codec is the base's"
+
+
+@pytest.mark.parametrize("with_processor", [True, False])
+def test_data_for_an_adapter_have_the_codec_of_its_base(tmp_path, with_processor):
+    """Without its own, masks would be written in the codes of the official codec. peft saves no processor."""
+    pg = paligemma.load("tiny", device="cpu", dtype="float32")
+    add_lora(pg.model, ["decoder"])
+    save_adapter(pg.model, tmp_path, "tiny", pg.processor)
+    if not with_processor:
+        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "mask_codec.npz"):
+            (tmp_path / name).unlink(missing_ok=True)
+    processor, codec = processor_of(str(tmp_path), kind="coco-segment")
+    assert (processor.image_size, processor.num_image_tokens) == (192, 144)
+    assert processor.tokenizer.encode("a dog") == pg.processor.tokenizer.encode("a dog")
+    masks = torch.rand(2, 64, 64) > 0.5
+    assert torch.equal(codec.encode(masks), pg.codec.encode(masks))
 
 
 def test_info_tells_of_an_adapter_and_its_base(base, tmp_path, monkeypatch):

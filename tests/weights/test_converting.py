@@ -49,6 +49,20 @@ def test_convert_to_bfloat16_and_npz(model, tmp_path):
     assert_same_weights(load_model(tmp_path / "b"), model.bfloat16())
 
 
+def test_a_layer_of_another_dtype_goes_into_an_array_of_the_widest(model, tmp_path):
+    """In an .npz, one array holds a matrix of all layers, and an array has one dtype."""
+    model = model.bfloat16()
+    name = "language_model.model.layers.1.mlp.down_proj"
+    model.get_submodule(name).float()
+    with torch.no_grad():
+        model.get_submodule(name).weight += 1e-4
+    save_pretrained(model, tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "b" / "x.npz")
+    assert np.load(tmp_path / "b" / "x.npz")["params/llm/layers/mlp/linear"].dtype == np.float32
+    convert(tmp_path / "b" / "x.npz", tmp_path / "c", dtype="float32")
+    assert_same_weights(load_model(tmp_path / "c"), model.float())
+
+
 def test_there_and_back_gives_the_same_files(model, tmp_path):
     save_pretrained(model, tmp_path / "a", max_shard_size=40_000)
     convert(tmp_path / "a", tmp_path / "b" / "x.npz")
@@ -152,6 +166,16 @@ def test_convert_loses_no_weights_of_the_same_configuration(folder, gemma, tmp_p
     with pytest.raises(ValueError, match=r"tuned holds model.*safetensors.* of other content, which would be lost"):
         convert(folder, tmp_path / "tuned")
     assert {path: path.read_bytes() for path in (tmp_path / "tuned").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("old", ["calibration.json", "adapter_config.json"])
+def test_what_belongs_to_other_weights_is_told_before_gigabytes_are_written(folder, tmp_path, old, monkeypatch):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / old).write_text("{}")
+    monkeypatch.setattr("paligemma.weights.writing.write_tensor", None)
+    with pytest.raises(ValueError, match=rf"tuned holds {old} of other content, which would be lost"):
+        convert(folder, tmp_path / "tuned")
+    assert [path.name for path in (tmp_path / "tuned").iterdir()] == [old]
 
 
 @pytest.mark.parametrize(("target", "weights"), [("b", "model.safetensors"), ("b/x.npz", "x.npz")])

@@ -51,6 +51,14 @@ def test_the_weights_of_a_part_are_strict(gemma, folder, tmp_path):
         load_model(tmp_path, extra={PROJECTOR: two_layers(gemma.config).append(nn.LayerNorm(32))})
 
 
+def test_another_vision_tower_at_another_resolution(gemma, folder, tmp_path):
+    """It has its own idea of positions: there is no table to resample."""
+    tower = nn.ModuleDict({"vision_model": nn.Linear(3, gemma.config.vision_config.hidden_size)})
+    save_pretrained(load_model(folder, extra={"vision_tower": tower}), tmp_path / "mine", extra=["vision_tower"])
+    loaded = load_model(tmp_path / "mine", image_size=56, extra={"vision_tower": tower})
+    assert loaded.vision_tower is tower and loaded.config.vision_config.image_size == 56
+
+
 def test_a_part_beside_the_model(gemma, tmp_path):
     put_extra(gemma, {"custom_text_proj": (head := nn.Sequential(nn.Linear(32, 8)))}, "cpu", torch.float32)
     save_pretrained(gemma, tmp_path, extra=["custom_text_proj"])
