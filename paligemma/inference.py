@@ -537,16 +537,17 @@ class PaliGemma:
         """Model inputs for `batch_size` rows at a time: which rows these are, the inputs, and the (W, H) of each row's
         first image (None for a row without). The pictures of the next rows are opened meanwhile.
         """
+        for image, prompt in zip(images, prompts):
+            if looks_swapped(image, prompt):
+                raise ValueError(f"the prompt, {prompt!r}, is a file: the image comes first, then the prompt")
         rows = [_pictures(image) for image in images]
         parts = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+        laid_out = [self.processor.lay_out(prompts[part], [len(row) for row in rows[part]]) for part in parts]
+        for inputs in laid_out:  # before the first row is answered: its answer would be lost
+            check_length(self.model.config, inputs["attention_mask"], max_new_tokens)
         groups = [[one for row in rows[part] for one in row] for part in parts]
         encoded = encode_ahead(self.model, self.processor.image_size, groups)
-        for part in parts:
-            for image, prompt in zip(images[part], prompts[part]):
-                if looks_swapped(image, prompt):
-                    raise ValueError(f"the prompt, {prompt!r}, is a file: the image comes first, then the prompt")
-            inputs = self.processor.lay_out(prompts[part], [len(row) for row in rows[part]])
-            check_length(self.model.config, inputs["attention_mask"], max_new_tokens)  # before the images are encoded
+        for part, inputs in zip(parts, laid_out):
             found = iter(features_and_sizes := next(encoded))
             if features_and_sizes:
                 inputs["image_features"] = torch.stack([features for features, _ in features_and_sizes])

@@ -177,6 +177,8 @@ def test_a_prompt_too_long_is_refused_before_the_image_is_looked_at(pg, monkeypa
     monkeypatch.setattr(pg.model, "encode_image", lambda pixels: pytest.fail("encoded"))
     with pytest.raises(ValueError, match="positions"):
         pg.generate(picture(0), "what " * 9000)
+    with pytest.raises(ValueError, match="positions"):  # the last of a list: the answers of the others would be lost
+        pg.generate([picture(0)] * 3, ["ocr", "ocr", "what " * 9000], batch_size=1)
     with pytest.raises(ValueError, match="positions"):
         list(pg.stream(picture(0), "ocr", max_new_tokens=9000))
 
