@@ -303,16 +303,16 @@ def new_folder_written_whole(folder: Path) -> Iterator[Path]:
         return
     if folder.exists():
         raise FileExistsError(f"{folder} is a file, expected a new folder: choose another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_behind(folder.parent)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{_mark(os.getpid())}-", dir=folder.parent))
-    try:
-        yield beside
-        beside.chmod(0o755)  # mkdtemp makes it private
-        beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with made_folder(folder.parent):
+        _remove_left_behind(folder.parent)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-{_mark(os.getpid())}-", dir=folder.parent))
+        try:
+            yield beside
+            beside.chmod(0o755)  # mkdtemp makes it private
+            beside.rename(folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
 
 
 @contextmanager

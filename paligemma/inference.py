@@ -686,8 +686,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.do_sample:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
     try:
+        # Mistakes in these are told before gigabytes are read.
+        Options(options.max_tokens_to_generate, **sampling)
+        picture = load_image(options.image_file_path)
         pg = load(options.model_path, device="cpu" if options.only_cpu else None)
-        pieces = pg.stream(options.image_file_path, options.prompt, options.max_tokens_to_generate, **sampling)
+        pieces = pg.stream(picture, options.prompt, options.max_tokens_to_generate, **sampling)
         plain = printable if sys.stdout is not None and sys.stdout.isatty() else str  # None: it is closed
         answer = shown(pieces, lambda piece: print(plain(piece), end="", flush=True))
         if not answer.finished:

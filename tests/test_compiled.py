@@ -158,6 +158,14 @@ def test_what_cannot_be_compiled_is_told(model):
     assert done.exit_code == 2 and "--compile goes neither with --beams nor with --quantize" in done.stderr
 
 
+def test_a_published_size_on_a_cpu_is_told_which_dtype_can_be_compiled(monkeypatch):
+    """It has layers of our own though nobody asked for `quantize`."""
+    monkeypatch.setattr("paligemma.utils.published_name", lambda config: "an official one")
+    with pytest.raises(ValueError, match="have them by themselves in bfloat16: choose dtype float32"):
+        compiled.check_can_be_compiled(paligemma.load("tiny", device="cpu", dtype="bfloat16").model)
+    compiled.check_can_be_compiled(paligemma.load("tiny", device="cpu", dtype="float32").model)
+
+
 @pytest.mark.slow
 def test_the_embedded_model_compiled_by_inductor():
     pg = paligemma.load("tiny", device="cpu", dtype="float32")

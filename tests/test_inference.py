@@ -422,6 +422,26 @@ def test_the_script_of_the_founding_document(pg, tmp_path, capsys):
     assert "photo.png': it has changed places with --image_file_path" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--image_file_path", "none.png"], "none.png: no such file"),
+        (
+            ["--image_file_path", "photo.png", "--do_sample", "True", "--temperature", "0"],
+            "temperature is 0.0",
+        ),
+        (["--image_file_path", "photo.png", "--max_tokens_to_generate", "0"], "max_new_tokens is 0, expected"),
+    ],
+)
+def test_the_script_tells_mistakes_before_the_model_is_loaded(options, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(0)).save("photo.png")
+    monkeypatch.setattr("paligemma.inference.load", lambda *_, **__: pytest.fail("it is loaded"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--prompt", "caption en", *options])
+    assert stop.value.code == 1 and said in capsys.readouterr().err
+
+
 def test_the_script_is_silent_where_nobody_reads_on(tmp_path):
     """As in `... | head`."""
     Image.fromarray(picture(0)).save(tmp_path / "photo.png")

@@ -11,12 +11,14 @@ import torch
 from huggingface_hub import constants, errors
 from make_tokenizer import build_tokenizer
 from reference import make_inputs, randomize, tiny_config
+from typer.testing import CliRunner
 
 import paligemma.utils
+from paligemma.cli.main import app
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.tokenizer import load_tokenizer
 from paligemma.utils import load_hf_model, stored_dtype
-from paligemma.weights.converting import convert
+from paligemma.weights.converting import convert, merge
 from paligemma.weights.finding import resolve
 from paligemma.weights.opening import open_checkpoint
 from paligemma.weights.saving import save_pretrained
@@ -208,9 +210,23 @@ def test_a_conversion_to_float32_starts_from_float32(hub, tmp_path):
     assert hub.revisions == [None]
 
 
-def test_a_revision_that_was_asked_for_is_taken(hub):
+def test_a_revision_that_was_asked_for_is_taken(hub, tmp_path):
     resolve("google/paligemma-3b-pt-224", revision="abc")
-    assert hub.revisions == ["abc"]
+    convert("google/paligemma-3b-pt-224", tmp_path / "new", revision="abc")
+    assert hub.revisions == ["abc", "abc"]
+
+
+def test_mistakes_in_a_target_are_told_before_a_download(hub):
+    for command, target in (("convert", "x.safetensors"), ("merge", "x.safetensors"), ("merge", "x.npz")):
+        done = CliRunner().invoke(app, [command, "google/paligemma2-3b-pt-224", target])
+        assert "is to hold safetensors: name a folder" in str(done.exception)
+    assert hub.calls == []
+
+
+def test_what_is_no_adapter_is_seen_in_its_settings(hub):
+    with pytest.raises(ValueError, match="google/paligemma2-3b-pt-224 is no adapter"):
+        merge("google/paligemma2-3b-pt-224", "out")
+    assert not any("safetensors" in pattern for _, _, patterns in hub.calls for pattern in patterns)
 
 
 def test_main_will_do_where_the_branch_is_missing(hub, folder):

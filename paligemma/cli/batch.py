@@ -35,7 +35,7 @@ from paligemma.cli.options import (
     one_of,
     within_cores,
 )
-from paligemma.cli.output import echo_json, note, notes, print_error, say
+from paligemma.cli.output import check_writable, echo_json, note, notes, print_error, say
 from paligemma.cli.run import note_embedded_model, note_unusual_prompt, sampling_options
 from paligemma.tasks import asks_for_items
 from paligemma.terminal import error_line
@@ -150,6 +150,8 @@ def batch(
         show_estimate(settings, inputs or [], workers, threads, which)
         return
     assert out is not None
+    if coco is not None:
+        check_writable(coco, "--coco")
     folder = opened(out, settings, inputs or [])
     if draw is not None:
         check_draw(folder)

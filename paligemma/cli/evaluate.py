@@ -27,7 +27,7 @@ from paligemma.cli.options import (
     pixels,
     world_of,
 )
-from paligemma.cli.output import echo_json, hint_at_float32, note, print_table
+from paligemma.cli.output import check_writable, echo_json, hint_at_float32, note, print_table
 from paligemma.data.options import DataOptions
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def evaluate(
     benchmark in the folder --data, with the prompt, decoding and metric of PaliGemma's own fine-tunings.
     """
     from paligemma.evaluate.benchmarks import BENCHMARKS
+    from paligemma.evaluate.metrics import METRICS
 
     options: dict[str, Any] = {"batch_size": batch_size, "out_folder": out}
     about: dict[str, Any] = {"model": model, "data": data, "dtype": dtype}
@@ -88,11 +89,14 @@ def evaluate(
     folder = _own_folder(model) if calibrate else None
 
     def loaded() -> PaliGemma:  # called after the data were checked: mistakes in them, or in --out, are found at once
+        from paligemma.answers.scores import CALIBRATION_FILE
         from paligemma.evaluate.output_folder import check_folder
         from paligemma.inference import load
 
         if out is not None:
             check_folder(out)
+        if folder is not None:
+            check_writable(folder / CALIBRATION_FILE, "--calibrate")
         pg = load(model, device=device, dtype=dtype, revision=revision)
         hint_at_float32(pg)
         if folder is not None:
@@ -111,6 +115,11 @@ def evaluate(
         report = _on_scenes(loaded, data, world_of(world), count or 1000, about, **row_options, **options)
     elif world is not None:
         raise typer.BadParameter("--world is for the scenes of the small world, --data tiny")
+    elif calibrate and task is not None and task not in (scored := [name for name in METRICS if METRICS[name].scores]):
+        raise typer.BadParameter(
+            f"--calibrate is for the scores of boxes and masks, and --task {task} has none: expected one of "
+            f"{', '.join(scored)}, or no --task"
+        )
     elif task in BENCHMARKS:
         if free or max_new_tokens or max_pixels != DEFAULT_MAX_PIXELS or source != DataOptions(data, split=split):
             raise typer.BadParameter(f"how {task} is read and decoded is part of it: leave out the options for rows")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +24,7 @@ from paligemma.cli.options import (
     picture_named,
     pixels,
 )
-from paligemma.cli.output import echo_json, note, notes, say
+from paligemma.cli.output import check_writable, echo_json, note, notes, say
 
 if TYPE_CHECKING:
     from paligemma.explore import Attention, KnockOut, Look, Stage
@@ -120,7 +119,7 @@ def explore(
     if out is not None and out.resolve() in [Path(name).resolve() for name in (image, compare) if name is not None]:
         raise typer.BadParameter(f"--out {out} would replace the picture itself; choose another name")
     if out is not None:
-        check_writable(out)
+        check_writable(out, "--out")
 
     import torch
 
@@ -178,16 +177,6 @@ def explore(
         if what not in said:
             note(f"note: {what}: {why}")
     note(f"written: {out}, {out.stat().st_size / 1000:,.0f} KB; answer: {found.answer}")
-
-
-def check_writable(path: Path) -> None:
-    """Raises OSError where no file can be written at `path`, before any work is done. It leaves nothing behind."""
-    try:
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"--out {path} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def check_exercise(

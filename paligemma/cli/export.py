@@ -49,10 +49,10 @@ def export(
     note(f"written: {target}, {size} in {len(files)} files")
     if check:
         from paligemma.export.checking import check as check_difference
-        from paligemma.export.checking import differences
-        from paligemma.inference import load
+        from paligemma.export.checking import differences, in_pytorch
+        from paligemma.export.exporting import opened
 
-        pg = load(source, device="cpu", dtype="float32", revision=revision)
+        pg = in_pytorch(*opened(source, names, revision))  # the weights that were exported, and not downloaded again
         for name in dict.fromkeys(names):
             found = differences(pg, target, name)
             say(str(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,17 @@ def save_picture(picture: Image.Image, path: Path) -> None:
                 picture.save(beside)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises OSError, naming the option, where no file can be written at `path`, before any work is done. It leaves
+    nothing behind."""
+    try:
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{option} {path} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def is_drawing(path: Path) -> bool:

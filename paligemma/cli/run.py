@@ -39,6 +39,7 @@ from paligemma.cli.options import (
     pixels,
 )
 from paligemma.cli.output import (
+    check_writable,
     drawing_paths,
     echo_json,
     is_drawing,
@@ -123,6 +124,8 @@ def run(
     images = expanded(images, drawn=save)
     several |= len(images) > 1
     drawings = drawing_paths(save, images) if save is not None else []
+    if drawings:
+        check_writable(drawings[0], "--save")
     labels = label_files(context, save_labels, label_format, images, prompt, boxes)
     note_unusual_prompt(prompt, model)
 

@@ -50,9 +50,8 @@ def convert(
     a different file there is refused.
     """
     from paligemma.weights.converting import convert as convert_checkpoint
-    from paligemma.weights.finding import resolve
 
-    note_written(target, convert_checkpoint(resolve(source, revision, dtype), target, dtype=dtype))
+    note_written(target, convert_checkpoint(source, target, dtype=dtype, revision=revision))
 
 
 def merge(
@@ -84,6 +83,8 @@ def quantize(
         raise typer.BadParameter("choose one of --int8 and --int4")
     if target.suffix == ".npz":
         raise typer.BadParameter(f"{target} is the name of an .npz, which cannot hold rounded weights: name a folder")
+    if dtype == "float16":
+        raise typer.BadParameter("rounded layers do not compute in float16: --dtype bfloat16 or float32")
 
     from paligemma.weights.finding import open_model, resolve
     from paligemma.weights.quantized import quantize_checkpoint

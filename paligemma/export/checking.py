@@ -7,6 +7,7 @@ Rounded weights differ by more; what counts there is whether the likeliest token
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from torch import Tensor
 from paligemma.export.runtime import load_exported
 from paligemma.generation import decode_one_token, prefill
 from paligemma.inference import PaliGemma
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.weights.finding import tokenizer_in
+from paligemma.weights.loading import load_model
+from paligemma.weights.opening import Checkpoint
 
 STEPS = 20
 MOST = 1e-3  # in logits: what float32 may differ by; 5e-5 is usual
@@ -38,6 +43,14 @@ class Difference:
             f"{self.weights}: image features differ by {self.features:.1e}, logits of the prompt by {self.prompt:.1e}, "
             f"of {STEPS} steps by {self.steps:.1e}; the likeliest token is the same in {self.same} of {self.tokens}"
         )
+
+
+def in_pytorch(checkpoint: Checkpoint, folders: Sequence[Path]) -> PaliGemma:
+    """The exported checkpoint, as `exporting.opened` gives it, as a model in float32. (`load(..., dtype="float32")`
+    would look for it anew, and take a PaliGemma 1 on the hub from the branch in 32 bits: a second download, of other
+    weights.)"""
+    processor = PaliGemmaProcessor.for_config(tokenizer_in(folders), checkpoint.config)
+    return PaliGemma(load_model(checkpoint, "cpu", torch.float32), processor)
 
 
 @torch.inference_mode()

@@ -46,13 +46,8 @@ def export(
     """
     if not weights or (unknown := [name for name in weights if name not in SUFFIXES]):
         raise ValueError(f"weights are {', '.join(unknown) if weights else 'none'}, expected {', '.join(SUFFIXES)}")
-    dtype = "float32" if "fp32" in weights else None
-    checkpoint, folders = open_model(resolve(source, revision, dtype), dtype)
-    if not isinstance(checkpoint, Checkpoint):
-        raise ValueError(
-            f"{source} holds rounded weights: export the checkpoint it was made of, with --weights q8 or q4"
-        )
-    with new_folder_written_whole(Path(target)) as staging:
+    with new_folder_written_whole(Path(target)) as staging:  # a folder that is full is told before a download
+        checkpoint, folders = opened(source, weights, revision)
         _write_processor(checkpoint, folders, staging)
         (staging / "onnx").mkdir()
         external: dict[str, int] = {}
@@ -71,6 +66,20 @@ def export(
         _write_configs(checkpoint, staging, list(weights), external)
         names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
     return [Path(target) / name for name in names]
+
+
+def opened(
+    source: str | os.PathLike[str], weights: Sequence[str], revision: str | None = None
+) -> tuple[Checkpoint, list[Path]]:
+    """The checkpoint that `export` writes, and the folders beside it, see `open_model`. Of a PaliGemma 1 on the hub it
+    is the one in 16 bits, with half the bytes, unless fp32 is among the weights."""
+    dtype = "float32" if "fp32" in weights else None
+    checkpoint, folders = open_model(resolve(source, revision, dtype), dtype)
+    if not isinstance(checkpoint, Checkpoint):
+        raise ValueError(
+            f"{source} holds rounded weights: export the checkpoint it was made of, with --weights q8 or q4"
+        )
+    return checkpoint, folders
 
 
 def _save(model: ir.Model, path: Path) -> bool:

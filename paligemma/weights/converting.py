@@ -31,25 +31,23 @@ def convert(
     format: str | None = None,
     max_shard_size: int = 5 * 10**9,
     folders: Sequence[Path] = (),
+    revision: str | None = None,
 ) -> list[Path]:
     """Rewrites a checkpoint in another format or dtype, with its tokenizer and the like.
 
     source: "tiny", a hub id, a folder, a file, or one of these opened. folders: where tokenizer and the like lie, the
     first that has a file gives it; default the checkpoint's own.
     format: "safetensors" (target is a folder) or "npz" (target is a file in big_vision's layout, or a folder for a
-    `model.npz`, with the configuration, tokenizer and the like beside it); default by the target's name.
+    `model.npz`, with the configuration, tokenizer and the like beside it); default by the target's name. revision: of
+    a hub id.
 
     Returns the files written. Raises as `open_checkpoint` and `save_pretrained` do, and ValueError where a file of
     other content would be replaced.
     """
     target, to = check_path("target", target), parse_dtype(dtype)
-    format = format or ("npz" if target.suffix == ".npz" else "safetensors")
-    if format not in ("safetensors", "npz"):
-        raise ValueError(f"format is {format!r}, expected 'safetensors' or 'npz'")
-    if target.suffix == ".safetensors" or (target.suffix == ".npz" and format != "npz"):
-        raise ValueError(f"{target} is to hold {format}: name a folder{' or an .npz' if format == 'npz' else ''}")
+    format = _format_for(target, format)  # before anything is downloaded
     folder = target.parent if target.suffix == ".npz" else target
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source, dtype=to))
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(resolve(source, revision, to))
     folders = folders or [checkpoint.folder]
     check_apart(folder, folders)
 
@@ -82,6 +80,16 @@ def convert(
     )
 
 
+def _format_for(target: Path, format: str | None) -> str:
+    """What is written to `target`. ValueError for an unknown format, and for a name that does not go with it."""
+    format = format or ("npz" if target.suffix == ".npz" else "safetensors")
+    if format not in ("safetensors", "npz"):
+        raise ValueError(f"format is {format!r}, expected 'safetensors' or 'npz'")
+    if target.suffix == ".safetensors" or (target.suffix == ".npz" and format != "npz"):
+        raise ValueError(f"{target} is to hold {format}: name a folder{' or an .npz' if format == 'npz' else ''}")
+    return format
+
+
 def _rows_of_embedding(checkpoint: Checkpoint, folders: Sequence[Path]) -> int:
     """As big_vision has them. Of the published vocabulary it has no rows for <image> and the padding behind it, where
     `add_tokens` puts new tokens first."""
@@ -105,9 +113,9 @@ def merge(
     Returns the files written. Raises ValueError for what is no adapter, and as `open_model` and `convert`
     do.
     """
-    path = resolve(adapter, revision)
-    if not is_adapter(path):
-        raise ValueError(f"{path} is no adapter: it has no {CONFIG}, so there is nothing to merge")
-    checkpoint, folders = open_model(path, parse_dtype(dtype))
+    to, format = parse_dtype(dtype), _format_for(check_path("target", target), "safetensors")
+    if not is_adapter(resolve(adapter, revision, weights=False)):  # seen without downloading a whole model
+        raise ValueError(f"{adapter} is no adapter: it has no {CONFIG}, so there is nothing to merge")
+    checkpoint, folders = open_model(resolve(adapter, revision), to)
     assert isinstance(checkpoint, Checkpoint)  # an adapter's base is never quantised
-    return convert(checkpoint, target, dtype, "safetensors", folders=folders)
+    return convert(checkpoint, target, to, format, folders=folders)

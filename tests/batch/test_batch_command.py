@@ -182,6 +182,12 @@ def test_what_the_system_refuses_is_named_without_its_number(paligemma):
     assert code == 2 and "/proc/run: No such file" in " ".join(err.split()) and "Errno" not in err
 
 
+def test_a_coco_file_that_cannot_be_written_is_told_before_the_work(paligemma, photos):
+    code, out, err = paligemma("batch", "detect dog", "photos", "--out", "run", "--coco", "photos/0.png/coco.json")
+    assert (code, out) == (1, "") and "--coco photos/0.png/coco.json cannot be written (Not a directory)" in err
+    assert not (photos / "run").exists()
+
+
 def test_a_folder_may_be_called_like_the_prompt(paligemma, monkeypatch):
     """Pictures of stdin and of a pattern are no files by their names."""
     os.mkdir("ocr")

@@ -273,6 +273,10 @@ def test_what_fails_exits_with_1_in_one_line_without_a_traceback(paligemma, argu
         (["train", "--data", "rows.jsonl", "--out", "out", "--lr", "-1"], "lr is -1, expected a number above 0"),
         (["tiny", "scenes", "--out", "out", "--split", "mine"], "'mine', expected train, val, test, heldout, twemoji"),
         (["convert", "model", "out", "--dtype", "int3"], "'int3', expected bfloat16, float16, float32"),
+        (
+            ["quantize", "model", "out", "--int8", "--dtype", "float16"],
+            "do not compute in float16: --dtype bfloat16",
+        ),
     ],
 )
 def test_other_commands_tell_wrong_usage_too(paligemma, folder, arguments, message):

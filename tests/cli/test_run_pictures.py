@@ -1,5 +1,6 @@
 """`paligemma run`: which pictures are meant, and what is probably a mistake."""
 
+import errno
 import sys
 
 import pytest
@@ -71,6 +72,18 @@ def test_a_folder_may_get_drawings_of_its_own_pictures(folder):
     assert expanded(["album"], drawn=folder / "album") == ["album/a.JPG", "album/b.png"]
     assert expanded(["album/a.png"], drawn=folder / "album") == ["album/a.png"]  # who names one means it
     assert expanded(["album"], drawn=folder / "empty") == ["album/a.JPG", "album/a.png", "album/b.png"]
+
+
+@pytest.mark.parametrize("save", ["drawn", "drawn/a.png", "new/drawn"])
+def test_a_place_for_drawings_that_cannot_be_written_is_told_before_the_work(run, folder, monkeypatch, save):
+    def refused(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("paligemma.inference.load", lambda *_, **__: pytest.fail("it is loaded"))
+    code, out, err = run("detect dog", "alone.png", "--save", save)
+    assert (code, out) == (1, "") and f"--save {save}" in err and "cannot be written (Permission denied)" in err
+    assert not (folder / "drawn").exists() and not (folder / "new").exists()
 
 
 def test_every_line_of_a_folder_names_its_picture(run, folder):

@@ -1,5 +1,6 @@
 """Scores against how often they are right: the figure, the diagram, the fit, and how it travels with a checkpoint."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import paligemma
 from paligemma.answers.scores import CALIBRATION_FILE, Calibration
 from paligemma.cli.evaluate import _own_folder as own_folder
 from paligemma.cli.main import app
+from paligemma.evaluate.benchmarks import BENCHMARKS
 from paligemma.evaluate.calibration import (
     draw_reliability,
     expected_calibration_error,
@@ -138,6 +140,32 @@ def test_only_a_folder_of_your_own_is_calibrated():
 def test_scores_are_not_fitted_to_the_scenes_that_figures_are_reported_on(tmp_path, data):
     result = runner.invoke(app, ["evaluate", "--model", str(tmp_path), "--data", data, "--calibrate"])
     assert result.exit_code == 2 and "--data tiny:val" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("task", ["vqa", "ocr", "caption", "gqa", "nlvr2", "refcoco-seg"])
+def test_tasks_without_scores_are_not_calibrated(tmp_path, monkeypatch, task):
+    monkeypatch.setattr("paligemma.inference.load", lambda *_, **__: pytest.fail("it is loaded"))
+    (tmp_path / "rows.jsonl").write_text('{"prefix": "caption en", "suffix": "a cat"}\n')
+    data = str(tmp_path if task in BENCHMARKS else tmp_path / "rows.jsonl")
+    result = runner.invoke(app, ["evaluate", "--model", str(tmp_path), "--data", data, "--task", task, "--calibrate"])
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert result.exit_code == 2 and f"--task {task} has none: expected one of detect, coco, segment" in said
+
+
+def test_no_benchmark_has_scores():
+    """Else it could be calibrated on."""
+    assert not any(benchmark.metric and benchmark.metric.scores for benchmark in BENCHMARKS.values())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    def refused(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    monkeypatch.setattr("paligemma.inference.load", lambda *_, **__: pytest.fail("it is loaded"))
+    result = runner.invoke(app, ["evaluate", "--model", str(tmp_path), "--data", "tiny:val", "--calibrate"])
+    said = f"--calibrate {tmp_path / CALIBRATION_FILE} cannot be written (Permission denied): choose another folder"
+    assert isinstance(result.exception, OSError) and str(result.exception) == said
 
 
 def test_a_folder_named_tiny_is_not_the_embedded_model(tmp_path, monkeypatch):

@@ -27,7 +27,10 @@ from paligemma.kv_cache import KVCache
 from paligemma.modeling_gemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenizer import load_tokenizer
+from paligemma.train.parts import add_lora
+from paligemma.weights.adapters import save_adapter
 from paligemma.weights.finding import TINY, open_model
+from paligemma.weights.loading import load_model
 from paligemma.weights.published import published_config
 from paligemma.weights.saving import save_pretrained
 
@@ -127,7 +130,8 @@ def test_weights_that_cannot_be_stored_are_refused(tmp_path, weights, value, mes
     assert not (tmp_path / "exported").exists()
 
 
-def test_wrong_usage_is_told_at_once(tmp_path):
+def test_wrong_usage_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "resolve", lambda *_: pytest.fail("it is downloaded"))
     done = CliRunner().invoke(app, ["export", "tiny", str(tmp_path / "out"), "--weights", "fp32,int8"])
     assert done.exit_code == 2 and "'int8' is none of them" in done.stderr
     done = CliRunner().invoke(app, ["export", "tiny", str(tmp_path / "out"), "--format", "gguf"])
@@ -141,6 +145,39 @@ def test_wrong_usage_is_told_at_once(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="weights is 'int8', expected one of fp32, fp16, q8, q4"):
         load_exported(tmp_path / "out", "int8")
+
+
+def test_a_mistyped_model_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        exporting.export(tmp_path / "gone", tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["hub id", "adapter"])
+@pytest.mark.parametrize("weights, branch", [("q8", "bfloat16"), ("q8,fp32", None)])
+def test_what_is_checked_is_what_was_exported(tmp_path, monkeypatch, kind, weights, branch):
+    """A PaliGemma 1 has two branches on the hub: neither is downloaded for the check alone."""
+    asked, checked = [], []
+    source = "google/paligemma-3b-pt-224"
+    if kind == "adapter":
+        save_adapter(add_lora(load_model(TINY), ("decoder",)), tmp_path / "adapter", source)
+        source = str(tmp_path / "adapter")
+
+    def snapshot_download(name, revision=None, allow_patterns=None):
+        asked.append(revision)
+        return str(TINY)
+
+    def differences(pg, folder, name):
+        checked.append(pg.model.dtype)
+        return checking.Difference(name, 0.0, 0.0, 0.0, 1, 1)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(exporting, "GRAPHS", {})  # there is nothing to trace
+    monkeypatch.setattr(checking, "differences", differences)
+    done = CliRunner().invoke(app, ["export", source, "out", "--weights", weights, "--check"])
+    assert done.exit_code == 0, done.output
+    assert set(asked) == {branch} and set(checked) == {torch.float32}
 
 
 def test_a_model_that_onnxruntime_runs_is_not_compiled():
