@@ -91,7 +91,9 @@ def _where(image: Any, records: Any, number: int, place: str, column: str, k: in
     if isinstance(image, Mapping):  # how Hugging Face stores a picture
         content = image.get("bytes")
         if content and not isinstance(content, bytes):  # base64, perhaps: JSON has no bytes
-            raise ValueError(f"{place}: the bytes of the image are text, expected a path, or a data: URL in their place")
+            raise ValueError(
+                f"{place}: the bytes of the image are text, expected its path or a data: URL in their place"
+            )
         image = content or image.get("path")
     if isinstance(image, str) and image:
         if not is_data_url(image):
