@@ -129,22 +129,23 @@ def write_coco(folder: RunFolder, file: IO[str]) -> int:
     """{"images": [...], "annotations": [...], "categories": [...]}, written as it goes. A picture that is asked about
     in several rows is one image."""
     numbers = {label: number for number, label in enumerate(classes_of(folder), 1)}
-    images: dict[str, int] = {}
+    images: dict[str, int] = {}  # number of each picture
     count = 0
     file.write('{"images": [')
     for line in answered(folder):
         count += 1
-        name = _file_name(line)
-        if name not in images and line["image_size"] is not None:
+        picture = _picture_of(line)
+        if picture not in images and line["image_size"] is not None:
+            images[picture] = number = len(images) + 1
+            name = line["id"] if picture.endswith(f"/{line['id']}") else picture  # that of the first row about it
             width, height = line["image_size"]
-            images[name] = len(images) + 1
-            _element(file, {"id": images[name], "file_name": name, "width": width, "height": height}, len(images) > 1)
+            _element(file, {"id": number, "file_name": name, "width": width, "height": height}, number > 1)
     file.write('\n], "annotations": [')
     annotations = 0
     for line in answered(folder):
         for item in items_of(line):
             annotations += 1
-            entry = {"id": annotations, "image_id": images[_file_name(line)], "category_id": numbers[item["label"]]}
+            entry = {"id": annotations, "image_id": images[_picture_of(line)], "category_id": numbers[item["label"]]}
             _element(file, {**entry, **_coco_of(item)}, annotations > 1)
     categories = [{"id": number, "name": label} for label, number in numbers.items()]
     file.write(f'\n], "categories": {json.dumps(categories, ensure_ascii=False)}}}\n')
@@ -166,14 +167,19 @@ def _coco_of(item: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _file_name(line: Line) -> str:
-    """The id where it is the name of the picture or the picture has no name, else the picture: several rows may ask
-    about one."""
+def _first_image(line: Line) -> str | None:
+    """The picture that boxes and masks refer to: of several the first."""
     image = line["image"]
     if isinstance(image, list):
-        image = image[0] if image else None
-    has_name = image is not None and not is_data_url(image)  # a line holds only the beginning of such a URL
-    return line["id"] if not has_name or image.endswith(f"/{line['id']}") else image
+        return image[0] if image else None
+    return image
+
+
+def _picture_of(line: Line) -> str:
+    """What tells pictures apart. The id where the picture has no name: of a data: URL a line holds only the beginning,
+    which all PNGs have in common."""
+    image = _first_image(line)
+    return line["id"] if image is None or is_data_url(image) else image
 
 
 def export_yolo(folder: RunFolder, target: Path) -> int:
@@ -193,14 +199,19 @@ def export_yolo(folder: RunFolder, target: Path) -> int:
             raise ValueError(
                 f"{there} numbers other classes, of label files that lie beside it: choose another folder, or remove it"
             )
+    elif (foreign := next((target / "labels").rglob("*.txt"), None)) is not None:
+        raise ValueError(
+            f"{target} holds label files of another origin ({foreign.relative_to(target)}, and no classes.txt), which "
+            "are not overwritten: choose another folder"
+        )
+    with written_whole(there) as beside:  # before the labels, so that an export that was cut short can be repeated
+        beside.write_text("".join(f"{label}\n" for label in classes), encoding="utf-8", newline="\n")
     for line in answered(folder):
         items = [_result(item) for item in items_of(line)]
         text = "".join(f"{label}\n" for label in to_yolo(items, tuple(line["image_size"] or (1, 1)), classes))
         with written_whole(target / "labels" / _label_file(line["id"])) as beside:
             beside.write_text(text, encoding="utf-8", newline="\n")
         count += 1
-    with written_whole(target / "classes.txt") as beside:
-        beside.write_text("".join(f"{label}\n" for label in classes), encoding="utf-8", newline="\n")
     return count
 
 
@@ -220,16 +231,23 @@ def _result(item: dict[str, Any]) -> Detection | Segment:
 
 def write_label_studio(folder: RunFolder, file: IO[str]) -> int:
     """A list of tasks with predictions. The labelling interface needs an Image named "image", and RectangleLabels or
-    PolygonLabels named "label", or a TextArea named "answer"."""
+    PolygonLabels named "label", or a TextArea named "answer". ValueError for a picture that stood in its row as a data:
+    URL: a line holds only the beginning of it, so the task would show no picture."""
     count = 0
     file.write("[")
     for line in answered(folder):
+        image = _first_image(line)
+        if image is not None and is_data_url(image):
+            raise ValueError(
+                f"row {line['id']!r}: its picture was a data: URL, which answers do not keep, and Label Studio needs a "
+                f"picture for each task: save it as a file and answer anew, or export to coco or jsonl"
+            )
         results = [_label_studio_of(item, line["image_size"]) for item in items_of(line)]
         if not results:
             text = {"from_name": "answer", "to_name": "image", "type": "textarea", "value": {"text": [line["text"]]}}
             results = [text]
         prediction = {"model_version": folder.settings.model, "score": line["score"], "result": results}
-        data = {"image": line["image"], "id": line["id"], "prompt": line["prompt"]}
+        data = {"image": image, "id": line["id"], "prompt": line["prompt"]}
         count += 1
         _element(file, {"data": data, "predictions": [prediction]}, count > 1)
     file.write("\n]\n")

@@ -76,8 +76,7 @@ def read(where: Where) -> Any:
     if "video" in where:
         return frame_of_video(where["video"], where["time"])
     if "table" in where:
-        cell = _table(where["table"])[where["row"]][where["column"]]
-        return _stored(cell) if isinstance(cell, Mapping) else cell
+        return _stored(_table(where["table"])[where["row"]][where["column"]])
     if "file" not in where:
         return _stored(where)
     with open(where["file"], "rb") as file:
@@ -93,13 +92,13 @@ def read(where: Where) -> Any:
     if "picture" in where:
         from paligemma.batch.row_files import pictures_in_line
 
-        return pictures_in_line(content)[where["picture"]]
+        return _stored(pictures_in_line(content)[where["picture"]])
     return content
 
 
-def _stored(image: Mapping[str, Any]) -> Any:
-    """The bytes or the path of a picture as Hugging Face stores it."""
-    return image.get("bytes") or image.get("path")
+def _stored(image: Any) -> Any:
+    """The bytes or the path of a picture, if it is as Hugging Face stores it."""
+    return image.get("bytes") or image.get("path") if isinstance(image, Mapping) else image
 
 
 @lru_cache(maxsize=4)

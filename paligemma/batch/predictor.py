@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from paligemma.batch.rows import InputRow
 
 NESTED = ("detections", "segments", "invalid")
 
@@ -30,7 +33,8 @@ class Predictor:
 
     model: as for `paligemma.load`. prompt: of all rows, where the batches have no column of prompts. batch_size: rows
     that run together on the model. options: device, dtype, quantize, revision, image_size, loc_scale, max_new_tokens,
-    temperature, top_k, top_p, beams, seed, free, forbid_repeats, max_pixels, masks: see `batch.settings.Settings`.
+    temperature, top_k, top_p, beams, seed, free, forbid_repeats, max_pixels, masks: see `batch.settings.Settings`. With
+    a seed, rows with equal pictures and prompts draw equal answers, in whatever batches Ray brings them.
     """
 
     def __init__(self, model: str = "tiny", prompt: str | None = None, batch_size: int = 16, **options: Any) -> None:
@@ -61,7 +65,7 @@ class Predictor:
             InputRow(str(number), None if image is None else [image], str(prompt))
             for number, (image, prompt) in enumerate(zip(images, prompts))
         ]
-        asked = [row for row, prompt in zip(rows, prompts) if prompt is not None]
+        asked = [self._seeded(row) for row, prompt in zip(rows, prompts) if prompt is not None]
         lines = {int(row.id): line for row, line in self.answer(asked)}
         for row, prompt in zip(rows, prompts):
             if prompt is None:
@@ -75,6 +79,19 @@ class Predictor:
             columns[name] = _strings(json.dumps(lines[k][name] or []) for k in range(len(rows)))
         columns["error"] = _strings("" if (e := lines[k]["error"]) is None else json.dumps(e) for k in range(len(rows)))
         return {**{name: batch[name] for name in batch}, **columns}
+
+    def _seeded(self, row: InputRow) -> InputRow:
+        """With a seed, the row with one of its own, from what it asks: its place in the batch depends on how Ray cuts
+        batches."""
+        from paligemma.batch.answering import seed_of
+
+        seed = self.answer.settings.seed
+        if seed is None:
+            return row
+        try:
+            return replace(row, options={"seed": seed_of(seed, self.answer.digest(row))})
+        except Exception:  # a picture that cannot be read: that is said when the row is answered
+            return row
 
 
 def _strings(texts: Any) -> np.ndarray:

@@ -78,27 +78,34 @@ def _of_record(record: dict[str, Any], records: Any, number: int, place: str, pr
     if given is None:
         inline = not isinstance(image, str) or is_data_url(image)
         given = f"{os.path.basename(_file_of(records))}:{number + 1}" if inline else image
-    several = image if isinstance(image, list) else [image]
-    places = [
-        _where(one, records, number, place, column, k if isinstance(image, list) else None)
-        for k, one in enumerate(several)
-        if one is not None and one != ""
-    ]
-    return InputRow(plain(str(given)), places if isinstance(image, list) else places[0] if places else None, asked)
+    places: Where | list[Where] | None = None
+    if isinstance(image, list):
+        places = [_where(one, records, number, place, column, k) for k, one in enumerate(image)]
+    elif image is not None:
+        places = _where(image, records, number, place, column, None)
+    return InputRow(plain(str(given)), places, asked)
 
 
 def _where(image: Any, records: Any, number: int, place: str, column: str, k: int | None) -> Where:
     """Where a picture is. What stands in the file itself is not copied into the list."""
-    if isinstance(image, Mapping) and not image.get("bytes"):
-        image = image.get("path")  # how Hugging Face stores a picture
+    if isinstance(image, Mapping):  # how Hugging Face stores a picture
+        content = image.get("bytes")
+        if content and not isinstance(content, bytes):  # base64, perhaps: JSON has no bytes
+            raise ValueError(
+                f"{place}: the bytes of the image are text, expected its path or a data: URL in their place"
+            )
+        image = content or image.get("path")
     if isinstance(image, str) and image:
         if not is_data_url(image):
             refuse_url(image, f"{place}: ")
             return os.path.abspath(os.path.join(os.path.dirname(_file_of(records)), image))
         return _line(records, number, k or 0) if isinstance(records, JsonLines) else image
-    if isinstance(image, (bytes, Mapping)) and k is None:
+    if isinstance(image, bytes) and k is None:
         return {"table": os.path.abspath(_file_of(records)), "row": number, "column": column, "name": place}
-    raise ValueError(f"{place}: the image is {type(image).__name__}, expected the path of a picture")
+    found = "empty" if image in ("", None) else type(image).__name__
+    raise ValueError(
+        f"{place}: the image is {found}, expected the path of a picture, or null in 'image' for a row without one"
+    )
 
 
 def _of_request(record: dict[str, Any], records: Any, number: int, place: str) -> InputRow:
@@ -118,7 +125,7 @@ def _line(records: JsonLines, number: int, picture: int) -> Where:
 
 
 def pictures_in_line(line: bytes) -> list[Any]:
-    """The pictures in a line of JSON, as they stand there."""
+    """The pictures in a line of JSON, as they stand there: text, or {"path"}."""
     record = parse_object(text_of(line, "a line").strip(), "a line")
     if is_request(record):
         return read_request(record, "a line")[2]

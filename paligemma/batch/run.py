@@ -22,7 +22,7 @@ from typing import Any
 
 from paligemma.batch.folder import RunFolder
 from paligemma.batch.shards import reopen_failed
-from paligemma.batch.status import Tally, write_summary
+from paligemma.batch.status import Tally, rows_begun, write_summary
 from paligemma.batch.worker import FAILED, STOPPED, How, run_worker, shards_of
 
 LOOK = 1.0  # seconds between two looks at the workers
@@ -114,7 +114,11 @@ def opened_tally(folder: RunFolder, how: How, retry_errors: bool, note: Callable
     tally = Tally(folder, shards_of(folder.num_shards, how.part))
     if retry_errors:
         note(f"{reopen_failed(folder, tally.shards):,} rows that failed are tried again")
+    begun = rows_begun(folder)  # before the tally, see `status_of`
     tally.update()
+    before = tally.answered + tally.beyond(begun)
+    if how.draw is not None and before:  # where those of an earlier call went, if anywhere, nothing in the folder says
+        note(f"note: {before:,} rows were answered before: they have drawings only if --draw was given then")
     return tally
 
 

@@ -48,8 +48,8 @@ class Tally:
         return size * len(self.shards) - (missing if last in self.shards else 0)
 
     def beyond(self, begun: Counter[int]) -> int:
-        """How many of the rows that are begun, see `rows_begun`, are in shards that are not finished."""
-        return sum(rows for shard, rows in begun.items() if shard not in self.counted)
+        """How many of the rows that are begun, see `rows_begun`, are in its shards that are not finished."""
+        return sum(rows for shard, rows in begun.items() if shard in self.shards and shard not in self.counted)
 
     @property
     def is_complete(self) -> bool:

@@ -48,6 +48,13 @@ if TYPE_CHECKING:
 LOG_EVERY = 30.0  # seconds between two lines of progress where stderr is no terminal
 
 
+def check_address(ray: str | None) -> str | None:
+    """Without an address --ray takes the option that follows it."""
+    if ray is not None and ray.startswith("-"):
+        raise typer.BadParameter(f"--ray needs an address, or 'local', got {ray}")
+    return ray
+
+
 def batch(
     prompt: Annotated[
         str | None, typer.Argument(help="'caption en', 'detect dog ; cat', ... Rows of --rows may have their own.")
@@ -108,7 +115,8 @@ def batch(
         str, typer.Option(help="i/n, i from 1 to n: only the i-th of n shares of the shards, for job arrays.")
     ] = "1/1",
     ray: Annotated[
-        str | None, typer.Option(help="Work on a Ray cluster: its address, or 'local'.", metavar="ADDRESS")
+        str | None,
+        typer.Option(help="Work on a Ray cluster: its address, or 'local'.", metavar="ADDRESS", callback=check_address),
     ] = None,
     max_errors: Annotated[str, typer.Option(help="Rows that may fail: a number, or a share such as 5%.")] = "0",
     stop_after_errors: Annotated[int | None, typer.Option(min=1, help="Stop when so many rows have failed.")] = None,

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from paligemma.data.rows import RowError
@@ -32,6 +33,7 @@ class ArrowFiles:
     def __init__(self, paths: Sequence[str | os.PathLike[str]], without: Sequence[str] = ()) -> None:
         self.paths, self.without = [Path(path) for path in paths], tuple(without)
         self.kept: dict[tuple[int, int], Any] = {}  # unpacked row groups
+        self.lock = Lock()  # of `kept`: `paligemma batch` opens pictures in several threads
         self.files: list[Any] = []  # record batches of an Arrow file; of a parquet file what its end says of it
         self.groups: list[tuple[int, int]] = []  # (file, record batch or row group in it)
         self.firsts = [0]  # row with which each group begins, and the number of rows
@@ -68,19 +70,20 @@ class ArrowFiles:
         return record
 
     def _unpacked(self, file: int, k: int) -> Any:
-        if (file, k) not in self.kept:
-            while len(self.kept) > 1:
-                del self.kept[next(iter(self.kept))]
-            import pyarrow.parquet
+        with self.lock:  # else two threads would drop one group twice, or one that the other is about to return
+            if (file, k) not in self.kept:
+                while len(self.kept) > 1:
+                    del self.kept[next(iter(self.kept))]
+                import pyarrow.parquet
 
-            # Opened for each group: a data set may have more files than a process may hold open.
-            path, metadata = self.paths[file], self.files[file]
-            with _refusing(path), pyarrow.parquet.ParquetFile(path, metadata=metadata) as opened:
-                names = [name for name in opened.schema_arrow.names if name not in self.without]
-                group = opened.read_row_group(k, names if self.without else None)
-                _validate(group)
-            self.kept[file, k] = group
-        return self.kept[file, k]
+                # Opened for each group: a data set may have more files than a process may hold open.
+                path, metadata = self.paths[file], self.files[file]
+                with _refusing(path), pyarrow.parquet.ParquetFile(path, metadata=metadata) as opened:
+                    names = [name for name in opened.schema_arrow.names if name not in self.without]
+                    group = opened.read_row_group(k, names if self.without else None)
+                    _validate(group)
+                self.kept[file, k] = group
+            return self.kept[file, k]
 
     @property
     def class_names(self) -> dict[str, list[str]]:

@@ -485,6 +485,18 @@ def test_predictor_takes_one_prompt_for_all_and_says_which_columns_it_misses(pre
         predictor({"picture": [SCENE]})
 
 
+def test_answers_of_a_seed_do_not_depend_on_the_batches(predictor, scene):
+    """Ray cuts batches as it likes, so the place of a row in its batch says nothing."""
+    settings = Settings(temperature=2.0, seed=3, max_new_tokens=8)
+    one = paligemma.Predictor.__new__(paligemma.Predictor)
+    one.prompt, one.answer = "caption en", AnswerRows(predictor.answer.pg, settings)
+    images = [SCENE, np.asarray(scene.crop((0, 0, 100, 100))), None, "nowhere.png"]
+    whole = one({"image": images})
+    assert [bool(error) for error in whole["error"]] == [False, False, False, True]
+    assert whole["text"].tolist() == [one({"image": [image]})["text"][0] for image in images]
+    assert len(set(whole["text"])) == 4
+
+
 def test_columns_have_one_type_whatever_is_in_them(predictor):
     """A block in which every row failed can be joined with one in which none did."""
     pa = pytest.importorskip("pyarrow")

@@ -144,6 +144,7 @@ def test_threads_of_workers_on_ray(tmp_path, monkeypatch, address, given, thread
         ([], "expected PROMPT INPUT"),
         (["caption en"], "no INPUT after the prompt"),
         (["caption en", "photos"], "--out DIR is missing"),
+        (["caption en", "photos", "--ray", "--out", "run"], "--ray needs an address, or 'local', got --out"),
         (["caption en", "photos", "--rows", "rows.jsonl", "--out", "run"], "from INPUT or from --rows"),
         (["caption en", "photos", "--labels", "dog", "--out", "run"], "--labels is for the prompt"),
         (["detect", "photos", "--labels", ", ,", "--out", "run"], "--labels names nothing"),

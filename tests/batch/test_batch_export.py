@@ -111,6 +111,24 @@ def test_labels_of_other_classes_are_not_mixed_with_those_of_yolo(folder):
     assert (path / "classes.txt").read_text() == "owl\n" and (path / "labels" / "a" / "1.txt").read_bytes() == before
 
 
+def test_labels_that_another_tool_wrote_are_not_overwritten(folder):
+    path = folder.path.parent / "out"
+    (path / "labels" / "a").mkdir(parents=True)
+    (path / "data.yaml").write_text("names: [owl]")
+    (path / "labels" / "a" / "1.txt").write_text("0 0.5 0.5 1 1\n")
+    with pytest.raises(ValueError, match=r"out holds label files of another origin \(labels.a.1\.txt, and no classes"):
+        exported(folder, "yolo")
+    assert (path / "labels" / "a" / "1.txt").read_text() == "0 0.5 0.5 1 1\n" and not (path / "classes.txt").exists()
+
+
+def test_an_export_of_labels_that_was_cut_short_can_be_repeated(folder, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("paligemma.batch.export.mask_of", lambda item: 1 / 0)  # that of the third picture
+        with pytest.raises(ZeroDivisionError):
+            exported(folder, "yolo")
+    assert exported(folder, "yolo")[0] == 3
+
+
 @pytest.mark.parametrize("image", [None, "/a.jpg", "/[a].jpg", "[a.jpg", [], ["/a.jpg"], [None, "/b.jpg"]])
 def test_names_of_pictures_come_back_from_parquet_as_they_were(tmp_path, image):
     pytest.importorskip("pyarrow")
@@ -177,10 +195,33 @@ def test_pictures_that_stand_in_their_rows_are_images_of_their_own(tmp_path):
 
     url = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAA"
     rows = [InputRow(id, image, "detect dog") for id, image in (("p", url + "A"), ("q", url + "B"), ("r", [url]))]
-    export(run_of(tmp_path / "run", rows, answer_row), "coco", tmp_path / "coco.json")
+    folder = run_of(tmp_path / "run", rows, answer_row)
+    export(folder, "coco", tmp_path / "coco.json")
     data = json.loads((tmp_path / "coco.json").read_text())
     assert [image["file_name"] for image in data["images"]] == ["p", "q", "r"]
     assert [annotation["image_id"] for annotation in data["annotations"]] == [1, 2, 3]
+    with pytest.raises(ValueError, match="row 'p': its picture was a data: URL, which answers do not keep"):
+        export(folder, "label-studio", tmp_path / "tasks.json")
+    assert not (tmp_path / "tasks.json").exists()
+
+
+def test_rows_about_one_picture(tmp_path):
+    """One has the picture's name as its id, which is the default; one sees another picture as well."""
+
+    def answer_row(row):
+        answer = Answer("", [1], [0.0], 0.9, True, [Detection("dog", (0.0, 0.0, 2.0, 2.0), 0.5)], [], [])
+        return answered(row, answer, (4, 3), "rle")
+
+    image = "/home/me/photos/7.jpg"
+    asked = (("photos/7.jpg", image), ("q2", image), ("q3", [image, "/home/me/photos/8.jpg"]))
+    folder = run_of(tmp_path / "run", [InputRow(id, where, "detect dog") for id, where in asked], answer_row)
+    export(folder, "coco", tmp_path / "coco.json")
+    data = json.loads((tmp_path / "coco.json").read_text())
+    assert data["images"] == [{"id": 1, "file_name": "photos/7.jpg", "width": 4, "height": 3}]
+    assert [annotation["image_id"] for annotation in data["annotations"]] == [1, 1, 1]
+    export(folder, "label-studio", tmp_path / "tasks.json")
+    tasks = json.loads((tmp_path / "tasks.json").read_text())
+    assert [(task["data"]["id"], task["data"]["image"]) for task in tasks] == [(id, image) for id, _ in asked]
 
 
 @pytest.mark.parametrize("to", ["jsonl", "csv", "coco", "yolo", "label-studio", "openai"])

@@ -338,15 +338,18 @@ def test_rows_of_json_lines(photos):
         {"id": "inside", "image": data_url(photos / "x" / "b.png")},
         {"id": "none", "image": None},
         {"id": "two", "image": ["a.jpg", data_url(photos / "x" / "b.png")]},
+        {"id": "in a dict", "image": {"bytes": None, "path": "x/a.jpg"}},
+        {"id": "inside a dict", "image": {"path": data_url(photos / "x" / "b.png")}},
     ]
     (photos / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows = list(list_rows("photos/rows.jsonl", "caption en"))
-    assert [row.id for row in rows] == ["7", "x/a.jpg", "inside", "none", "two"]
-    assert [row.prompt for row in rows] == ["ocr", "caption de", "caption en", "caption en", "caption en"]
+    assert [row.id for row in rows] == ["7", "x/a.jpg", "inside", "none", "two", "in a dict", "inside a dict"]
+    assert [row.prompt for row in rows] == ["ocr", "caption de", *["caption en"] * 5]
     assert [color_of(row) for row in rows[:3]] == ["red", "lime", "blue"]
     assert rows[2].image["name"].endswith("rows.jsonl:3")  # its place: a large file is not copied
     assert rows[3].image is None
     assert [load_image(open_picture(place)).size for place in rows[4].image] == [(16, 16), (16, 16)]
+    assert [color_of(row) for row in rows[5:]] == ["lime", "blue"]
 
 
 def test_rows_of_csv_and_parquet(photos):
@@ -360,6 +363,9 @@ def test_rows_of_csv_and_parquet(photos):
     pyarrow.parquet.write_table(pa.table({"image": pictures, "id": ["p", "q"]}), photos / "rows.parquet")
     rows = list(list_rows("photos/rows.parquet", "caption en"))
     assert [(row.id, color_of(row)) for row in rows] == [("p", "red"), ("q", "blue")]
+    pyarrow.parquet.write_table(pa.table({"image": ["a.jpg", None, ""]}), photos / "rows.parquet")
+    with pytest.raises(ValueError, match=r"rows.parquet row 2: the image is empty"):
+        list(list_rows("photos/rows.parquet", "caption en"))
 
 
 def test_blank_cells_of_a_csv_are_null(photos):
@@ -380,6 +386,11 @@ def test_blank_cells_of_a_csv_are_null(photos):
         ('{"prompt": "ocr", "picture_": "a.jpg"}', r"rows.jsonl:2: no image"),
         ('{"image": "https://x/a.jpg", "prompt": "ocr"}', r"rows.jsonl:2: https://x/a.jpg is a URL"),
         ('{"image": 7, "prompt": "ocr"}', r"rows.jsonl:2: the image is int"),
+        ('{"image": "", "prompt": "ocr"}', r"rows.jsonl:2: the image is empty, expected the path .* or null"),
+        ('{"image": ["a.jpg", ""], "prompt": "ocr"}', r"rows.jsonl:2: the image is empty"),
+        ('{"image": ["a.jpg", null], "prompt": "ocr"}', r"rows.jsonl:2: the image is empty"),
+        ('{"image": {"path": null}, "prompt": "ocr"}', r"rows.jsonl:2: the image is empty"),
+        ('{"image": {"bytes": "AAAA"}, "prompt": "ocr"}', r"rows.jsonl:2: the bytes of the image are text"),
         ("no json", r"rows.jsonl:2: not JSON"),
     ],
 )

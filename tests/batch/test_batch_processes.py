@@ -158,6 +158,21 @@ def test_many_errors_end_the_run_if_asked_and_it_goes_on(tmp_path):
     assert [line["attempts"] for line in lines_of(folder)] == [2] * 40
 
 
+@pytest.mark.parametrize("part", [(1, 1), (1, 3), (3, 3)])
+def test_draw_says_how_many_rows_were_answered_before_it(tmp_path, part):
+    """Those of finished shards, and those that an interrupted call left; shards of other parts are not counted."""
+    folder, notes = run_of(tmp_path / "run", 30), []
+    run.opened_tally(folder, How(part=part, draw=tmp_path), False, notes.append)
+    assert not notes  # nothing was answered before
+    finish_shards(folder, [0], lambda: quick(folder.settings), lambda: False, lambda line: None)
+    (folder.work / "00001.x.jsonl").write_text('{"id": "row 10"}\n{"id": "row 11"}\n')
+    run.opened_tally(folder, How(part=part), False, notes.append)
+    assert not notes
+    run.opened_tally(folder, How(part=part, draw=tmp_path), False, notes.append)
+    said = "rows were answered before: they have drawings only if --draw was given then"
+    assert notes == {(1, 1): [f"note: 12 {said}"], (1, 3): [f"note: 10 {said}"], (3, 3): []}[part]
+
+
 def test_status_counts_what_lies_in_the_folder(tmp_path):
     folder = run_of(tmp_path / "run", 30)
     run_batch(folder, 1, How(load=quick, part=(1, 3)))

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -140,3 +141,17 @@ def test_a_column_of_objects_is_boxes(folder, form):
     (row,) = open_rows(folder / "x.parquet")
     assert (row.prefix, row.size) == ("detect cat ; dog", (40, 20))
     assert row.suffix == "<loc0256><loc0512><loc0768><loc0768> cat ; <loc0000><loc0000><loc0512><loc0512> dog"
+
+
+def test_threads_read_rows_of_one_parquet_file(folder):
+    """As those do that open pictures ahead; more row groups than are kept, so that each read drops one."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"label": list(range(6))}), folder / "x.parquet", row_group_size=1)
+    rows, before = ArrowFiles([folder / "x.parquet"]), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert [row["label"] for row in pool.map(rows.__getitem__, list(range(6)) * 200)] == list(range(6)) * 200
+    finally:
+        sys.setswitchinterval(before)
