@@ -48,6 +48,8 @@ def test_without_an_answer_it_is_what_the_model_writes(tiny):
     look = explore.look(tiny, scene, "detect book ; house")
     assert look.answer == tiny.generate(scene, "detect book ; house", 512, constrained=True).text
     assert look.logprobs.min() > -2  # every token of its own answer is likely
+    shorter = explore.look(tiny, scene, "caption en", max_new_tokens=3)
+    assert len(shorter.answer_ids) == 3 and shorter.answer == tiny.generate(scene, "caption en", 3).text
 
 
 def test_two_pictures(random_pg, picture):

@@ -14,6 +14,8 @@ import openai
 import pytest
 from serving import SCENE, Command, chat, data_url, error_of, picture, running, wait_until
 
+from paligemma import explore
+
 URL = "/v1/chat/completions"
 
 
@@ -116,6 +118,26 @@ def test_a_page_whose_client_has_left_is_still_the_only_one_that_is_made(pg, mon
         gate.set()
         wait_until(lambda: not server.service.exploring)
         assert client.post("/v1/explore", json=explore).status_code == 200
+
+
+def test_a_page_whose_client_has_left_is_not_finished(pg, monkeypatch):
+    began, gate, finished, look = threading.Event(), threading.Event(), threading.Event(), explore.look
+
+    def gated_look(*given, **named):
+        began.set()
+        assert gate.wait(20)
+        return look(*given, **named)
+
+    monkeypatch.setattr(explore, "look", gated_look)
+    monkeypatch.setattr(explore, "page", lambda *_, **__: finished.set())
+    with running(pg) as server:
+        leaving = begin(server, {"image": data_url(), "prompt": "caption en"}, path="/v1/explore")
+        assert began.wait(20)
+        leaving.close()
+        wait_until(lambda: server.service.taken == 0)
+        gate.set()
+        wait_until(lambda: not server.service.exploring)
+    assert not finished.is_set()
 
 
 def test_a_page_that_waits_is_forgotten_with_its_pictures_when_its_client_leaves(pg):

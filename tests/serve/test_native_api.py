@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 from serving import SCENE, data_url, error_of, png, running
 
 from paligemma.answers.formats import outline, rle_decode
-from paligemma.serve.exploring import make_page
+from paligemma.serve.exploring import Abandoned, make_page
+from paligemma.serve.rows import Ask
 
 IMAGE = data_url()
 
@@ -184,8 +186,25 @@ def test_the_page_of_an_official_size_has_no_routes(pg, monkeypatch):
     """Hundreds of passes on the engine's thread, for which all rows would wait."""
     monkeypatch.setattr("paligemma.explore.stages.published_name", lambda config: "an official one")
     monkeypatch.setattr("paligemma.explore.rendering.routes_of", None)
-    page = make_page(pg, [Image.open(io.BytesIO(SCENE)).convert("RGB")], "answer en how many dogs are there ?")
+    ask = Ask("answer en how many dogs are there ?", (), 128)
+    page = make_page(pg, [Image.open(io.BytesIO(SCENE)).convert("RGB")], ask, lambda: False)
     assert b"not computed: each takes a pass of the model for every layer" in page
+
+
+def test_the_answer_that_is_looked_at_keeps_to_the_limit_of_the_server(pg):
+    with running(pg, max_new_tokens=3) as server, server.client() as client:
+        reply = client.post("/v1/explore", json={"image": IMAGE, "prompt": "caption en"}).json()
+        meta = re.search('id="meta">(.*?)</script>', client.get(reply["url"]).text, re.S)[1]
+    assert len(json.loads(meta)["answer"]) == 3
+
+
+def test_a_page_that_nobody_waits_for_ends_with_the_pass_that_runs(pg):
+    passes = []
+    with pytest.raises(Abandoned):
+        make_page(
+            pg, [Image.new("RGB", (8, 8))], Ask("caption en", (), 64), lambda: passes.append(0) or len(passes) > 3
+        )
+    assert len(passes) == 4 and not pg.model.language_model.model._forward_pre_hooks
 
 
 def test_pages_are_kept_for_a_while(pg):
