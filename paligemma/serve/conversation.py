@@ -81,7 +81,7 @@ async def converse(service: Service, scope: Scope, receive: Receive, send: Send,
 
 async def _answer(service: Service, headers: Headers, kind: str, body: Body, work: Work, reply: Reply) -> None:
     if kind == "multipart/form-data":
-        body.value, body.files = await parse_form(headers, body.value, service.settings.max_images)
+        body.value, body.files = await parse_form(headers, body.value)
     else:
         body.value = await service.in_worker(parse_object, body.value)
     await work(body, reply)

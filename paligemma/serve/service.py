@@ -20,12 +20,12 @@ from paligemma.serve.fetching import fetch
 from paligemma.serve.metrics import Metrics
 from paligemma.serve.pictures import FeatureCache, Picture, Source, read
 from paligemma.serve.rows import Ask, Row, lay_out
-from paligemma.serve.settings import Settings
+from paligemma.serve.settings import MB, Settings
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MOST_EXPLORED = 8  # pages of up to 8 MB that are kept
+EXPLORED_BYTES = 64 * MB  # of all look-inside pages that are kept, of which one has up to 8 MB
 FETCHED_TOGETHER = 8  # pictures behind URLs
 
 
@@ -199,10 +199,10 @@ class Service:
     # ------------------------------------------------------------------------------------------ looking inside
 
     def keep_explored(self, page: bytes) -> str:
-        """The path of a page that is kept for some minutes."""
+        """The path of a page that is kept for some minutes. Where all have too many bytes together, the oldest goes."""
         path = f"/explored/{secrets.token_urlsafe(24)}"
         self.explored[path] = time.monotonic() + self.settings.explored_for, page
-        while len(self.explored) > MOST_EXPLORED:
+        while sum(len(kept) for _, kept in self.explored.values()) > EXPLORED_BYTES:
             self.explored.popitem(last=False)
         return path
 

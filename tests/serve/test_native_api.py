@@ -146,6 +146,25 @@ def test_a_form_that_is_wrong(client):
     assert error_of(client.post("/v1/detect", content=b"nothing", headers=headers))[1] == "invalid_form"
 
 
+def test_a_form_may_hold_as_much_as_json(client):
+    file = {"image": ("scene.png", SCENE)}
+    few = {"labels": [f"thing {n % 3}" for n in range(1_000)], "max_tokens": "1"}
+    assert client.post("/v1/detect", files=file, data=few).status_code == 200
+    many = {"labels": [f"thing {n}" for n in range(1_001)]}
+    assert error_of(client.post("/v1/detect", files=file, data=many)) == (400, "invalid_value", "labels")
+    six = [("image", ("scene.png", SCENE))] * 6
+    assert error_of(client.post("/v1/detect", files=six, data={"labels": "a"})) == (400, "too_many_images", "image")
+    large = png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)))
+    text = {"image": (None, data_url(large)), "labels": (None, "a"), "max_tokens": (None, "1")}
+    assert len(large) > 2**20 and client.post("/v1/detect", files=text).status_code == 200
+
+
+def test_a_form_has_fewer_parts_than_would_fill_the_memory(client):
+    for name in ("", "a.png"):  # fields, then files
+        many = [("image", (name, b"")) for _ in range(2_001)]
+        assert error_of(client.post("/v1/detect", files=many))[:2] == (400, "invalid_form")
+
+
 def test_the_media_type_is_checked(client):
     for headers in ({"content-type": "text/plain"}, {}, {"content-type": "application/x-www-form-urlencoded"}):
         reply = client.post("/v1/detect", content=b"{}", headers=headers)
@@ -213,6 +232,20 @@ def test_pages_are_kept_for_a_while(pg):
         assert client.get(path).text == "<p>page</p>"
         server.service.explored[path] = 0, b""
         assert client.get(path).status_code == 404
+
+
+def test_many_small_pages_are_kept_and_of_large_ones_the_latest(pg, monkeypatch):
+    monkeypatch.setattr("paligemma.serve.service.EXPLORED_BYTES", 1_000)
+    with running(pg) as server, server.client() as client:
+        paths = [server.service.keep_explored(bytes(10)) for _ in range(100)]
+        assert all(client.get(path).status_code == 200 for path in paths)
+        paths.append(server.service.keep_explored(bytes(15)))
+        assert [client.get(path).status_code for path in (paths[0], paths[1], paths[2], paths[-1])] == [
+            404,
+            404,
+            200,
+            200,
+        ]
 
 
 def test_small_endpoints(client, pg):
