@@ -30,8 +30,8 @@ class Abandoned(Exception):
     """Nobody waits for the page any more."""
 
 
-async def explore(service: Service, ask: Ask) -> str:
-    """The path of the page."""
+async def explore(service: Service, ask: Ask, turn: asyncio.Event) -> str:
+    """The path of the page. turn: set once the engine's thread is about to make it."""
     await service.in_worker(lay_out, service.pg, ask)  # for its checks
     if service.exploring:
         raise ApiError(
@@ -46,6 +46,7 @@ async def explore(service: Service, ask: Ask) -> str:
     except BaseException:
         service.exploring = False
         raise
+    turn.set()
     # Not when this request ends: where its client has left, a pass of the model still runs.
     made.add_done_callback(lambda _: setattr(service, "exploring", False))
     try:

@@ -159,15 +159,8 @@ class Service:
             self.engine.cancel(job)
 
     async def started(self, job: Job) -> None:
-        """Waits until the row has left the queue. ApiError 503 after the queue's timeout."""
-        try:
-            await asyncio.wait_for(_until(job, lambda: job.started), self.settings.queue_timeout)
-        except (asyncio.TimeoutError, TimeoutError):
-            raise ApiError(
-                503, "queue_timeout",
-                f"the request waited {self.settings.queue_timeout:g} seconds and its turn did not come: try again",
-                retry_after=min(60, max(1, round(self.seconds))),
-            ) from None  # fmt: skip
+        """Waits until the row has left the queue. Raises its error."""
+        await _until(job, lambda: job.started)
         if job.error is not None:
             raise job.error
 

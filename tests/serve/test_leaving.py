@@ -199,6 +199,29 @@ def test_a_request_whose_turn_does_not_come(pg, monkeypatch):
         wait_until(lambda: not server.service.engine.running)
 
 
+def test_to_wait_for_the_decoders_is_to_wait_too(pg, monkeypatch):
+    gate = threading.Event()
+    look_inside = {"image": data_url(), "prompt": "caption en"}
+    with running(pg, queue_timeout=0.2, timeout=5, decode_workers=1) as server, server.client() as client:
+        occupied = server.service._decoders.submit(gate.wait, 20)  # by the large pictures of others
+        asked = [(URL, chat()), ("/v1/answer", look_inside), ("/v1/explore", look_inside)]
+        for path, body in asked:
+            assert error_of(client.post(path, json=body)) == (503, "queue_timeout", None)
+        gate.set()
+        occupied.result()
+        gate.clear()
+        monkeypatch.setattr("paligemma.serve.service.read", lambda *_: gate.wait(20))  # its own large picture
+        assert error_of(client.post(URL, json=chat())) == (503, "queue_timeout", None)
+        gate.set()
+        assert server.service.taken == 0
+
+
+def test_a_page_that_is_made_does_not_wait_for_its_turn(pg, monkeypatch):
+    monkeypatch.setattr("paligemma.serve.exploring.make_page", lambda *_: time.sleep(1.5) or b"page")
+    with running(pg, queue_timeout=1) as server, server.client() as client:
+        assert client.post("/v1/explore", json={"image": data_url(), "prompt": "caption en"}).status_code == 200
+
+
 def test_an_answer_that_takes_too_long(pg, monkeypatch):
     """504; in the middle of a stream, an event with the error and no [DONE]."""
     with running(pg, timeout=0.5) as server, server.client() as client:
