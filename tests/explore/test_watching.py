@@ -100,7 +100,7 @@ def test_a_look_changes_no_bit_of_the_logits(random_pg, picture):
     assert all(map(torch.equal, look.hidden_states[:-1], (state[0] for state in out.hidden_states[:-1])))
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "bf16"])
 def test_every_layer_of_a_quantised_model_is_seen(quantize):
     import paligemma
 

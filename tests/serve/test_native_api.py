@@ -12,7 +12,9 @@ from serving import SCENE, data_url, error_of, png, running
 
 from paligemma.answers.formats import outline, rle_decode
 from paligemma.serve.exploring import Abandoned, make_page
+from paligemma.serve.openapi import schemas
 from paligemma.serve.rows import Ask
+from paligemma.serve.settings import Settings
 
 IMAGE = data_url()
 
@@ -142,6 +144,8 @@ def test_a_form_that_is_wrong(client):
     assert error_of(client.post("/v1/detect", files=file, data=wrong))[1:] == ("invalid_value", "min_score")
     other = {"picture": ("scene.png", SCENE)}
     assert error_of(client.post("/v1/detect", files=other, data={"labels": "a"}))[1] == "unknown_field"
+    misnamed = {"image": ("https:x", b"hello")}  # no fetched picture, which would be a 422
+    assert error_of(client.post("/v1/detect", files=misnamed, data={"labels": "a"})) == (400, "bad_image", "image")
     headers = {"content-type": "multipart/form-data"}
     assert error_of(client.post("/v1/detect", content=b"nothing", headers=headers))[1] == "invalid_form"
 
@@ -279,5 +283,9 @@ def test_the_openapi_document_names_every_path_and_field(client, server):
     chat = document["components"]["schemas"]["Chat"]
     assert {"messages", "stream", "logprobs", "structured_outputs", "n"} <= set(chat["properties"])
     assert set(chat["properties"]["stream_options"]["properties"]) == {"include_usage", "include_obfuscation"}
+    labels = document["components"]["schemas"]["Detect"]["properties"]["labels"]
+    assert [kind["type"] for kind in labels["oneOf"]] == ["string", "array"]
+    ignoring = schemas(Settings(ignore_history=True))["Chat"]["properties"]["messages"]["items"]
+    assert ignoring == {"anyOf": [chat["properties"]["messages"]["items"], {"type": "object"}]}
     references = [part.split('"')[0] for part in client.get("/openapi.json").text.split("#/components/schemas/")[1:]]
     assert set(references) <= set(document["components"]["schemas"])
