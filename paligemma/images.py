@@ -114,11 +114,16 @@ def _data_of_url(url: str) -> bytes:
     if not head.lower().rstrip().endswith(";base64"):
         return content
     try:
-        # Mail and some programs break the lines; others leave the padding out, or use the alphabet for URLs.
-        content = bytes(content.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n")).rstrip(b"=")
-        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+        return from_base64(content)
     except ValueError as error:
         raise ValueError(f"the data: URL is not in base64, as it says: {error}") from None
+
+
+def from_base64(packed: bytes) -> bytes:
+    """What is in base64, as any program writes it. ValueError for what is not."""
+    # Mail and some programs break the lines; others leave the padding out, or use the alphabet for URLs.
+    packed = packed.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n").rstrip(b"=")
+    return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
 
 
 def open_picture(

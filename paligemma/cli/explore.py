@@ -17,6 +17,7 @@ from paligemma.cli.options import (
     ImageSize,
     MaxPixels,
     Model,
+    Quantize,
     Revision,
     Threads,
     check_order,
@@ -78,9 +79,7 @@ def explore(
             callback=one_of(*DTYPES),
         ),
     ] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="Round the weights at load: int8, int4.", callback=one_of("int8", "int4"))
-    ] = None,
+    quantize: Quantize = None,
     revision: Revision = None,
     image_size: ImageSize = None,
     max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,

@@ -118,11 +118,14 @@ class Look:
 
 
 @torch.no_grad()
-def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = None) -> Look:
+def look(
+    pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = None, *, max_new_tokens: int | None = None
+) -> Look:
     """One teacher-forced pass.
 
     image: one picture, or a tuple that the row sees together. answer: None for what the model itself writes: greedy,
-    with the default budget, under the grammar for detect and segment, as `paligemma run` does.
+    under the grammar for detect and segment, as `paligemma run` does. max_new_tokens: of that answer; None: 128, or 512
+    for detect and segment.
     Raises what `pg.generate` raises, and ValueError for an empty tuple.
     """
     if not hasattr(pg, "processor"):
@@ -135,7 +138,9 @@ def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = Non
     prefix = processor.lay_out([prompt], [len(pictures)])["input_ids"][0]  # [first_answer]
     if answer is None:
         with evaluating(model):
-            written = own_answer(pg, pictures if len(pictures) > 1 else pictures[0], prompt)
+            written = own_answer(
+                pg, pictures if len(pictures) > 1 else pictures[0], prompt, max_new_tokens=max_new_tokens
+            )
         answer, answer_ids = written.text, written.token_ids
     else:
         answer_ids = processor.tokenizer.encode(answer)
@@ -166,9 +171,12 @@ def look(pg: PaliGemma, image: ImageInput, prompt: str, answer: str | None = Non
     return seen
 
 
-def own_answer(pg: PaliGemma, picture: Image.Image | tuple[Image.Image, ...], prompt: str) -> Answer:
-    """What `paligemma run` would write: greedy, with the default budget, under the grammar for detect and segment."""
-    return pg.generate(picture, prompt, budget_of(prompt), constrained=asks_for_items(prompt))
+def own_answer(
+    pg: PaliGemma, picture: Image.Image | tuple[Image.Image, ...], prompt: str, *, max_new_tokens: int | None = None
+) -> Answer:
+    """What `paligemma run` would write: greedy, under the grammar for detect and segment."""
+    budget = budget_of(prompt) if max_new_tokens is None else max_new_tokens
+    return pg.generate(picture, prompt, budget, constrained=asks_for_items(prompt))
 
 
 def _text_of(pg: PaliGemma, token: int) -> str:

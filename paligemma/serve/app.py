@@ -108,6 +108,7 @@ def chat(service: Service) -> Work:
         id = f"chatcmpl-{secrets.token_hex(12)}"
         async with service.running(row) as job:
             await service.started(job)
+            reply.turn.set()
             if not request.stream:
                 await service.ended(job)
                 await reply.whole(await service.in_writer(completion, service.pg, settings.name, id, job, request))
@@ -154,6 +155,7 @@ def native_task(service: Service, task: str) -> Work:
         body.release()
         async with service.running(row) as job:
             await service.started(job)
+            reply.turn.set()
             await service.ended(job)
             id = f"{task}-{secrets.token_hex(12)}"
             await reply.whole(await service.in_writer(native, service.pg, settings.name, id, job, request))
@@ -164,7 +166,7 @@ def native_task(service: Service, task: str) -> Work:
 def explored(service: Service) -> Work:
     async def work(body: Body, reply: Reply) -> None:
         request = await service.in_worker(parse_native, "explore", body.value, body.files, service.settings)
-        url = await explore(service, request.ask)
+        url = await explore(service, request.ask, reply.turn)
         await reply.whole(json_bytes({"url": url}))
 
     return work

@@ -23,6 +23,7 @@ from paligemma.serve.settings import Settings
 
 BODIES_TOGETHER = 4  # times max_body
 PIECE = 2**18  # bytes of a form that are looked through at a time
+MOST_PARTS = 2_000  # fields, and as many files, of a form: to read one takes .1 ms and a kilobyte, even if it is empty
 MOST_VALUES = 100_000  # in a JSON body: 32 MB of "[],[],[],..." would take a gigabyte once it is read
 
 
@@ -137,7 +138,7 @@ def parse_object(body: bytes) -> Any:
         raise invalid(None, f"the body is not JSON: {str(error)[:200]}", "invalid_json") from None
 
 
-async def parse_form(headers: Headers, body: bytes, most_images: int) -> tuple[dict[str, Any], list[Source]]:
+async def parse_form(headers: Headers, body: bytes) -> tuple[dict[str, Any], list[Source]]:
     """The fields of a form, each with the type that JSON would give it, and the files named `image`."""
 
     async def stream() -> AsyncIterator[bytes]:
@@ -145,7 +146,10 @@ async def parse_form(headers: Headers, body: bytes, most_images: int) -> tuple[d
             yield body[start : start + PIECE]
             await asyncio.sleep(0)  # others may run: to look through 32 MB takes a while
 
-    parser = MultiPartParser(headers, stream(), max_files=most_images + 1, max_fields=100, max_part_size=2**20)  # type: ignore[arg-type]
+    # More than any request may have: the checks of its fields can say what there is too much of.
+    parser = MultiPartParser(
+        headers, stream(), max_files=MOST_PARTS, max_fields=MOST_PARTS, max_part_size=len(body)  # type: ignore[arg-type]
+    )  # fmt: skip
     parser.spool_max_size = len(body) + 1  # everything is in memory already: nothing goes to disk
     try:
         form = await parser.parse()

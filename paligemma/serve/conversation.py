@@ -1,7 +1,8 @@
 """One request from its body to its reply, with a client that may leave and times that may run out.
 
     check_open -> read the body -> take a place -> the work of the endpoint, until
-        it is done, the client leaves (its row is cancelled), or the time of the request is over (504)
+        it is done, the client leaves (its row is cancelled), its turn does not come in time (503), or the time of the
+        request is over (504)
 
 An error becomes a reply with its status; where a stream has begun already, an event of the stream.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -24,11 +26,12 @@ from paligemma.serve.service import Service
 
 
 class Reply:
-    """What is sent to one client: one body, or a stream of events."""
+    """What is sent to one client: one body, or a stream of events. turn: set once the model begins with its row."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
+        self.turn = asyncio.Event()
 
     async def whole(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         own = {"content-type": "application/json", "content-length": str(len(body))}
@@ -69,7 +72,7 @@ async def converse(service: Service, scope: Scope, receive: Receive, send: Send,
             with service.place():
                 body = Body(content, [], account)
                 del content
-                await while_connected(_answer(service, headers, kind, body, work, reply), receive, service)
+                await while_connected(_answer(service, headers, kind, body, work, reply), receive, service, reply.turn)
     except ClientLeft:
         service.metrics.cancelled.inc()
     except ApiError as error:
@@ -81,27 +84,40 @@ async def converse(service: Service, scope: Scope, receive: Receive, send: Send,
 
 async def _answer(service: Service, headers: Headers, kind: str, body: Body, work: Work, reply: Reply) -> None:
     if kind == "multipart/form-data":
-        body.value, body.files = await parse_form(headers, body.value, service.settings.max_images)
+        body.value, body.files = await parse_form(headers, body.value)
     else:
         body.value = await service.in_worker(parse_object, body.value)
     await work(body, reply)
 
 
-async def while_connected(work: Coroutine[Any, Any, None], receive: Receive, service: Service) -> None:
-    """Runs `work` to its end. It is cancelled where the client leaves (ClientLeft) or its time is over (ApiError)."""
-    seconds = service.settings.timeout
+async def while_connected(
+    work: Coroutine[Any, Any, None], receive: Receive, service: Service, turn: asyncio.Event
+) -> None:
+    """Runs `work` to its end. It is cancelled where the client leaves (ClientLeft), `turn` is not set in time, or its
+    time is over (ApiError)."""
+    start, seconds, queued = time.perf_counter(), service.settings.timeout, service.settings.queue_timeout
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(until_disconnect(receive))
+    begun = asyncio.ensure_future(turn.wait())
     try:
-        await asyncio.wait({task, left}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        # All of the wait counts, not only that for the engine: pictures wait to be decoded too.
+        await asyncio.wait({task, left, begun}, timeout=min(queued, seconds), return_when=asyncio.FIRST_COMPLETED)
+        if turn.is_set():
+            over = start + seconds - time.perf_counter()
+            await asyncio.wait({task, left}, timeout=max(0, over), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if left.done():
             raise ClientLeft
+        if not turn.is_set() and queued < seconds:
+            raise ApiError(
+                503, "queue_timeout", f"the request waited {queued:g} seconds and its turn did not come: try again",
+                retry_after=min(60, max(1, round(service.seconds))),
+            )  # fmt: skip
         raise ApiError(504, "timeout", f"the answer was not complete after {seconds:g} seconds")
     finally:
-        for one in (task, left):
+        for one in (task, left, begun):
             one.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
+        await asyncio.gather(task, left, begun, return_exceptions=True)
 
 
 async def until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:

@@ -5,9 +5,10 @@
     cancel(job)                         2. jobs that wait: pictures are encoded, rows handed to the engine
     job.news     <- news of a step      3. one step of the engine; what is new goes to the event loop, all at once
 
-The two share a list of waiting jobs under a lock, and nothing else: what a job has come to is written on the event
-loop alone. The list cannot grow without limit, since each job has a place (`service.py`). Where this thread ends by an
-error, every job is told, and the server reports that it failed.
+The two share, under a lock, the lists of waiting jobs and calls, and `cancelled` and `ticket` of a job; the cache of
+features has a lock of its own. What a job has come to is written on the event loop alone. The lists cannot grow without
+limit, since each job and each call has a place (`service.py`). Where this thread ends by an error, every job is told,
+and the server reports that it failed.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ async def fetch(source: Source, domains: Sequence[str]) -> Source:
         raise no_picture(source, f"{host} could not be read ({type(error).__name__})") from None
     except ValueError as error:
         raise no_picture(source, str(error)) from None
-    return replace(source, value=data, name=str(source.value))
+    return replace(source, value=data, name=str(source.value), fetched=True)
 
 
 def no_picture(source: Source, why: str) -> ApiError:

@@ -25,7 +25,7 @@ class Metrics:
         self.cancelled = counter("cancelled", "Requests whose client left before the reply was complete.")
         self.tokens = counter("tokens", "Tokens of prompts (pictures included) and of answers.", "kind")
         self.errors = counter("engine_errors", "Rows that failed in the engine.")
-        self.queue = histogram("queue_seconds", "From a request being ready until its row is taken.")
+        self.queue = histogram("queue_seconds", "The wait for the engine, without the encoding of pictures.")
         self.first_token = histogram("time_to_first_token_seconds", "From a request being ready to its first token.")
         self.per_token = histogram("time_per_token_seconds", "Of one answer, after its first token.")
         self.rows = histogram("batch_rows", "Rows in a step of the engine.", ROWS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from paligemma import __version__
 from paligemma.data.openai_chat import NEUTRAL
-from paligemma.serve.native import MASKS
+from paligemma.serve.native import MASKS, MOST_LABELS
 from paligemma.serve.settings import Settings
 
 Json = dict[str, Any]
@@ -101,16 +101,19 @@ def schemas(settings: Settings) -> Json:
     ]}  # fmt: skip
     stream = record([], include_usage=FLAG, include_obfuscation={"enum": [False, None]})
     message = record(["role", "content"], role={"const": "user"}, content=listed(part), name=TEXT)
+    # With --ignore-history only the last message is looked at; the others may be anything.
+    one = {"anyOf": [message, {"type": "object"}]} if settings.ignore_history else message
+    labels = {"oneOf": [TEXT, listed(TEXT, minItems=1, maxItems=MOST_LABELS)]}
     return {
         "Chat": record(
-            ["messages"], model=TEXT, messages=listed(message, minItems=1), max_tokens=tokens,
+            ["messages"], model=TEXT, messages=listed(one, minItems=1), max_tokens=tokens,
             max_completion_tokens=tokens, stream=FLAG, stream_options=stream, logprobs=FLAG,
             response_format=record(["type"], type={"enum": ["text", "json_object"]}),
             structured_outputs=record(["choice"], choice=listed(TEXT, minItems=1)), constrained=FLAG, user=TEXT,
             **sampling, **{name: {"enum": [*values, None]} for name, values in NEUTRAL.items()},
         ),
         "Answer": record(["prompt", "image"], prompt=TEXT, choices=listed(TEXT), **common, **boxes),
-        "Detect": record(["image"], prompt=TEXT, labels=listed(TEXT, minItems=1), **common, **boxes),
+        "Detect": record(["image"], prompt=TEXT, labels=labels, **common, **boxes),
         "Explore": record(["prompt", "image"], prompt=TEXT, model=TEXT, image=picture),
         **answers(),
     }  # fmt: skip

@@ -10,7 +10,6 @@ decode and encode it once.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import threading
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from paligemma.files import is_data_url
-from paligemma.images import TooManyPixels, open_picture, preprocess
+from paligemma.images import TooManyPixels, from_base64, open_picture, preprocess
 from paligemma.serve.errors import ApiError, invalid, shown
 
 # Those that browsers and phones make. Pillow reads forty more, each with a decoder of its own that may have faults.
@@ -39,6 +38,7 @@ class Source:
     value: str | bytes
     param: str
     name: str | None = None  # the file name of an upload, or the URL
+    fetched: bool = False  # the bytes are those behind the URL `name`
 
     @property
     def is_url(self) -> bool:
@@ -129,7 +129,7 @@ def check_header(data: bytes, source: Source, most_pixels: int) -> int:
 
 def bad_image(source: Source, message: str) -> ApiError:
     """A 400; of an allowed URL, whose content the client may not know, a 422."""
-    if isinstance(source.value, bytes) and source.name is not None and source.name.startswith("https:"):
+    if source.fetched:
         return ApiError(422, "no_image_at_url", message, source.param)
     return invalid(source.param, message, "bad_image")
 
@@ -145,8 +145,6 @@ def content(source: Source) -> bytes:
             "data:image/...;base64, and then the picture in base64", "bad_base64",
         )  # fmt: skip
     try:
-        # Some programs break the lines, leave the padding out, or use the alphabet for URLs.
-        packed = data.encode("ascii").translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n").rstrip(b"=")
-        return base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
+        return from_base64(data.encode("ascii"))
     except ValueError as error:
         raise invalid(source.param, f"{source.param} is not base64: {shown(str(error))}", "bad_base64") from None

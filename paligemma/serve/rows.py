@@ -1,7 +1,7 @@
 """What is asked, whatever its endpoint (`Ask`), and the row that the engine runs for it.
 
-`prepare` runs in a worker, since tokenizing, building a grammar and decoding pictures may each take tens of
-milliseconds. The length of the prompt is checked first, before anything is computed.
+`lay_out` runs in a worker, since tokenizing and building a grammar may each take tens of milliseconds. It checks the
+length of the prompt before it builds anything; the pictures come later (`service.py`).
 
 Letters: S length of the prompt, P image patches, D hidden.
 """

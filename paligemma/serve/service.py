@@ -20,12 +20,12 @@ from paligemma.serve.fetching import fetch
 from paligemma.serve.metrics import Metrics
 from paligemma.serve.pictures import FeatureCache, Picture, Source, read
 from paligemma.serve.rows import Ask, Row, lay_out
-from paligemma.serve.settings import Settings
+from paligemma.serve.settings import MB, Settings
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MOST_EXPLORED = 8  # pages of up to 8 MB that are kept
+EXPLORED_BYTES = 64 * MB  # of all look-inside pages that are kept, of which one has up to 8 MB
 FETCHED_TOGETHER = 8  # pictures behind URLs
 
 
@@ -159,15 +159,8 @@ class Service:
             self.engine.cancel(job)
 
     async def started(self, job: Job) -> None:
-        """Waits until the row has left the queue. ApiError 503 after the queue's timeout."""
-        try:
-            await asyncio.wait_for(_until(job, lambda: job.started), self.settings.queue_timeout)
-        except (asyncio.TimeoutError, TimeoutError):
-            raise ApiError(
-                503, "queue_timeout",
-                f"the request waited {self.settings.queue_timeout:g} seconds and its turn did not come: try again",
-                retry_after=min(60, max(1, round(self.seconds))),
-            ) from None  # fmt: skip
+        """Waits until the row has left the queue. Raises its error."""
+        await _until(job, lambda: job.started)
         if job.error is not None:
             raise job.error
 
@@ -199,10 +192,10 @@ class Service:
     # ------------------------------------------------------------------------------------------ looking inside
 
     def keep_explored(self, page: bytes) -> str:
-        """The path of a page that is kept for some minutes."""
+        """The path of a page that is kept for some minutes. Where all have too many bytes together, the oldest goes."""
         path = f"/explored/{secrets.token_urlsafe(24)}"
         self.explored[path] = time.monotonic() + self.settings.explored_for, page
-        while len(self.explored) > MOST_EXPLORED:
+        while sum(len(kept) for _, kept in self.explored.values()) > EXPLORED_BYTES:
             self.explored.popitem(last=False)
         return path
 

@@ -185,6 +185,11 @@ def test_the_command_prints_numbers():
     assert np.allclose(np.sum(numbers["attention"]["share"], -1), 1, atol=1e-5)
 
 
+def test_the_command_rounds_weights_as_run_does():
+    done = command("caption en", SCENE, "--json", "--answer", "a", "--quantize", "bf16", "--device", "cpu")
+    assert done.exit_code == 0 and json.loads(done.stdout)["look"]["answer"] == "a"
+
+
 def test_coarse_knock_outs_are_of_blocks_and_the_page_says_so(tmp_path):
     page = tmp_path / "look.html"
     done = command("caption en", SCENE, "--out", str(page), "--answer", "a green", "--coarse")

@@ -48,6 +48,8 @@ def test_without_an_answer_it_is_what_the_model_writes(tiny):
     look = explore.look(tiny, scene, "detect book ; house")
     assert look.answer == tiny.generate(scene, "detect book ; house", 512, constrained=True).text
     assert look.logprobs.min() > -2  # every token of its own answer is likely
+    shorter = explore.look(tiny, scene, "caption en", max_new_tokens=3)
+    assert len(shorter.answer_ids) == 3 and shorter.answer == tiny.generate(scene, "caption en", 3).text
 
 
 def test_two_pictures(random_pg, picture):
@@ -98,7 +100,7 @@ def test_a_look_changes_no_bit_of_the_logits(random_pg, picture):
     assert all(map(torch.equal, look.hidden_states[:-1], (state[0] for state in out.hidden_states[:-1])))
 
 
-@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "bf16"])
 def test_every_layer_of_a_quantised_model_is_seen(quantize):
     import paligemma
 

@@ -174,6 +174,7 @@ def test_an_allowed_url_that_gives_no_picture(fetching_server, reachable, head, 
     reply = ask(fetching_server)
     assert error_of(reply) == (422, "no_image_at_url", "image") and says in reply.json()["error"]["message"]
     assert "127.0.0.1" not in reply.text
+    assert error_of(ask(fetching_server, "HTTPS://pictures.example/scene.png"))[0] == 422
 
 
 def test_a_site_that_never_answers(fetching_server, reachable, monkeypatch):

@@ -14,6 +14,8 @@ import openai
 import pytest
 from serving import SCENE, Command, chat, data_url, error_of, picture, running, wait_until
 
+from paligemma import explore
+
 URL = "/v1/chat/completions"
 
 
@@ -118,6 +120,26 @@ def test_a_page_whose_client_has_left_is_still_the_only_one_that_is_made(pg, mon
         assert client.post("/v1/explore", json=explore).status_code == 200
 
 
+def test_a_page_whose_client_has_left_is_not_finished(pg, monkeypatch):
+    began, gate, finished, look = threading.Event(), threading.Event(), threading.Event(), explore.look
+
+    def gated_look(*given, **named):
+        began.set()
+        assert gate.wait(20)
+        return look(*given, **named)
+
+    monkeypatch.setattr(explore, "look", gated_look)
+    monkeypatch.setattr(explore, "page", lambda *_, **__: finished.set())
+    with running(pg) as server:
+        leaving = begin(server, {"image": data_url(), "prompt": "caption en"}, path="/v1/explore")
+        assert began.wait(20)
+        leaving.close()
+        wait_until(lambda: server.service.taken == 0)
+        gate.set()
+        wait_until(lambda: not server.service.exploring)
+    assert not finished.is_set()
+
+
 def test_a_page_that_waits_is_forgotten_with_its_pictures_when_its_client_leaves(pg):
     gate = threading.Event()
     with running(pg) as server:
@@ -175,6 +197,29 @@ def test_a_request_whose_turn_does_not_come(pg, monkeypatch):
             gate.set()
         assert codes == [(503, "queue_timeout", None)] * 2
         wait_until(lambda: not server.service.engine.running)
+
+
+def test_to_wait_for_the_decoders_is_to_wait_too(pg, monkeypatch):
+    gate = threading.Event()
+    look_inside = {"image": data_url(), "prompt": "caption en"}
+    with running(pg, queue_timeout=0.2, timeout=5, decode_workers=1) as server, server.client() as client:
+        occupied = server.service._decoders.submit(gate.wait, 20)  # by the large pictures of others
+        asked = [(URL, chat()), ("/v1/answer", look_inside), ("/v1/explore", look_inside)]
+        for path, body in asked:
+            assert error_of(client.post(path, json=body)) == (503, "queue_timeout", None)
+        gate.set()
+        occupied.result()
+        gate.clear()
+        monkeypatch.setattr("paligemma.serve.service.read", lambda *_: gate.wait(20))  # its own large picture
+        assert error_of(client.post(URL, json=chat())) == (503, "queue_timeout", None)
+        gate.set()
+        assert server.service.taken == 0
+
+
+def test_a_page_that_is_made_does_not_wait_for_its_turn(pg, monkeypatch):
+    monkeypatch.setattr("paligemma.serve.exploring.make_page", lambda *_: time.sleep(1.5) or b"page")
+    with running(pg, queue_timeout=1) as server, server.client() as client:
+        assert client.post("/v1/explore", json={"image": data_url(), "prompt": "caption en"}).status_code == 200
 
 
 def test_an_answer_that_takes_too_long(pg, monkeypatch):

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from PIL import Image
 from serving import SCENE, data_url, error_of, png, running
 
 from paligemma.answers.formats import outline, rle_decode
-from paligemma.serve.exploring import make_page
+from paligemma.serve.exploring import Abandoned, make_page
+from paligemma.serve.openapi import schemas
+from paligemma.serve.rows import Ask
+from paligemma.serve.settings import Settings
 
 IMAGE = data_url()
 
@@ -140,8 +144,29 @@ def test_a_form_that_is_wrong(client):
     assert error_of(client.post("/v1/detect", files=file, data=wrong))[1:] == ("invalid_value", "min_score")
     other = {"picture": ("scene.png", SCENE)}
     assert error_of(client.post("/v1/detect", files=other, data={"labels": "a"}))[1] == "unknown_field"
+    misnamed = {"image": ("https:x", b"hello")}  # no fetched picture, which would be a 422
+    assert error_of(client.post("/v1/detect", files=misnamed, data={"labels": "a"})) == (400, "bad_image", "image")
     headers = {"content-type": "multipart/form-data"}
     assert error_of(client.post("/v1/detect", content=b"nothing", headers=headers))[1] == "invalid_form"
+
+
+def test_a_form_may_hold_as_much_as_json(client):
+    file = {"image": ("scene.png", SCENE)}
+    few = {"labels": [f"thing {n % 3}" for n in range(1_000)], "max_tokens": "1"}
+    assert client.post("/v1/detect", files=file, data=few).status_code == 200
+    many = {"labels": [f"thing {n}" for n in range(1_001)]}
+    assert error_of(client.post("/v1/detect", files=file, data=many)) == (400, "invalid_value", "labels")
+    six = [("image", ("scene.png", SCENE))] * 6
+    assert error_of(client.post("/v1/detect", files=six, data={"labels": "a"})) == (400, "too_many_images", "image")
+    large = png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)))
+    text = {"image": (None, data_url(large)), "labels": (None, "a"), "max_tokens": (None, "1")}
+    assert len(large) > 2**20 and client.post("/v1/detect", files=text).status_code == 200
+
+
+def test_a_form_has_fewer_parts_than_would_fill_the_memory(client):
+    for name in ("", "a.png"):  # fields, then files
+        many = [("image", (name, b"")) for _ in range(2_001)]
+        assert error_of(client.post("/v1/detect", files=many))[:2] == (400, "invalid_form")
 
 
 def test_the_media_type_is_checked(client):
@@ -184,8 +209,25 @@ def test_the_page_of_an_official_size_has_no_routes(pg, monkeypatch):
     """Hundreds of passes on the engine's thread, for which all rows would wait."""
     monkeypatch.setattr("paligemma.explore.stages.published_name", lambda config: "an official one")
     monkeypatch.setattr("paligemma.explore.rendering.routes_of", None)
-    page = make_page(pg, [Image.open(io.BytesIO(SCENE)).convert("RGB")], "answer en how many dogs are there ?")
+    ask = Ask("answer en how many dogs are there ?", (), 128)
+    page = make_page(pg, [Image.open(io.BytesIO(SCENE)).convert("RGB")], ask, lambda: False)
     assert b"not computed: each takes a pass of the model for every layer" in page
+
+
+def test_the_answer_that_is_looked_at_keeps_to_the_limit_of_the_server(pg):
+    with running(pg, max_new_tokens=3) as server, server.client() as client:
+        reply = client.post("/v1/explore", json={"image": IMAGE, "prompt": "caption en"}).json()
+        meta = re.search('id="meta">(.*?)</script>', client.get(reply["url"]).text, re.S)[1]
+    assert len(json.loads(meta)["answer"]) == 3
+
+
+def test_a_page_that_nobody_waits_for_ends_with_the_pass_that_runs(pg):
+    passes = []
+    with pytest.raises(Abandoned):
+        make_page(
+            pg, [Image.new("RGB", (8, 8))], Ask("caption en", (), 64), lambda: passes.append(0) or len(passes) > 3
+        )
+    assert len(passes) == 4 and not pg.model.language_model.model._forward_pre_hooks
 
 
 def test_pages_are_kept_for_a_while(pg):
@@ -194,6 +236,20 @@ def test_pages_are_kept_for_a_while(pg):
         assert client.get(path).text == "<p>page</p>"
         server.service.explored[path] = 0, b""
         assert client.get(path).status_code == 404
+
+
+def test_many_small_pages_are_kept_and_of_large_ones_the_latest(pg, monkeypatch):
+    monkeypatch.setattr("paligemma.serve.service.EXPLORED_BYTES", 1_000)
+    with running(pg) as server, server.client() as client:
+        paths = [server.service.keep_explored(bytes(10)) for _ in range(100)]
+        assert all(client.get(path).status_code == 200 for path in paths)
+        paths.append(server.service.keep_explored(bytes(15)))
+        assert [client.get(path).status_code for path in (paths[0], paths[1], paths[2], paths[-1])] == [
+            404,
+            404,
+            200,
+            200,
+        ]
 
 
 def test_small_endpoints(client, pg):
@@ -227,5 +283,9 @@ def test_the_openapi_document_names_every_path_and_field(client, server):
     chat = document["components"]["schemas"]["Chat"]
     assert {"messages", "stream", "logprobs", "structured_outputs", "n"} <= set(chat["properties"])
     assert set(chat["properties"]["stream_options"]["properties"]) == {"include_usage", "include_obfuscation"}
+    labels = document["components"]["schemas"]["Detect"]["properties"]["labels"]
+    assert [kind["type"] for kind in labels["oneOf"]] == ["string", "array"]
+    ignoring = schemas(Settings(ignore_history=True))["Chat"]["properties"]["messages"]["items"]
+    assert ignoring == {"anyOf": [chat["properties"]["messages"]["items"], {"type": "object"}]}
     references = [part.split('"')[0] for part in client.get("/openapi.json").text.split("#/components/schemas/")[1:]]
     assert set(references) <= set(document["components"]["schemas"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -311,6 +312,9 @@ def test_json_is_what_the_server_answered(page, scene, pg):
     assert answer["detections"][0]["box"] == list(book.box)
     assert answer["detections"][0]["score"] == pytest.approx(book.score, abs=1e-5)
     assert page.text("#copy-json") == "Copied"
+    page.click("#copy-json")  # once more, before the button has its own words again
+    time.sleep(2)  # 1.5 s after each click it gets them back
+    page.wait("document.getElementById('copy-json').textContent === 'Copy JSON'")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

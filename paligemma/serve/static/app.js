@@ -291,7 +291,7 @@ function askForKey() {
   $("key").focus();
 }
 async function withButton(button, work) { // tells on the button itself that it is done
-  const before = button.textContent;
+  const before = (button.dataset.text ??= button.textContent); // its own words, also where it still says "Copied"
   try {
     await work();
     button.textContent = "Copied";
@@ -386,7 +386,7 @@ $("overlay").onmouseleave = () => choose(pinned);
 $("overlay").onclick = (event) => {
   const i = pointed(event);
   pin(i >= 0 ? i : pinned);
-  if (pinned >= 0) $("rows").children[pinned].scrollIntoView({ block: "nearest" });
+  $("rows").children[pinned]?.scrollIntoView({ block: "nearest" }); // there are no rows while the answer is written
 };
 $("score").oninput = showRows;
 new ResizeObserver(redraw).observe($("frame"));
