@@ -131,8 +131,8 @@ def check_can_be_compiled(model: torch.nn.Module) -> None:
         if type(module).__module__.startswith("paligemma.fast."):
             raise ValueError(
                 f"compile=True is for the model as it is, and this one has layers that cannot be compiled "
-                f"({type(module).__name__}): load it without `quantize` (on a CPU the published sizes have them by "
-                "themselves in bfloat16: choose dtype float32), or leave `compile` out"
+                f"({type(module).__name__}): load it without `quantize` (on a CPU the published sizes get such "
+                "layers in bfloat16 without it: choose dtype float32), or leave `compile` out"
             )
 
 

@@ -400,7 +400,8 @@ class PaliGemma:
         constraint: what may come next in every row, see `answers/grammar.py`; a list has one (or None) for each row.
         constrained: derive it from the prompt instead, if that is a `detect` or `segment` one. forbid_repeats: as in
         `detect`.
-        codec: decodes masks; default `loaded_codec`. (None: segments have no masks.)
+        codec: decodes masks; default the one that is loaded already (`loaded_codec`). If none is, segments have no
+        masks.
         sampling: the fields of `Sampling`, as in `paligemma.generate`. A list of seeds has one for each row.
         """
         images, prompts, is_list = _broadcast(image, prompt)
@@ -547,7 +548,8 @@ class PaliGemma:
             check_length(self.model.config, inputs["attention_mask"], max_new_tokens)
         groups = [[one for row in rows[part] for one in row] for part in parts]
         encoded = encode_ahead(self.model, self.processor.image_size, groups)
-        for part, inputs in zip(parts, laid_out):
+        for part, checked in zip(parts, laid_out):
+            inputs = dict(checked)  # a new one: else the features of all parts would stay in memory
             found = iter(features_and_sizes := next(encoded))
             if features_and_sizes:
                 inputs["image_features"] = torch.stack([features for features, _ in features_and_sizes])

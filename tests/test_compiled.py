@@ -161,7 +161,7 @@ def test_what_cannot_be_compiled_is_told(model):
 def test_a_published_size_on_a_cpu_is_told_which_dtype_can_be_compiled(monkeypatch):
     """It has layers of our own though nobody asked for `quantize`."""
     monkeypatch.setattr("paligemma.utils.published_name", lambda config: "an official one")
-    with pytest.raises(ValueError, match="have them by themselves in bfloat16: choose dtype float32"):
+    with pytest.raises(ValueError, match="get such layers in bfloat16 without it: choose dtype float32"):
         compiled.check_can_be_compiled(paligemma.load("tiny", device="cpu", dtype="bfloat16").model)
     compiled.check_can_be_compiled(paligemma.load("tiny", device="cpu", dtype="float32").model)
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -124,6 +125,21 @@ def test_an_image_is_encoded_once_however_many_prompts_it_has(pg, monkeypatch):
     pg.generate(image, ["ocr", "caption en", "describe en"], 4, batch_size=2)
     pg.generate([image, picture(1), image], "ocr", 4)
     assert seen == [1, 2]
+
+
+def test_of_a_long_list_few_pictures_are_in_memory(pg, monkeypatch):
+    """The features of a picture at 448 pixels take 4 MB, and a list may have thousands."""
+    alive, most, inputs_of = weakref.WeakSet(), [], pg._inputs
+
+    def watched(*given):
+        for part, inputs, sizes in inputs_of(*given):
+            alive.add(inputs["image_features"])
+            most.append(len(alive))
+            yield part, inputs, sizes
+
+    monkeypatch.setattr(pg, "_inputs", watched)
+    pg.generate([picture(seed) for seed in range(20)], "ocr", 1, batch_size=1)
+    assert len(most) == 20 and max(most) <= 2
 
 
 def test_unequal_lists_are_refused(pg):

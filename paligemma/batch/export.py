@@ -23,7 +23,8 @@ from paligemma.answers.formats import outline, rle_encode, to_yolo
 from paligemma.answers.results import Detection, Segment
 from paligemma.batch.folder import STARTED, RunFolder
 from paligemma.batch.openai_format import response_line
-from paligemma.batch.rows import Line, mask_of, path_of
+from paligemma.batch.pictures import places_of
+from paligemma.batch.rows import InputRow, Line, Where, mask_of, path_of
 from paligemma.batch.settings import EXPORTS
 from paligemma.data.prompts import labels_of
 from paligemma.files import is_data_url, picture_names, written_whole
@@ -68,6 +69,16 @@ def lines_of(folder: RunFolder) -> Iterator[Line]:
 def answered(folder: RunFolder) -> Iterator[Line]:
     """The same without rows that failed."""
     return (line for line in lines_of(folder) if line["error"] is None)
+
+
+def _rows_and_lines(folder: RunFolder) -> Iterator[tuple[InputRow, Line]]:
+    for shard in sorted(folder.done()):
+        yield from zip(folder.rows(shard), folder.lines(shard), strict=True)
+
+
+def _is_file(where: Where) -> bool:
+    """Whether a picture is a file, and not a data: URL or a part of an archive, a video or a table."""
+    return isinstance(where, str) and not is_data_url(where)
 
 
 def items_of(line: Line) -> list[dict[str, Any]]:
@@ -231,16 +242,18 @@ def _result(item: dict[str, Any]) -> Detection | Segment:
 
 def write_label_studio(folder: RunFolder, file: IO[str]) -> int:
     """A list of tasks with predictions. The labelling interface needs an Image named "image", and RectangleLabels or
-    PolygonLabels named "label", or a TextArea named "answer". ValueError for a picture that stood in its row as a data:
-    URL: a line holds only the beginning of it, so the task would show no picture."""
+    PolygonLabels named "label", or a TextArea named "answer". ValueError for a picture that is no file of its own, as
+    Label Studio could not show it."""
     count = 0
     file.write("[")
-    for line in answered(folder):
+    for row, line in _rows_and_lines(folder):
+        if line["error"] is not None:
+            continue
         image = _first_image(line)
-        if image is not None and is_data_url(image):
+        if image is not None and not _is_file(places_of(row.image)[0]):
             raise ValueError(
-                f"row {line['id']!r}: its picture was a data: URL, which answers do not keep, and Label Studio needs a "
-                f"picture for each task: save it as a file and answer anew, or export to coco or jsonl"
+                f"row {line['id']!r}: its picture is no file of its own ({image}), and Label Studio opens files: save "
+                "the pictures as files and answer anew, or export to coco or jsonl"
             )
         results = [_label_studio_of(item, line["image_size"]) for item in items_of(line)]
         if not results:

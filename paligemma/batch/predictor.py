@@ -33,8 +33,8 @@ class Predictor:
 
     model: as for `paligemma.load`. prompt: of all rows, where the batches have no column of prompts. batch_size: rows
     that run together on the model. options: device, dtype, quantize, revision, image_size, loc_scale, max_new_tokens,
-    temperature, top_k, top_p, beams, seed, free, forbid_repeats, max_pixels, masks: see `batch.settings.Settings`. With
-    a seed, rows with equal pictures and prompts draw equal answers, in whatever batches Ray brings them.
+    temperature, top_k, top_p, beams, seed, free, forbid_repeats, max_pixels, masks: see `batch.settings.Settings`.
+    Where answers are drawn with a seed, rows with equal prompts and pictures draw equal ones, in whatever batches.
     """
 
     def __init__(self, model: str = "tiny", prompt: str | None = None, batch_size: int = 16, **options: Any) -> None:
@@ -81,15 +81,15 @@ class Predictor:
         return {**{name: batch[name] for name in batch}, **columns}
 
     def _seeded(self, row: InputRow) -> InputRow:
-        """With a seed, the row with one of its own, from what it asks: its place in the batch depends on how Ray cuts
-        batches."""
+        """Where answers are drawn with a seed, the row with a seed of its own, from what it asks. (Its place in the
+        batch depends on how Ray cuts batches.)"""
         from paligemma.batch.answering import seed_of
 
-        seed = self.answer.settings.seed
-        if seed is None:
+        settings = self.answer.settings
+        if settings.seed is None or {settings.temperature, settings.top_k, settings.top_p} == {None}:
             return row
         try:
-            return replace(row, options={"seed": seed_of(seed, self.answer.digest(row))})
+            return replace(row, options={"seed": seed_of(settings.seed, self.answer.digest(row))})
         except Exception:  # a picture that cannot be read: that is said when the row is answered
             return row
 

@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -114,10 +115,10 @@ def opened_tally(folder: RunFolder, how: How, retry_errors: bool, note: Callable
     tally = Tally(folder, shards_of(folder.num_shards, how.part))
     if retry_errors:
         note(f"{reopen_failed(folder, tally.shards):,} rows that failed are tried again")
-    begun = rows_begun(folder)  # before the tally, see `status_of`
+    begun = rows_begun(folder) if how.draw is not None else Counter()  # before the tally, see `status_of`
     tally.update()
-    before = tally.answered + tally.beyond(begun)
-    if how.draw is not None and before:  # where those of an earlier call went, if anywhere, nothing in the folder says
+    # The folder does not say where an earlier call drew, or whether it did.
+    if how.draw is not None and (before := tally.answered + tally.beyond(begun)):
         note(f"note: {before:,} rows were answered before: they have drawings only if --draw was given then")
     return tally
 

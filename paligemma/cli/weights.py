@@ -83,14 +83,19 @@ def quantize(
         raise typer.BadParameter("choose one of --int8 and --int4")
     if target.suffix == ".npz":
         raise typer.BadParameter(f"{target} is the name of an .npz, which cannot hold rounded weights: name a folder")
-    if dtype == "float16":
-        raise typer.BadParameter("rounded layers do not compute in float16: --dtype bfloat16 or float32")
 
+    from paligemma.fast.swap import check_compute_dtype
     from paligemma.weights.finding import open_model, resolve
+    from paligemma.weights.loading import parse_dtype
     from paligemma.weights.quantized import quantize_checkpoint
 
+    mode = "int8" if int8 else "int4"
+    try:
+        check_compute_dtype(mode, parse_dtype(dtype))  # before a download
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     checkpoint, folders = open_model(resolve(source, revision, dtype), dtype)
-    note_written(target, quantize_checkpoint(checkpoint, target, "int8" if int8 else "int4", dtype, folders=folders))
+    note_written(target, quantize_checkpoint(checkpoint, target, mode, dtype, folders=folders))
 
 
 def download(

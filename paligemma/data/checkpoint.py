@@ -15,7 +15,8 @@ def processor_of(
     downloaded, for data of a kind that has masks ("coco-segment"), and None for others."""
     _, folders = find_settings(model, revision)
     codec = own_codec(folders) or (MaskCodec.load() if has_masks(kind) else None)
-    sizes = first_with(folders, "preprocessor_config.json", "processor_config.json", "config.json") or folders[-1]
+    # Those of an adapter's base, with which the model runs.
+    sizes = first_with(folders[::-1], "preprocessor_config.json", "processor_config.json", "config.json") or folders[-1]
     return PaliGemmaProcessor(tokenizer_in(folders), *image_settings(sizes)), codec
 
 

@@ -47,8 +47,7 @@ class Difference:
 
 def in_pytorch(checkpoint: Checkpoint, folders: Sequence[Path]) -> PaliGemma:
     """The exported checkpoint, as `exporting.opened` gives it, as a model in float32. (`load(..., dtype="float32")`
-    would look for it anew, and take a PaliGemma 1 on the hub from the branch in 32 bits: a second download, of other
-    weights.)"""
+    would take a PaliGemma 1 on the hub from its branch in 32 bits: a second download, of other weights.)"""
     processor = PaliGemmaProcessor.for_config(tokenizer_in(folders), checkpoint.config)
     return PaliGemma(load_model(checkpoint, "cpu", torch.float32), processor)
 

@@ -99,7 +99,7 @@ async def while_connected(
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(until_disconnect(receive))
     begun = asyncio.ensure_future(turn.wait())
     try:
-        # All of the wait counts, not only that for the engine: pictures wait to be decoded too.
+        # All of the wait counts, not only that for the engine: pictures are fetched, and wait to be decoded.
         await asyncio.wait({task, left, begun}, timeout=min(queued, seconds), return_when=asyncio.FIRST_COMPLETED)
         if turn.is_set():
             over = start + seconds - time.perf_counter()
@@ -110,7 +110,7 @@ async def while_connected(
             raise ClientLeft
         if not turn.is_set() and queued < seconds:
             raise ApiError(
-                503, "queue_timeout", f"the request waited {queued:g} seconds and its turn did not come: try again",
+                503, "queue_timeout", f"the model did not begin with the request within {queued:g} seconds: try again",
                 retry_after=min(60, max(1, round(service.seconds))),
             )  # fmt: skip
         raise ApiError(504, "timeout", f"the answer was not complete after {seconds:g} seconds")

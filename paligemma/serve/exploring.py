@@ -31,7 +31,7 @@ class Abandoned(Exception):
 
 
 async def explore(service: Service, ask: Ask, turn: asyncio.Event) -> str:
-    """The path of the page. turn: set once the engine's thread is about to make it."""
+    """The path of the page. turn: set once the engine's thread begins with it."""
     await service.in_worker(lay_out, service.pg, ask)  # for its checks
     if service.exploring:
         raise ApiError(
@@ -42,11 +42,16 @@ async def explore(service: Service, ask: Ask, turn: asyncio.Event) -> str:
     try:
         sources = await service.contents(ask.sources)
         pictures = await service.in_worker(decode_all, sources, service.settings.most_pixels)
-        made = service.engine.call(lambda pg: make_page(pg, pictures, ask, abandoned.is_set))
+        loop = asyncio.get_running_loop()
+
+        def begin(pg: PaliGemma) -> bytes:
+            loop.call_soon_threadsafe(turn.set)
+            return make_page(pg, pictures, ask, abandoned.is_set)
+
+        made = service.engine.call(begin)
     except BaseException:
         service.exploring = False
         raise
-    turn.set()
     # Not when this request ends: where its client has left, a pass of the model still runs.
     made.add_done_callback(lambda _: setattr(service, "exploring", False))
     try:
@@ -77,7 +82,7 @@ def make_page(pg: PaliGemma, pictures: list[Image.Image], ask: Ask, abandoned: C
     from paligemma.explore.stages import many_passes_are_quick
 
     try:
-        with unless(abandoned, pg), tempfile.TemporaryDirectory() as folder:
+        with stopping_when(abandoned, pg), tempfile.TemporaryDirectory() as folder:
             path, seen = Path(folder) / "look.html", tuple(pictures) if len(pictures) > 1 else pictures[0]
             look = explore.look(pg, seen, ask.prompt, max_new_tokens=ask.max_new_tokens)
             explore.page(look, path, MOST_BYTES, knock_out=False, routes=many_passes_are_quick(pg))
@@ -87,7 +92,7 @@ def make_page(pg: PaliGemma, pictures: list[Image.Image], ask: Ask, abandoned: C
 
 
 @contextmanager
-def unless(abandoned: Callable[[], bool], pg: PaliGemma) -> Iterator[None]:
+def stopping_when(abandoned: Callable[[], bool], pg: PaliGemma) -> Iterator[None]:
     """Within it every pass of the model, be it for one token of the answer or for a route, raises Abandoned at its
     beginning once `abandoned()` is true."""
 

@@ -101,8 +101,9 @@ def schemas(settings: Settings) -> Json:
     ]}  # fmt: skip
     stream = record([], include_usage=FLAG, include_obfuscation={"enum": [False, None]})
     message = record(["role", "content"], role={"const": "user"}, content=listed(part), name=TEXT)
-    # With --ignore-history only the last message is looked at; the others may be anything.
-    one = {"anyOf": [message, {"type": "object"}]} if settings.ignore_history else message
+    # With --ignore-history only the last message is looked at, and no schema can say "the last": so it only shows what
+    # that one looks like, and allows all.
+    one = {"anyOf": [message, {}]} if settings.ignore_history else message
     labels = {"oneOf": [TEXT, listed(TEXT, minItems=1, maxItems=MOST_LABELS)]}
     return {
         "Chat": record(

@@ -76,7 +76,7 @@ def convert(
         lambda name: cast(name, checkpoint.read(name), tensors[name][1]),
         write_settings,
         write_weights,
-        follows=WEIGHTS if format == "safetensors" else None,
+        weights_to_come=WEIGHTS if format == "safetensors" else None,
     )
 
 

@@ -91,14 +91,15 @@ def write_folder(
     read: Callable[[str], Tensor],
     write_settings: Callable[[Path], object],
     write_weights: Callable[[Path, Callable[[str], Tensor]], object],
-    follows: str | None = WEIGHTS,
+    weights_to_come: str | None = WEIGHTS,
 ) -> list[Path]:
     """Writes any tensors as a checkpoint folder, each read when its turn has come: all of it, or nothing.
 
     companions: folders whose tokenizer and the like are taken along, the first's where several have one. tensors: shape
     and dtype of what `read` gives. write_settings writes `config.json` and the like into the folder that it is given,
-    write_weights then the tensors, which its second argument reads. follows: see `check_nothing_lost`; None for weights
-    in a file of their own kind. Returns the files written. ValueError where a file of other content would be replaced.
+    write_weights then the tensors, which its second argument reads. weights_to_come: see `check_nothing_lost`; None
+    for weights in a file of another kind. Returns the files written. ValueError where a file of other content would be
+    replaced.
     """
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in tensors.values())
     with (
@@ -113,7 +114,7 @@ def write_folder(
 
         copy_companions(companions, staging)
         write_settings(staging)
-        check_nothing_lost(staging, folder, follows)  # before gigabytes are written
+        check_nothing_lost(staging, folder, weights_to_come)  # before gigabytes are written
         write_weights(staging, counted)
         written = names_in(staging)
     return [folder / name for name in written]
@@ -128,16 +129,18 @@ def check_apart(target: Path, sources: Sequence[Path]) -> None:
         raise ValueError(f"{target} is where the source lies: choose another folder, so that it stays whole")
 
 
-def check_nothing_lost(staging: Path, folder: Path, follows: str | None = None) -> None:
+def check_nothing_lost(staging: Path, folder: Path, weights_to_come: str | None = None) -> None:
     """ValueError if moving up what lies in `staging` would replace or remove a file of other content in `folder`. The
-    same content is no loss: a command may be given twice. follows: the weights that are not in `staging` yet, so nobody
-    can say whether those in `folder` are the same."""
+    same content is no loss: a command may be given twice. weights_to_come: the name of weights that will be written
+    later; those in `folder` are compared at the end, when both are there."""
     new = names_in(staging)
     lost = [name for name in new if (folder / name).exists() and not _same(staging / name, folder / name)]
-    if follows is None:
+    if weights_to_come is None:
         lost += _outdated(folder, new, replaces=False)
     else:
-        lost += [name for name in _outdated(folder, [*new, follows], replaces=False) if not name.startswith("model")]
+        lost += [
+            name for name in _outdated(folder, [*new, weights_to_come], replaces=False) if not name.startswith("model")
+        ]
     if lost:
         where = "the current folder" if folder == Path() else folder
         raise ValueError(

@@ -1,16 +1,22 @@
 """What other tools get: COCO, YOLO, Label Studio, tables."""
 
+import base64
 import csv
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 from standins import MARKS, in_batches, line_of
 
 from paligemma.answers.formats import rle_encode
 from paligemma.answers.results import Detection, Segment
 from paligemma.batch.export import export
 from paligemma.batch.folder import open_run
+from paligemma.batch.inputs import list_inputs
+from paligemma.batch.row_files import list_rows
 from paligemma.batch.rows import InputRow, answered, failed
 from paligemma.batch.settings import Settings
 from paligemma.batch.shards import work_on
@@ -200,7 +206,29 @@ def test_pictures_that_stand_in_their_rows_are_images_of_their_own(tmp_path):
     data = json.loads((tmp_path / "coco.json").read_text())
     assert [image["file_name"] for image in data["images"]] == ["p", "q", "r"]
     assert [annotation["image_id"] for annotation in data["annotations"]] == [1, 2, 3]
-    with pytest.raises(ValueError, match="row 'p': its picture was a data: URL, which answers do not keep"):
+
+
+@pytest.mark.parametrize("kind", ["data: URL in a CSV", "data: URL in JSON", "tar"])
+def test_label_studio_shows_files_alone(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(buffer, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    if kind == "tar":
+        (tmp_path / "a.png").write_bytes(buffer.getvalue())
+        with tarfile.open("set.tar", "w") as archive:
+            archive.add("a.png")
+        rows = list(list_inputs(["set.tar"], "detect dog"))
+    elif kind == "data: URL in JSON":
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"image": url, "prompt": "detect dog"}) + "\n")
+        rows = list(list_rows("rows.jsonl"))
+    else:
+        (tmp_path / "rows.csv").write_text(f'image,prompt\n"{url}",detect dog\n')
+        rows = list(list_rows("rows.csv"))
+    folder = run_of(
+        tmp_path / "run", rows, lambda row: answered(row, Answer("", [1], [0.0], 0.9, True, [], [], []), (4, 3), "rle")
+    )
+    with pytest.raises(ValueError, match=r"its picture is no file of its own \(.*export to coco or jsonl"):
         export(folder, "label-studio", tmp_path / "tasks.json")
     assert not (tmp_path / "tasks.json").exists()
 

@@ -275,7 +275,7 @@ def test_what_fails_exits_with_1_in_one_line_without_a_traceback(paligemma, argu
         (["convert", "model", "out", "--dtype", "int3"], "'int3', expected bfloat16, float16, float32"),
         (
             ["quantize", "model", "out", "--int8", "--dtype", "float16"],
-            "do not compute in float16: --dtype bfloat16",
+            "int8 layers compute in bfloat16 or float32, not in float16",
         ),
     ],
 )

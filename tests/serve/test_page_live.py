@@ -89,10 +89,13 @@ def test_boxes_appear_while_they_are_written(page, browser):
     page.wait("/^Boxes: book/.test(document.getElementById('overlay').getAttribute('aria-label'))")
     assert page.shown("#stop"), "the first box is there before the answer is complete"
     browser.get_log("browser")
-    page.script("""
+    before, after = page.script("""
         const overlay = document.getElementById("overlay"), { left, top, width } = overlay.getBoundingClientRect();
         const book = { clientX: left + (159 / 384) * width, clientY: top + (120 / 384) * width };
-        overlay.dispatchEvent(new MouseEvent("click", book));""")
+        const before = overlay.toDataURL();
+        overlay.dispatchEvent(new MouseEvent("click", book));
+        return [before, overlay.toDataURL()];""")
+    assert before != after, "the click hits the box, which is drawn as the chosen one"
     assert browser.get_log("browser") == []  # the table has no row yet that the click could show
     page.finished()
     assert len(page.rows()) == 3

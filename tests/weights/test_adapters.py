@@ -161,15 +161,17 @@ def test_an_adapter_beside_the_model_that_ships(tmp_path):
     assert loaded.codec.decode(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 64, 64), "its codec is the base's"
 
 
-@pytest.mark.parametrize("with_processor", [True, False])
-def test_data_for_an_adapter_have_the_codec_of_its_base(tmp_path, with_processor):
-    """Without its own, masks would be written in the codes of the official codec. peft saves no processor."""
+@pytest.mark.parametrize("beside", ["a processor", "nothing", "half a processor"])
+def test_data_for_an_adapter_have_the_codec_and_the_sizes_of_its_base(tmp_path, beside):
+    """Without its codec, masks would be written in the codes of the official one. peft saves no processor."""
     pg = paligemma.load("tiny", device="cpu", dtype="float32")
     add_lora(pg.model, ["decoder"])
     save_adapter(pg.model, tmp_path, "tiny", pg.processor)
-    if not with_processor:
+    if beside != "a processor":
         for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "mask_codec.npz"):
             (tmp_path / name).unlink(missing_ok=True)
+    if beside == "half a processor":  # without image_seq_length, which config.json tells
+        (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 224, "width": 224}}')
     processor, codec = processor_of(str(tmp_path), kind="coco-segment")
     assert (processor.image_size, processor.num_image_tokens) == (192, 144)
     assert processor.tokenizer.encode("a dog") == pg.processor.tokenizer.encode("a dog")
