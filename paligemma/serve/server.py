@@ -37,6 +37,9 @@ from paligemma.terminal import error_line
 
 LINGER = 2.0  # seconds that a server with a dead engine still answers, so that whoever watches /health sees it
 MOST_CONNECTIONS = 512  # with or without a request; beyond them a connection gets 503
+# Seconds. Longer than clients (httpx and openai: 5) and proxies (mostly 60) keep a connection that they may use again:
+# where the server hangs up first, a request that is just being sent is lost.
+IDLE_CONNECTION = 75
 LONGEST_HEADERS = 2**16  # bytes
 FREED_AT_ONCE = 2**23  # bytes: bodies, and the blocks of large pictures
 # Seconds for which the engine's thread keeps Python's lock while the event loop waits for it. With Python's own 5 ms, a
@@ -81,7 +84,8 @@ class Server(uvicorn.Server):
                 app, loop="asyncio", http=TimedProtocol, ws="none", lifespan="on", log_config=None,
                 log_level="critical",
                 access_log=False, server_header=False, limit_concurrency=MOST_CONNECTIONS,
-                timeout_graceful_shutdown=LAST_BYTES, h11_max_incomplete_event_size=LONGEST_HEADERS,
+                timeout_keep_alive=IDLE_CONNECTION, timeout_graceful_shutdown=LAST_BYTES,
+                h11_max_incomplete_event_size=LONGEST_HEADERS,
             )
         )  # fmt: skip
         TimedProtocol.seconds = settings.header_timeout

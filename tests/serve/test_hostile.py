@@ -328,8 +328,10 @@ def test_a_body_that_trickles_after_its_answer(pg):
 
 
 def test_the_connection_of_a_body_that_came_to_its_end_lives_on(pg):
-    """Most clients send all of it before they look for an answer. Then it is idle, which has its own limit."""
+    """Most clients send all of it before they look for an answer. Then it is idle, which has its own limit: longer than
+    that of clients and proxies, whose next request would be lost with the connection."""
     with running(pg, api_key="key", header_timeout=0.5) as server:
+        assert server.server.config.timeout_keep_alive > 60
         server.server.config.timeout_keep_alive = 2
         with socket.create_connection(server.address, timeout=20) as connection:
             for _ in range(2):
