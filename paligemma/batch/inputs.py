@@ -107,18 +107,19 @@ def _of_folder(folder: str, every: float | None, note: Callable[[str], object]) 
     """Pictures below a folder (with `every` videos too), in the order of their paths. What is neither by its name is
     counted and told."""
     wanted, others, found = picture_names(), 0, 0
+    inside, root = os.path.join(folder, ""), os.path.abspath(folder)
     for path in files_below(folder):
-        small = path.lower()
+        small, name = path.lower(), path.removeprefix(inside)
         if small.endswith(VIDEOS) and every is not None:
             places = _of_file(path, every, note)
         elif os.path.splitext(small)[1] in wanted:
-            places = iter([(path, os.path.abspath(path))])
+            places = iter([(path, os.path.join(root, name))])  # abspath and relpath take most of the time of a list
         else:
             others += 1
             continue
         found += 1
         for id, where in places:
-            yield os.path.relpath(id, folder).replace(os.sep, "/"), where
+            yield id.removeprefix(inside).replace(os.sep, "/"), where
     if not found:
         raise ValueError(f"{folder}: there is no picture in this folder")
     if others:

@@ -22,7 +22,7 @@ def processor_of(
 
 def codec_of(model: str, revision: str | None, kind: str | None) -> MaskCodec | None:
     """The mask codec that `processor_of` finds; None for data of other kinds, which have no masks."""
-    return processor_of(model, revision, kind)[1] if has_masks(kind) else None
+    return own_codec(find_settings(model, revision)[1]) or MaskCodec.load() if has_masks(kind) else None
 
 
 def has_masks(kind: str | None) -> bool:

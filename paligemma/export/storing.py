@@ -25,7 +25,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from paligemma.fast.rounding import round_rows
+from paligemma.fast.rounding import check_finite, round_rows
 from paligemma.weights.loading import cast
 
 GROUP = 32  # weights that share a scale
@@ -81,8 +81,7 @@ def rounded(weight: Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
 def _finite(read: Read, name: str) -> Tensor:
     """The weight. ValueError for NaN or infinity, which no form of storing keeps."""
     weight = read(name)
-    if not all(bool(part.isfinite().all()) for part in weight.split(4096)):
-        raise ValueError(f"{name} has numbers that are not finite: the checkpoint is damaged")
+    check_finite(name, weight)
     return weight
 
 

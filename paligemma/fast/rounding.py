@@ -20,6 +20,12 @@ GROUP = 64  # 4-bit weights that share a step, as in the C++ files
 OUTLIER = 16  # in means of the absolute values of a token, as in the C++ files
 
 
+def check_finite(name: str, weight: Tensor) -> None:
+    """ValueError for a weight with NaN or infinity: there is no scale for it."""
+    if not all(bool(part.isfinite().all()) for part in weight.split(4096)):
+        raise ValueError(f"{name} has numbers that are not finite: the checkpoint is damaged")
+
+
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """8 bits with a scale per row: [N, K] -> int8 [N, K] in [-127, 127], float32 [N]; weight = int8 * scale + error.
 

@@ -37,7 +37,7 @@ from paligemma.fast.fast_layers import (
     FastSiglipMLP,
 )
 from paligemma.fast.rounded_layers import Int4Linear, Int8Embedding, Int8Linear
-from paligemma.fast.rounding import GROUP, round_groups, round_rows
+from paligemma.fast.rounding import GROUP, check_finite, round_groups, round_rows
 from paligemma.modeling_gemma import (
     Gemma2DecoderLayer,
     GemmaAttention,
@@ -165,8 +165,7 @@ def rounded_names(name: str, kind: str) -> list[str]:
 
 def round_weight(name: str, weight: Tensor, kind: str) -> tuple[Tensor, ...]:
     """These tensors. ValueError for a weight with NaN or infinity, for which there is no scale."""
-    if not all(bool(part.isfinite().all()) for part in weight.split(4096)):
-        raise ValueError(f"{name}.weight has numbers that are not finite: the checkpoint is damaged")
+    check_finite(f"{name}.weight", weight)
     return round_groups(weight) if kind == "int4" else round_rows(weight)
 
 

@@ -160,15 +160,13 @@ def _open_safetensors(path: Path, files: list[Path], extra: Extra) -> Checkpoint
     if prefix:
         warnings.warn(f"{path}: the names of its tensors begin with {prefix!r}, which is left out", stacklevel=3)
 
-    maps: dict[Path, MappedFile] = {}
+    opened: dict[Path, MappedFile] = {}
 
     def read(name: str, mapped: bool = False) -> Tensor:
         file, key = place[name]
-        if not mapped:
-            return MappedFile(file).read(key)  # a map of its own: the pages it touched go with the tensor
-        if file not in maps:  # one map per file, shared by all of its tensors
-            maps[file] = MappedFile(file)
-        return maps[file].read(key)
+        if file not in opened:
+            opened[file] = MappedFile(file)
+        return opened[file].read(key, apart=not mapped)
 
     tensors = {name: (shape, dtype) for name, (shape, dtype) in found.items() if isinstance(dtype, torch.dtype)}
     return Checkpoint(path, "safetensors", files, config, tensors, read)

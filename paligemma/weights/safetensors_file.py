@@ -19,6 +19,7 @@ import math
 import mmap
 import os
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,32 @@ class MappedFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        with untrusted(Path(path)), safe_open(path, "np"):  # checks the header, and that all of its bytes are there
+        self._path = Path(path)
+        with untrusted(self._path), safe_open(path, "np"):  # checks the header, and that all of its bytes are there
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(file.read(length))
-            how: dict[str, Any] = {"access": mmap.ACCESS_COPY}
-            if sys.platform == "linux":
-                how = {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
-            self._map = mmap.mmap(file.fileno(), 0, **how)
         header.pop("__metadata__", None)
         self.tensors: dict[str, tuple[Shape, str]] = {n: (tuple(t["shape"]), t["dtype"]) for n, t in header.items()}
         self._first = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
-    def read(self, name: str) -> Tensor:
-        """A view of the file, which stays mapped for as long as there is one."""
+    def read(self, name: str, apart: bool = False) -> Tensor:
+        """A view of the file, which stays mapped for as long as there is one. apart: in a map of its own, so that the
+        pages that it touches leave memory with it; else in one map that all tensors share."""
         shape, dtype = self.tensors[name]
         if not (count := math.prod(shape)):
             return torch.empty(shape, dtype=DTYPES[dtype])
-        return torch.frombuffer(self._map, dtype=DTYPES[dtype], count=count, offset=self._first[name]).view(shape)
+        pages = self._mapped() if apart else self._shared
+        return torch.frombuffer(pages, dtype=DTYPES[dtype], count=count, offset=self._first[name]).view(shape)
+
+    @cached_property
+    def _shared(self) -> mmap.mmap:
+        return self._mapped()
+
+    def _mapped(self) -> mmap.mmap:
+        how: dict[str, Any] = {"access": mmap.ACCESS_COPY}
+        if sys.platform == "linux":
+            how = {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+        with open(self._path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, **how)
