@@ -23,7 +23,7 @@ import quantized_accuracy as benchmark
 
 def test_bfloat16_is_what_it_is_called_on_any_cpu(monkeypatch):
     monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(benchmark, "MODES", {"bf16": None})
+    monkeypatch.setattr(benchmark, "MODES", ("bf16",))
     monkeypatch.setattr(benchmark, "models", {})
     benchmark.start_worker()
     assert benchmark.models["bf16"].model.dtype == torch.bfloat16
