@@ -16,6 +16,7 @@ from paligemma.files import write_json
 from paligemma.train.options import TrainOptions
 from paligemma.train.run_folder import FINISHED, read_log, write_log
 from paligemma.train.run_report import write_report
+from paligemma.train.setup import compute_dtype_of
 from paligemma.train.validation import Validation, figures_of
 from paligemma.weights.adapters import save_adapter
 from paligemma.weights.saving import save_pretrained
@@ -48,6 +49,8 @@ def save_model(pg: PaliGemma, options: TrainOptions, out: Path, dtype: torch.dty
     else:
         pg.model.to(dtype)
         save_pretrained(pg.model, out, pg.processor)
+        # The rounded weights are measured, in the dtype in which this machine answers with them.
+        pg.model.to(compute_dtype_of(options, dtype, pg.model.device))
 
 
 def finish(

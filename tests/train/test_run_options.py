@@ -27,6 +27,7 @@ from paligemma.train.options import TrainOptions
 from paligemma.train.parts import add_lora
 from paligemma.train.planning import plan_of
 from paligemma.train.setup import open_rows as open_both_rows
+from paligemma.train.validation import Validation
 from paligemma.weights.adapters import save_adapter
 from paligemma.weights.opening import open_checkpoint
 from paligemma.weights.saving import save_pretrained
@@ -62,7 +63,10 @@ def test_lora_leaves_an_adapter_that_opens_like_a_model(base, data, tmp_path):
 
 @pytest.mark.parametrize("lora", [(), ("decoder",)], ids=["full", "LoRA"])
 def test_a_cpu_that_is_slow_at_bfloat16_computes_in_float32(base, data, tmp_path, monkeypatch, lora):
-    """Losses are those of float32, and what is saved is in the checkpoint's dtype. Unless bfloat16 is asked for."""
+    """Losses are those of float32, and what is saved is in the checkpoint's dtype; it is measured in the dtype in which
+    it was computed. Unless bfloat16 is asked for."""
+    measured, measure = [], Validation.measure
+    monkeypatch.setattr(Validation, "measure", lambda v, name: measured.append(v.pg.model.dtype) or measure(v, name))
     model = paligemma.load(base, dtype="bfloat16")
     save_pretrained(model.model, tmp_path / "half", model.processor)
     half = str(tmp_path / "half")
@@ -80,6 +84,7 @@ def test_a_cpu_that_is_slow_at_bfloat16_computes_in_float32(base, data, tmp_path
     fast, told = losses_of("fast", False)
     assert fast != whole and "computed in bfloat16, " in told
     assert losses_of("asked", True, dtype="bfloat16") == (fast, told)
+    assert measured == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
 
 
 def test_muon_trains_lora_too(base, data, tmp_path):
