@@ -50,8 +50,8 @@ from paligemma.tiny.rows import TASKS, asker, rows
 from paligemma.tiny.varied import render_in_world
 from paligemma.tiny.world import SHIPPED
 
-# Values of `quantize`. "bf16" rounds no weights: bfloat16 by the kernels of this package, which take a seventh of the time
-# of PyTorch's own on a CPU with AVX2 alone.
+# Values of `quantize`. "bf16" rounds no weights: bfloat16 by the kernels of this package, which take a seventh of the
+# time of PyTorch's own on a CPU with AVX2 alone.
 MODES = ("bf16", "int8", "int4")
 AIMS = {"int8": 0.01, "int4": 0.03}  # what a figure may lose at most
 BATCH = 64

@@ -1,7 +1,8 @@
 """Three scores of the same boxes and masks: which one is a probability, and which one puts the right ones first?
 
     python benchmarks/score_calibration.py --scenes 20     # a try
-    python benchmarks/score_calibration.py                 # 1,000 scenes of each artist; writes a dated record
+    python benchmarks/score_calibration.py                 # 1,000 scenes of its own world and of an artist it never saw;
+                                                           # writes a dated record
 
 The model answers each row once. Its items are then scored by the geometric mean of their tokens' probabilities, by the
 product of `answers/scores.py`, and by that product through the map of the checkpoint's `calibration.json`. Reported are
@@ -36,9 +37,9 @@ from paligemma.evaluate.runner import answer
 from paligemma.files import write_text
 from paligemma.tiny.evaluation import tiny_examples
 
-PARTS = {"test": ("detect_all", "detect_one", "segment"), "emojione": ("detect_all", "segment")}
+PARTS = {"test": ("detect_all", "detect_one", "segment"), "emojione": ("detect_all", "detect_one", "segment")}
 SCORES = ("geometric mean", "product", "product and map")
-BATCH = 32  # scenes
+BATCH = 32  # rows
 
 
 class Scorer(paligemma.PaliGemma):
@@ -87,7 +88,7 @@ def compared(rows: list[Row]) -> dict[str, Any]:
     items = {name: [i for pair in scored[name] for i in scored_items(*pair, masks)] for name in SCORES}
     made: dict[str, Any] = {
         "items": len(items["product"]),
-        "right": sum(right for _, right in items["product"]) / len(items["product"]),
+        "right": sum(right for _, right in items["product"]) / max(len(items["product"]), 1),
         "calibration error": {name: expected_calibration_error(items[name]) for name in SCORES},
     }
     mean, product = (rank(scored[name]) for name in SCORES[:2])
@@ -106,10 +107,11 @@ def compared(rows: list[Row]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenes", type=int, default=1000, help="of each artist")
+    parser.add_argument("--scenes", type=int, default=1000, help="of each part")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, help="folder; default benchmarks/ from 1,000 scenes on, else runs/")
     options = parser.parse_args()
+    out = options.out or (Path(__file__).parent if options.scenes >= 1000 else Path("runs"))
     torch.set_num_threads(options.threads)
     loaded = paligemma.load("tiny", device="cpu", dtype="float32")
     pg = Scorer(loaded.model, loaded.processor)
@@ -130,7 +132,8 @@ def main() -> None:
         "calibration": pg.calibration.to_dict(),
         "figures": figures,
     }
-    path = options.out / f"score-calibration-{date}.json"
+    path = out / f"score-calibration-{date}.json"
+    path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(record, indent=1) + "\n")
     print(path)
 

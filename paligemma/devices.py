@@ -163,7 +163,7 @@ def on_meta_device() -> Iterator[None]:
 
 class _NoInitialisation(TorchFunctionMode):
     """Skips `torch.nn.init`. On the meta device there is nothing to initialise, but drawing random numbers there makes
-    PyTorch import its compiler: 2 seconds, half the time of a short command."""
+    PyTorch import its compiler: 1.4 seconds, half the time of a short command then."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":

@@ -113,7 +113,7 @@ def _of_folder(folder: str, every: float | None, note: Callable[[str], object]) 
         if small.endswith(VIDEOS) and every is not None:
             places = _of_file(path, every, note)
         elif os.path.splitext(small)[1] in wanted:
-            places = iter([(path, os.path.join(root, name))])  # abspath and relpath take most of the time of a list
+            places = iter([(path, os.path.join(root, name))])  # abspath(path), without its cost for every file
         else:
             others += 1
             continue

@@ -22,7 +22,9 @@ def processor_of(
 
 def codec_of(model: str, revision: str | None, kind: str | None) -> MaskCodec | None:
     """The mask codec that `processor_of` finds; None for data of other kinds, which have no masks."""
-    return own_codec(find_settings(model, revision)[1]) or MaskCodec.load() if has_masks(kind) else None
+    if not has_masks(kind):
+        return None
+    return own_codec(find_settings(model, revision)[1]) or MaskCodec.load()
 
 
 def has_masks(kind: str | None) -> bool:

@@ -49,7 +49,7 @@ def save_model(pg: PaliGemma, options: TrainOptions, out: Path, dtype: torch.dty
     else:
         pg.model.to(dtype)
         save_pretrained(pg.model, out, pg.processor)
-        # The rounded weights are measured, in the dtype in which this machine answers with them.
+        # What was saved is measured: the rounded weights, in the dtype in which the steps were computed.
         pg.model.to(compute_dtype_of(options, dtype, pg.model.device))
 
 

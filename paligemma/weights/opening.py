@@ -160,13 +160,9 @@ def _open_safetensors(path: Path, files: list[Path], extra: Extra) -> Checkpoint
     if prefix:
         warnings.warn(f"{path}: the names of its tensors begin with {prefix!r}, which is left out", stacklevel=3)
 
-    opened: dict[Path, MappedFile] = {}
-
     def read(name: str, mapped: bool = False) -> Tensor:
         file, key = place[name]
-        if file not in opened:
-            opened[file] = MappedFile(file)
-        return opened[file].read(key, apart=not mapped)
+        return file.read(key, apart=not mapped)
 
     tensors = {name: (shape, dtype) for name, (shape, dtype) in found.items() if isinstance(dtype, torch.dtype)}
     return Checkpoint(path, "safetensors", files, config, tensors, read)
@@ -174,14 +170,14 @@ def _open_safetensors(path: Path, files: list[Path], extra: Extra) -> Checkpoint
 
 def _tensors_of(
     path: Path, files: list[Path]
-) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[Shape, torch.dtype | str]], str]:
+) -> tuple[dict[str, tuple[MappedFile, str]], dict[str, tuple[Shape, torch.dtype | str]], str]:
     """By our names: the file of each tensor and its own name there, and its shape and dtype. Also the common prefix."""
-    place: dict[str, tuple[Path, str]] = {}
+    place: dict[str, tuple[MappedFile, str]] = {}
     found: dict[str, tuple[Shape, torch.dtype | str]] = {}
-    tensors = {file: MappedFile(file).tensors for file in files}
-    prefix = prefix_of(key for of_file in tensors.values() for key in of_file)
-    for file, of_file in tensors.items():
-        for key, (shape, kind) in of_file.items():
+    opened = [MappedFile(file) for file in files]
+    prefix = prefix_of(key for file in opened for key in file.tensors)
+    for file in opened:
+        for key, (shape, kind) in file.tensors.items():
             name = our_name(key.removeprefix(prefix))
             if name in place:
                 raise ValueError(f"{path} holds {name} twice, as {place[name][1]} and as {key}")
@@ -191,7 +187,7 @@ def _tensors_of(
 
 
 def _check_head(
-    path: Path, place: dict[str, tuple[Path, str]], found: dict[str, tuple[Shape, torch.dtype | str]]
+    path: Path, place: dict[str, tuple[MappedFile, str]], found: dict[str, tuple[Shape, torch.dtype | str]]
 ) -> None:
     """Drops the output layer, which is the input embedding under another name: ValueError if it is not. It may be the
     only one in the file. One of a dtype that is not read stays."""
@@ -234,9 +230,9 @@ def _reason(
     )
 
 
-def _equal(one: tuple[Path, str], other: tuple[Path, str]) -> bool:
+def _equal(one: tuple[MappedFile, str], other: tuple[MappedFile, str]) -> bool:
     """Whether two matrices on disk are the same, compared a few rows at a time."""
-    a, b = MappedFile(one[0]).read(one[1]), MappedFile(other[0]).read(other[1])
+    a, b = (file.read(key, apart=True) for file, key in (one, other))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return all(map(torch.equal, a.split(8192), b.split(8192)))

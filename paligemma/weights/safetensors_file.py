@@ -39,7 +39,8 @@ MAP_NORESERVE = 0x4000  # of Linux; Python's module has no name for it
 
 
 class MappedFile:
-    """An open file. tensors: shape and dtype, as the format calls it, by name.
+    """A file whose header was read; it is mapped when a tensor is. tensors: shape and dtype, as the format calls it, by
+    name.
 
     Raises ValueError, naming it, for a file that is none or is cut off, and OSError.
     """
@@ -49,6 +50,7 @@ class MappedFile:
         with untrusted(self._path), safe_open(path, "np"):  # checks the header, and that all of its bytes are there
             pass
         with open(path, "rb") as file:
+            self._state = _state(file.fileno())
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(file.read(length))
         header.pop("__metadata__", None)
@@ -56,8 +58,8 @@ class MappedFile:
         self._first = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
 
     def read(self, name: str, apart: bool = False) -> Tensor:
-        """A view of the file, which stays mapped for as long as there is one. apart: in a map of its own, so that the
-        pages that it touches leave memory with it; else in one map that all tensors share."""
+        """A view of the file. apart: in a map of its own, so that the pages that it touches leave memory with it; else
+        in one map for all tensors. ValueError if the file is not what it was when its header was read."""
         shape, dtype = self.tensors[name]
         if not (count := math.prod(shape)):
             return torch.empty(shape, dtype=DTYPES[dtype])
@@ -73,4 +75,11 @@ class MappedFile:
         if sys.platform == "linux":
             how = {"flags": mmap.MAP_PRIVATE | MAP_NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
         with open(self._path, "rb") as file:
+            if _state(file.fileno()) != self._state:
+                raise ValueError(f"{self._path} was changed while it was read: try again")
             return mmap.mmap(file.fileno(), 0, **how)
+
+
+def _state(descriptor: int) -> tuple[int, int, int]:
+    found = os.fstat(descriptor)
+    return found.st_ino, found.st_size, found.st_mtime_ns

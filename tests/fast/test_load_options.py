@@ -42,7 +42,7 @@ def read(monkeypatch):
     """The names of the weights that were read. bitsandbytes is not there."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     names, real = [], MappedFile.read
-    monkeypatch.setattr(MappedFile, "read", lambda self, name: names.append(name) or real(self, name))
+    monkeypatch.setattr(MappedFile, "read", lambda file, name, **how: names.append(name) or real(file, name, **how))
     return names
 
 

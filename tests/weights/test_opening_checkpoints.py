@@ -128,6 +128,17 @@ def test_a_truncated_shard(sharded, kept):
         load_model(sharded)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_is_replaced_while_it_is_read(folder, gemma, tmp_path, mapped):
+    """Its header is read once: other bytes may lie there now."""
+    checkpoint = open_checkpoint(folder)
+    checkpoint.read(EMBEDDING)
+    write(tmp_path / "other", gemma.config, {name: value + 1 for name, value in gemma.state_dict().items()})
+    (tmp_path / "other" / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors was changed while it was read"):
+        checkpoint.read(EMBEDDING, mapped=mapped)
+
+
 @pytest.mark.parametrize("start", [b"\xff" * 8, (40).to_bytes(8, "little") + b'{"a": "not a tensor"}'])
 def test_a_shard_with_a_bad_header(sharded, start):
     shard = sorted(sharded.glob("*.safetensors"))[1]
