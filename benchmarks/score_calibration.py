@@ -1,7 +1,7 @@
 """Three scores of the same boxes and masks: which one is a probability, and which one puts the right ones first?
 
     python benchmarks/score_calibration.py --scenes 20     # a try
-    python benchmarks/score_calibration.py                 # 1,000 of its own world and of another artist; writes a record
+    python benchmarks/score_calibration.py                 # 1,000, and 1,000 of an artist it never saw; writes a record
 
 The model answers each row once. Its items are then scored by the geometric mean of their tokens' probabilities, by the
 product of `answers/scores.py`, and by that product through the map of the checkpoint's `calibration.json`. Reported are
