@@ -4,7 +4,7 @@
     python docs/figures.py 3 11       those of some chapters
 
 Each function below draws the figure of one chapter and returns it with the numbers of its text. They are kept in
-`course/figures/numbers.json`, and in the chapters each number stands in front of its name: `64<!--patches-->`. When
+`course/figures/numbers.json`, and in the chapters each number stands in front of its name: `144<!--patches-->`. When
 another model is packaged, run this, then read the chapters again: numbers are renewed here, sentences are not.
 """
 

@@ -27,7 +27,8 @@ def scenes(
     task: Annotated[
         str | None,
         typer.Option(
-            help="count_color: count the objects of a colour, which the model was not taught. Default: all its tasks."
+            help="count_color: count the objects of a colour, which the model was not taught; scenes of world 1. "
+            "Default: all its tasks."
         ),
     ] = None,
     questions: Annotated[

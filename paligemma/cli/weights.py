@@ -38,7 +38,7 @@ def info(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A hub id, a folder or an .npz.")],
+    source: Annotated[str, typer.Argument(help="'tiny', a hub id, a folder or an .npz.")],
     target: Annotated[Path, typer.Argument(help="The folder to write, or a file that ends in .npz.")],
     dtype: Dtype = None,
     revision: Revision = None,
@@ -67,7 +67,7 @@ def merge(
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(help="A hub id, a folder (an adapter's too) or an .npz.")],
+    source: Annotated[str, typer.Argument(help="'tiny', a hub id, a folder (an adapter's too) or an .npz.")],
     target: Annotated[Path, typer.Argument(help="The folder to write.")],
     int8: Annotated[
         bool, typer.Option("--int8", help="8 bits for each weight: half the size, almost the same answers.")

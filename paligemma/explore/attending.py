@@ -3,8 +3,8 @@
 The fused kernels never hold the weights. So they are computed from the layer's input by the layer's own norm,
 projections and rotary positions, for the wanted queries only. They equal those that the model used (to rounding).
 
-A trap: attention is not importance. `<bos>` takes most of the attention of the first layer, and can be cut without any
-effect on the answer. `changing.py` measures importance.
+A trap: attention is not importance. `<bos>` can take half of the attention of the first layer, and can be cut with next
+to no effect on the answer. `changing.py` measures importance.
 
 Letters: L layers, H heads, K key/value heads, G = H / K, Q queries, S tokens, E head size; n images, g grid, P patches.
 """

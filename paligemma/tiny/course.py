@@ -1,7 +1,7 @@
 """The scene that the course (docs/course) looks at, and which patches of it show what.
 
     scene = course.scene()                        a red umbrella, a green book, a dog and a house
-    course.patches(scene, "book", grid=8)         the patches of which a part is the book
+    course.patches(scene, "book", grid=12)        the patches of which a part is the book
 
 Every chapter, its figure and its exercise use this one scene, so that what was seen in one chapter can be looked up in
 the next. Nothing in it hides anything else, and what is in it is known to the pixel.

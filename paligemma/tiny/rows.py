@@ -140,9 +140,9 @@ def location(coordinate: float, size: int, bin_step: int = 8) -> int:
     """The <loc> bin of a coordinate in pixels, a multiple of `bin_step`.
 
     `parse` decodes bin b as b / 1024 of the side, so the bin is round(1024 x coordinate / size), not 1023 x: otherwise
-    decoded coordinates would be shifted. bin_step=8 leaves 128 bins, one for each pixel of a picture of 128 pixels, so
-    a model of that size loses no precision and has an eighth of the tokens to learn. bin_step=1 uses all 1,024. The
-    last bin is 1024 - bin_step, because the far side itself, bin 1024, has no token.
+    decoded coordinates would be shifted. bin_step=8 leaves 128 bins, an eighth of the tokens to learn: one for each
+    pixel of a picture of 128 pixels, one for 1.5 pixels at 192, the size of the model that ships. bin_step=1 uses all
+    1,024. The last bin is 1024 - bin_step, because the far side itself, bin 1024, has no token.
     """
     return min(max(round(coordinate / size * 1024 / bin_step), 0) * bin_step, 1024 - bin_step)
 

@@ -160,9 +160,9 @@ def _recomputed(forward: Any, *inputs: Any) -> Tensor:
 def suit_cpu(model: PaliGemmaForConditionalGeneration) -> None:
     """Attention written out, where a CPU trains a small model at a low resolution.
 
-    The backward pass of PyTorch's fused attention is slow there: of the 414 ms in which the embedded model's gradients
-    of 16 rows were computed it took 140, and 297 ms are enough without it. Its advantage, never to hold all attention
-    scores, matters where there are many: for 8 pictures of 256 patches they are 34 MB in each vision layer.
+    The backward pass of PyTorch's fused attention is slow there: of the 414 ms in which the first embedded model's
+    gradients of 16 rows were computed it took 140, and 297 ms are enough without it. Its advantage, never to hold all
+    attention scores, matters where there are many: for 8 pictures of 256 patches they are 34 MB in each vision layer.
     """
     if is_small(model) and model.config.vision_config.num_patches <= 256:
         model.set_explicit_attention()

@@ -1,7 +1,7 @@
 """Training batches for the whole model: a dozen prompts share the tokens of one picture.
 
 In PaliGemma image tokens attend to the prompt, so every prompt needs its own copy of the image tokens, and those are
-three quarters of a row. Many training batches are therefore *packed*: several rows of one picture share its image
+nine tenths of an average row. Many training batches are therefore *packed*: several rows of one picture share its image
 tokens, which then attend only to each other.
 
         i i p s p s        i image, p prompt, s answer; two rows

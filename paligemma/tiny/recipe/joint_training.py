@@ -96,7 +96,8 @@ def initialize_lookup(joint: JointModel, tokenizer: Tokenizer, scenes: dict[str,
     Every question about an object begins with finding it, and learning to find takes thousands of steps. So the query
     and key projections are solved for by least squares: the query of a word and the key of a patch of `scenes` (a batch
     of `SceneBatches`) encode a class, the key of a word encodes none. Rotary position embeddings rotate the first half
-    of a head's pairs too fast to compare words with patches sixty positions away, so the look-up uses the slow half.
+    of a head's pairs too fast to compare words with patches more than a hundred positions away, so the look-up uses
+    the slow half.
     """
     decoder = joint.model.language_model.model
     attention, E = decoder.layers[0].get_submodule("self_attn"), decoder.config.head_dim

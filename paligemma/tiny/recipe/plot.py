@@ -1,6 +1,6 @@
 """Draws the curves of a run from its log, with Pillow only.
 
-python -m paligemma.tiny.recipe.plot runs/tiny/joint-01/log.jsonl --values words loc_bins --out docs/tiny_curve.png
+python -m paligemma.tiny.recipe.plot runs/tiny/joint-01/log.jsonl --values words loc_bins --out curve.png
 """
 
 from __future__ import annotations

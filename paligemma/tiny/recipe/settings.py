@@ -1,8 +1,8 @@
 """What a recipe decides: the world, the size of the pictures and of the model, the batches.
 
-`SECOND` is for world 2; the last round of the model that ships was made with it, with lower learning rates
-(docs/tiny.md). `FIRST` made the one before, in world 1, with pictures of 128 pixels, where a letter is 8 pixels wide. A
-trial is one of these with a field replaced.
+`SECOND` is for world 2; the last round of the model that ships was made with it, with lower learning rates and less
+time for stage 1 (docs/tiny.md). `FIRST` made the one before, in world 1, with pictures of 128 pixels, where a letter is
+8 pixels wide. A trial is one of these with a field replaced.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m paligemma.tiny.recipe.vision_pretraining --scenes runs/tiny/scenes --out runs/tiny/vision --steps 3000
 
-A caption is weak supervision: a dozen words for 128 x 128 pixels. The renderer knows more. For every patch it knows
+A caption is weak supervision: a dozen words for 192 x 192 pixels. The renderer knows more. For every patch it knows
 the class, tint, box, outline and letters of the object it belongs to, its rank from the left, how many objects have the
 same class, and the mask codes of its part of the outline. One linear layer (`PatchHeads`) predicts all of that from a
 patch's features. It stays as an auxiliary loss in stage 2 and is thrown away when the model ships.
