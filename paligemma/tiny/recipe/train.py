@@ -59,8 +59,8 @@ def train(
     Without `in_all` a run is whole: the first gives a tenth of its time to the codec (half a minute at least) and the
     recipe's `vision_share` to vision pretraining; later ones only do joint training, each starting from the weights of
     the last one, with a learning rate that ends at zero. With it, this run is a piece of a training of `in_all`
-    minutes, and the learning rate falls at its end only. What a piece leaves is packaged as well. On a CPU, the minutes `in_all`
-    are those that each process works: other programs delay such a training and do not shorten it.
+    minutes, and the learning rate falls at its end only. What a piece leaves is packaged as well. On a CPU, the minutes
+    `in_all` are those that each process works: other programs delay such a training and do not shorten it.
 
     start: an embedded model whose weights are the initial ones, see warm_start.py. Later runs remember it.
     resume=False deletes the folder first. device: None for the best there is; a GPU gets larger batches.
