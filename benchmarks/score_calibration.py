@@ -15,7 +15,7 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ from paligemma.evaluate.average_precision import mean_area, rank
 from paligemma.evaluate.calibration import expected_calibration_error, scored_items
 from paligemma.evaluate.examples import Example, Prediction, Region
 from paligemma.evaluate.intervals import bootstrap
-from paligemma.evaluate.runner import answer
+from paligemma.evaluate.runner import answer, batches
 from paligemma.files import write_text
 from paligemma.tiny.evaluation import tiny_examples
 
-PARTS = {"test": ("detect_all", "detect_one", "segment"), "emojione": ("detect_all", "detect_one", "segment")}
+PARTS, TASKS = ("test", "emojione"), ("detect_all", "detect_one", "segment")
 SCORES = ("geometric mean", "product", "product and map")
 BATCH = 32  # rows
 
@@ -52,7 +52,7 @@ class Scorer(paligemma.PaliGemma):
         found = {}
         for name, more in zip(SCORES, ways):
             parsed = parse_tokens(
-                generated.token_ids, self.processor.tokenizer, size, codec=codec,
+                generated.token_ids, self.processor.tokenizer, size,
                 token_logprobs=generated.token_logprobs, **more,
             )  # fmt: skip
             found[name] = [item.score for item in (*parsed.detections, *parsed.segments)]
@@ -63,15 +63,11 @@ class Scorer(paligemma.PaliGemma):
 Row = tuple[Example, Prediction, dict[str, list[float]]]
 
 
-def answered(pg: Scorer, examples: Iterable[Example], rows: int) -> Iterator[Row]:
-    batch: list[Example] = []
-    for n, example in enumerate(track(examples, "rows", rows), 1):
-        batch.append(example)
-        if len(batch) == BATCH or n == rows:
-            pg.scores = []
-            predictions = answer(pg, batch)
-            yield from zip(batch, predictions, pg.scores, strict=True)
-            batch = []
+def answered(pg: Scorer, examples: list[Example]) -> Iterator[Row]:
+    for batch in batches(track(examples, "rows"), BATCH):
+        pg.scores = []
+        predictions = answer(pg, batch)
+        yield from zip(batch, predictions, pg.scores, strict=True)
 
 
 def compared(rows: list[Row]) -> dict[str, Any]:
@@ -115,11 +111,10 @@ def main() -> None:
     loaded = paligemma.load("tiny", device="cpu", dtype="float32")
     pg = Scorer(loaded.model, loaded.processor)
     figures: dict[str, Any] = {}
-    for part, tasks in PARTS.items():
-        for task in tasks:
-            # A scene in which a task cannot be asked has no row of it, so the examples are counted first.
+    for part in PARTS:
+        for task in TASKS:
             examples = list(tiny_examples(options.scenes, part, tasks=(task,)))
-            figures[f"{task}, {part}"] = compared(list(answered(pg, examples, len(examples))))
+            figures[f"{task}, {part}"] = compared(list(answered(pg, examples)))
             print(task, part, json.dumps(figures[f"{task}, {part}"]), flush=True)
     date = datetime.date.today().isoformat()
     record = {

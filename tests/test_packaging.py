@@ -20,9 +20,10 @@ def run(*command, **options):
     return done.stdout
 
 
-def test_the_wheel_holds_every_file_and_answers_in_another_folder(tmp_path):
+def test_the_wheel_holds_every_file_and_answers_in_another_folder(tmp_path, monkeypatch):
     """Built offline from a copy of the sources, installed into an environment of its own. That one finds the
     dependencies where this one has them, but not this one's `paligemma`."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     sources = tmp_path / "sources"
     shutil.copytree(ROOT / "paligemma", sources / "paligemma", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
