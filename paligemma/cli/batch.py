@@ -160,6 +160,8 @@ def batch(
     assert out is not None
     if coco is not None:
         check_writable(coco, "--coco")
+    if draw is not None:
+        check_writable(draw / "ID.png", "--draw")
     folder = opened(out, settings, inputs or [])
     if draw is not None:
         check_draw(folder)

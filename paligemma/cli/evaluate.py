@@ -126,7 +126,9 @@ def evaluate(
         report = _on_benchmark(loaded, task, source, count=count, about=about, **options)
     else:
         row_options["max_pixels"] = pixels(max_pixels)
-        report = _on_rows(loaded, task, source, model, revision, about, count=count, **row_options, **options)
+        report = _on_rows(
+            loaded, task, source, model, revision, calibrate, about, count=count, **row_options, **options
+        )
     if as_json:
         echo_json(report.to_dict())
     else:
@@ -213,16 +215,22 @@ def _on_rows(
     source: DataOptions,
     model_name: str,
     revision: str | None,
+    calibrate: bool,
     about: dict[str, Any],
     **options: Any,
 ) -> Report:
     """The user's own rows, by the metric that `task` names."""
     from paligemma.data.checkpoint import codec_of
-    from paligemma.evaluate.own_rows import evaluate_rows, metric_of_task
+    from paligemma.evaluate.metrics import METRICS
+    from paligemma.evaluate.own_rows import evaluate_rows, metric_of_prompt, metric_of_task
 
     try:
         metric = metric_of_task(task)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     rows = source.open(codec_of(model_name, revision, source.kind))
+    if calibrate and not any(METRICS[metric_of_prompt(row.prefix, metric)].scores for row in rows):
+        raise typer.BadParameter(
+            f"--calibrate is for the scores of boxes and masks, and no row of {source.data} asks for any"
+        )
     return evaluate_rows(loaded(), rows, metric, about={**about, **source.how()}, **options)

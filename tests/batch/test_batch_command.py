@@ -235,6 +235,12 @@ def test_rows_whose_drawings_would_be_one_file_are_refused_before_the_start(pali
     assert paligemma("batch", "--rows", "rows.jsonl", "--out", "run")[0] == 0  # without --draw they do not meet
 
 
+def test_a_folder_of_drawings_that_cannot_be_made_is_told_before_the_start(paligemma, photos):
+    code, _, err = paligemma("batch", "caption en", "photos", "--out", "run", "--draw", "photos/0.png")
+    assert code == 1 and "--draw photos/0.png/ID.png cannot be written (Not a directory)" in " ".join(err.split())
+    assert not (photos / "run").exists()
+
+
 def test_a_batch_file_of_openai_is_answered_in_its_format(paligemma, photos):
     content = [{"type": "text", "text": "caption en"}, {"type": "image_url", "image_url": {"url": "photos/0.png"}}]
     body = {"model": "x", "messages": [{"role": "user", "content": content}]}

@@ -152,6 +152,23 @@ def test_tasks_without_scores_are_not_calibrated(tmp_path, monkeypatch, task):
     assert result.exit_code == 2 and f"--task {task} has none: expected one of detect, coco, segment" in said
 
 
+def test_rows_that_ask_for_no_boxes_are_not_calibrated(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("it is loaded")
+
+    monkeypatch.setattr("paligemma.inference.load", load)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"image": "none.png", "prefix": "caption en", "suffix": "a cat"}\n')
+    arguments = ["evaluate", "--model", str(tmp_path), "--data", str(rows), "--calibrate"]
+    result = runner.invoke(app, arguments)
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert result.exit_code == 2 and "for the scores of boxes and masks, and no row of" in said
+    with rows.open("a") as file:
+        file.write('{"image": "none.png", "prefix": "Detect cat.", "suffix": ""}\n')
+    result = runner.invoke(app, arguments)
+    assert str(result.exception) == "it is loaded"
+
+
 def test_no_benchmark_has_scores():
     """Else it could be calibrated on."""
     assert not any(benchmark.metric and benchmark.metric.scores for benchmark in BENCHMARKS.values())
