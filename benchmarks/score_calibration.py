@@ -5,8 +5,8 @@
 
 The model answers each row once. Its items are then scored by the geometric mean of their tokens' probabilities, by the
 product of `answers/scores.py`, and by that product through the map of the checkpoint's `calibration.json`. Reported are
-the calibration error and the average precision at IoU .5, with the paired interval of its difference. The map keeps the
-order of the products, so their average precision is that of the map as well.
+the calibration error and the average precision at IoU .5 (of masks for `segment`), with the paired interval of its
+difference. The map keeps the order of the products, so their average precision is that of the map as well.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ def compared(rows: list[Row]) -> dict[str, Any]:
         "right": sum(right for _, right in items["product"]) / max(len(items["product"]), 1),
         "calibration error": {name: expected_calibration_error(items[name]) for name in SCORES},
     }
-    mean, product = (rank(scored[name]) for name in SCORES[:2])
+    mean, product = (rank(scored[name], masks=masks) for name in SCORES[:2])
     once = np.ones(len(rows))
 
     def gain(weights: np.ndarray) -> float:
         return mean_area(product, weights) - mean_area(mean, weights)
 
     low, high = bootstrap(gain, [example.group for example, _, _ in rows])
-    made["average precision of boxes"] = {
+    made["average precision"] = {
         "geometric mean": mean_area(mean, once), "product": mean_area(product, once),
         "difference": gain(once), "low": low, "high": high,
     }  # fmt: skip

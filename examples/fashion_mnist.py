@@ -2,7 +2,8 @@
 
     sudo apt-get install dataset-fashion-mnist        # Debian, Ubuntu; or the four files of github.com/zalandoresearch
     python examples/fashion_mnist.py --out fashion
-    paligemma train --model tiny --data fashion/train.jsonl --out runs/fashion --minutes 7 --batch 48 --lr 3e-4
+    paligemma train --model tiny --data fashion/train.jsonl --out runs/fashion --minutes 7 --batch 48 \\
+        --optimizer muon --lr 2e-3
     paligemma evaluate --model runs/fashion --data fashion/test.jsonl --task exact
 
 The data are by Zalando (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747), MIT licence.

@@ -231,7 +231,7 @@ def write_pictures(folder=FOLDER):
 
 def print_answers(model, folder=FOLDER):
     """A row for each question: the answer as it is, boxes and masks with their scores."""
-    pg = paligemma.load(model)
+    pg = paligemma.load(model, dtype="float32")
     print("| picture | prompt | answer |\n|---|---|---|")
     for name, (_, *prompts) in PICTURES.items():
         for prompt in prompts:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ import numpy as np
 from paligemma.files import read_json
 
 CALIBRATION_FILE = "calibration.json"
+LEAST_SLOPE = 1e-6  # of a map: with less, scores that differ would become equal
 LEAST = 1e-3  # what the map leaves between a probability and 0 or 1, see `log_odds`
 
 
@@ -68,7 +69,8 @@ def _sides(low: float, high: float, lows: np.ndarray, highs: np.ndarray) -> tupl
 class Calibration:
     """Probability p -> sigmoid(offset + slope * log_odds(p)), one map for boxes and one for masks.
 
-    The slope is above 0, so the order of scores, and with it average precision, stays. Raises ValueError otherwise.
+    The slope is above 0 (at least LEAST_SLOPE), so the order of scores, and with it average precision, stays. Raises
+    ValueError otherwise.
     """
 
     boxes: tuple[float, float] = (0.0, 1.0)  # offset, slope
@@ -77,10 +79,13 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("boxes", "masks"):
             numbers = getattr(self, name)
-            if len(numbers) != 2 or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            is_pair = isinstance(numbers, (tuple, list)) and len(numbers) == 2
+            if not is_pair or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
                 raise ValueError(f"{name} is {numbers!r}, expected two finite numbers: offset and slope")
-            if numbers[1] <= 0:
-                raise ValueError(f"{name} has the slope {numbers[1]:g}, expected one above 0: surer is likelier right")
+            if numbers[1] < LEAST_SLOPE:
+                raise ValueError(
+                    f"{name} has the slope {numbers[1]:g}, expected {LEAST_SLOPE:g} or more: surer is likelier right"
+                )
 
     def __call__(self, p: float, mask: bool = False) -> float:
         offset, slope = self.masks if mask else self.boxes
@@ -90,17 +95,20 @@ class Calibration:
         return 1 / (1 + math.exp(-max(z, -500.0)))  # exp(710) is too large for a float
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"boxes": list(self.boxes), "masks": list(self.masks)}  # as JSON gives it back
 
     @classmethod
     def load(cls, file: Path) -> Calibration:
-        """ValueError that names the file, for one that is none."""
+        """ValueError that names the file, for one that is none; OSError where it cannot be opened."""
         try:
             found = read_json(file)
+            if set(found) != {"boxes", "masks"}:
+                raise ValueError(f"it has {', '.join(map(repr, found)) or 'nothing'}, expected 'boxes' and 'masks'")
+            cls(**found)  # checks them
             return cls(**{name: tuple(numbers) for name, numbers in found.items()})
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(
-                f"{file} is no calibration ({error}): delete it, or fit it again with `paligemma evaluate --calibrate`"
+                f"{file} is no calibration ({error}): delete it; `paligemma evaluate --calibrate` then fits a new one"
             ) from error
 
 

@@ -115,6 +115,10 @@ def evaluate(
         report = _on_scenes(loaded, data, world_of(world), count or 1000, about, **row_options, **options)
     elif world is not None:
         raise typer.BadParameter("--world is for the scenes of the small world, --data tiny")
+    elif calibrate and task in BENCHMARKS:
+        raise typer.BadParameter(
+            f"--calibrate does not fit to {task}: figures are reported on it. Use rows of your own, and no --task"
+        )
     elif calibrate and task is not None and task not in (scored := [name for name in METRICS if METRICS[name].scores]):
         raise typer.BadParameter(
             f"--calibrate is for the scores of boxes and masks, and --task {task} has none: expected one of "

@@ -59,8 +59,13 @@ def echo_json(value: Any) -> None:
 
 def print_table(table: Table) -> None:
     """On stdout, as wide as the terminal, or 160 columns in a file or pipe."""
+    output().print(table)
+
+
+def output() -> Console:
+    """stdout, as wide as the terminal, or 160 columns in a file or pipe."""
     terminal = sys.stdout is not None and sys.stdout.isatty()
-    Console(width=None if terminal else 160).print(table)
+    return Console(width=None if terminal else 160)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

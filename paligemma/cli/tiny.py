@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from paligemma.cli.options import Device, Dtype, Model, Revision, Seed, World, device_in, one_of, world_of
-from paligemma.cli.output import echo_json, hint_at_float32, note, print_table
+from paligemma.cli.output import echo_json, hint_at_float32, note, output
 
 
 def scenes(
@@ -103,7 +103,10 @@ def evaluate(
     count: Annotated[int, typer.Option(min=1, help="How many scenes in each part.")] = 1000,
     part: Annotated[
         list[str] | None,
-        typer.Option(help="Only this part; can be repeated: test, heldout, emojione, clean, or a degradation."),
+        typer.Option(
+            help="Only this part; can be repeated: test, heldout, emojione, clean, or a degradation. What "
+            "degradations cost is told if clean is among them."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for predictions, figures and the worst rows; a run continues there.")
@@ -116,7 +119,7 @@ def evaluate(
 ) -> None:
     """Measure how well a model generalizes in world 2: held-out pairs, an unseen artist, each degradation alone."""
     from paligemma.inference import load
-    from paligemma.tiny.generalization import check_names, evaluate_parts, table, to_dict
+    from paligemma.tiny.generalization import check_names, evaluate_parts, tables, to_dict
 
     try:
         check_names(part)
@@ -129,4 +132,6 @@ def evaluate(
     if as_json:
         echo_json(to_dict(reports))
     else:
-        print_table(table(reports))
+        console = output()
+        for table in tables(reports, console.width):
+            console.print(table)

@@ -52,9 +52,13 @@ class Ranking:
 
 
 def rank(
-    rows: Sequence[TrueAndPredicted], threshold: float = 0.5, shuffle: np.random.Generator | None = None
+    rows: Sequence[TrueAndPredicted],
+    threshold: float = 0.5,
+    shuffle: np.random.Generator | None = None,
+    masks: bool = False,
 ) -> list[Ranking]:
-    """A ranking for each class that has a true object. shuffle: rank by random numbers instead of the scores."""
+    """A ranking for each class that has a true object. shuffle: rank by random numbers instead of the scores. masks: an
+    item is right by its mask IoU instead of its box IoU."""
     ranked: dict[str, list[tuple[float, bool, int]]] = {}
     objects: dict[str, list[int]] = {}
     for k, (truth, predicted) in enumerate(rows):
@@ -64,7 +68,7 @@ def rank(
             scores = [region.score if region.score is not None else 0.0 for region in predicted]
         else:
             scores = shuffle.random(len(predicted)).tolist()
-        found = {i for i, _, _ in match_boxes(truth, predicted, threshold, scores)}
+        found = {i for i, _, _ in match_boxes(truth, predicted, threshold, scores, masks)}
         for i, region in enumerate(predicted):
             ranked.setdefault(region.label, []).append((scores[i], i in found, k))
     rankings = []
@@ -76,15 +80,18 @@ def rank(
 
 
 def average_precision(
-    rows: Sequence[TrueAndPredicted], threshold: float = 0.5, shuffle: np.random.Generator | None = None
+    rows: Sequence[TrueAndPredicted],
+    threshold: float = 0.5,
+    shuffle: np.random.Generator | None = None,
+    masks: bool = False,
 ) -> float:
     """Mean over the classes of the area under precision over recall, in [0, 1]; NaN without any true object.
 
     As COCO computes it at one IoU threshold: the predictions of all pictures in order of their scores, the precision
     curve made non-increasing and read at 101 values of recall. Classes without a true object do not count. Unlike in
-    COCO (100), the number of predictions in a picture has no limit. shuffle: see `rank`.
+    COCO (100), the number of predictions in a picture has no limit. shuffle, masks: see `rank`.
     """
-    return mean_area(rank(rows, threshold, shuffle), np.ones(len(rows)))
+    return mean_area(rank(rows, threshold, shuffle, masks), np.ones(len(rows)))
 
 
 def mean_area(rankings: Sequence[Ranking], weights: np.ndarray) -> float:

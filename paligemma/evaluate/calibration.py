@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Item = tuple[float, bool]  # score, right
 BINS = 10
+LEAST_ITEMS = 10  # right ones and wrong ones, to fit a map to: with two or three it would follow each of them
 CALIBRATION_ERROR = "calibration error"  # the name of the figure
 
 
@@ -64,13 +65,20 @@ def expected_calibration_error(items: Sequence[Item]) -> float:
 def fitted(boxes: Sequence[Item], masks: Sequence[Item], before: Calibration = IDENTITY) -> Calibration:
     """The maps for these items, whose scores must be those without a map. A kind without items keeps its map `before`.
 
-    ValueError without any item, and where a kind cannot be fitted; see `scores.fit`.
+    ValueError without any item, and where a kind has less than `LEAST_ITEMS` right or wrong ones or cannot be fitted;
+    see `scores.fit`.
     """
     if not boxes and not masks:
         raise ValueError("there are no boxes or masks with a score in these answers: nothing to calibrate")
     result = before
     for name, items in (("boxes", boxes), ("masks", masks)):
         if items:
+            right = sum(is_right for _, is_right in items)
+            if min(right, len(items) - right) < LEAST_ITEMS:
+                raise ValueError(
+                    f"{name}: {right} right and {len(items) - right} wrong ones are too few to fit a map to, expected "
+                    f"{LEAST_ITEMS} of each: take more rows, or leave out those that ask for {name}"
+                )
             try:
                 result = replace(result, **{name: fit([score for score, _ in items], [right for _, right in items])})
             except ValueError as error:

@@ -44,15 +44,21 @@ def match_boxes(
     predicted: Sequence[Region],
     threshold: float = 0.5,
     scores: Sequence[float] | None = None,
+    masks: bool = False,
 ) -> list[tuple[int, int, float]]:
     """[(index of a prediction, index of the object it found, IoU)], at most one prediction for an object.
 
     COCO's rule: in order of their scores (`scores`, or else their own; without any, as listed), each prediction takes
-    the free object of its label with the largest IoU, if that is at least the threshold.
+    the free object of its label with the largest IoU, if that is at least the threshold. masks: by mask IoU; every
+    region must have a mask.
     """
     if scores is None:
         scores = [p.score if p.score is not None else 0.0 for p in predicted]
-    iou = box_iou([p.box for p in predicted], [t.box for t in truth])
+    if masks:
+        pairs: list[Any] = [[mask_iou(p.mask, t.mask) for t in truth] for p in predicted]  # type: ignore[arg-type]
+        iou = np.array(pairs, float).reshape(len(predicted), len(truth))
+    else:
+        iou = box_iou([p.box for p in predicted], [t.box for t in truth])
     same = np.array([[p.label == t.label for t in truth] for p in predicted], bool).reshape(iou.shape)
     iou[~same] = -1
     matches = []

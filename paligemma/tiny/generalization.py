@@ -1,7 +1,7 @@
-"""Did a model learn the world, or only its renderer? One table that shows it, over several sets of scenes of world 2.
+"""Did a model learn the world, or only its renderer? Figures that show it, over several sets of scenes of world 2.
 
     parts = evaluate_parts(pg, count=1000, out_folder="runs/generalization")
-    Console().print(table(parts))
+    Console().print(*tables(parts, width=100))
 
 The parts: "test" (scenes as in training), "heldout" (held-out pairs and tints), "emojione" (an artist never seen),
 "clean" (the scenes of "test" without degradations), and one for each degradation: the same scenes with it alone, at its
@@ -21,7 +21,7 @@ import numpy as np
 from paligemma.evaluate import Figure, Report, evaluate
 from paligemma.evaluate.intervals import bootstrap
 from paligemma.evaluate.report import nan_to_none
-from paligemma.files import write_json
+from paligemma.files import read_json, write_json
 from paligemma.tiny.degradations import DEGRADATIONS
 from paligemma.tiny.evaluation import METRICS, ROWS_PER_SCENE, targets, tiny_examples
 
@@ -71,7 +71,8 @@ def evaluate_parts(
 
     count:      scenes of each part.
     names:      only these parts.
-    out_folder: a folder for each part is made in it, and `table.json` with all figures.
+    out_folder: a folder for each part is made in it, and `table.json` with all figures, also those of earlier calls
+                that measured other parts of the same model in the same way.
     about:      what is evaluated (model, dtype, ...), for the reports.
     options:    of `evaluate`, such as batch_size.
 
@@ -93,8 +94,18 @@ def evaluate_parts(
             **options,
         )
     if out_folder is not None:
-        write_json(Path(out_folder) / "table.json", to_dict(reports))
+        _save(Path(out_folder) / "table.json", reports)
     return reports
+
+
+def _save(file: Path, reports: Mapping[str, Report]) -> None:
+    """Writes the figures, beside those of earlier calls for the same model and number of scenes."""
+    about = next({k: v for k, v in report.about.items() if k != "data"} for report in reports.values())
+    table = {"about": about, **to_dict(reports), "environment": {name: r.environment for name, r in reports.items()}}
+    before = read_json(file) if file.exists() else {}
+    if before.get("about") == about:
+        table |= {name: before[name] | table[name] for name in table if name != "about" and name in before}
+    write_json(file, table)
 
 
 def check_names(names: Sequence[str] | None) -> None:
@@ -161,23 +172,32 @@ def _figure(report: Report, task: str, name: str) -> Figure | None:
     return next((figure for figure in report.figures if (figure.task, figure.name) == (task, name)), None)
 
 
-def table(reports: Mapping[str, Report]) -> Table:
-    """For rich: a row for each figure, a column for each part; ✓ and ✗ where there is an aim.
+def tables(reports: Mapping[str, Report], width: int) -> list[Table]:
+    """For rich: a row for each figure, a column for each part; ✓ and ✗ where there is an aim. As many tables, one below
+    the other, as it takes to fit into `width` columns of text.
 
     Figures after a degradation are marked ✗ where they lose more than `LOSS_ALLOWED` against "clean".
     """
     from rich.table import Table
 
-    made = Table(title="world 2", title_justify="left")
-    made.add_column("task", no_wrap=True)
-    made.add_column("figure")
-    for name in reports:
-        made.add_column(name, justify="right", no_wrap=True)
-    last = None
-    for task, figure in FIGURES:
-        cells = [_cell(reports, name, task, figure) for name in reports]
-        made.add_row("" if task == last else task, figure, *cells)
-        last = task
+    names = list(reports)
+    left = max(len(task) for task, _ in FIGURES) + max(len(figure) for _, figure in FIGURES) + 7  # with their lines
+    column = max(len("0.123 ✓"), *map(len, names)) + 3
+    beside = max(1, (width - left) // column)
+    made = []
+    for first in range(0, len(names), beside):
+        shown = names[first : first + beside]
+        table = Table(title="world 2" if first == 0 else None, title_justify="left")
+        for name in ("task", "figure"):
+            table.add_column(name, no_wrap=True)
+        for name in shown:
+            table.add_column(name, justify="right", no_wrap=True)
+        last = None
+        for task, figure in FIGURES:
+            cells = [_cell(reports, name, task, figure) for name in shown]
+            table.add_row("" if task == last else task, figure, *cells)
+            last = task
+        made.append(table)
     return made
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from paligemma.answers.mask_codec import CODEC_FILE
-from paligemma.answers.scores import CALIBRATION_FILE
+from paligemma.answers.scores import CALIBRATION_FILE, Calibration
 from paligemma.arguments import check_model, check_path
 from paligemma.files import staging_folder, write_json
 from paligemma.modeling_gemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -175,7 +175,8 @@ def _outdated(folder: Path, new: Sequence[str], replaces: bool) -> list[str]:
 
 
 def copy_companions(folders: Sequence[Path], staging: Path) -> None:
-    """Takes tokenizer and the like along, of the first folder that has a file."""
+    """Takes tokenizer and the like along, of the first folder that has a file. ValueError for a calibration that could
+    not be read."""
     # An adapter's tokenizer.model beside its base's tokenizer.json would not be read any more.
     of_tokenizer = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZERS)][:1]
     for name in COMPANIONS:
@@ -183,6 +184,8 @@ def copy_companions(folders: Sequence[Path], staging: Path) -> None:
         if name == CALIBRATION_FILE:
             where = folders[:1]  # it is of the weights it lies beside: that of an adapter's base is of others
         if found := next((folder / name for folder in where if (folder / name).is_file()), None):
+            if name == CALIBRATION_FILE:
+                Calibration.load(found)
             shutil.copyfile(found, staging / name)
 
 

@@ -162,18 +162,20 @@ def test_without_a_file_a_score_is_the_probability_itself():
     [
         "",
         "[]",
-        '{"boxes": [0, -1]}',
-        '{"boxes": [0, 1, 2]}',
-        '{"masks": [0, NaN]}',
-        '{"circles": [0, 1]}',
-        '{"boxes": 3}',
-        '{"boxes": [1' + "0" * 400 + ", 1]}",
+        "{}",
+        '{"boxes": [0, 1]}',
+        '{"boxes": [0, 1], "masks": [0, 1], "circles": [0, 1]}',
+        *(
+            f'{{"boxes": {boxes}, "masks": [0, 1]}}'
+            for boxes in ("[0, -1]", "[0, 1e-320]", "[0, 1, 2]", "[0, NaN]", "[true, true]", '["0", "1"]', "3", "null")
+        ),
+        '{"masks": [0, 1], "boxes": [1' + "0" * 400 + ", 1]}",
         "[" * 100_000,
     ],
 )
 def test_a_broken_file_is_named_with_the_way_out(tmp_path, content):
     (tmp_path / CALIBRATION_FILE).write_text(content)
-    with pytest.raises(ValueError, match=r"calibration\.json is no calibration .* fit it again"):
+    with pytest.raises(ValueError, match=r"calibration\.json is no calibration .*: delete it"):
         Calibration.load(tmp_path / CALIBRATION_FILE)
 
 

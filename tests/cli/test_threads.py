@@ -1,12 +1,14 @@
 """`--threads` starts at most one thread for each core: a thousand on two cores took a minute, most of it waiting."""
 
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
 
 from paligemma import devices
+from paligemma.__main__ import SPINS
 from paligemma.cli import batch
 from paligemma.cli import main as cli
 from paligemma.cli.options import within_cores
@@ -31,6 +33,21 @@ def test_a_job_may_have_fewer_cores_than_its_machine(monkeypatch, tmp_path):
     for quota, cores in (("max 100000", 3), ("150000 100000", 2), ("900000 100000", 3), ("1000 100000", 1)):
         (tmp_path / "cpu.max").write_text(f"{quota}\n")  # as `docker run --cpus 1.5` has it
         assert cpu_count() == cores
+
+
+def test_threads_that_wait_sleep_soon_unless_the_user_chose(monkeypatch):
+    """It is in the environment before torch is imported, whose libgomp reads it then."""
+    code = (
+        "import os, sys; from paligemma.__main__ import main; sys.argv = ['paligemma', 'info', 'nowhere']\n"
+        "assert 'torch' not in sys.modules\n"
+        "try: main()\n"
+        "except SystemExit: print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    for given, expected in ({}, SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None"):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        done = subprocess.run([sys.executable, "-c", code], env=os.environ | given, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 @pytest.mark.parametrize("line", ["explore ocr scene.png --json", "batch ocr scene.png --dry-run"])

@@ -507,13 +507,14 @@ def random_pictures(rng: random.Random, count: int, masks: bool = False):
     return rows
 
 
-def test_average_precision_is_cocos_ap50():
+@pytest.mark.parametrize("masks", [False, True])
+def test_average_precision_is_cocos_ap50(masks: bool):
     rng = random.Random(9)
     compared = 0
     for _ in range(200):
-        rows = random_pictures(rng, rng.randint(1, 5))
+        rows = random_pictures(rng, rng.randint(1, 5), masks)
         if any(truth for truth, _ in rows):
-            assert average_precision(rows) == pytest.approx(coco_metrics(rows)["AP50"])
+            assert average_precision(rows, masks=masks) == pytest.approx(coco_metrics(rows, masks)["AP50"])
             compared += 1
     assert compared > 150
 

@@ -13,7 +13,7 @@ from paligemma.evaluate import Figure, Report
 from paligemma.tiny import generalization
 from paligemma.tiny.degradations import DEGRADATIONS
 from paligemma.tiny.evaluation import METRICS, targets, tiny_examples
-from paligemma.tiny.generalization import FIGURES, PARTS, evaluate_parts, largest_loss, paired_loss, table, to_dict
+from paligemma.tiny.generalization import FIGURES, PARTS, evaluate_parts, largest_loss, paired_loss, tables, to_dict
 
 
 def test_the_parts_are_the_renderer_s_own_scenes_what_is_new_and_each_degradation_alone():
@@ -52,7 +52,7 @@ def test_a_degradation_may_cost_four_points():
     }
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(table(reports))
+        console.print(*tables(reports, 200))
     lines = [line for line in shown.get().splitlines() if "exact" in line or "error" in line]
     exact, error = (line for line in lines if "0." in line)
     assert "0.800 ✓" in exact and "0.770 " in exact and "0.770 ✗" not in exact and "0.700 ✗" in exact
@@ -60,6 +60,22 @@ def test_a_degradation_may_cost_four_points():
     assert largest_loss(reports, "jpeg") == ("ocr: character error rate", pytest.approx(0.1))
     assert to_dict(reports)["largest_loss"]["blur"] == {"figure": "caption: exact", "loss": pytest.approx(0.1)}
     assert largest_loss({"jpeg": report(1, 0)}, "jpeg") is None
+
+
+@pytest.mark.parametrize("width", [60, 80, 160, 300])
+def test_the_table_of_all_parts_is_cut_into_tables_that_fit(width):
+    figures = [Figure(task, name, 0.5, None, None, 10, target=0.4) for task, name in FIGURES]
+    console = Console(width=width)
+    with console.capture() as shown:
+        console.print(*tables({part.name: Report(figures, {}, {}) for part in PARTS}, width))
+    text = shown.get()
+    assert "…" not in text and text.count("0.500") == len(PARTS) * len(FIGURES)
+    marked = [figure for figure in figures if figure.reached] * len(
+        [part for part in PARTS if part.name not in DEGRADATIONS]
+    )
+    assert text.count("✓") == len(marked)
+    for name in [part.name for part in PARTS] + [figure for _, figure in FIGURES]:
+        assert name in text
 
 
 def test_a_loss_is_measured_scene_by_scene():
@@ -84,6 +100,12 @@ def test_the_embedded_model_is_measured_and_a_run_continues(tmp_path, monkeypatc
     saved = json.loads((tmp_path / "table.json").read_text())
     assert saved["figures"]["emojione"]["caption: object F1"] == first["emojione"]["caption", "object F1"].value
     assert (tmp_path / "gray" / "results.json").is_file()
+    evaluate_parts(pg, **options | {"names": ["clean"]})
+    both = json.loads((tmp_path / "table.json").read_text())
+    assert list(both["figures"]) == ["emojione", "gray", "clean"], "what an earlier call measured stays"
+    assert both["figures"]["gray"] == saved["figures"]["gray"]
+    evaluate_parts(pg, **options | {"names": ["heldout"], "count": 1})
+    assert list(json.loads((tmp_path / "table.json").read_text())["figures"]) == ["heldout"], "other scenes are others"
     monkeypatch.setattr(pg, "generate", None)  # nothing is answered again
     again = evaluate_parts(pg, **options)
     assert to_dict(again) == to_dict(first)

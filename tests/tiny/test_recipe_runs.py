@@ -99,6 +99,13 @@ def test_a_folder_keeps_to_the_recipe_it_was_begun_with(tmp_path):
         remember(replace(SECOND, image_size=160), tmp_path / "run")
 
 
+def test_what_is_refused_leaves_nothing_behind(tmp_path):
+    """Else the next call, with the right model, would be told that the folder was begun with another recipe."""
+    with pytest.raises(FileNotFoundError):
+        train(1, tmp_path / "run", recipe=SECOND, start=tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
 # --- world 2 in files -------------------------------------------------------------------------------
 
 

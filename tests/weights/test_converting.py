@@ -178,6 +178,14 @@ def test_what_belongs_to_other_weights_is_told_before_gigabytes_are_written(fold
     assert [path.name for path in (tmp_path / "tuned").iterdir()] == [old]
 
 
+def test_a_broken_calibration_is_not_taken_along(folder, tmp_path):
+    """The new checkpoint could not be loaded."""
+    (folder / "calibration.json").write_text('{"boxes": [0, -1], "masks": [0, 1]}')
+    with pytest.raises(ValueError, match=r"calibration.json is no calibration \(boxes has the slope -1"):
+        convert(folder, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize(("target", "weights"), [("b", "model.safetensors"), ("b/x.npz", "x.npz")])
 def test_the_same_conversion_again_is_no_loss(folder, tmp_path, target, weights):
     (folder / "tokenizer.json").write_text('{"a": 1}')

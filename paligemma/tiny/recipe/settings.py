@@ -94,15 +94,21 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if multiplies_bfloat16(device) else None
 
 
-def remember(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe into the folder of a training, or check that it is the one that the folder was begun with.
+RECIPE_FILE = "recipe.json"  # in the folder of a training
 
-    Batches may differ: a training can move between a CPU and a GPU.
-    """
-    file = folder / "recipe.json"
+
+def remember(recipe: Recipe, folder: Path) -> None:
+    """Write the recipe into the folder of a training; raises as `check_recipe` does."""
+    check_recipe(recipe, folder)
+    if not (folder / RECIPE_FILE).exists():
+        write_json(folder / RECIPE_FILE, asdict(recipe))
+
+
+def check_recipe(recipe: Recipe, folder: Path) -> None:
+    """ValueError if the folder was begun with another recipe. Batches may differ: a training can move between a CPU
+    and a GPU."""
+    file = folder / RECIPE_FILE
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(recipe))
         return
     before, now = asdict(FIRST) | read_json(file), asdict(recipe)  # an older file lacks newer fields
     differing = [name for name in now if not name.endswith("_batch") and before.get(name) != now[name]]

@@ -24,12 +24,12 @@ import torch
 
 from paligemma.answers.mask_codec import MaskCodec
 from paligemma.devices import cpu_count, pick_device
-from paligemma.files import LOCK, locked
+from paligemma.files import LOCK, locked, made_folder
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tiny.recipe.codec import mask_codes, train_codec
 from paligemma.tiny.recipe.joint_training import JointModel, train_jointly
 from paligemma.tiny.recipe.pieces import PieceOver
-from paligemma.tiny.recipe.settings import RECIPES, Recipe, for_device, remember
+from paligemma.tiny.recipe.settings import RECIPES, Recipe, check_recipe, for_device, remember
 from paligemma.tiny.recipe.shards import make_room, pages_of, rendering_beside, shard_number, shard_paths, write_shards
 from paligemma.tiny.recipe.tokenizer import build_tokenizer
 from paligemma.tiny.recipe.vision_pretraining import train_vision
@@ -68,8 +68,7 @@ def train(
     Raises ValueError if the folder was begun with another recipe, BlockingIOError if another process trains there.
     """
     run = _Run(Path(out), minutes, recipe, pick_device(device), in_all)
-    run.out.mkdir(parents=True, exist_ok=True)
-    with locked(run.out, "paligemma tiny train") if run.rank == 0 else nullcontext():
+    with made_folder(run.out), locked(run.out, "paligemma tiny train") if run.rank == 0 else nullcontext():
         return _train(run, resume, start)
 
 
@@ -79,8 +78,9 @@ def _train(run: _Run, resume: bool, start: str | Path | None) -> Path:
             if old.name != LOCK:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     if run.rank == 0:
+        check_recipe(run.recipe, run.out)
+        remember_start(start, run.recipe, run.out)  # may fail, and then nothing is remembered
         remember(run.recipe, run.out)
-        remember_start(start, run.recipe, run.out)
         run.prepare()
     distributed.barrier()
     with rendering_beside(run.scenes, run.recipe) if run.beside and run.rank == 0 else nullcontext():
