@@ -1,4 +1,4 @@
-"""Beside another program: what it costs that threads wait for each other, by how long they spin before they sleep.
+"""What waiting threads cost beside another program, by how long they spin before they sleep.
 
     python benchmarks/busy_machine.py                    # writes a dated record; about ten minutes on two cores
 

@@ -80,12 +80,15 @@ class Calibration:
         for name in ("boxes", "masks"):
             numbers = getattr(self, name)
             is_pair = isinstance(numbers, (tuple, list)) and len(numbers) == 2
-            if not is_pair or not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+            if not is_pair or not all(
+                isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
+            ):
                 raise ValueError(f"{name} is {numbers!r}, expected two finite numbers: offset and slope")
             if numbers[1] < LEAST_SLOPE:
                 raise ValueError(
                     f"{name} has the slope {numbers[1]:g}, expected {LEAST_SLOPE:g} or more: surer is likelier right"
                 )
+            object.__setattr__(self, name, tuple(numbers))  # JSON has lists
 
     def __call__(self, p: float, mask: bool = False) -> float:
         offset, slope = self.masks if mask else self.boxes
@@ -104,8 +107,7 @@ class Calibration:
             found = read_json(file)
             if set(found) != {"boxes", "masks"}:
                 raise ValueError(f"it has {', '.join(map(repr, found)) or 'nothing'}, expected 'boxes' and 'masks'")
-            cls(**found)  # checks them
-            return cls(**{name: tuple(numbers) for name, numbers in found.items()})
+            return cls(**found)
         except ValueError as error:
             raise ValueError(
                 f"{file} is no calibration ({error}): delete it; `paligemma evaluate --calibrate` then fits a new one"

@@ -225,15 +225,14 @@ def _on_rows(
 ) -> Report:
     """The user's own rows, by the metric that `task` names."""
     from paligemma.data.checkpoint import codec_of
-    from paligemma.evaluate.metrics import METRICS
-    from paligemma.evaluate.own_rows import evaluate_rows, metric_of_prompt, metric_of_task
+    from paligemma.evaluate.own_rows import asks_for_scores, evaluate_rows, metric_of_task
 
     try:
         metric = metric_of_task(task)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     rows = source.open(codec_of(model_name, revision, source.kind))
-    if calibrate and not any(METRICS[metric_of_prompt(row.prefix, metric)].scores for row in rows):
+    if calibrate and not asks_for_scores(rows, metric, options["count"]):
         raise typer.BadParameter(
             f"--calibrate is for the scores of boxes and masks, and no row of {source.data} asks for any"
         )

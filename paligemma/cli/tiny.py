@@ -105,7 +105,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="Only this part; can be repeated: test, heldout, emojione, clean, or a degradation. What "
-            "degradations cost is told if clean is among them."
+            "degradations cost is reported if clean is named in the same call."
         ),
     ] = None,
     out: Annotated[

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from paligemma.evaluate.regions import Region, match_boxes
+from paligemma.evaluate.regions import Region, match_by_score
 
 TrueAndPredicted = tuple[Sequence[Region], Sequence[Region]]  # true and predicted regions of one picture
 
@@ -68,7 +68,7 @@ def rank(
             scores = [region.score if region.score is not None else 0.0 for region in predicted]
         else:
             scores = shuffle.random(len(predicted)).tolist()
-        found = {i for i, _, _ in match_boxes(truth, predicted, threshold, scores, masks)}
+        found = {i for i, _, _ in match_by_score(truth, predicted, threshold, scores, masks)}
         for i, region in enumerate(predicted):
             ranked.setdefault(region.label, []).append((scores[i], i in found, k))
     rankings = []

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paligemma.answers.scores import IDENTITY, Calibration, fit
-from paligemma.evaluate.regions import Region, match_boxes, match_masks
+from paligemma.evaluate.regions import Region, match_by_score, match_masks
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,7 +40,7 @@ class Bin:
 
 def scored_items(truth: Sequence[Region], predicted: Sequence[Region], masks: bool) -> list[Item]:
     """Score and rightness of each predicted region that has a score; masks: by mask IoU instead of box IoU."""
-    matches = match_masks(truth, predicted) if masks else match_boxes(truth, predicted)
+    matches = match_masks(truth, predicted) if masks else match_by_score(truth, predicted)
     right = {i for i, _, iou in matches if iou >= 0.5}
     return [(region.score, i in right) for i, region in enumerate(predicted) if region.score is not None]
 

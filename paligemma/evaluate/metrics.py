@@ -23,7 +23,7 @@ from paligemma.evaluate.calibration import CALIBRATION_ERROR
 from paligemma.evaluate.captions import bleu, cider_d
 from paligemma.evaluate.examples import Example, Prediction
 from paligemma.evaluate.intervals import bootstrap
-from paligemma.evaluate.regions import Region, instance_ious, match_boxes
+from paligemma.evaluate.regions import Region, instance_ious, match_by_score
 from paligemma.evaluate.text import anls, character_errors, edit_distance, exact_match, relaxed_accuracy, word_errors
 from paligemma.evaluate.vqa import normalize, vqa_accuracy
 from paligemma.evaluate.yes_no import pope_counts
@@ -116,7 +116,7 @@ def _empty(example: Example, prediction: Prediction) -> Ratios:
 
 
 def _detect(example: Example, prediction: Prediction) -> Ratios:
-    matches = match_boxes(example.regions, prediction.regions, 0.5)
+    matches = match_by_score(example.regions, prediction.regions, 0.5)
     return {
         "precision": (len(matches), len(prediction.regions)),
         "recall": (len(matches), len(example.regions)),

@@ -104,6 +104,20 @@ def _example(row: Row, metric_name: str, pg: PaliGemma, max_pixels: int | None) 
 # --------------------------------------------------------------------------------------------------- what is measured
 
 
+def asks_for_scores(rows: Rows, metric: str, count: int | None = None) -> bool:
+    """Whether any of the first `count` questions asks for boxes or masks, whose scores can be compared with how often
+    they are right. Captions come last, see `examples_of`."""
+    asked = 0
+    for row in rows:
+        name = metric_of_prompt(row.prefix, metric)
+        if METRICS[name].scores:
+            return True
+        asked += name != "caption"
+        if count is not None and asked >= count:
+            return False
+    return False
+
+
 def metric_of_prompt(prompt: str, metric: str = "auto") -> str:
     """The metric for the answers to a prompt: `metric` if one is named, otherwise by the prompt's first word, even if
     it is written in an unusual way ("Detect license plate.").

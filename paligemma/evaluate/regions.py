@@ -39,7 +39,7 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     return int(np.count_nonzero(a & b)) / max(int(np.count_nonzero(a | b)), 1)
 
 
-def match_boxes(
+def match_by_score(
     truth: Sequence[Region],
     predicted: Sequence[Region],
     threshold: float = 0.5,
@@ -49,13 +49,18 @@ def match_boxes(
     """[(index of a prediction, index of the object it found, IoU)], at most one prediction for an object.
 
     COCO's rule: in order of their scores (`scores`, or else their own; without any, as listed), each prediction takes
-    the free object of its label with the largest IoU, if that is at least the threshold. masks: by mask IoU; every
-    region must have a mask.
+    the free object of its label with the largest IoU, if that is at least the threshold. masks: by mask IoU; ValueError
+    if a true region has no mask, and a predicted one without finds nothing. (`match_masks` has another rule.)
     """
     if scores is None:
         scores = [p.score if p.score is not None else 0.0 for p in predicted]
     if masks:
-        pairs: list[Any] = [[mask_iou(p.mask, t.mask) for t in truth] for p in predicted]  # type: ignore[arg-type]
+        if any(t.mask is None for t in truth):
+            raise ValueError("a true region has no mask: mask IoU needs one for every object")
+        pairs = [
+            [mask_iou(p.mask, t.mask) if p.mask is not None and t.mask is not None else -1.0 for t in truth]
+            for p in predicted
+        ]
         iou = np.array(pairs, float).reshape(len(predicted), len(truth))
     else:
         iou = box_iou([p.box for p in predicted], [t.box for t in truth])

@@ -1,7 +1,8 @@
 """Did a model learn the world, or only its renderer? Figures that show it, over several sets of scenes of world 2.
 
     parts = evaluate_parts(pg, count=1000, out_folder="runs/generalization")
-    Console().print(*tables(parts, width=100))
+    console = Console()
+    console.print(*tables(parts, console.width))
 
 The parts: "test" (scenes as in training), "heldout" (held-out pairs and tints), "emojione" (an artist never seen),
 "clean" (the scenes of "test" without degradations), and one for each degradation: the same scenes with it alone, at its
@@ -71,14 +72,16 @@ def evaluate_parts(
 
     count:      scenes of each part.
     names:      only these parts.
-    out_folder: a folder for each part is made in it, and `table.json` with all figures, also those of earlier calls
-                that measured other parts of the same model in the same way.
+    out_folder: a folder for each part is made in it, and `table.json` with all figures, also those of other parts from
+                earlier calls; of each part it says what was measured.
     about:      what is evaluated (model, dtype, ...), for the reports.
     options:    of `evaluate`, such as batch_size.
 
     Raises ValueError for the name of a part that there is not.
     """
     check_names(names)
+    file = Path(out_folder) / "table.json" if out_folder is not None else None
+    before = read_json(file) if file is not None and file.exists() else {}  # a damaged one is told now
     reports = {}
     for part in PARTS:
         if names and part.name not in names:
@@ -93,19 +96,11 @@ def evaluate_parts(
             total=round(count * ROWS_PER_SCENE),
             **options,
         )
-    if out_folder is not None:
-        _save(Path(out_folder) / "table.json", reports)
+    if file is not None:
+        table = to_dict(reports)
+        table["about"] = {name: {**report.about, **report.environment} for name, report in reports.items()}
+        write_json(file, {key: before.get(key, {}) | table[key] for key in table})
     return reports
-
-
-def _save(file: Path, reports: Mapping[str, Report]) -> None:
-    """Writes the figures, beside those of earlier calls for the same model and number of scenes."""
-    about = next({k: v for k, v in report.about.items() if k != "data"} for report in reports.values())
-    table = {"about": about, **to_dict(reports), "environment": {name: r.environment for name, r in reports.items()}}
-    before = read_json(file) if file.exists() else {}
-    if before.get("about") == about:
-        table |= {name: before[name] | table[name] for name in table if name != "about" and name in before}
-    write_json(file, table)
 
 
 def check_names(names: Sequence[str] | None) -> None:

@@ -173,8 +173,10 @@ def test_rows_that_ask_for_no_boxes_are_not_calibrated(tmp_path, monkeypatch):
     assert result.exit_code == 2 and "for the scores of boxes and masks, and no row of" in said
     with rows.open("a") as file:
         file.write('{"image": "none.png", "prefix": "Detect cat.", "suffix": ""}\n')
-    result = runner.invoke(app, arguments)
-    assert str(result.exception) == "it is loaded"
+    assert runner.invoke(app, [*arguments, "--count", "1"]).exception.args == ("it is loaded",), "captions come last"
+    rows.write_text(rows.read_text().replace("caption en", "answer en what is this ?"))
+    assert runner.invoke(app, [*arguments, "--count", "2"]).exception.args == ("it is loaded",)
+    assert runner.invoke(app, [*arguments, "--count", "1"]).exit_code == 2
 
 
 @pytest.mark.parametrize("task", ["gqa", "nlvr2", "refcoco-seg"])

@@ -19,7 +19,7 @@ from paligemma.evaluate.average_precision import average_precision, coco_metrics
 from paligemma.evaluate.captions import bleu, cider_d, tokenize
 from paligemma.evaluate.intervals import bootstrap, ratio_interval, wilson
 from paligemma.evaluate.refcoco import refcoco_ious
-from paligemma.evaluate.regions import Region, box_iou, instance_ious, mask_iou, match_boxes
+from paligemma.evaluate.regions import Region, box_iou, instance_ious, mask_iou, match_by_score
 from paligemma.evaluate.text import anls, character_errors, edit_distance, exact_match, relaxed_match, word_errors
 from paligemma.evaluate.vqa import CONTRACTIONS, normalize, vqa_accuracy
 from paligemma.evaluate.yes_no import pope_counts, reads_as_yes
@@ -451,12 +451,12 @@ def test_iou_of_nothing_is_zero():
 def test_the_surest_prediction_chooses_first():
     truth = [Region("dog", (0, 0, 10, 10))]
     good, better = Region("dog", (0, 0, 10, 8), score=0.9), Region("dog", (0, 0, 10, 9), score=0.5)
-    assert match_boxes(truth, [better, good]) == [(1, 0, pytest.approx(0.8))]
-    assert match_boxes(truth, [better, good], scores=[1, 0]) == [(0, 0, pytest.approx(0.9))]
-    assert match_boxes(truth, [Region("cat", (0, 0, 10, 10))]) == [], "another label"
-    assert match_boxes(truth, [Region("dog", (0, 0, 10, 4.9))]) == [], "below the threshold"
-    assert match_boxes(truth, [Region("dog", (0, 0, 10, 5))]) == [(0, 0, 0.5)]
-    assert match_boxes([], [good]) == [] == match_boxes(truth, [])
+    assert match_by_score(truth, [better, good]) == [(1, 0, pytest.approx(0.8))]
+    assert match_by_score(truth, [better, good], scores=[1, 0]) == [(0, 0, pytest.approx(0.9))]
+    assert match_by_score(truth, [Region("cat", (0, 0, 10, 10))]) == [], "another label"
+    assert match_by_score(truth, [Region("dog", (0, 0, 10, 4.9))]) == [], "below the threshold"
+    assert match_by_score(truth, [Region("dog", (0, 0, 10, 5))]) == [(0, 0, 0.5)]
+    assert match_by_score([], [good]) == [] == match_by_score(truth, [])
 
 
 def test_instances_missed_count_zero_and_none_is_found_twice():
@@ -558,7 +558,7 @@ def test_a_score_that_knows_beats_random_order_and_one_that_errs_loses():
         rows.append(([Region("dog", (0, 0, 10, 10))], [Region("dog", box, score=rng.random() / 2 + right / 2)]))
     upside_down = [(truth, [Region("dog", p.box, score=1 - p.score) for p in predicted]) for truth, predicted in rows]
     constant = np.mean([average_precision(rows, shuffle=np.random.default_rng(seed)) for seed in range(20)])
-    share = np.mean([bool(match_boxes(*row)) for row in rows])
+    share = np.mean([bool(match_by_score(*row)) for row in rows])
     assert average_precision(rows) == pytest.approx(share, abs=0.01), (
         "all right ones first: precision 1 up to the recall"
     )

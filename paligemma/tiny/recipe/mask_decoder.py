@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from paligemma.answers.mask_codec import CODEC_FILE, MaskCodec, crop
 from paligemma.answers.scores import CALIBRATION_FILE
-from paligemma.evaluate.regions import Region, match_boxes
+from paligemma.evaluate.regions import Region, match_by_score
 from paligemma.inference import PaliGemma, load
 from paligemma.tiny.evaluation import to_region
 from paligemma.tiny.recipe.codec import in_bytes, mask_iou
@@ -66,7 +66,7 @@ def written(pg: PaliGemma, recipe: Recipe, count: int, log: Callable[[str], None
         answers = pg.generate(list(images), [f"segment {label}" for label in labels])
         for truth, answer in zip(things, answers):
             predicted = [Region(found.label, found.box, score=found.score) for found in answer.segments]
-            for i, j, _ in match_boxes(truth, predicted):
+            for i, j, _ in match_by_score(truth, predicted):
                 codes.append(answer.segments[i].codes or [])
                 seen.append(crop(truth[j].mask, predicted[i].box))
                 true.append(crop(truth[j].mask, truth[j].box))
